@@ -1,10 +1,10 @@
-"""Compile prefill and decode for an H200 without a GPU; compare kernels and memory with `plan`.
+"""Compile prefill and decode for an H200 without a GPU, and compare their memory with `plan`.
 
-    pip install 'jax[cuda12]'        (the CUDA version of the target below)
+    pip install 'jax[cuda12]'        (the CUDA version must be that of the target below)
     JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python bench/ahead.py --model qwen3-8b --batch 32
 
-The kernels of a decode step are counted with and without caps. Without a GPU, XLA cannot autotune
-its matmul kernels, so its choice of kernels may differ from that on a GPU.
+The benchmark also counts the kernels of a decode step with and without caps. Without a GPU, XLA
+cannot autotune its matmul kernels, so its choice of kernels may differ from that on a GPU.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ def kernels(program: Any) -> Counter[str]:
 
 
 def main() -> None:
-    """Compile the programs, then print kernels and memory."""
+    """Compile the programs, then print the number of kernels and the memory."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="qwen3-8b", help="name of a preset")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--layers", default="24:32", help="layers to cap, half-open")
+    parser.add_argument("--layers", default="24:32", help="layers to cap, a half-open range")
     args = parser.parse_args()
-    # autotuning needs a GPU
+    # autotuning times kernels on a GPU, which this machine may not have
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
     config = jp.preset(args.model)
     few = resolve_layers(args.layers, config.n_layers)
@@ -79,7 +79,7 @@ def main() -> None:
     arms = {"uncapped": range(0), "capped": few, "all": range(config.n_layers)}
     made: dict[str, dict[str, Any]] = {}
     with mock.patch.object(jax, "default_backend", return_value="gpu"), \
-            mock.patch("jaxpersona.models.forward.choose", attends):  # as on a GPU machine
+            mock.patch("jaxpersona.models.forward.choose", attends):  # attention as on a GPU
         for arm, layers in arms.items():
             programs = plan.lowered(params, config, shapes, layers)
             made[arm] = {name: program.compile() for name, program in zip(
@@ -97,7 +97,7 @@ def main() -> None:
     print(json.dumps({place: [bare[place], capped[place]] for place in {**bare, **capped}
                       if bare[place] != capped[place]}, indent=1))
     report(
-        "ahead", args.model, args, target="H200, compiled and not run",
+        "ahead", args.model, args, target="H200, compiled but not run",
         kernels_a_step=count,
         added_kernels_per_capped_layer=round((count["capped"] - count["uncapped"])
                                              / len(few), 2),

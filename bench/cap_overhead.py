@@ -25,14 +25,16 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--layers", default=None,
-                        help="layers to cap, half-open; default: the upper half")
+                        help="layers to cap, a half-open range; default: the upper half")
     parser.add_argument("--steps", type=int, default=48)
-    parser.add_argument("--pairs", type=int, default=200, help="maximum number of pairs (≥ 10)")
-    parser.add_argument("--budget", type=float, default=120.0, help="time limit for pairs, s")
+    parser.add_argument("--pairs", type=int, default=200,
+                        help="maximum number of pairs (at least 10)")
+    parser.add_argument("--budget", type=float, default=120.0, help="time limit in seconds")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--dtype", default=None)
-    parser.add_argument("--sweep", action="store_true", help="also cap ¼ of the layers, and all")
+    parser.add_argument("--sweep", action="store_true",
+                        help="also measure caps on ¼ of the layers and on all layers")
     args = parser.parse_args()
     model = jp.load(args.model, dtype=args.dtype)
     total = model.config.n_layers

@@ -1,9 +1,8 @@
 """Benchmark utilities: paired timing with a stopping rule, device limits and JSON reports.
 
 Timings are noisy, so two arms (timed calls) are compared by the ratios of alternating pairs. Pairs
-are added until the bootstrap 95 % interval of the median ratio is narrow or a limit is reached. An
-interval wider than `WIDTH`, or than `WIDTH` times a ratio above 1, is unresolved and supports no
-claim.
+are added until the bootstrap 95 % interval of the median ratio is narrow or a limit is reached. A
+ratio whose interval is wider than `WIDTH` · max(1, ratio) is unresolved and supports no claim.
 
 In each pair, an arm runs for about `LONG` seconds. Short calls of the arms are interleaved, so that
 all arms have the same background load. Because measurement stops at the first narrow interval, the
@@ -34,7 +33,7 @@ import jaxpersona
 
 WIDTH = 0.02
 LONG = 2.0  # approximate seconds per arm in a pair; less if the budget is small
-_HIDDEN = ("one", "side", "out")  # arguments for subprocesses, omitted from reports
+_HIDDEN = ("one", "side", "out")  # arguments that are only for subprocesses; reports omit them
 _PACKAGES = ("jax", "jaxlib", "numpy", "flax", "transformers", "torch")
 
 
@@ -55,11 +54,11 @@ def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int = 
     Args:
       arms: for each arm's name, a function that runs the arm once and returns the seconds.
       baseline: the arm whose seconds are the numerator of the ratios.
-      pairs: maximum number of rounds; at least `least` are run.
-      least: minimum number of rounds.
-      budget: seconds after which no further round starts, except for the first `least`. If `least`
-        rounds of `LONG` seconds per arm exceed it, rounds are shorter.
-      judged: arms whose ratios must be resolved before measurement stops; default: all.
+      pairs: the maximum number of rounds (at least `least`).
+      least: the minimum number of rounds.
+      budget: the seconds after which no further round starts once `least` rounds are complete. The
+        rounds are shorter if `least` rounds of `LONG` seconds per arm would exceed the budget.
+      judged: the arms whose ratios must be resolved before measurement stops; default: all.
 
     Returns:
       For each arm, including the baseline: ratio (median over rounds of baseline seconds / arm
@@ -71,7 +70,7 @@ def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int = 
     for name, arm in arms.items():
         arm()  # warm up
         once = arm()
-        if once < long:  # measure twice, because the number of calls depends on it
+        if once < long:  # measure again, because it sets the number of calls
             once = min(once, arm())
         turns[name] = max(1, math.ceil(long / max(once, 1e-6)))
     begun = time.perf_counter()
@@ -113,7 +112,7 @@ def turn_about(arms: dict[str, Callable[[], float]], turns: dict[str, int]) -> d
 
 
 def machine() -> dict[str, Any]:
-    """Return the device, core count and package versions."""
+    """Return the device, the number of CPU cores, the processor and the package versions."""
     device = jax.devices()[0]
     versions = {"python": platform.python_version(), "jaxpersona": jaxpersona.__version__}
     for name in _PACKAGES:
@@ -128,7 +127,7 @@ def machine() -> dict[str, Any]:
 
 
 def seconds_of(call: Callable[[], Any], repeats: int = 5) -> float:
-    """Return the minimum seconds of several calls, after a warm-up call that compiles."""
+    """Return the seconds of the fastest of several calls, after a warm-up call that compiles."""
     jax.block_until_ready(call())
     best = float("inf")
     for _ in range(repeats):
@@ -146,7 +145,7 @@ def bandwidth(megabytes: int = 256) -> float:
 
 
 def peak_flops(dtype: Any, size: int = 2048) -> float:
-    """Measure the FLOP/s of a large matmul."""
+    """Measure the FLOP/s of a large matmul with operands of the given dtype."""
     x = jnp.ones((size, size), dtype)
     multiply = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
     return 2 * size**3 / seconds_of(lambda: multiply(x))
@@ -186,7 +185,7 @@ class Peak:
 
     @property
     def above(self) -> int:
-        """Peak bytes relative to the start of the block."""
+        """The peak memory in bytes, relative to the start of the block."""
         return self.most - self.start
 
 
@@ -195,7 +194,7 @@ def _torch_bytes() -> int:
     torch: Any = sys.modules.get("torch")
     try:
         return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
-    except AttributeError:  # torch is not imported, or only partly
+    except AttributeError:  # torch is not imported, or its import is not complete
         return 0
 
 

@@ -1,13 +1,14 @@
-"""Compare the speed of this checkout with that of another one, in alternating pairs.
+"""Compare the speed of this checkout with that of another checkout, in alternating pairs.
 
     git worktree add /tmp/before main && python bench/compare.py /tmp/before --model mini
 
-Each checkout runs in its own process, with its own package and its own `decoding.py`. Arms (timed
-calls): decode and capped decode at every batch size, prefill, extraction, and with `--folder` the
-load of a checkpoint. A ratio above 1 means that this checkout is faster. Two processes of the same
-checkout can differ by a few percent, because their memory layouts differ, so every arm is measured
-with several pairs of processes (`--restarts`). The field `same` is the interval of the ratio
-between two processes of the other checkout, which shows the measurement noise.
+Each checkout runs in its own process, with its own package and its own `decoding.py`. The arms
+(timed calls) are decode and capped decode at every batch size, prefill, extraction and, with
+`--folder`, the load of a checkpoint. A ratio above 1 means that this checkout is faster. The times
+of two processes of the same checkout can differ by a few percent, because their memory layouts
+differ. Every arm is therefore measured with several pairs of processes (`--restarts`). The field
+`same` is the interval of the ratio between two processes of the other checkout, which shows the
+measurement noise.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Side:
         return json.loads(line)
 
     def seconds(self, arm: str) -> float:
-        """Return the seconds of one call of an arm."""
+        """Call an arm once and return the seconds."""
         assert self.process.stdin is not None
         self.process.stdin.write(arm + "\n")
         self.process.stdin.flush()
@@ -61,7 +62,7 @@ class Side:
 
 @contextlib.contextmanager
 def linked(root: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yield a folder from which `import jaxpersona` imports a checkout without installation."""
+    """Yield a folder for PYTHONPATH from which `import jaxpersona` imports the given checkout."""
     with tempfile.TemporaryDirectory() as folder:
         package = pathlib.Path(folder) / "jaxpersona"
         package.mkdir()
@@ -71,7 +72,7 @@ def linked(root: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def serve(root: pathlib.Path, args: argparse.Namespace) -> None:
-    """Read names of arms from standard input and print the seconds of one call of each."""
+    """Print the kernel counts, then print the seconds of each arm that standard input names."""
     sys.path.insert(0, str(root / "bench"))
     import time
 
@@ -125,7 +126,7 @@ def serve(root: pathlib.Path, args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Time every arm in both checkouts; return the ratios and their intervals."""
+    """Time every arm in both checkouts and return the ratios and their intervals."""
     from common import interval
 
     other = pathlib.Path(args.other).resolve()
@@ -170,7 +171,7 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=8, help="pairs per arm and restart")
+    parser.add_argument("--pairs", type=int, default=8, help="number of pairs per arm and restart")
     parser.add_argument("--arms", nargs="+",
                         choices=("decode", "capped", "prefill", "extract", "load"),
                         help="arms to time; default: all")

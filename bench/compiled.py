@@ -22,9 +22,10 @@ Program = Callable[..., Any]
 
 
 class Steps:
-    """Decode programs for one batch size, one per edit, compiled ahead of time.
+    """Decode programs for one batch size, one program per edit, compiled ahead of time.
 
-    `params` maps the names of edits to parameters that replace those of the model.
+    `edits` maps names to interventions. `params` maps some of these names to parameters that
+    replace the parameters of the model.
     """
 
     def __init__(self, model: Any, rows: int, steps: int, edits: dict[str, Any], *,
@@ -51,9 +52,10 @@ class Steps:
                         for name, program in self.programs.items()}
 
     def timer(self, name: str) -> Callable[[], float]:
-        """Return a function that runs one arm's steps and returns the elapsed seconds."""
+        """Return a function that runs all steps of one program and returns the seconds."""
         program = self.programs[name]
-        params, _, state, *rest = self.given[name]  # the configuration is part of the program
+        # the configuration is a static argument, which a compiled program does not take
+        params, _, state, *rest = self.given[name]
 
         def once() -> float:
             fresh = jax.block_until_ready(jax.tree.map(jnp.copy, state))
@@ -68,18 +70,22 @@ class Steps:
 
 
 def count_kernels(program: Any) -> int:
-    """Count the fusions in one compiled decode step."""
+    """Count the fusions in one step of a compiled decode program."""
     return hlo.fusions(hlo.operations(program.as_text()))
 
 
 def timed(run: Program, given: tuple[Any, ...], count: int, size: int) -> dict[str, float]:
-    """Time a call of `count` matmuls; return microseconds and GB/s per matmul of `size` bytes."""
+    """Time a call that runs `count` matmuls, each of which reads `size` bytes of weights.
+
+    Returns:
+      The microseconds per matmul ("us") and the bandwidth ("gb_per_s").
+    """
     spent = seconds_of(lambda: run(*given), 10) / count
     return {"us": round(1e6 * spent, 2), "gb_per_s": round(size / spent / 1e9, 1)}
 
 
 def attempt(work: Callable[..., Any], *given: Any) -> Any:
-    """Return `work(*given)`, or {"failed": reason} in order to keep the other results."""
+    """Return `work(*given)`, or {"failed": reason} if it raises, so that other results are kept."""
     try:
         return work(*given)
     except Exception as error:
@@ -87,7 +93,11 @@ def attempt(work: Callable[..., Any], *given: Any) -> Any:
 
 
 def compile_all(builds: dict[str, Callable[[], Any]]) -> tuple[dict[str, Any], float]:
-    """Run the first build alone, then the others in threads, which reuse its autotuning."""
+    """Run the first build alone and the others in threads, which reuse its autotuning results.
+
+    Returns:
+      The result of each build by name, and the total seconds.
+    """
     begun = time.perf_counter()
     names = list(builds)
     out = {names[0]: builds[names[0]]()}
@@ -98,7 +108,13 @@ def compile_all(builds: dict[str, Callable[[], Any]]) -> tuple[dict[str, Any], f
 
 
 def busy(path: pathlib.Path, steps: int, most: int = 30) -> dict[str, Any]:
-    """Sum the GPU events in a profile by kernel: microseconds and calls per step."""
+    """Return the microseconds and the calls per step of the GPU kernels in a profile.
+
+    Args:
+      path: the profile, an .xplane.pb file.
+      steps: the number of profiled decode steps.
+      most: the number of kernels to list, those with the longest total time.
+    """
     data = jax.profiler.ProfileData.from_file(str(path))
     spent: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)

@@ -2,7 +2,7 @@
 
     python bench/decode.py --model mini --batch 1 8 32
 
-MBU = bytes of weights, keys and values per step ÷ (seconds per step · measured bandwidth).
+MBU = bytes of weights, keys and values read per step ÷ (seconds per step · measured bandwidth).
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--steps", type=int, default=48)
-    parser.add_argument("--pairs", type=int, default=200, help="maximum number of pairs (≥ 10)")
-    parser.add_argument("--budget", type=float, default=40.0, help="time limit per batch size, s")
+    parser.add_argument("--pairs", type=int, default=200,
+                        help="maximum number of pairs (at least 10)")
+    parser.add_argument("--budget", type=float, default=40.0, 
+                        help="time limit per batch size in seconds")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--dtype", default=None)

@@ -1,4 +1,4 @@
-"""Shared workload: a batch of random prompts that is decoded for a fixed number of steps."""
+"""The workload that several benchmarks share: decoding random prompts for a number of steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOTHING = Interventions()
 
 
 class Decoding:
-    """`rows` random prompts of `prompt` tokens and `steps` decode steps, without stop tokens."""
+    """A batch of `rows` random prompts of `prompt` tokens, decoded for exactly `steps` steps."""
 
     def __init__(self, model: Any, rows: int, steps: int, *, prompt: int = PROMPT,
                  temperature: float = 0.0, top_p: float = 1.0,
@@ -32,7 +32,7 @@ class Decoding:
         """Prepare the prompts and settings; `program` has the arguments of `decode`."""
         self.program = program
         self.model, self.rows, self.steps, self.prompt = model, rows, steps, prompt
-        self.params = fast_params(model, rows)  # same layout as in `generate`
+        self.params = fast_params(model, rows)  # `generate` uses the same layout
         self.prompts = np.random.default_rng(1).integers(0, model.config.vocab_size, (rows, prompt))
         self.batch = jax.tree.map(jnp.asarray, batch(self.prompts))
         self.how = sampling(rows, temperature=temperature, top_p=top_p)
@@ -42,13 +42,13 @@ class Decoding:
         self.until = jnp.asarray(steps, jnp.int32)
 
     def start(self, edits: Interventions, read: Capture) -> State:
-        """Prefill the prompts."""
+        """Prefill the prompts and return the state of the decode loop."""
         return prefill(self.params, self.model.config, self.batch, edits, read, self.how,
                        self.stops, self.limit, slots=self.prompt + self.steps + 16,
                        max_new=self.steps + 1, greedy=self.greedy)
 
     def arguments(self, state: State, edits: Interventions, read: Capture) -> tuple:
-        """Return the arguments of `decode`."""
+        """Return the arguments of `decode`, except `greedy`."""
         return (self.params, self.model.config, state, edits, read, self.how, self.stops,
                 self.until)
 
@@ -73,7 +73,7 @@ class Decoding:
         return once
 
     def fusions(self, edits: Interventions = NOTHING) -> int:
-        """Count the fusions in the loop body of the compiled decode."""
+        """Count the fusions in the loop body of the compiled decode program."""
         state = jax.eval_shape(lambda: self.start(edits, Capture()))  # only shapes are needed
         compiled = self.program.lower(*self.arguments(state, edits, Capture()),
                                       greedy=self.greedy).compile()
@@ -81,7 +81,7 @@ class Decoding:
 
     @property
     def bytes(self) -> int:
-        """Bytes of weights, keys and values that a step reads halfway through the run."""
+        """The bytes of weights, keys and values that a step halfway through the run reads."""
         embed = self.model.params.embed_vd
         config = self.model.config
         seen = self.prompt + self.steps // 2

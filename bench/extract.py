@@ -2,12 +2,13 @@
 
     python bench/extract.py --model mini --conversations 256
 
-Both sides compute every layer's mean over response tokens. The variant "hooks" of transformers runs
-the full model on batches in the given order and keeps every layer's output until the batch is
-averaged, like the published code. "sorted" also sorts the conversations by length; "headless" also
-skips the output head. Each side runs in its own process and is timed after a warm-up. The reported
-memory is the peak in excess of the loaded weights. MFU (the used fraction of the device's measured
-peak matmul FLOP/s) excludes padding.
+Both sides compute every layer's mean over response tokens. With transformers, the variant "hooks"
+runs the full model on batches in the given order and keeps every layer's output until the batch is
+averaged, as in the code of Lu et al. 2026. The variant "sorted" also sorts the conversations by
+length, and the variant "headless" also skips the output head. Each side runs in its own process and
+is timed after a warm-up run. The reported memory is the peak above the memory of the loaded
+weights. MFU is the fraction of the device's measured peak matmul FLOP/s that is used, not counting
+padding.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="mini")
     parser.add_argument("--conversations", type=int, default=256)
-    parser.add_argument("--mean", type=int, default=150, help="mean length in tokens (geometric)")
+    parser.add_argument("--mean", type=int, default=150, help="mean length in tokens")
     parser.add_argument("--most", type=int, default=512, help="maximum length in tokens")
     parser.add_argument("--batch-tokens", type=int, default=None)
     parser.add_argument("--peer-batch", type=int, default=8)
@@ -74,7 +75,7 @@ def main() -> None:
 
 
 def run(side: str, folder: str) -> dict[str, Any]:
-    """Measure one side in a subprocess."""
+    """Measure one side in a subprocess and return its results."""
     out = pathlib.Path(folder) / f"{side}.npy"
     done = subprocess.run([sys.executable, *sys.argv, "--side", side, "--out", str(out)],
                           check=True, stdout=subprocess.PIPE, text=True)
@@ -84,7 +85,7 @@ def run(side: str, folder: str) -> dict[str, Any]:
 
 
 def one_side(args: argparse.Namespace) -> dict[str, Any]:
-    """Time one side and save its vectors."""
+    """Measure one side, save its vectors to `args.out` and return the results."""
     import jax
 
     import jaxpersona as jp
@@ -115,7 +116,7 @@ def one_side(args: argparse.Namespace) -> dict[str, Any]:
     for row in rows:
         groups.setdefault(width_of(row.tokens.size), []).append(row)
     KEPT.clear()
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # where each width has a program
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # compile the programs in parallel
         list(pool.map(lambda group: jp.extract(model, group, batch_tokens=args.batch_tokens),
                       groups.values()))
     out = jp.extract(model, rows, batch_tokens=args.batch_tokens)
@@ -140,7 +141,7 @@ def timed(work: Any, args: argparse.Namespace, more: dict[str, Any]) -> dict[str
 
 
 def least(work: Any, repeats: int) -> float:
-    """Return the minimum seconds of `repeats` runs after a warm-up."""
+    """Return the seconds of the fastest of `repeats` runs, after a warm-up run."""
     work()
     times = []
     for _ in range(max(repeats, 1)):

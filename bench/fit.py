@@ -3,7 +3,7 @@
     python bench/fit.py --model random:qwen3-32b --dtype bfloat16 --batch 32 --context 2048
 
 The measured peak includes weights, cache and temporaries. It is read from the device's memory
-statistics if available. MBU is relative to the published bandwidth.
+statistics if the device has such statistics. MBU is relative to the published bandwidth.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ def main() -> None:
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--new", type=int, default=512, help="context tokens for the reply")
+    parser.add_argument("--new", type=int, default=512, help="slots reserved for the reply")
     parser.add_argument("--layers", default=None,
-                        help="layers to cap, half-open; default: the upper half")
-    parser.add_argument("--chip", default="h200:1", help="topology for `plan`")
+                        help="layers to cap, a half-open range; default: the upper half")
+    parser.add_argument("--chip", default="h200:1", help="topology for the estimate")
     args = parser.parse_args()
     with Peak() as peak:
         model = jp.load(args.model, dtype=args.dtype)
         total = model.config.n_layers
         layers = args.layers or f"{total // 2}:{total}"
         direction = np.random.default_rng(0).normal(size=model.config.d_model)
-        # Decoding allocates 16 extra slots
+        # `Decoding` allocates 16 slots more than it needs
         setting = Decoding(model, args.batch, args.new - 16, prompt=args.context - args.new)
         edits = jp.cap(direction, layers=resolve_layers(layers, total), floor=1e3)
         setting.timer(edits, prompts=True)()
-    once = setting.timer(edits)  # allocates a second copy of the cache
+    once = setting.timer(edits)  # outside `Peak`, because it holds a second copy of the cache
     once()
     step = once() / setting.steps
     estimate = plan(model.config, args.chip, batch=args.batch, context=args.context)

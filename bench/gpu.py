@@ -3,9 +3,10 @@
     python bench/gpu.py --parts limits decode32 decode1 --out bench/results
     python bench/gpu.py --model mini --dtype float32 --small        # smoke test on a CPU
 
-To save GPU time, the model is loaded once and the programs of each part are compiled in threads.
-When a part ends, it writes `gpu-<part>.json` and prints it as one line, so an interrupted run keeps
-the results of finished parts. If a part fails, its error is reported and the exit status is 1.
+To save GPU time, the model is loaded once and the programs of each part are compiled in threads. At
+the end of each part, its result is written to `gpu-<part>.json` and printed as one line, so an
+interrupted run keeps the results of complete parts. If a part fails, its error is reported, the
+other parts still run, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Bench:
         self.small = args.small
 
     def cap(self, layers: range, floor: float = 1e3) -> jp.Interventions:
-        """Return a cap; the default floor edits every token, and a very low floor edits none."""
+        """Return a cap; the default floor is so high that the cap edits every token."""
         return jp.cap(self.direction, layers=layers, floor=floor)
 
     def many(self, rows: int) -> jp.Interventions:
@@ -80,23 +81,23 @@ class Bench:
                 "load_s": self.load_s}
 
     def decode1(self) -> dict[str, Any]:
-        """Measure the overhead of caps at 1 row."""
+        """Measure the overhead of caps in decoding 1 row."""
         return self._decoding(1)
 
     def decode32(self) -> dict[str, Any]:
-        """Measure the overhead of caps at 32 rows."""
+        """Measure the overhead of caps in decoding 32 rows."""
         return self._decoding(32)
 
     def decode256(self) -> dict[str, Any]:
-        """Measure the overhead of one shared cap and of 256 per-row caps at 256 rows."""
+        """Measure the overhead of a shared cap and of per-row caps in decoding 256 rows."""
         return self._decoding(256)
 
     def weights1(self) -> dict[str, Any]:
-        """Time decoding of 1 row with joined and with int8 weights."""
+        """Time decoding of 1 row with separate, joined and int8 weights."""
         return self._weights(1)
 
     def weights32(self) -> dict[str, Any]:
-        """Time decoding of 32 rows with joined and with int8 weights."""
+        """Time decoding of 32 rows with separate, joined and int8 weights."""
         return self._weights(32)
 
     def context1(self) -> dict[str, Any]:
@@ -108,9 +109,13 @@ class Bench:
         return self._context(32)
 
     def products(self) -> dict[str, Any]:
-        """Time a block's largest matmul with several weight layouts and dtypes, 1 and 32 rows."""
+        """Time a block's matmuls with 1 and 32 rows and several layouts and dtypes of the weights.
+
+        The forms are timed for the largest matmul. Joined weights are compared with separate ones
+        for the query, key and value projections and for the gate and up projections.
+        """
         d, f = self.config.d_model, self.config.d_ff
-        count = 4 if self.small else 12  # enough different weights to exceed the L2 cache
+        count = 4 if self.small else 12  # enough weights to exceed the L2 cache
         dtype = jnp.dtype(self.args.dtype)
         keys = jax.random.split(jax.random.key(0), count)
         weights = [jax.random.normal(key, (f, d), jnp.float32) * 0.02 for key in keys]
@@ -157,7 +162,7 @@ class Bench:
                     for i in range(count):
                         y = form(x, w[i], s[i])
                         total += y.sum()
-                        x = (x + y[:, :1] * 0).astype(x.dtype)  # forces sequential execution
+                        x = (x + y[:, :1] * 0).astype(x.dtype)  # makes the matmuls sequential
                     return total
 
                 found[f"{rows} rows, {name}"] = attempt(
@@ -185,7 +190,7 @@ class Bench:
         return {"shape": [f, d], "weights": count, "forms": found}
 
     def prefill(self) -> dict[str, Any]:
-        """Time the extraction of every layer's mean with XLA and with cuDNN attention."""
+        """Time the extraction of every layer's mean with XLA attention and with cuDNN attention."""
         widths = (96, 64) if self.small else (2048, 512, 256, 128)
         tokens = 768 if self.small else 16384
         means = jp.capture.mean(jp.everywhere)
@@ -200,7 +205,7 @@ class Bench:
         def build(arm: tuple[int, Asked, str]) -> tuple[Program, Any]:
             width, attention, name = arm
             rows = max(1, tokens // width)
-            drawn = np.random.default_rng(width).integers(  # the same tokens for all arms
+            drawn = np.random.default_rng(width).integers(  # the same in all arms of a width
                 4, self.config.vocab_size, (rows, width))
             text = jax.tree.map(jnp.asarray, make_batch(drawn))
             read = means if name == "means" else least
@@ -237,7 +242,7 @@ class Bench:
         return out
 
     def start(self) -> dict[str, Any]:
-        """Time the first token after a 32-token prompt, first with compilation and then warm."""
+        """Time the first token after a 32-token prompt, with and without compilation."""
         setting = Decoding(self.model, 1, 16)
         begun = time.perf_counter()
         jax.block_until_ready(setting.start(NOTHING, Capture()).token)
@@ -332,20 +337,21 @@ PARTS = ("limits", "decode32", "decode1", "context32", "context1", "prefill", "d
 
 
 def main() -> None:
-    """Run the parts in the given order."""
+    """Run the selected parts in the given order and write their results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="random:qwen3-8b")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--out", type=pathlib.Path,
-                        help="folder for the results; default: bench/results, or a temporary "
-                             "folder with --small")
+                        help="folder for the results; default: bench/results, or, with "
+                             "--small, a temporary folder")
     parser.add_argument("--hlo", type=pathlib.Path,
                         help="folder for the compiled HLO text of the profiled programs")
     parser.add_argument("--tag", default="", help="suffix of the result files' names")
-    parser.add_argument("--budget", type=float, default=20.0, help="time limit for pairs, s")
+    parser.add_argument("--budget", type=float, default=20.0,
+                        help="time limit per comparison in seconds")
     parser.add_argument("--seconds", type=float, default=330.0,
-                        help="start no new part after this many seconds")
+                        help="the number of seconds after which no further part starts")
     parser.add_argument("--small", action="store_true", help="small shapes, for a smoke test")
     args = parser.parse_args()
     if args.out is None:  # a smoke test must not overwrite GPU results

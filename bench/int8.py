@@ -4,14 +4,14 @@
 
 The text is `pydoc_data.topics`, the part of the Python Language Reference that CPython ships for
 `help()`: English prose with code examples. The text is divided into windows of `--window` tokens,
-and the perplexity covers all tokens of a window but the first. A direction is the difference of the
-mean activations of the default persona's replies and of a role's replies to the same questions. The
-axis is the mean of the roles' directions. The float model generates the replies, so both models
-read the same tokens.
+and the perplexity covers all tokens of a window but the first. A direction is the mean activation
+of the default persona's replies minus that of a role's replies to the same questions. The axis is
+the mean of the roles' directions. The float model generates the replies, so that both models read
+the same tokens.
 
-The last line of the output is one JSON object. Its `bars` state whether the perplexity is within
-1 % of that of float32, the cosine of the axes is at least 0.99 at every layer, and the weights take
-at most 0.30 of the bytes of the float32 weights.
+The last line of the output is one JSON object. Its field `bars` contains the results of three
+tests: whether the perplexity is within 1 % of that of float32, whether the cosine of the axes is at
+least 0.99 at every layer, and whether the weights take at most 0.30 of the bytes in float32.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROLES = ("ghost", "pirate", "poet", "scientist", "child", "warrior")
 
 
 def prose(model: jp.Model, count: int, window: int) -> list[list[int]]:
-    """Return about `count` tokens of the Python Language Reference, in windows."""
+    """Return about `count` tokens of the Language Reference, in windows of `window` tokens."""
     topics = importlib.import_module("pydoc_data.topics").topics
     text = "\n\n".join(topics[name] for name in sorted(topics))
     ids = model.tokenizer(text[: 8 * count], add_special_tokens=False).input_ids[:count]
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def rollouts(model: jp.Model, args: argparse.Namespace) -> tuple[list[Any], list[slice]]:
-    """Return the float model's conversations and a slice per persona, the default persona first."""
+    """Return the float model's conversations, and the slice of each persona, default first."""
     known = {role.name: role for role in texts.load_roles(None, model_name=model.name)}
     roles = [known["default"], *(known[name] for name in ROLES if name in known)][: args.roles + 1]
     questions = texts.load_questions(None)[: args.questions]
@@ -97,7 +97,7 @@ def rollouts(model: jp.Model, args: argparse.Namespace) -> tuple[list[Any], list
 
 def measured(model: jp.Model, windows: list[list[int]], talks: list[Any],
              groups: list[slice]) -> dict[str, Any]:
-    """Return one model's perplexity, bytes, and directions: the axis, then one per role."""
+    """Return a model's perplexity, bytes, and directions: the axis, followed by one per role."""
     begun = time.perf_counter()
     perplexity = jp.logprobs(model, windows).perplexity()
     seconds = time.perf_counter() - begun

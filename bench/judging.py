@@ -1,14 +1,15 @@
-"""Judging by digit probabilities against greedy decoding of ten tokens, and agreement with rules.
+"""Compare judging by digit probabilities with judging by greedy decoding of ten tokens.
 
     python bench/judging.py
     python bench/judging.py --judge FOLDER --replies 60
 
-`mini` plays its roles; its replies have known scores, those of its grammar (`rules`). The judge,
-`mini` itself or another model, scores them in two ways with the same prompts: by the probabilities
-of the digits 0 to 3 (`DigitJudge`), and by decoding ten tokens greedily (`SelfJudge`). The ratio is
-of the seconds of whole calls in alternating pairs, without compilation. Agreement is Cohen's kappa
-with linear weights against the rules, with its 95 % bootstrap interval. `mini` was trained on no
-judging, so its own verdicts should agree with the rules no better than chance.
+`mini` generates replies in its roles. Rules based on its grammar determine the correct scores of
+these replies (`RuleJudge`). The judge, which is `mini` or another model, scores the replies in two
+ways with the same prompts: by the probabilities of the digits 0 to 3 (`DigitJudge`), and by greedy
+decoding of ten tokens (`SelfJudge`). The ratio compares the seconds of complete calls in
+alternating pairs, without compilation. The agreement with the rules is Cohen's kappa with linear
+weights and its 95 % bootstrap interval. `mini` was not trained to judge, so its verdicts should
+agree with the rules no better than chance.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ RUBRIC = Rubric(template=(
 
 
 def replies(count: int, seed: int) -> list[Item]:
-    """Return replies of `mini` in its roles, drawn from all of them."""
+    """Return `count` replies of `mini` to random pairs of a role's prompt and a question."""
     model = jp.load("mini")
     roles = [role for role in method.roles() if role.name != "default"]
     questions = method.questions(max(1, -(-count // (5 * len(roles)))))

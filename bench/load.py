@@ -2,23 +2,24 @@
 
     python bench/load.py [--gigabytes 2] [--rounds 3] [--dtype bfloat16]
 
-Writes a synthetic sharded bfloat16 checkpoint to a temporary folder. Each round runs a raw read and
-`ckpts.hf.load` in separate processes, with the files in the disk cache; the first round is a
-warm-up. Results:
+The benchmark writes a synthetic sharded bfloat16 checkpoint to a temporary folder. Each round runs
+a buffered read, a raw read and `ckpts.hf.load` in separate processes, with the files in the page
+cache. An additional first round is a warm-up. The results are:
 
-- `speed_over_raw`: seconds of the raw read / seconds of the load. The raw read calls `read_bytes`
-  on every file and keeps the bytes, because a loader must also allocate memory for the weights.
-  This is the main figure.
-- `kept_over_raw`: ratio of bytes kept per second. It differs from `speed_over_raw` if the load
-  widens the dtype: float32 parameters take twice the bytes of the bfloat16 files.
-- `speed_over_buffer`: speed relative to a read through one reused 16 MiB buffer. A loader cannot
-  reach this bound; it shows the cost of allocating memory.
+- `speed_over_raw`: the seconds of the raw read / the seconds of the load. The raw read calls
+  `read_bytes` on every file and keeps the bytes, because a loader must also allocate memory for
+  the weights. This is the main result.
+- `kept_over_raw`: the ratio of the bytes that the load and the raw read keep per second. It differs
+  from `speed_over_raw` if the load widens the dtype: float32 parameters take twice the bytes of the
+  bfloat16 files.
+- `speed_over_buffer`: the speed relative to a read through one reused 16 MiB buffer. This bound
+  shows the cost of allocating memory; a loader, which must allocate memory, cannot reach it.
 
 All processes use ordinary pages (`NUMPY_MADVISE_HUGEPAGE=0`). Otherwise only the load would use
 huge pages, which are up to ten times slower to allocate on virtual machines that return freed
 memory to the host. Peak resident memory is measured after the imports.
 
-Prints a table, then one JSON line.
+The output is a table and one JSON line.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from common import Peak, report
 
 
 def shape(gigabytes: float) -> Any:
-    """Return a Qwen 3 configuration with about `gigabytes` GB of bfloat16 parameters."""
+    """Return a Qwen3 configuration with about `gigabytes` GB of bfloat16 parameters."""
     from jaxpersona.models.config import replace
     from jaxpersona.models.presets import preset
 
@@ -48,7 +49,7 @@ def shape(gigabytes: float) -> Any:
 
 
 def write(folder: pathlib.Path, config: Any, shard_bytes: float) -> None:
-    """Write random bfloat16 parameters for a configuration as shards with an index."""
+    """Write a sharded checkpoint with random bfloat16 parameters for a configuration."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -67,14 +68,14 @@ def write(folder: pathlib.Path, config: Any, shard_bytes: float) -> None:
 
 
 def raw(folder: pathlib.Path) -> dict[str, Any]:
-    """Read every weight file into new memory; return seconds and bytes."""
+    """Read every weight file into new memory and return the seconds and the bytes."""
     started = time.perf_counter()
     held = [path.read_bytes() for path in sorted(folder.glob("*.safetensors"))]
     return {"seconds": time.perf_counter() - started, "bytes": sum(map(len, held))}
 
 
 def buffered(folder: pathlib.Path) -> dict[str, Any]:
-    """Read every weight file through one buffer; return seconds and bytes."""
+    """Read every weight file through one buffer and return the seconds and the bytes."""
     buffer = memoryview(bytearray(1 << 24))
     total, started = 0, time.perf_counter()
     for path in sorted(folder.glob("*.safetensors")):
@@ -85,7 +86,7 @@ def buffered(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def load(folder: pathlib.Path, dtype: str) -> dict[str, Any]:
-    """Load the folder; return seconds, parameter bytes and the increase in peak resident memory."""
+    """Load the folder; return the seconds, the parameter bytes and the rise in peak memory."""
     import jax
     import jax.numpy as jnp
     from jaxpersona.ckpts import hf
@@ -100,7 +101,7 @@ def load(folder: pathlib.Path, dtype: str) -> dict[str, Any]:
 
 
 def total_bytes(folder: pathlib.Path) -> int:
-    """Return the size of a folder's weight files."""
+    """Return the total size of a folder's weight files in bytes."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
@@ -138,7 +139,7 @@ def main() -> None:
     peaks = [run["peak_bytes"] / run["bytes"] for run in rounds["load"][1:]]
 
     def speed(against: str) -> float:
-        """Return the median ratio of a raw read's seconds to the load's seconds."""
+        """Return the median over rounds of the seconds of `against` / the seconds of the load."""
         pairs = zip(seconds[against], seconds["load"], strict=True)
         return round(statistics.median(other / ours for other, ours in pairs), 4)
 

@@ -1,11 +1,12 @@
-"""Measure multi-process checkpoint loading: each process's peak memory relative to its shards.
+"""Measure the peak memory of each process in multi-process loading of a checkpoint.
 
     python bench/load_sharded.py [--gigabytes 6] [--processes 2] [--devices 4] [--dtype bfloat16]
 
-Writes a synthetic bfloat16 checkpoint to a temporary folder and loads it with `ckpts.hf.load` in
-several processes on one mesh of simulated CPU devices ("fsdp" across processes, "model" within
-each). After imports and initialization, each process measures its peak resident memory relative to
-its shards plus the largest tensor. Prints a table, then one JSON line.
+The benchmark writes a synthetic bfloat16 checkpoint to a temporary folder. Several processes load
+it with `ckpts.hf.load` onto one mesh of simulated CPU devices (the axis "fsdp" across processes,
+the axis "model" within each process). Each process measures the rise in its peak resident memory
+during the load, relative to the size of its shards plus the largest tensor. The output is a table
+and one JSON line.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from load import shape, total_bytes, write
 
 
 def load(folder: pathlib.Path, dtype: str, count: int, index: int, port: int) -> dict[str, Any]:
-    """Load this process's shards; return seconds, bytes held and read, and peak memory."""
+    """Load this process's shards; return the seconds, the bytes held and read, and peak memory."""
     import jax
     import jax.numpy as jnp
     from jaxpersona.ckpts import hf, tensorfile
@@ -59,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=6.0)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--devices", type=int, default=4, help="devices per process")
+    parser.add_argument("--devices", type=int, default=4, help="number of devices per process")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -1,23 +1,24 @@
-"""Compare texts of mixed lengths with transformers and forward hooks on the same machine.
+"""Compare generation and extraction for mixed lengths with transformers and forward hooks.
 
     python bench/mixed.py --model SmolLM2.gguf
 
-Generation: `--prompts` prompts of the package's roles and questions, one per role, are answered
-greedily with a cap on the upper half of the layers. Every request has its own limit of 8 to 128
-tokens and reaches it, because end-of-text is ignored. The peer, transformers, caps with one forward
-hook per layer. It runs batches of `--batch` prompts with left padding; a batch ends with its
-longest reply. `hooks` takes the prompts in the given order and `sorted` by length.
+In the part `generate`, `--prompts` prompts of the package's roles and questions, one per role, are
+answered greedily with a cap on the upper half of the layers. Every request has its own limit of 8
+to 128 tokens, and every reply has this length, because stop tokens are ignored. The peer is
+transformers, which caps with one forward hook per layer. It runs batches of `--batch` prompts with
+left padding, and each batch runs until its longest reply ends. The arm `hooks` runs the prompts in
+the given order, and the arm `sorted` in the order of their lengths.
 
-Extraction: every layer's mean over response tokens of `--conversations` conversations with random
-tokens and geometrically distributed lengths (`conversations.py`), as in `extract.py`. The peer
-takes them in the given order and sorted by length, `--peer-batch` at a time, with the output head,
-like the published code.
+The part `extract` computes every layer's mean over the response tokens of `--conversations`
+conversations, which have random tokens and geometrically distributed lengths (`conversations.py`).
+The peer runs batches of `--peer-batch` conversations, in the given order or sorted by length, with
+the output head, as in the code of Lu et al. 2026.
 
 All arms run in alternating pairs in one process (`common.paired`). `utilisation` is the share of
-live rows in decode steps, and `prefill_efficiency` the tokens of prompts over those with padding
-(`Generated.stats`). `agreement` is the share of replies whose first `--compared` tokens are those
-of the peer; the rest differs after near-ties. `programs` are those that one run of each kind
-compiles. Prints a table, then one JSON line.
+live rows in decode steps, and `prefill_efficiency` is the number of prompt tokens divided by the
+same number with padding (`Generated.stats`). `agreement` is the share of replies whose first
+`--compared` tokens are equal on both sides; differences are expected where two logits are nearly
+equal. The output is a table and one JSON line.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ from jaxpersona.runs.rollouts import opening
 
 
 def role_prompts(count: int, name: str) -> list[list[dict[str, str]]]:
-    """Return one conversation for each of the first `count` roles, with prompts and questions in
-    turn."""
+    """Return one conversation for each of the first `count` roles.
+
+    Role i has its prompt i and the question i, modulo the numbers of prompts and questions.
+    """
     roles = [role for role in texts.load_roles(None, model_name=name) if role.name != "default"]
     questions = texts.load_questions(None)
     return [opening(role.prompts[i % len(role.prompts)], questions[i % len(questions)].text)
@@ -51,7 +54,7 @@ def role_prompts(count: int, name: str) -> list[list[dict[str, str]]]:
 
 
 class Generation:
-    """The prompts and both sides of the comparison of generation."""
+    """The prompts of the part `generate`, with one method per side of the comparison."""
 
     def __init__(self, model: jp.Model, peer: Hooked, args: argparse.Namespace) -> None:
         config = model.config
@@ -67,17 +70,17 @@ class Generation:
         self.peer_tokens: list[np.ndarray] = []
 
     def ours(self) -> float:
-        """Time our side."""
+        """Run `jp.generate` on all prompts and return the seconds."""
         begun = time.perf_counter()
         self.last = jp.generate(self.model, self.rows, interventions=self.edits,
                                 max_new_tokens=self.limits.tolist(), batch_size=self.args.batch)
         spent = time.perf_counter() - begun
         if [len(tokens) for tokens in self.last.tokens] != self.limits.tolist():
-            raise RuntimeError("a reply does not have the length of its limit")
+            raise RuntimeError("the length of a reply differs from its limit")
         return spent
 
     def hooks(self, *, sort: bool) -> float:
-        """Time the peer's side."""
+        """Run the peer on all prompts, sorted by length if `sort`, and return the seconds."""
         torch, peer = self.peer.torch, self.peer
         order = range(len(self.rows))
         if sort:
@@ -122,7 +125,7 @@ def programs_of(run: Callable[[], Any]) -> int:
 
 
 def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return our ratios to the peer's arms, and the seconds of all arms."""
+    """Return the ratios of our side to the peer's arms, and the seconds of all arms."""
     ours = found["ours"]
     return {"ratio": ours["ratio"], "interval": ours["interval"],
             "unresolved": ours["unresolved"], "pairs": ours["pairs"],
@@ -142,12 +145,13 @@ def main() -> None:
     parser.add_argument("--most-new", type=int, default=128)
     parser.add_argument("--compared", type=int, default=8)
     parser.add_argument("--conversations", type=int, default=256)
-    parser.add_argument("--mean", type=int, default=150, help="mean length in tokens (geometric)")
+    parser.add_argument("--mean", type=int, default=150, help="mean length in tokens")
     parser.add_argument("--most", type=int, default=512, help="maximum length in tokens")
     parser.add_argument("--peer-batch", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=200, help="maximum pairs")
-    parser.add_argument("--least", type=int, default=10, help="minimum pairs")
-    parser.add_argument("--budget", type=float, default=600.0, help="seconds of each comparison")
+    parser.add_argument("--pairs", type=int, default=200, help="maximum number of pairs")
+    parser.add_argument("--least", type=int, default=10, help="minimum number of pairs")
+    parser.add_argument("--budget", type=float, default=600.0,
+                        help="time limit per comparison in seconds")
     parser.add_argument("--parts", nargs="+", default=["generate", "extract"],
                         choices=["generate", "extract"])
     parser.add_argument("--seed", type=int, default=0)
@@ -170,7 +174,8 @@ def main() -> None:
             "ratio_to_hf_hooks": found["ours"]["ratio"],
             "utilisation": round(stats.utilisation, 4),
             "prefill_efficiency": round(stats.prefill_efficiency, 4)}
-        print(result, flush=True)  # in case the second part fails
+        # print the result now, because the second part may fail
+        print(result, flush=True)
     if "extract" in args.parts:
         rows = conversations(args.conversations, model.config.vocab_size, args.mean,
                              min(args.most, model.config.max_context))

@@ -3,10 +3,11 @@
     python bench/peers.py --model mini --batch 1 8 32
 
 Both sides run the same prompts, cap the same layers with the same vector and threshold, and
-greedily decode the same number of tokens. Times include the prefill, and runs alternate. The peer,
-transformers, caps with one forward hook per layer, like the published code. Each side uses its
-fastest dtype from `--dtypes` and `--peer-dtypes`. Other variants of the peer: `plain` has no cap;
-`static` has hooks and a static cache; `compiled` has hooks, a static cache and `torch.compile`.
+greedily decode the same number of tokens. Times include the prefill, and runs alternate. The peer
+is transformers, which caps with one forward hook per layer, as in the code of Lu et al. 2026. Each
+side uses its fastest dtype from `--dtypes` and `--peer-dtypes`. The peer has three other variants:
+`plain` without a cap, `static` with hooks and a static cache, and `compiled` with hooks, a static
+cache and `torch.compile`.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=200, help="maximum number of pairs (≥ 10)")
-    parser.add_argument("--budget", type=float, default=40.0, help="time limit per batch size, s")
+    parser.add_argument("--pairs", type=int, default=200,
+                        help="maximum number of pairs (at least 10)")
+    parser.add_argument("--budget", type=float, default=40.0,
+                        help="time limit per batch size in seconds")
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--peer-dtypes", nargs="+", default=["float32"])
     parser.add_argument("--forms", nargs="*", default=["plain"],
@@ -71,7 +74,8 @@ def main() -> None:
             "ratio_to_forms": {form: round(found["ours"]["ratio"] / found[form]["ratio"], 3)
                                for form in forms},
         }
-        print(f"batch {rows}: {by_batch[str(rows)]}", flush=True)  # a later batch may fail
+        # print the result now, because a later batch size may fail
+        print(f"batch {rows}: {by_batch[str(rows)]}", flush=True)
     report("peers", ours[0], args, prompt_tokens=PROMPT,
            capped_layers=f"{layers.start}:{layers.stop}",
            ratio_to_hf_hooks={n: found["ratio"] for n, found in by_batch.items()},
@@ -79,7 +83,7 @@ def main() -> None:
 
 
 def fastest(arms: dict[str, Callable[[], float]], side: str) -> str:
-    """Return one side's fastest arm: the best of three runs after a warm-up."""
+    """Return the name of one side's fastest arm, by the best of three runs after a warm-up run."""
     names = [name for name in arms if name.split()[0] == side]
     if len(names) == 1:
         return names[0]
@@ -87,7 +91,7 @@ def fastest(arms: dict[str, Callable[[], float]], side: str) -> str:
 
 
 class Hooked:
-    """A transformers model with the weights of a JAX model, edited by forward hooks."""
+    """A transformers model with the weights of a JAX model and with forward hooks for caps."""
 
     def __init__(self, model: Any, dtype: str, device: str | None = None) -> None:
         import torch
@@ -165,13 +169,13 @@ class Hooked:
         return once
 
     def means(self, rows: list[Any], size: int, *, sort: bool, head: bool = True) -> np.ndarray:
-        """Return every layer's mean over response tokens, read by hooks, [N, L, D] float32.
+        """Return every layer's mean over response tokens, [N, L, D] float32, captured with hooks.
 
         Args:
-          rows: conversations (`chat.Row`).
+          rows: the N conversations (`chat.Row`).
           size: the batch size.
           sort: whether to sort conversations by length.
-          head: whether to run the output head, like the published code.
+          head: whether to run the output head, as in the code of Lu et al. 2026.
         """
         from jaxpersona.models.batch import ASSISTANT
 

@@ -1,12 +1,12 @@
-"""Compare capture during generation with a second pass, and refilling rows with static batches.
+"""Compare one pass with two passes for captures, and refilled rows with static batches.
 
     python bench/pipeline.py --model mini --batch 32
 
-With one pass, the replies are generated and every layer's response mean is captured at the same
-time. With two passes, the replies are generated, and `jaxpersona.extract` then runs the complete
+One pass generates the replies and captures every layer's response mean at the same time. With two
+passes, the replies are generated first, and `jaxpersona.extract` then runs the complete
 conversations. The predicted ratio is 1 + t_forward / t_generate. For `one_pass_over_two_engines`,
 transformers with hooks runs the second pass, with conversations sorted by length and without the
-output head. Refilled and static batches have the same number of rows. The reply lengths are
+output head. Refilled and static batches have the same number of rows, and their reply lengths are
 geometrically distributed, with a mean of a third of the maximum.
 """
 
@@ -40,8 +40,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=160)
     parser.add_argument("--prompt-tokens", type=int, default=30)
     parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--pairs", type=int, default=200, help="maximum number of pairs (≥ 10)")
-    parser.add_argument("--budget", type=float, default=60.0, help="time limit per comparison, s")
+    parser.add_argument("--pairs", type=int, default=200,
+                        help="maximum number of pairs (at least 10)")
+    parser.add_argument("--budget", type=float, default=60.0,
+                        help="time limit per comparison in seconds")
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--peer-batch", type=int, default=8)
     parser.add_argument("--peer-dtype", default="float32")
@@ -88,7 +90,7 @@ def main() -> None:
 
 
 class Run:
-    """Runs prompts through the scheduler with fixed reply lengths."""
+    """Prompts that the scheduler runs with fixed reply lengths."""
 
     def __init__(self, model: Any, rows: list[Row], args: argparse.Namespace) -> None:
         self.model, self.rows, self.args = model, rows, args
@@ -97,11 +99,11 @@ class Run:
         self.stops = Stops(np.full(4, -1, np.int32), np.full(2, -1, np.int32))
 
     def generate(self, read: Capture | None = None) -> list[np.ndarray]:
-        """Generate replies of the maximum length."""
+        """Generate replies of the maximum length and return their tokens."""
         return self.work(np.full(len(self.rows), self.args.new), read or Capture(), True)
 
     def geometric(self, refill: bool) -> list[np.ndarray]:
-        """Generate replies with geometrically distributed lengths."""
+        """Generate replies of geometrically distributed lengths and return their tokens."""
         return self.work(self.lengths, Capture(), refill)
 
     def work(self, lengths: np.ndarray, read: Capture, refill: bool) -> list[np.ndarray]:
@@ -125,7 +127,7 @@ class Run:
 
 
 def appended(row: Row, tokens: np.ndarray) -> Row:
-    """Append a reply to a prompt."""
+    """Return a prompt with the tokens of a reply appended."""
     n = tokens.size
     return Row(np.concatenate([row.tokens, tokens]),
                np.concatenate([row.kind, np.full(n, ASSISTANT, np.int32)]),
@@ -133,7 +135,7 @@ def appended(row: Row, tokens: np.ndarray) -> Row:
 
 
 def clocked(work: Any) -> float:
-    """Return the seconds of one call."""
+    """Call `work` once and return the seconds until its results are ready."""
     begun = time.perf_counter()
     jax.block_until_ready(work())
     return time.perf_counter() - begun

@@ -1,14 +1,14 @@
-"""Measure how prefill memory grows with prompt length.
+"""Measure how the memory of a prefill grows with the length of the prompt.
 
     python bench/prefill_memory.py [--model qwen3-0.6b] [--lengths 1024 2048 4096 8192]
 
 Each length runs in its own process with random weights: one row is prefilled into a cache of that
-length, and the logits of the last token are computed. Two figures are reported, both without the
-weights: the memory of the compiled program (`memory_analysis()`: temporaries and outputs, including
-the cache) and the peak resident memory. Prints a table, then one JSON line.
+length, and the logits of the last token are computed. The benchmark reports two sizes without the
+weights: the memory of the compiled program (temporaries and outputs, including the cache, according
+to `memory_analysis()`) and the peak resident memory. The output is a table and one JSON line.
 
-The default dtype is float32. With bfloat16, XLA on CPU converts the weights to float32, and the
-constant memory of this copy would hide some of the growth with length.
+The default dtype is float32. With bfloat16, XLA on CPU would convert the weights to float32, and
+the constant memory of this copy would hide some of the growth with length.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from common import Peak, report
 
 
 def measure(model: str, length: int, dtype: str, run: bool) -> dict[str, Any]:
-    """Compile a prefill of `length` tokens and, if `run`, run it."""
+    """Compile a prefill of `length` tokens, run it if `run` is true, and return its memory."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--run-to", type=int, default=1 << 30,
-                        help="compile longer prefills without running them")
+                        help="compile prefills of more tokens without running them")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:

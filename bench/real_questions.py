@@ -1,4 +1,4 @@
-"""Forty short questions about arithmetic and facts, to test whether an edit reduces capability."""
+"""Forty short questions on arithmetic and facts, to test whether an edit reduces capability."""
 
 from __future__ import annotations
 
@@ -49,6 +49,6 @@ QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def correct(answer: str, wanted: tuple[str, ...]) -> bool:
-    """Return whether an answer contains one of the expected words (whole words, in any case)."""
+    """Return whether an answer contains an expected answer as whole words, in any case."""
     return any(re.search(rf"(?<![\w.]){re.escape(word)}(?!\w|\.\d)", answer.lower())
                for word in wanted)

@@ -1,4 +1,4 @@
-"""Compare capped generation on given prompts with transformers and forward hooks, in one run."""
+"""Compare the speed of capped generation with that of transformers and forward hooks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from jaxpersona.engine.prompts import encode
 
 def compare(model: jp.Model, axis: jp.Axis, layers: range, talks: list[Any],
             args: argparse.Namespace) -> dict[str, Any]:
-    """Time both sides in alternating pairs.
+    """Time both sides in alternating pairs and return the ratio with its interval.
 
-    Both sides have the same weights, cap the same layers at the p25 of all answers, and greedily
-    decode exactly `args.new` tokens per prompt. Transformers runs batches in the given order with
-    left padding.
+    Both sides have the same weights, cap the same layers with a floor at the 25th percentile of all
+    answers' projections, and greedily decode exactly `args.new` tokens per prompt. Transformers
+    runs batches in the given order with left padding.
     """
     import torch
     from peers import Hooked

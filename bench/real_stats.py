@@ -1,4 +1,4 @@
-"""Split-half statistics of role means: held-out AUC and reliability."""
+"""Split-half statistics of an axis and its role vectors: held-out AUC and reliability."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from jaxpersona.persona import axis as science
 
 
 def halves_of(records: Sequence[dict[str, Any]], questions: Sequence[texts.Question]) -> np.ndarray:
-    """Return a mask of the rollouts whose question has an odd index (the second half)."""
+    """Return a mask of the rollouts in the second half: those of questions with an odd index."""
     second = {question.id for question in questions[1::2]}
     return np.array([record["question_index"] in second for record in records], bool)
 
 
 def _half_vectors(means: dict[str, np.ndarray], halves: dict[str, np.ndarray],
                   second: bool) -> dict[str, np.ndarray]:
-    """Return each role's mean over the non-empty answers to one half of the questions, [L, D]."""
+    """Return role → mean [L, D] over the non-empty answers to one half of the questions."""
     out = {}
     for name, value in means.items():
         kept = value[(halves[name] == second) & np.isfinite(value).all((1, 2))]
@@ -35,9 +35,11 @@ def _half_axis(vectors: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def auc(means: dict[str, np.ndarray], halves: dict[str, np.ndarray]) -> list[float]:
-    """Return the AUC of one half's axis between default and role answers of the other half, [L].
+    """Return the held-out AUC between default answers and role answers at every layer, [L].
 
-    This is the area under the ROC curve of the projections, averaged over both choices of halves.
+    AUC is the area under the ROC curve of the projections on the axis. The axis is computed from
+    one half of the questions and the AUC from the answers to the other half. The result is averaged
+    over both choices of halves.
     """
     found = []
     for second in (False, True):
@@ -55,8 +57,9 @@ def auc(means: dict[str, np.ndarray], halves: dict[str, np.ndarray]) -> list[flo
 def reliability(means: dict[str, np.ndarray], halves: dict[str, np.ndarray]) -> dict[str, Any]:
     """Return the agreement of the two halves of the questions at every layer.
 
-    `axis_reliability`: the cosine between the two axes. `role_reliability`: the mean over roles of
-    the cosine between a role's two vectors, each minus the mean over all roles in its half.
+    `axis_reliability` is the cosine between the two axes. `role_reliability` is the mean over roles
+    of the cosine between a role's two vectors, after the mean over all roles in the same half is
+    subtracted from each vector.
     """
     one, two = (_half_vectors(means, halves, second) for second in (False, True))
     a, b = _half_axis(one), _half_axis(two)

@@ -1,8 +1,8 @@
-"""Write `bench/REPORT.md` and its plots from the saved results.
+"""Write `bench/REPORT.md` and its plots from the results in `bench/results`.
 
     python bench/report.py
 
-Ratios with too wide an interval are marked as unresolved.
+Ratios whose interval is too wide are marked as unresolved.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def describe(value: dict[str, Any]) -> str:
-    """Describe a run: model, arguments, device, date."""
+    """Return a description of a run: its model, arguments, device and date."""
     keep = ("batch", "steps", "distinct", "layers", "temperature", "top_p", "dtype", "new",
             "conversations", "prompts", "budget")
     usual = {"temperature": 0.0, "top_p": 1.0}
@@ -58,7 +58,7 @@ def describe(value: dict[str, Any]) -> str:
 
 
 def figures(value: dict[str, Any]) -> list[tuple[str, str]]:
-    """List a result's figures, with intervals where available."""
+    """Return (name, value as text) for each figure of a result, with the interval of a ratio."""
 
     def ratio(number: Any, interval: Any, unresolved: Any) -> str:
         mark = " *unresolved*" if unresolved else ""
@@ -117,7 +117,7 @@ def figures(value: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def draw(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """Draw the four plots; return file names and captions."""
+    """Draw the four plots in one image and return the file name and caption of each image."""
     figure = new_figure(10.5, 8)
     kinds = {kind: {name: value for name, value in found.items() if value["bench"] == kind
                     and (kind != "cap_overhead" or len(value["by_layers"]) > 1)}

@@ -2,10 +2,10 @@
 
     python bench/roofline.py --model mini --batch 1 8 32 128
 
-Each point shows FLOP/s against FLOP/byte (the intensity). The roof is min(peak, intensity ·
-bandwidth), with measured peak FLOP/s and bandwidth. The bytes are the minimum that must be read:
-the weights once per pass, and the keys and values. Models that fit in the CPU cache, such as
-`mini`, can exceed the roof.
+Each point shows FLOP/s against the arithmetic intensity in FLOP/byte. The roof is min(peak,
+intensity · bandwidth), with measured peak FLOP/s and bandwidth. The bytes are the minimum that must
+be read: the weights once per forward pass and, when decoding, the keys and values. Models that fit
+in the CPU cache, such as `mini`, can exceed the roof.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measure the overhead of per-row interventions: one cap per row compared with one shared cap.
+"""Measure the overhead of per-row interventions: one cap per row against one shared cap.
 
     python bench/rows.py --model mini --batch 256
 """
@@ -20,10 +20,11 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--pairs", type=int, default=200, help="maximum number of pairs (≥ 10)")
-    parser.add_argument("--budget", type=float, default=120.0, help="time limit for pairs, s")
+    parser.add_argument("--pairs", type=int, default=200,
+                        help="maximum number of pairs (at least 10)")
+    parser.add_argument("--budget", type=float, default=120.0, help="time limit in seconds")
     parser.add_argument("--distinct", type=int, nargs="+", default=None,
-                        help="numbers of distinct caps; default: 4, 16, 64, …")
+                        help="numbers of distinct caps to measure; default: 4, 16, 64, …")
     parser.add_argument("--dtype", default=None)
     args = parser.parse_args()
     asked = [4**i for i in range(1, 8) if 4**i < args.batch]

@@ -1,11 +1,11 @@
-"""Run an axis at the paper's scale on this machine: 331,200 rollouts, only their tokens made up.
+"""Measure a run at the scale of Lu et al. 2026: 331,200 rollouts with random replies.
 
     python bench/scale.py --out /tmp/scale
 
-Model: 2 layers × 64, random. Everything of a run happens (prompts, queue, records, appends,
-verdicts, sums, samples, axis), except that a reply is not computed: its tokens are drawn, and its
-response mean has random numbers. Memory is the resident memory of the process; after the first 1 %
-of the rollouts it should not grow. Then the finished run is resumed.
+The model has 2 layers, width 64 and random weights. All steps of a run are executed (prompts,
+records, live files, verdicts, sums, samples, axis), except the generation of replies: the tokens of
+a reply and its response mean are drawn at random. The resident memory of the process should not
+grow after the first 1 % of the rollouts. At the end, the complete run is resumed and timed again.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from jaxpersona.persona.extract import extract_axis
 from jaxpersona.runs.rollouts import Settings
 
 QWEN = (64, 5120)  # layers and width of Qwen3-32B
-SKIP = False  # whether prompts are not tokenized
+SKIP = False  # whether the tokenization of prompts is skipped
 
 
 class Drawn:
-    """A stream (`engine.stream.Stream`) whose replies are drawn."""
+    """A replacement of `engine.stream.Stream` that draws replies at random."""
 
     def __init__(self, model: Any, asked: Any, *, batch_size: int, max_new_tokens: int,
                  seed: int, **_: Any) -> None:
@@ -48,7 +48,7 @@ class Drawn:
         self.shape = (model.config.n_layers, model.config.d_model)
 
     def step(self) -> list[tuple[Any, Reply]]:
-        """Return as many replies as there are rows."""
+        """Return the next replies, at most one per row."""
         found = []
         for tag, conversation, _ in self.asked:
             row: Any = None if SKIP else prompts.encode(self.model, conversation)
@@ -65,7 +65,7 @@ class Drawn:
 
 
 class LengthRule:
-    """A judge by a rule: the score depends on the number of characters of the reply."""
+    """A judge whose score depends only on the number of characters in the reply."""
 
     name, scale = "rule of length", ROLE_SCALE
 
@@ -82,7 +82,7 @@ def resident() -> int:
 
 
 def size(folder: pathlib.Path, *parts: str) -> int:
-    """Return the bytes of all files in some sub-folders, or of all."""
+    """Return the total bytes of the files in the given subfolders, by default in all of them."""
     return sum(p.stat().st_size for p in folder.rglob("*")
                if p.is_file() and (not parts or p.relative_to(folder).parts[0] in parts))
 
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=512)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--skip-encoding", action="store_true", help=(
-        "do not tokenize the prompts, which takes most of the time"))
+        "skip the tokenization of prompts, which takes most of the time"))
     args = parser.parse_args()
     global SKIP
     SKIP = args.skip_encoding
@@ -139,7 +139,7 @@ def main() -> None:
     scale = QWEN[0] * QWEN[1] / (layers * width)
     arrays = sum(entry.size for path in args.out.rglob("*.safetensors")
                  for entry in read_entries(path)[0].values())
-    words = size(args.out) - arrays  # texts and headers, which do not grow with the model
+    words = size(args.out) - arrays  # texts and headers, whose size does not depend on the model
     store = count * QWEN[0] * QWEN[1] * 4
     report(
         "scale", model, args, rollouts=count, roles=len(cast), seconds=round(seconds, 1),
@@ -161,7 +161,7 @@ def main() -> None:
 
 
 def narrow(mini: Any) -> Any:
-    """Return a random model of 2 layers × 64 with mini's tokenizer."""
+    """Return a model with 2 layers, width 64, random weights and the tokenizer of `mini`."""
     import jax.numpy as jnp
 
     from jaxpersona.models.params import fingerprint, layout

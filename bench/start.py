@@ -3,25 +3,27 @@
     python bench/start.py --model FOLDER [--rounds 3] [--ahead qwen3-8b]
 
 Every measurement runs in a new process, which imports the package, loads the model and greedily
-answers one prompt at batch size 1. Three arms alternate: jaxpersona with empty caches (cold),
-jaxpersona with the caches of an earlier process (warm), and transformers (`from_pretrained`,
-`generate`). The weights are in the file cache. The first token is the first event of
-`Engine.stream`, or the first generated token that transformers' streamer receives. Wall-clock
-seconds depend on the load of the machine, so processor seconds are also reported.
+answers one prompt at batch size 1. Three arms alternate: jaxpersona with empty compilation caches
+(cold), jaxpersona with the caches of an earlier process (warm), and transformers (`from_pretrained`
+and `generate`). The time of the first token is that of the first event of `Engine.stream`, or of
+the first generated token that the streamer of transformers receives. Wall-clock seconds depend on
+the load of the machine, so CPU seconds are also reported.
 
-- `import_s`, `load_s`: wall-clock seconds, median of the warm runs.
-- `trace_s`, `compile_s`: seconds of tracing (with lowering) and of compilation in a cold run, from
-  JAX's monitoring events. The times of concurrent threads are added.
-- `run_s`: seconds from the request to the first token when the process answers a second time.
-- `warm_ratio`, `cold_ratio`: seconds to the first token divided by those of transformers (median
-  over rounds).
-- `second_s`: in a warm run, extra seconds to the first token of a prompt of another padded length.
+- `import_s`, `load_s`: the wall-clock seconds of the imports and of loading the model (median of
+  the warm runs).
+- `trace_s`, `compile_s`: the seconds of tracing (with lowering) and of compilation in a cold run,
+  from JAX's monitoring events. The times of concurrent threads are added.
+- `run_s`: the seconds from the request to the first token when a process answers the prompt again.
+- `warm_ratio`, `cold_ratio`: the seconds to the first token divided by those of transformers
+  (median over rounds).
+- `second_s`: the additional seconds to the first token for the first prompt of another padded
+  length, in a warm run.
 - `programs`: the number of programs compiled for 20 prompts of different lengths (4 to 80 tokens)
   at batch sizes 1 and 8, with reply limits of 16 and 48 tokens.
-- `ahead`: seconds to trace, lower and compile prefill and decode of a large model ahead of time for
-  a TPU v5e (with libtpu) and an H100, with and without nested programs for the layers (`blocks`).
+- `ahead`: the seconds to trace, lower and compile prefill and decode of a large model ahead of time
+  for a TPU v5e (with libtpu) and an H100, with and without nested programs (`models.blocks`).
 
-Prints a table, then one JSON line.
+The output is a table and one JSON line.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ NEW = 48
 
 
 def ours(folder: str) -> dict[str, Any]:
-    """Answer one prompt with jaxpersona; return seconds by phase since the process started."""
+    """Answer one prompt with jaxpersona and return the seconds of each phase."""
     begun, spent = time.perf_counter(), time.process_time()
     import jaxpersona as jp
 
@@ -85,7 +87,7 @@ def ours(folder: str) -> dict[str, Any]:
 
 
 def theirs(folder: str) -> dict[str, Any]:
-    """Answer the prompt with transformers."""
+    """Answer the prompt with transformers and return the seconds of each phase."""
     begun, spent = time.perf_counter(), time.process_time()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -115,7 +117,7 @@ def theirs(folder: str) -> dict[str, Any]:
     done = time.perf_counter()
     text = tokenizer.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
     return {"import_s": imported - begun, "load_s": loaded - imported,
-            "token_s": streamer.times[1][0] - loaded,  # the first call contains the prompt
+            "token_s": streamer.times[1][0] - loaded,  # the first call of `put` has the prompt
             "reply_s": done - loaded, "cpu_s": streamer.times[1][1] - spent, "text": text}
 
 
@@ -134,7 +136,7 @@ def session(folder: str) -> dict[str, Any]:
 
 
 def ahead(name: str) -> dict[str, Any]:
-    """Compile a large model's programs for absent devices, with and without nested programs."""
+    """Compile programs of a large model for absent devices, with and without nested programs."""
     import contextlib
     from unittest import mock
 
@@ -184,7 +186,7 @@ def ahead(name: str) -> dict[str, Any]:
 
 
 def _device(target: str, topologies: Any) -> Any:
-    """Return a device to compile for, which need not be present."""
+    """Return an abstract device to compile for; the device need not be present."""
     if target == "v5e":
         from jaxpersona.planning.chips import tpu_devices
 
@@ -192,7 +194,7 @@ def _device(target: str, topologies: Any) -> Any:
         if devices is None:
             raise RuntimeError("libtpu is not installed")
         return devices[0]
-    from ahead import H200  # the same chip as the H100, with more memory
+    from ahead import H200  # the H200 is an H100 with more memory
 
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
     return topologies.get_topology_desc(platform="cuda", topology="1x1x1",
@@ -200,13 +202,13 @@ def _device(target: str, topologies: Any) -> Any:
 
 
 def process(task: str, argument: str, cache: str) -> dict[str, Any]:
-    """Run a task in a new process; return its result and the duration of the process."""
+    """Run a task in a new process; return its result and the seconds of the process."""
     begun = time.perf_counter()
     env = {**os.environ, "XDG_CACHE_HOME": cache, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, __file__, "--one", task, argument], check=True, env=env,
                           stdout=subprocess.PIPE, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    if "token_s" in found:  # seconds until the first token
+    if "token_s" in found:  # seconds to the first token
         found["first_s"] = found["import_s"] + found["load_s"] + found["token_s"]
     return {**found, "process_s": time.perf_counter() - begun}
 
@@ -214,7 +216,7 @@ def process(task: str, argument: str, cache: str) -> dict[str, Any]:
 def main() -> None:
     """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", required=True, help="a Hugging Face folder, or mini")
+    parser.add_argument("--model", required=True, help="a Hugging Face model folder, or mini")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--session", default="mini", help="the model for `programs`")
     parser.add_argument("--ahead", default="", help="a preset to compile ahead of time")

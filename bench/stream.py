@@ -1,11 +1,11 @@
-"""Compare one stream of rollouts with groups of 256, each of which ends with free rows.
+"""Compare one continuous stream of rollouts with separate calls of `generate` for groups.
 
     python bench/stream.py --model mini --batch 32
     python bench/stream.py --model mini --batch 128
 
-The rollouts are those of an axis run, with response means: prompts of roles and questions, sampled
-replies that end by themselves. A group is one call of `generate` of at least 256 rollouts, and of
-at least four batches. Both arms must give the same tokens and the same bits of the means.
+The rollouts are those of an axis run: role prompts and questions, with sampled replies and their
+response means. A group is one call of `generate` for at least 256 rollouts and at least four
+batches. `same_bits` reports whether both arms return identical tokens and bit-identical means.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rollouts", type=int, default=1024)
     parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=20, help="maximum pairs (minimum --least)")
+    parser.add_argument("--pairs", type=int, default=20, help="maximum number of pairs")
     parser.add_argument("--least", type=int, default=10)
-    parser.add_argument("--budget", type=float, default=300.0, help="seconds")
+    parser.add_argument("--budget", type=float, default=300.0, help="time limit in seconds")
     args = parser.parse_args()
     model = jp.load(args.model)
     own = args.model == "mini"
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def clocked(work: Any) -> float:
-    """Return the seconds of one call."""
+    """Call `work` once and return the seconds."""
     begun = time.perf_counter()
     work()
     return time.perf_counter() - begun

@@ -2,8 +2,9 @@
 
     python bench/suite.py [--only cap_overhead rows …] [--tag cpu]
 
-Each benchmark runs in its own process, by default for two or three minutes; its last output line is
-saved as `bench/results/<bench>-<tag>.json`. A failure is reported and does not stop the others.
+Each benchmark runs in its own process, by default for two or three minutes. The last line of its
+output is saved as `bench/results/<bench>-<tag>.json`. If a benchmark fails, the error is reported
+and the other benchmarks still run.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", default=list(BENCHES), choices=list(BENCHES))
     parser.add_argument("--tag", default="cpu")
-    parser.add_argument("--limit", type=float, default=300.0, help="time limit per benchmark, s")
+    parser.add_argument("--limit", type=float, default=300.0,
+                        help="time limit per benchmark in seconds")
     args = parser.parse_args()
     failed = []
     for name in args.only:

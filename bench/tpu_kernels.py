@@ -1,14 +1,14 @@
-"""Compile the Pallas kernels for TPUs without one; compare their bytes and kernels with XLA's form.
+"""Compile the Pallas kernels for TPUs without a TPU, and compare them with XLA's kernels.
 
     pip install 'jaxpersona[tpu]'
     JAX_PLATFORMS=cpu python bench/tpu_kernels.py attention --model gemma-2-27b --chip v6e
     JAX_PLATFORMS=cpu python bench/tpu_kernels.py residual --model llama-3.1-8b --chip v5e
 
-Nothing runs. `attention` compiles a prefill of one row with XLA's chunked attention and with splash
-attention. `residual` compiles a decode step and a prefill with every layer capped, with XLA's edit
-and with the fused kernel. The programs have few layers (`--layers`): kernels and bytes grow by
-the same amount with each layer, and the temporaries of one layer's attention are freed before the
-next. The last line is JSON.
+The programs are compiled but not run. The part `attention` compiles a prefill of one row with
+XLA's chunked attention and with splash attention. The part `residual` compiles a decode step and a
+prefill with every layer capped, with XLA's edit and with the fused kernel. Few layers are enough
+(`--layers`), because each layer adds the same number of kernels and bytes, and the temporaries of
+one layer's attention are freed before the next layer. The last line of the output is JSON.
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ from jaxpersona.planning import chips, hlo, plan
 from jaxpersona.planning.arithmetic import abstract_weights
 
 KERNELS = ("fusion", "custom-call", "copy", "convolution", "dot", "reduce", "sort")
-READ = 4  # directions of the arms with readings
+READ = 4  # number of directions in the arms with readings
 
 
 def prefill(config: ModelConfig, mesh: Any, rows: int, width: int, **options: Any) -> Any:
     """Compile a forward pass over prompts into a new cache, for the devices of a mesh.
 
     Args:
+      config: the model configuration.
+      mesh: the mesh of abstract TPU devices.
       rows, width: the shape of the batch.
-      options: of `forward`.
+      options: further arguments of `forward`.
     """
     shape = (rows, width)
     batch = Batch(*(np.zeros(shape, kind) for kind in (np.int32, np.int32, np.uint16, np.int32)),
@@ -80,25 +82,26 @@ def decode(config: ModelConfig, mesh: Any, rows: int, slots: int, *, interventio
 
 
 def sizes(program: Any) -> dict[str, int]:
-    """Return the temporary bytes of a program, and the bytes that XLA counts as accessed."""
+    """Return a program's temporary bytes, and the bytes accessed according to XLA."""
     return {"temporaries": int(program.memory_analysis().temp_size_in_bytes),
             "bytes": int(program.cost_analysis()["bytes accessed"])}
 
 
 def per_layer(program: Any, layers: int) -> float:
-    """Return the number of kernels of a layer, the median over the layers."""
+    """Return the median number of kernels per layer."""
     found = hlo.operations(program.as_text())
     if any(op.looped and op.kind in KERNELS and "layer0" in op.scope.split("/") for op in found):
-        found = [op for op in found if op.looped]  # a step of a decode loop
+        found = [op for op in found if op.looped]  # count only the operations of a decode step
     return statistics.median(sum(op.kind in KERNELS for op in hlo.by_layer(found, i))
                              for i in range(layers))
 
 
 def score_bytes(program: Any, config: ModelConfig, width: int) -> int:
-    """Return the bytes of scores that a program writes per layer, read off its attention loops.
+    """Estimate the bytes of attention scores that a program writes per layer.
 
-    XLA's cost analysis counts the body of a loop once. This counts the results of a loop's body
-    that have at least the size of one chunk's scores in bfloat16, times the number of chunks.
+    XLA's cost analysis counts the body of a loop only once. This function adds the sizes of those
+    results in a loop's body that are at least as large as one chunk's scores in bfloat16, and
+    multiplies the sum by the number of chunks.
     """
     chunk = 2 * config.n_heads * min(width, QUERY_CHUNK) * width
     found = [op for op in hlo.operations(program.as_text()) if op.looped and op.bytes >= chunk]
@@ -106,7 +109,7 @@ def score_bytes(program: Any, config: ModelConfig, width: int) -> int:
 
 
 def attention(config: ModelConfig, mesh: Any, widths: list[int]) -> dict[str, Any]:
-    """Compile prefills of one row with both implementations of attention."""
+    """Compile prefills of one row with both attention implementations; return their sizes."""
     out: dict[str, Any] = {}
     for width in widths:
         for name in ("xla", "splash"):
@@ -123,7 +126,11 @@ def attention(config: ModelConfig, mesh: Any, widths: list[int]) -> dict[str, An
 
 def residual(config: ModelConfig, mesh: Any, rows: int, width: int, programs: list[str],
              readings: bool) -> dict[str, Any]:
-    """Compile a decode step and a prefill with every layer capped, with both implementations."""
+    """Compile programs with every layer capped, with both implementations of the edit.
+
+    Returns:
+      The sizes and the number of kernels of each program, and the overhead of the caps.
+    """
     layers, rng = config.n_layers, np.random.default_rng(0)
     cap = jp.cap(rng.normal(size=config.d_model), layers=range(layers), floor=0.0)
     read = jp.capture.projections(rng.normal(size=(READ, config.d_model)))
@@ -148,21 +155,21 @@ def residual(config: ModelConfig, mesh: Any, rows: int, width: int, programs: li
 
 
 def main() -> None:
-    """Compile the programs of one part, then print their figures."""
+    """Compile the programs of one part, then print their sizes and numbers of kernels."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("part", choices=("attention", "residual"))
     parser.add_argument("--model", default="llama-3.1-8b", help="name of a preset")
     parser.add_argument("--chip", default="v5e", choices=chips.TPUS)
-    parser.add_argument("--layers", type=int, default=3, help="layers of the compiled programs")
+    parser.add_argument("--layers", type=int, default=3, help="number of layers to compile")
     parser.add_argument("--programs", nargs="+", default=["decode", "prefill"],
                         choices=("decode", "prefill"), help="the programs of `residual`")
     parser.add_argument("--readings", action="store_true",
-                        help=f"also compile `residual` with {READ} projections at every layer")
+                        help=f"also compile `residual` with {READ} captured projections per layer")
     parser.add_argument("--widths", type=int, nargs="+", default=[2048, 4096, 8192],
-                        help="tokens of the prompts of `attention`")
-    parser.add_argument("--rows", type=int, default=32, help="rows of the decode step")
+                        help="prompt lengths of `attention` in tokens")
+    parser.add_argument("--rows", type=int, default=32, help="number of rows in the decode step")
     parser.add_argument("--width", type=int, default=2048,
-                        help="tokens of the prefill and of the cache of `residual`")
+                        help="prefill tokens and cache slots of `residual`")
     args = parser.parse_args()
     config = replace(jp.preset(args.model), n_layers=args.layers)
     devices = chips.tpu_devices(f"{args.chip}:1x1")
@@ -172,7 +179,7 @@ def main() -> None:
     found = (attention(config, mesh, args.widths) if args.part == "attention" else
              residual(config, mesh, args.rows, args.width, args.programs, args.readings))
     report(f"kernels {args.part}", args.model, args,
-           target=f"one {args.chip} chip, compiled and not run", layers=args.layers, **found)
+           target=f"one {args.chip} chip, compiled but not run", layers=args.layers, **found)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from jaxpersona.models.weight import LowRank, Weight
 
 WEIGHTS = "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
-# setting that can change the computation → values that leave the computation unchanged
+# PEFT settings that can change the computation, each with the values that leave it unchanged
 _INACTIVE: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None), "fan_in_fan_out": (False, None), "bias": ("none", None),
     "lora_bias": (False, None), "modules_to_save": (None, []), "layer_replication": (None, []),
@@ -41,16 +41,17 @@ _INACTIVE: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None, []), "use_qalora": (False, None),
     "arrow_config": (None,), "use_bdlora": (None, False),
 }
-_CHANGED_BASE = ("pissa", "olora", "loftq", "corda")  # initial values that change the base weights
+# values of init_lora_weights whose initialization also changes the base weights
+_CHANGED_BASE = ("pissa", "olora", "loftq", "corda")
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """The two factors of one weight's update, s·B·A.
+    """The low-rank update of one weight, s·B·A, as two factors.
 
     Attributes:
-      a: [r, in] float32.
-      b: [out, r] float32, already multiplied by s.
+      a: the factor A, [r, in] float32.
+      b: the factor B multiplied by s, [out, r] float32.
     """
 
     a: np.ndarray
@@ -58,18 +59,18 @@ class Pair:
 
 
 def read_adapter(folder: pathlib.Path, config: ModelConfig) -> dict[str, Pair]:
-    """Read an adapter.
+    """Read the weight updates of a LoRA adapter.
 
     Args:
       folder: a folder with `adapter_config.json` and `adapter_model.safetensors`.
       config: the configuration of the base model.
 
     Returns:
-      The update of each weight, by tensor name.
+      The update of each weight, by the weight's name in the base model's checkpoint.
 
     Raises:
-      UserError: the folder is not a LoRA adapter, uses an unsupported feature, or does not fit the
-        model; the message names the file, the key and its value.
+      UserError: the folder is not a LoRA adapter, or the adapter uses an unsupported feature or
+        does not fit the model; the message names the file and the setting or tensor.
     """
     require_folder(folder)
     if not (folder / ADAPTER).exists():
@@ -92,7 +93,8 @@ def read_adapter(folder: pathlib.Path, config: ModelConfig) -> dict[str, Pair]:
         module = name.removesuffix(".weight")
         rank = _setting(raw, "r", "rank_pattern", module, place)
         if a.shape[0] != rank:
-            raise UserError(f"{place}: r of {module} is {rank}; {WEIGHTS} has rank {a.shape[0]}")
+            raise UserError(f"{place}: r of {module} is {rank}, but its rank in {WEIGHTS} is "
+                            f"{a.shape[0]}")
         alpha = _setting(raw, "lora_alpha", "alpha_pattern", module, place)
         scale = alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
         wide = np.dtype(np.float32)
@@ -118,10 +120,10 @@ def _check_settings(raw: Mapping[str, Any], place: pathlib.Path) -> None:
 
 def _setting(raw: Mapping[str, Any], key: str, patterns: str, module: str,
              place: pathlib.Path) -> float:
-    """Return the rank or α of a module from the first matching pattern, or else the default.
+    """Return the rank or α of a module: the value of the first matching pattern, or the default.
 
-    As in PEFT, a pattern is a regular expression that must match the module's whole name, or
-    everything after one of the dots in the name.
+    As in PEFT, a pattern is a regular expression that must match the whole name of the module, or
+    the rest of the name after one of its dots.
     """
     value = raw.get(key, 8)
     table = raw.get(patterns) or {}
@@ -144,7 +146,7 @@ def _setting(raw: Mapping[str, Any], key: str, patterns: str, module: str,
 
 def _paired(entries: Mapping[str, Entry], expected: Mapping[str, names.Tensor],
             config: ModelConfig) -> tuple[dict[str, tuple[Entry, Entry]], list[str]]:
-    """Return the pairs of factors by the weight's tensor name, and a list of all mismatches."""
+    """Return the factors (A, B) of each weight by tensor name, and a list of all mismatches."""
     by_weight: dict[str, dict[str, Entry]] = {}
     faults = []
     for name, entry in sorted(entries.items()):
@@ -157,8 +159,8 @@ def _paired(entries: Mapping[str, Entry], expected: Mapping[str, names.Tensor],
         elif weight not in expected:
             faults.append(f"{name}: the model has no weight {weight}")
         elif entry.dtype not in DTYPES or len(entry.shape) != 2:
-            faults.append(f"{name}: {entry.dtype} {list(entry.shape)}; it must be a matrix in "
-                          f"{', '.join(DTYPES)}")
+            faults.append(f"{name}: dtype is {entry.dtype} and shape is {list(entry.shape)}; it "
+                          f"must be a matrix with dtype {', '.join(DTYPES)}")
         else:
             by_weight.setdefault(weight, {})[match[2]] = entry
     pairs = {}
@@ -177,7 +179,7 @@ def _paired(entries: Mapping[str, Entry], expected: Mapping[str, names.Tensor],
 
 
 def merged(params: Params, config: ModelConfig, updates: Mapping[str, Pair]) -> Params:
-    """Add updates to the weights: W + s·B·A in float32, rounded to the weight's dtype.
+    """Return parameters with updates added: W + s·B·A in float32, rounded to the weight's dtype.
 
     Raises:
       UserError: a weight that has an update is int8.
@@ -193,14 +195,15 @@ def merged(params: Params, config: ModelConfig, updates: Mapping[str, Pair]) -> 
 
 
 def add_pair(w: jax.Array, spec: Spec, pair: Pair) -> jax.Array:
-    """Add one update to an array: W + s·B·A in float32, rounded to the array's dtype."""
+    """Return W + s·B·A for one array, computed in float32 and rounded to the array's dtype."""
     return _sum(w, jax.device_put((pair.b @ pair.a).reshape(spec.shape), w.sharding))
 
 
 def attached(params: Params, config: ModelConfig, updates: Mapping[str, Pair]) -> Params:
-    """Keep updates separate from the base weights (`weight.LowRank`), which are unchanged.
+    """Return parameters in which each weight with an update is a `weight.LowRank`.
 
-    The updates have the dtype of the activations, even if the base weights are int8.
+    A `LowRank` contains the unchanged base weight and the update. The updates have the dtype of the
+    activations, even if the base weights are int8.
     """
     dtype = params.like.dtype
 
@@ -223,7 +226,7 @@ def attached(params: Params, config: ModelConfig, updates: Mapping[str, Pair]) -
 
 def _changed(params: Params, config: ModelConfig, updates: Mapping[str, Pair],
              change: Any) -> Params:
-    """Replace each weight that has an update with `change(weight, spec, update)`."""
+    """Return parameters with `change(weight, spec, update)` in place of each updated weight."""
     tensors = names.tensors(config)
 
     def one(holder: Any, layout: Any, field: str) -> Any:

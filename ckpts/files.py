@@ -1,4 +1,4 @@
-"""Atomic file writes, and readers of safetensors headers and tensors."""
+"""Atomic file writes, and functions that read and write small safetensors files."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _TEMPORARY = re.compile(r"\.(.+)\.([0-9]{1,18})\.tmp")
 
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yield a temporary path next to `path`; fsync and rename the file if the block succeeds.
+    """Yield a temporary path; if the block succeeds, fsync the file and rename it to `path`.
 
     Raises:
-      UserError: the folder cannot be written.
+      UserError: the file cannot be written.
     """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # `leftovers` parses this name
@@ -46,7 +46,8 @@ def leftovers(folder: pathlib.Path) -> list[tuple[pathlib.Path, str, int]]:
     """List the temporary files of `atomic` that killed processes left in a folder.
 
     Returns:
-      For each file: its path, the name of its target, and the id of the process that wrote it.
+      A tuple per temporary file: its path, the name of the file that it was to replace, and the id
+      of the process that wrote it.
     """
     files = []
     with os.scandir(folder) as entries:
@@ -58,7 +59,7 @@ def leftovers(folder: pathlib.Path) -> list[tuple[pathlib.Path, str, int]]:
 
 
 def parse_field(text: str, field: str, kind: type) -> Any:
-    """Parse a header field as JSON and require a `dict` or a `list`.
+    """Parse a header field as JSON and check that the value is a `kind` (`dict` or `list`).
 
     Raises:
       UserError: the text is invalid JSON, is nested too deeply, or has the wrong JSON type.
@@ -78,7 +79,8 @@ def parse_field(text: str, field: str, kind: type) -> Any:
 def scheme_of(fingerprint: Any, scheme: Any) -> int:
     """Return the version of a file's fingerprint algorithm, from its header fields.
 
-    A fingerprint without a scheme predates versioning and has scheme 1.
+    The version is 1 if the file has a fingerprint but no scheme, because files of the first version
+    do not store a scheme. It is the current `SCHEME` if the file has no fingerprint.
 
     Raises:
       UserError: `scheme` is not a positive integer.
@@ -100,7 +102,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def json_text(value: Any) -> str:
-    """Serialize to canonical JSON: sorted keys, two-space indent, final newline."""
+    """Serialize a value as JSON with sorted keys, two-space indentation and a final newline."""
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -111,9 +113,9 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray],
                   metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically; equal content always results in equal bytes.
+    """Write a safetensors file atomically, so that equal content always produces equal bytes.
 
-    Names and metadata are sorted, because the safetensors library writes them in varying order.
+    Tensors and metadata are sorted by name. The safetensors library does not guarantee their order.
     """
     with atomic(path) as temporary, open(temporary, "wb") as file:
         for piece in _pieces(tensors, metadata):
@@ -141,6 +143,9 @@ def read_tensors(path: str | os.PathLike, limit: int | None = None,
       path: the file.
       limit: maximum file size in bytes; None accepts any size.
 
+    Returns:
+      The arrays by tensor name, and the metadata.
+
     Raises:
       UserError: the file is missing, too large or invalid; the message names it.
     """
@@ -150,7 +155,7 @@ def read_tensors(path: str | os.PathLike, limit: int | None = None,
 
 def read_entries(path: str | os.PathLike,
                  limit: int | None = None) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Read a safetensors file's header: tensor entries and metadata, without the values.
+    """Read a safetensors file's header; return the tensor entries by name, and the metadata.
 
     Raises:
       UserError: as for `read_tensors`.

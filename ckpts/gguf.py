@@ -1,7 +1,8 @@
 """Control vectors in llama.cpp's GGUF format.
 
-llama.cpp adds tensor `direction.N` to the residual stream after block N (zero-based), which is
-layer N of this package. The format has no layer 0: llama.cpp rejects a `direction.0`.
+llama.cpp adds the tensor `direction.N` to the residual stream after block N (zero-based). In this
+package, this position is layer N. The format cannot store layer 0, because llama.cpp rejects a
+tensor `direction.0`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from jaxpersona.vectors.vector import CONTROL_VECTOR, Axis, Vector
 
 ARCHITECTURE = "controlvector"
 VECTOR_BYTES = 1 << 30  # maximum size of a vector file; the file for a 405B model is 8 MB
-_MAX_ELEMENTS = 1 << 16  # maximum number of elements in all arrays; `write` writes no arrays
-# stored under keys `jaxpersona.<field>`
+_MAX_ELEMENTS = 1 << 16  # maximum number of array elements in a header; `write` writes no arrays
+# fields of a `Vector` that are stored under the keys `jaxpersona.<field>`
 _OURS = ("kind", "name", "model", "fingerprint", "fingerprint_scheme", "layers", "notes")
 
 
@@ -50,7 +51,7 @@ def read(path: str | os.PathLike) -> Vector:
     require_file(path, VECTOR_BYTES)
     try:
         reader = gguf.GGUFReader(path)
-    except Exception as error:  # gguf does not check bounds; NumPy's errors would not help users
+    except Exception as error:  # gguf does not check bounds, and NumPy's errors are unclear
         raise UserError(damaged) from error
     try:
         return _build(gguf, reader, path.stem)
@@ -106,7 +107,7 @@ def _build(gguf: Any, reader: Any, stem: str) -> Vector:
     ours = {name: field(f"jaxpersona.{name}") for name in _OURS}
     layers = max(*directions, int(ours["layers"] or 0) - 1) + 1
     if layers > MAX_LAYERS:
-        raise UserError(f"jaxpersona.layers is {layers}; at most {MAX_LAYERS} are allowed")
+        raise UserError(f"jaxpersona.layers is {layers}; the maximum is {MAX_LAYERS}")
     values = np.zeros((layers, widths.pop()), np.float32)
     for number, value in directions.items():
         values[number] = value
@@ -119,7 +120,10 @@ def _build(gguf: Any, reader: Any, stem: str) -> Vector:
 
 
 def write(path: str | os.PathLike, vector: Vector) -> list[str]:
-    """Write a direction as a control vector, atomically; list the parts that GGUF cannot store.
+    """Write a direction as a control vector file, atomically.
+
+    Returns:
+      Descriptions of the parts of the direction that GGUF cannot store.
 
     Raises:
       UserError: the package gguf is not installed, the direction was measured at a site other than
@@ -129,7 +133,8 @@ def write(path: str | os.PathLike, vector: Vector) -> list[str]:
     vector.check_site("residual")
     chosen = [i for i, row in enumerate(vector.values) if i and row.any()]
     if not chosen:
-        raise UserError(f"{path}: the direction is zero above layer 0; GGUF cannot store layer 0")
+        raise UserError(f"{path}: the direction is zero at every layer above 0, and GGUF cannot "
+                        "store layer 0")
     gguf = gguf_header.import_gguf(path)
     with atomic(path) as temporary:
         writer = gguf.GGUFWriter(temporary, ARCHITECTURE)

@@ -16,8 +16,9 @@ from jaxpersona.models.nn import rope_frequencies
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
 GEMMA = ("gemma2", "gemma3")
-_27B = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models (their attention scale uses D/N)
-# keys under "<architecture>." that are read, are checked, or do not affect the computation
+# layer counts of the 27B models, whose query_pre_attn_scalar is the width divided by the head count
+_27B = {"gemma2": 46, "gemma3": 62}
+# keys under "<architecture>." that this module reads or checks, or that cannot change the output
 _KNOWN = frozenset("""
     block_count embedding_length feed_forward_length context_length vocab_size
     attention.head_count attention.head_count_kv attention.key_length attention.value_length
@@ -27,7 +28,7 @@ _KNOWN = frozenset("""
     rope.scaling.original_context_length rope.scaling.finetuned rope.scale_linear
     expert_count expert_used_count use_parallel_residual tensor_data_layout
 """.split())
-# keys that affect the computation → the value that has no effect
+# unsupported keys, each with the only accepted value, which has no effect
 _UNSUPPORTED = {"expert_count": 0, "use_parallel_residual": False, "attention.causal": True,
                 "logit_scale": 1.0, "residual_scale": 1.0, "embedding_scale": 1.0,
                 "attention.clamp_kqv": 0.0, "attention.max_alibi_bias": 0.0}
@@ -41,7 +42,7 @@ def check_architecture(name: str) -> None:
 
 
 class _Metadata:
-    """Typed access to the fields under "<architecture>."."""
+    """Typed access to the metadata fields whose keys begin with "<architecture>."."""
 
     def __init__(self, fields: Mapping[str, Any], architecture: str) -> None:
         self._fields, self._prefix = fields, architecture + "."
@@ -61,7 +62,7 @@ class _Metadata:
         return value
 
     def real(self, key: str) -> float | None:
-        """Return a float32 field as the shortest decimal that rounds to it, such as 1e-05."""
+        """Return a float32 field as the shortest decimal that rounds to it, or None if missing."""
         value = self.get(key)
         if value is None:
             return None
@@ -77,12 +78,12 @@ class _Metadata:
 
 def to_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
               rope_divisors: np.ndarray | None, place: str) -> ModelConfig:
-    """Convert the metadata of a GGUF model.
+    """Convert the metadata of a GGUF model to a configuration.
 
     Args:
       fields: the metadata, including `general.architecture`.
       shapes: the shapes of the tensors, by GGUF name.
-      rope_divisors: [H/2] divisors of the rotary frequencies (`rope_freqs.weight`), if any.
+      rope_divisors: [H/2], the divisors of the rotary frequencies (`rope_freqs.weight`), or None.
       place: the file's name, for warnings.
 
     Raises:
@@ -96,7 +97,8 @@ def to_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
     for key, neutral in _UNSUPPORTED.items():
         value = data.get(key)
         if value is not None and (type(value) not in (int, float, bool) or value != neutral):
-            raise UserError(f"{architecture}.{key} is {reprlib.repr(value)}; it is not supported")
+            raise UserError(f"{architecture}.{key} is {reprlib.repr(value)}; this value is not "
+                            "supported")
     if unknown := [key for key in data.unknown()
                    if key.removeprefix(architecture + ".") not in _UNSUPPORTED]:
         warnings.warn(f"{place}: ignored unknown fields {reprlib.repr(unknown)}", UserWarning,
@@ -156,7 +158,7 @@ def _is_mistral(fields: Mapping[str, Any], data: _Metadata) -> bool:
 
 
 def _scaling(data: _Metadata) -> dict[str, Any] | None:
-    """Return the scaling of the rotary frequencies, as in a config.json."""
+    """Return the `rope_scaling` of a config.json; None if the frequencies are not scaled."""
     kind, factor = data.get("rope.scaling.type"), data.real("rope.scaling.factor")
     if kind is not None and not isinstance(kind, str):
         raise UserError(f"rope.scaling.type is {reprlib.repr(kind)}; it must be a string")
@@ -167,15 +169,16 @@ def _scaling(data: _Metadata) -> dict[str, Any] | None:
         return None
     if kind == "linear":
         return {"rope_type": "linear", "factor": 1.0 if factor is None else factor}
-    raise UserError(f"rope.scaling.type is {kind!r:.80}; supported are none and linear, and Llama "
-                    "3's scaling in the tensor rope_freqs.weight")
+    raise UserError(f"rope.scaling.type is {kind!r:.80}; supported are none and linear, and, for "
+                    "Llama 3's scaling, the tensor rope_freqs.weight")
 
 
 def _llama3(divisors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any] | None:
-    """Return the parameters of Llama 3's frequency scaling that result in these divisors.
+    """Return the Llama 3 `rope_scaling` of a config.json that produces these divisors.
 
     Multiplying `original_max_position_embeddings` and both frequency factors by the same number
-    does not change the result, so the low frequency factor is 1 here, as in all released models.
+    does not change the divisors. The low frequency factor is therefore set to 1, as in all released
+    models. The result is None if all divisors are 1.
     """
     divisors = np.asarray(divisors, np.float64)
     if divisors.shape != (head_dim // 2,) or not (np.isfinite(divisors) & (divisors > 0)).all():
@@ -215,7 +218,7 @@ def _llama3(divisors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any]
 
 
 def _windows(data: _Metadata, family: str, layers: int) -> dict[str, Any]:
-    """Return `sliding_window` and `layer_types`, as in a config.json."""
+    """Return the config.json fields of the sliding window, such as `layer_types`."""
     if family == "llama":
         return {}
     pattern = data.get("attention.sliding_window_pattern")
@@ -236,7 +239,7 @@ def _windows(data: _Metadata, family: str, layers: int) -> dict[str, Any]:
         sliding = [True] * layers
     else:
         raise UserError(f"attention.sliding_window is {window} without "
-                        "attention.sliding_window_pattern; the layers with a window are unknown")
+                        "attention.sliding_window_pattern, so the layers with a window are unknown")
     raw: dict[str, Any] = {"sliding_window": window, "layer_types": [
         "sliding_attention" if one else "full_attention" for one in sliding]}
     return raw | ({"use_sliding_window": any(sliding)} if family.startswith("qwen") else {})
@@ -248,7 +251,7 @@ def _gemma(data: _Metadata, architecture: str, width: int, heads: int, layers: i
     scale = data.real("attention.scale")
     if scale is not None and scale > 0:
         scalar = scale**-2
-    else:  # missing from the file, so derived from the number of layers, as in llama.cpp
+    else:  # as in llama.cpp, a missing scale is derived from the number of layers
         scalar = width / heads if layers == _27B[architecture] else head_dim
     raw: dict[str, Any] = {"query_pre_attn_scalar": scalar}
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):

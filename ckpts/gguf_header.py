@@ -1,8 +1,8 @@
-"""Headers of GGUF files, read with bounds checks: metadata fields and the table of tensors.
+"""Read the headers of GGUF files (metadata fields and tensor infos) with bounds checks.
 
-A header contains counts, fields (key, type, value) and one entry per tensor (name, dimensions,
-type, offset). The gguf package allocates an object per declared array element without checking the
-file size, so every count and length is checked here first.
+A header contains counts, fields (key, type, value) and one tensor info per tensor (name,
+dimensions, type, offset). The gguf package allocates an object per declared array element without
+checking the file size, so every count and length is checked here first.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ ARCHITECTURE_KEY = "general.architecture"
 MAX_FIELDS = 1 << 16
 _MAX_DIMENSIONS = 4
 _STRING, _ARRAY = 8, 9
-# struct formats by type id
+# format characters of `struct` by the id of the GGUF type
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
             12: "d"}
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """An entry of the table of tensors.
+    """The declaration of one tensor in a GGUF header.
 
     Attributes:
       name: the tensor's name.
@@ -59,7 +59,7 @@ def import_gguf(path: pathlib.Path) -> Any:
 
 @contextlib.contextmanager
 def mapped(path: pathlib.Path) -> Iterator[mmap.mmap]:
-    """Map a GGUF file into memory, read-only.
+    """Yield a read-only memory map of a GGUF file.
 
     Raises:
       struct.error: the file is too short for a GGUF header.
@@ -87,10 +87,11 @@ class HeaderReader:
         """Read the version and the numbers of tensors and fields.
 
         Args:
-          data: the file.
+          data: the memory map of the file.
           max_elements: the maximum number of elements in all arrays together.
 
         Raises:
+          struct.error: the file is not a GGUF file.
           UserError: the file is in big-endian byte order.
         """
         self._data, self._size = data, len(data)
@@ -99,8 +100,9 @@ class HeaderReader:
         if data[:4] != b"GGUF":
             raise struct.error("not a GGUF file")
         self.version = self._number("I")
-        if self.version & 0xFFFF == 0:  # a small number in the other byte order
-            raise UserError("big-endian byte order is not supported; convert the file")
+        if self.version & 0xFFFF == 0:  # a small number with swapped bytes
+            raise UserError("big-endian byte order is not supported; convert the file to "
+                            "little-endian")
         self.n_tensors, self.n_fields = self._number("Q"), self._number("Q")
 
     def read_fields(self, check_architecture: Callable[[str], None], *,
@@ -108,16 +110,18 @@ class HeaderReader:
         """Read the metadata fields.
 
         Args:
-          check_architecture: called with the architecture before later fields are read; raises if
-            it is not supported.
-          keep: keys of string arrays to return; None returns `general.architecture` alone.
+          check_architecture: called with the architecture before later fields are read; it must
+            raise an error if the architecture is not supported.
+          keep: the keys of the string arrays to return. If None, only the field
+            `general.architecture` is returned.
           count: the number of fields to read; None reads all.
 
         Returns:
           Values by key: numbers, booleans, strings, NumPy arrays, and lists of strings.
 
         Raises:
-          UserError: a count exceeds a limit, or a type is unknown.
+          UserError: a count exceeds its limit, a type is not supported, or a returned field is
+            declared twice.
         """
         fields: dict[str, Any] = {}
         for _ in range(self.n_fields if count is None else count):
@@ -129,7 +133,7 @@ class HeaderReader:
             elif kind in _SCALARS:
                 value = self._number(_SCALARS[kind])
             else:
-                raise UserError(f"a field has unknown type {kind}")
+                raise UserError(f"a field has the unknown type {kind}")
             if key == ARCHITECTURE_KEY and kind == _STRING:
                 check_architecture(value)
             if value is not None and (keep is not None or key == ARCHITECTURE_KEY):
@@ -139,10 +143,10 @@ class HeaderReader:
         return fields
 
     def read_tensors(self, max_elements: int | None = None) -> list[TensorInfo]:
-        """Read the table of tensors, which follows the fields.
+        """Read the tensor infos, which follow the metadata fields.
 
         Args:
-          max_elements: the maximum number of elements in all tensors together.
+          max_elements: the maximum number of elements in all tensors together; None sets no limit.
 
         Raises:
           UserError: a tensor has too many dimensions, or the tensors have too many elements.
@@ -162,13 +166,16 @@ class HeaderReader:
         return infos
 
     def _array(self, keep: bool) -> Any:
-        """Read an array: numbers as a NumPy array, strings as a list (None unless `keep`)."""
+        """Read an array of numbers (as a NumPy array) or of strings (as a list).
+
+        Unless `keep` is true, strings are skipped, and the result is None.
+        """
         kind, count = self._number("I"), self._number("Q")
         if count > self._max_elements:
             raise UserError(f"an array declares {count} elements; the limit is "
                             f"{self._max_elements}")
         self._elements += count
-        if self._elements > self._max_elements:  # gguf allocates an object per element
+        if self._elements > self._max_elements:  # the gguf package would allocate this many objects
             raise UserError(f"the arrays declare at least {self._elements} elements; the limit is "
                             f"{self._max_elements}")
         if kind == _ARRAY:
@@ -180,7 +187,7 @@ class HeaderReader:
                 self._skip(self._number("Q"))
             return None
         if kind not in _SCALARS:
-            raise UserError(f"a field has unknown type {kind}")
+            raise UserError(f"a field has the unknown type {kind}")
         dtype = np.dtype("<" + _SCALARS[kind])
         start = self.at
         self._skip(count * dtype.itemsize)

@@ -1,9 +1,9 @@
 """GGUF model files: headers, tensors and dequantization.
 
-The package gguf dequantizes every tensor in blocks of rows, directly into an array of the target
-dtype. Two changes by llama.cpp's converter are reversed: for architecture "llama", the rows of Q
-and K are permuted back to Hugging Face's order; for Gemma, the 1 that was added to norm weights is
-subtracted.
+The gguf package dequantizes each tensor a few rows at a time, and the values are cast directly into
+an array of the target dtype. Two changes that llama.cpp's converter makes are reversed. For the
+architecture "llama", the rows of the query and key weights are permuted back to Hugging Face's
+order. For Gemma, the 1 that the converter adds to norm weights is subtracted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TOKENIZER_ARRAYS = tuple(f"tokenizer.ggml.{key}" for key in
                          ("tokens", "scores", "token_type", "merges"))
 ROPE_DIVISORS = "rope_freqs.weight"
 _MAX_TENSORS = 32 * MAX_LAYERS  # maximum number of tensors; Gemma 3 has 13 per layer
-_MAX_ELEMENTS = 1 << 22  # maximum for all metadata arrays; Llama 4's tokenizer has 0.9 million
+_MAX_ELEMENTS = 1 << 22  # maximum number of array elements; Llama 4's tokenizer has 0.9 million
 _MAX_PARTS = 1024
 _BLOCK = 1 << 20  # number of elements to dequantize at once
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
@@ -51,7 +51,12 @@ _POST_NORMS = {"post_attention_layernorm": "post_attention_norm",
 
 
 def gguf_name(name: str, post_norms: bool) -> str:
-    """Return the GGUF name of a tensor from its Hugging Face name."""
+    """Return the GGUF name of a tensor.
+
+    Args:
+      name: the tensor's Hugging Face name.
+      post_norms: whether the family normalizes attention and MLP outputs (`ModelConfig`).
+    """
     if name in _TOP:
         return _TOP[name]
     layer, _, rest = name.removeprefix("model.layers.").partition(".")
@@ -69,7 +74,7 @@ class Quantized:
       shape: the shape in elements, in C order.
       block: the number of elements in a quantization block.
       block_bytes: the size of a block in bytes.
-      entry: the location of the raw bytes, as the entry of a uint8 tensor [rows, bytes per row].
+      entry: the location of the raw bytes, described as a uint8 tensor [rows, bytes per row].
     """
 
     kind: Any
@@ -81,7 +86,7 @@ class Quantized:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """An opened GGUF model: configuration, metadata and a source of its tensors."""
+    """The configuration, the metadata and the tensor source of a GGUF model."""
 
     path: pathlib.Path
     config: ModelConfig
@@ -115,7 +120,7 @@ def open_checkpoint(path: pathlib.Path) -> Checkpoint:
 
 
 def _read_divisors(tensor: Quantized, gguf: Any) -> np.ndarray:
-    """Read the divisors of the rotary frequencies [H/2]."""
+    """Read the divisors of the rotary frequencies, [H/2] float32."""
     if len(tensor.shape) != 1 or not 1 <= tensor.shape[0] <= 1 << 16:
         raise UserError(f"{ROPE_DIVISORS} has shape {list(tensor.shape)}; it must be [H/2]")
     with np.errstate(all="ignore"):
@@ -136,14 +141,14 @@ def _read_parts(path: pathlib.Path, gguf: Any) -> tuple[dict[str, Any], dict[str
                         f"NAME-00001-of-{count:05d}.gguf and so on")
     part_names = [f"{matched[1]}-{i + 1:05d}-of-{count:05d}.gguf" for i in range(count)]
     if fields.get("split.no") != 0 or path.name != part_names[0]:
-        raise UserError(f"{path}: not the first of its {count} parts; give {part_names[0]}")
+        raise UserError(f"{path}: this is not the first of the {count} parts; give {part_names[0]}")
     for number, name in enumerate(part_names[1:], 1):
         part = path.with_name(name)
         require_file(part)
         of_part, more = _read_part(part, gguf)
         if of_part.get("split.no") != number or of_part.get("split.count") != count:
             raise UserError(f"{part}: split.no is {of_part.get('split.no')!r:.40} and split.count "
-                            f"{of_part.get('split.count')!r:.40}; expected {number} and {count}")
+                            f"is {of_part.get('split.count')!r:.40}; expected {number} and {count}")
         if both := set(tensors) & set(more):
             raise UserError(f"{part}: contains {some(both)}, which another part also contains")
         tensors |= more
@@ -161,7 +166,8 @@ def _read_part(path: pathlib.Path, gguf: Any) -> tuple[dict[str, Any], dict[str,
         with gguf_header.mapped(path) as data:
             header = HeaderReader(data, _MAX_ELEMENTS)
             if header.version not in (2, 3):
-                raise UserError(f"GGUF version {header.version}; versions 2 and 3 are supported")
+                raise UserError(f"GGUF version {header.version} is not supported; the "
+                                "supported versions are 2 and 3")
             if header.n_tensors > _MAX_TENSORS or header.n_fields > gguf_header.MAX_FIELDS:
                 raise UserError(f"the header declares {header.n_tensors} tensors and "
                                 f"{header.n_fields} fields; the limits are {_MAX_TENSORS} and "
@@ -194,8 +200,8 @@ def _locate(path: pathlib.Path, infos: list[TensorInfo], start: int, size: int,
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         columns = info.shape[-1] if info.shape else 1
         if columns % block:
-            raise UserError(f"{info.name:.80}: rows of {columns} elements are not a multiple of "
-                            f"{kind.name}'s blocks of {block}")
+            raise UserError(f"{info.name:.80}: the row length {columns} is not a multiple of "
+                            f"{kind.name}'s block size {block}")
         rows, row_bytes = math.prod(info.shape[:-1]), columns // block * block_bytes
         at = start + info.offset
         if at + rows * row_bytes > size:
@@ -214,7 +220,7 @@ def _locate(path: pathlib.Path, infos: list[TensorInfo], start: int, size: int,
 
 
 def _kind(info: TensorInfo, gguf: Any) -> Any:
-    """Return a tensor's `gguf.GGMLQuantizationType`; raise if gguf cannot dequantize it."""
+    """Return a tensor's `gguf.GGMLQuantizationType`; check that gguf can dequantize it."""
     known = {int(kind): kind for kind in gguf.GGML_QUANT_SIZES}
     kind = known.get(info.kind)
     if kind is None or not _dequantizes(kind, gguf):
@@ -234,11 +240,11 @@ def _dequantizes(kind: Any, gguf: Any) -> bool:
 
 
 class GgufSource:
-    """A `source.TensorSource` of a GGUF model's tensors, by their Hugging Face names."""
+    """A `source.TensorSource` for the tensors of a GGUF model, by Hugging Face name."""
 
     def __init__(self, tensors: Mapping[str, Quantized], config: ModelConfig, architecture: str,
                  gguf: Any) -> None:
-        """Match the tensors with the configuration.
+        """Check that the tensors match the configuration.
 
         Raises:
           UserError: tensors are missing or unexpected, or have the wrong shape.
@@ -268,8 +274,8 @@ class GgufSource:
              dtype: np.dtype | None) -> np.ndarray:
         """Read and dequantize a tensor or a part of it (see `TensorSource.read`).
 
-        Quantization blocks entirely outside `index` are not read. If `dtype` is None, the result is
-        float32.
+        Only the quantization blocks of a matrix that overlap `index` are read, plus the remaining
+        rows of a head if the rows are permuted. If `dtype` is None, the result is float32.
 
         Raises:
           UserError: the file cannot be read, or was truncated after its header was read.
@@ -290,7 +296,7 @@ class GgufSource:
                 np.copyto(out, values[slice(*bounds[0])], casting="unsafe")
                 return out
             (first, last), columns = bounds
-            unit = self._head_dim if permuted else 1  # rows are permuted within each head
+            unit = self._head_dim if permuted else 1  # rows are permuted only within a head
             step = -(-_BLOCK // max(tensor.shape[1] * unit, 1)) * unit
             for start in range(first // unit * unit, last, step):
                 stop = min(start + step, -(-last // unit) * unit)
@@ -305,7 +311,8 @@ class GgufSource:
         """Read a matrix of type Q8_0 without dequantizing it; return None for other types.
 
         Returns:
-          int8 [rows, columns] and the scales of blocks of 32 columns, float16 [rows, columns / 32].
+          The values, int8 [rows, columns], and the scale of each block of 32 columns, float16
+          [rows, columns / 32].
 
         Raises:
           UserError: the file cannot be read, or was truncated after its header was read.
@@ -324,9 +331,9 @@ class GgufSource:
         return value, scale
 
     def _stored_rows(self, first: int, last: int) -> np.ndarray:
-        """Return the rows of the file that contain rows `first` to `last` of Hugging Face's order.
+        """Return the indices in the file of rows `first` to `last` − 1 of the Hugging Face tensor.
 
-        llama.cpp interleaves the two halves of each head's rows.
+        In the file, the two halves of each head's rows are interleaved.
         """
         row = np.arange(first, last)
         head, within = np.divmod(row, self._head_dim)

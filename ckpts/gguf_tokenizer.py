@@ -1,8 +1,9 @@
 """Tokenizers from the metadata of GGUF models, built with the tokenizers library.
 
-transformers' own conversion imports PyTorch, so it is not used. Two kinds of vocabularies exist:
-"gpt2" (byte-level BPE with merges; `tokenizer.ggml.pre` names the regular expression that splits
-texts) and "llama" (SentencePiece BPE; merges are derived from the scores).
+The GGUF conversion in transformers is not used, because it imports PyTorch. Two types of
+vocabularies are supported: "gpt2" (byte-level BPE with merges; `tokenizer.ggml.pre` selects the
+regular expressions that split texts) and "llama" (SentencePiece BPE; missing merges are derived
+from the scores).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.extras import require
 
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
-_MAX_LENGTH = 1024  # maximum characters per token; deriving merges is quadratic in this length
+_MAX_LENGTH = 1024  # maximum characters per token, because merges are derived in quadratic time
 _NAMED = {"bos_token": "bos_token_id", "eos_token": "eos_token_id",
           "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
 _STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -36,7 +37,7 @@ _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",)
-# tokenizer.ggml.pre → regular expressions to apply in order, as in llama.cpp
+# regular expressions by tokenizer.ggml.pre, applied in order, as in llama.cpp
 _SPLITS = {
     "default": _GPT2, "gpt-2": _GPT2, "phi-2": _GPT2, "olmo": _GPT2,
     "smollm": _DIGITS, "starcoder": _DIGITS, "refact": _DIGITS, "command-r": _DIGITS,
@@ -44,15 +45,22 @@ _SPLITS = {
     "smaug-bpe": _LLAMA3, "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "megrez": _QWEN2,
     "tekken": _TEKKEN,
 }
-# vocabularies that do not split a word that is itself a token, and that begin a text with BOS
+# values of tokenizer.ggml.pre whose tokenizers prepend BOS and do not split a word that is a token
 _WHOLE_WORDS = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"})
 
 
 def build(fields: Mapping[str, Any]) -> Any:
-    """Return a transformers tokenizer with the file's chat template, or None without a vocabulary.
+    """Build a transformers tokenizer with the file's chat template.
+
+    Args:
+      fields: the GGUF metadata.
+
+    Returns:
+      The tokenizer, or None if the metadata contains no vocabulary.
 
     Raises:
-      UserError: the vocabulary is malformed or of an unsupported kind.
+      UserError: the vocabulary is malformed, its type is not supported, or transformers is not
+        installed.
     """
     tokens = fields.get("tokenizer.ggml.tokens")
     if tokens is None:
@@ -83,7 +91,7 @@ def build(fields: Mapping[str, Any]) -> Any:
 
 
 def stop_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the ids that end a reply: those of the metadata, then known control tokens."""
+    """Return the ids of stop tokens: those in the metadata, then those of known control tokens."""
     tokens = fields.get("tokenizer.ggml.tokens") or []
     found = [fields[f"tokenizer.ggml.{key}"] for key in _STOP_KEYS
              if _token(fields, key, tokens) is not None]
@@ -99,8 +107,8 @@ def _token(fields: Mapping[str, Any], key: str, tokens: Sequence[str]) -> str | 
     if number is None:
         return None
     if type(number) is not int or not 0 <= number < len(tokens):
-        raise UserError(f"tokenizer.ggml.{key} is {reprlib.repr(number)}; the vocabulary has "
-                        f"{len(tokens)} tokens")
+        raise UserError(f"tokenizer.ggml.{key} is {reprlib.repr(number)}; it must be the id "
+                        f"of one of the {len(tokens)} tokens")
     return tokens[number]
 
 
@@ -143,7 +151,7 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], gemma: bool,
                    unknown: str | None) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    if gemma:  # Gemma's tokens of several spaces are stored with spaces instead of ▁
+    if gemma:  # Gemma's tokens of several spaces contain spaces in GGUF files, not ▁
         tokens = ["▁" * len(t) if " " in t and not t.strip() else t for t in tokens]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if "tokenizer.ggml.merges" in fields:
@@ -197,7 +205,7 @@ def _add_tokens(backend: Any, fields: Mapping[str, Any], tokens: list[str]) -> N
 
 def _add_ends(backend: Any, fields: Mapping[str, Any], named: Mapping[str, str | None],
               tokens: list[str]) -> None:
-    """Add the tokens that begin and end every text, if the metadata requires them."""
+    """Configure the tokenizer to add BOS and EOS to every text, as the metadata specifies."""
     from tokenizers.processors import TemplateProcessing
 
     sentencepiece = fields["tokenizer.ggml.model"] == "llama"

@@ -73,7 +73,7 @@ def _has_other_head(entries: Mapping[str, Entry]) -> bool:
     """Return whether the embedding and the head have equal shapes but different values."""
     embed, head = entries.get(EMBED), entries.get(HEAD)
     if embed is None or head is None or embed.shape != head.shape:
-        return False  # `load` reports the mismatch of shapes
+        return False  # `load` reports different shapes as an error
     if not {embed.dtype, head.dtype} <= set(DTYPES):
         return False
     pairs = zip(tensorfile.read_pieces(embed), tensorfile.read_pieces(head), strict=True)
@@ -82,7 +82,7 @@ def _has_other_head(entries: Mapping[str, Entry]) -> bool:
 
 
 def _without_config(folder: pathlib.Path) -> str:
-    """Describe a folder without config.json and how to turn it into a model folder."""
+    """Return the error message for a folder without config.json, with a fix if one is known."""
     path = folder / ADAPTER
     if path.exists():
         raw = read_json(path)
@@ -98,7 +98,7 @@ def _without_config(folder: pathlib.Path) -> str:
                 "FOLDER).merge_and_unload().save_pretrained(NEW), save the tokenizer there too, "
                 "and load NEW")
     if (folder / "params.json").exists():
-        return ("not in the Hugging Face layout (params.json without config.json: the original "
+        return ("not in the Hugging Face layout (params.json without config.json is the original "
                 "release layout); convert it with transformers, or load it from the hub")
     if found := sorted(path.name for path in folder.glob("*.gguf")):
         return f"not a model folder (no config.json); to load {found[0]}, give the file's path"
@@ -108,7 +108,7 @@ def _without_config(folder: pathlib.Path) -> str:
 def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *,
          dtype: DTypeLike | None = None,
          mesh: Mesh | None = None, progress: Progress | None = None) -> Params:
-    """Load the parameters of a folder.
+    """Load the parameters of a model folder.
 
     Args:
       folder: a folder with `model.safetensors`, or with shards and their index.
@@ -129,7 +129,7 @@ def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *,
 
 
 def open_source(folder: pathlib.Path, config: ModelConfig) -> SafetensorsSource:
-    """Read and check the headers of a folder's weights.
+    """Check the headers of a folder's weight files, and return a source of its tensors.
 
     Raises:
       UserError: the files are invalid; one message lists every error.
@@ -140,7 +140,7 @@ def open_source(folder: pathlib.Path, config: ModelConfig) -> SafetensorsSource:
 
 
 class SafetensorsSource:
-    """A `source.TensorSource` of the tensors in safetensors files."""
+    """A `source.TensorSource` for tensors in safetensors files."""
 
     def __init__(self, entries: Mapping[str, Entry]) -> None:
         self.entries = entries
@@ -172,8 +172,8 @@ def verify(folder: str | pathlib.Path, sha256: Mapping[str, str] | None = None) 
     """Check a folder without loading it: file sizes, headers, index, tensor shapes and hashes.
 
     Args:
-      folder: the folder.
-      sha256: expected hexadecimal digests by file name.
+      folder: the model folder.
+      sha256: the expected hexadecimal digests by file name.
 
     Returns:
       The size in bytes of every weight file, by name.
@@ -202,11 +202,11 @@ def verify(folder: str | pathlib.Path, sha256: Mapping[str, str] | None = None) 
 
 
 def _tensors(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Entry], list[str]]:
-    """Return the folder's tensors and every mismatch with the configuration."""
+    """Return the entries of a folder's tensors by name, and a list of all errors."""
     entries, faults = read_entries(folder)
     if config.tied_embeddings and EMBED not in entries and HEAD in entries:
         entries[EMBED] = entries[HEAD]  # some writers store a shared tensor under one name only
-    if entries or not faults:  # an unreadable folder already has a fault
+    if entries or not faults:  # else all tensors would be listed as missing
         faults += _mismatches(entries, config)
     if not faults and config.tied_embeddings and _has_other_head(entries):
         faults.append(f"{HEAD}: differs from {EMBED}, but config has tied_embeddings=True; "
@@ -250,14 +250,14 @@ def save(folder: str | pathlib.Path, params: Params, config: ModelConfig, *,
     """Write a folder that transformers and `load` can read.
 
     Files are written under temporary names and renamed when all are complete. config.json is
-    renamed last, so an interrupted save leaves no loadable model.
+    renamed last, so an interrupted save to a new folder leaves no loadable model.
 
     Args:
-      folder: created if missing.
+      folder: the folder to write; created if missing.
       params: the parameters, in the dtype to write.
       config: the model configuration.
-      shard_bytes: maximum size of a weight file in bytes.
-      extra_config: additional entries of config.json.
+      shard_bytes: the maximum size of a weight file in bytes. A larger tensor has its own file.
+      extra_config: additional fields for config.json.
 
     Raises:
       UserError: the parameters do not match the configuration, or the folder is not writable.

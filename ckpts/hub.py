@@ -1,4 +1,4 @@
-"""Download repositories of the Hugging Face hub, or find them in its local cache."""
+"""Download repositories from the Hugging Face hub, or find them in the local cache."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ _NOT_FETCHED = ("consolidated*.safetensors", "adapter_model*.safetensors", "*/*.
 def download(name: str, revision: str | None) -> pathlib.Path:
     """Download a hub repository, or find it in the local cache; return its folder.
 
+    Args:
+      name: the repository, "owner/name".
+      revision: a branch, tag or commit; None uses the default branch.
+
     Raises:
-      UserError: the repository is gated, missing or unreachable; the message states the reason.
+      UserError: the repository is gated, missing or unreachable, or huggingface_hub is not
+        installed; the message states the reason.
     """
-    require("huggingface_hub", f"{name}: models of the hub need huggingface_hub")
+    require("huggingface_hub", f"{name}: downloads from the hub need huggingface_hub")
     from huggingface_hub import constants, errors, snapshot_download
 
     at = f"{name}@{revision}" if revision else name
@@ -34,8 +39,8 @@ def download(name: str, revision: str | None) -> pathlib.Path:
         raise UserError(f"{at}: unknown revision; give a branch, tag or commit of the "
                         "repository") from None
     except errors.RepositoryNotFoundError:
-        raise UserError(f"{at}: no such folder and no such hub repository (private ones need "
-                        "`hf auth login`)") from None
+        raise UserError(f"{at}: no such folder and no such hub repository (private "
+                        "repositories need `hf auth login`)") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no network"
         raise UserError(f"{at}: no such folder, not in the local hub cache, and the hub is "
@@ -43,4 +48,4 @@ def download(name: str, revision: str | None) -> pathlib.Path:
     except (errors.HFValidationError, errors.HfHubHTTPError, errors.EntryNotFoundError,
             OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{at}: not a folder, and downloading failed ({reason})") from None
+        raise UserError(f"{at}: no such folder, and the download failed ({reason})") from None

@@ -1,6 +1,6 @@
-"""Load a model by name: a folder, a GGUF file, the embedded model, random weights, or the hub.
+"""Load a model from a folder, a GGUF file or the hub, the embedded model, or random weights.
 
-Optional libraries are imported on demand: random weights need neither transformers nor a network.
+Optional packages are imported only for the sources that need them, such as gguf for GGUF files.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import DTypeLike
 
-# generation_config.json settings that transformers' generate supports and this package ignores →
-# the value that has no effect (null never has an effect)
+# settings of generation_config.json that transformers' generate supports and this package ignores,
+# each with the value that has no effect (null never has an effect)
 _UNFOLLOWED = {
     "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
@@ -66,7 +66,8 @@ _UNFOLLOWED = {
     "exponential_decay_length_penalty": None, "watermarking_config": None, "dola_layers": None,
     "remove_invalid_values": False, "renormalize_logits": False, "token_healing": False,
 }
-# settings that matter only if do_sample is true → values to ignore: no effect, or the default
+# settings used only if do_sample is true, each with the values that cause no warning, because they
+# have no effect or are transformers' default
 _SAMPLED = {"top_k": (0, 50), "min_p": (0, 0.0), "top_h": ()}
 _MINI_VOCABULARY = 1024
 _T = TypeVar("_T")
@@ -83,28 +84,29 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
     """Load a model and enable the on-disk compilation cache (`compile_cache`).
 
     Args:
-      source: a folder in the Hugging Face layout or written by `ckpts.orbax.save`; a GGUF file
-        or the first of its parts, dequantized on loading (llama.cpp's architectures llama, which
-        includes Mistral, qwen2, qwen3, gemma2 and gemma3); "mini", the embedded model;
-        "random:<preset>", random weights in a preset's shapes; or a hub repository, "owner/name"
-        or "owner/name@revision".
-      mesh: shards the parameters over devices. `Model.mesh` is this mesh adapted to the model
-        (`sharding.fit`) and may have an additional axis. Under `jax.set_mesh`, functions that take
-        a model accept either mesh; functions that take parameters need `Model.mesh`.
-      dtype: "float32", "bfloat16" or "float16". Default: float32 if the parameters are on a CPU
-        (by `mesh` or `jax.default_device`), else bfloat16. Gemma 2 and 3 reject float16, because
-        their activations exceed the range of float16. "int8" quantizes the matrices with a scale
-        per output channel (`int8.Int8`); norms and biases stay floats. The int8 model has the
-        fingerprint of the float weights. On one CPU, tensors of GGUF type Q8_0 keep their
-        block scales.
+      source: a path or a name. A path is a folder in the Hugging Face layout, a folder that
+        `ckpts.orbax.save` wrote, or a GGUF file (of a split model, the first part). GGUF files are
+        dequantized; the supported architectures of llama.cpp are llama (which includes Mistral),
+        qwen2, qwen3, gemma2 and gemma3. A name is "mini" (the embedded model), "random:<preset>"
+        (random weights in the shapes of a preset), or a hub repository, "owner/name" or
+        "owner/name@revision".
+      mesh: the mesh over which to shard the parameters. `Model.mesh` is this mesh adapted to the
+        model (`sharding.fit`) and may have an additional axis. Under `jax.set_mesh`, functions that
+        take a model accept either mesh, but functions that take parameters need `Model.mesh`.
+      dtype: "float32", "bfloat16", "float16" or "int8". Default: float32 if the parameters are on a
+        CPU (according to `mesh` or `jax.default_device`), else bfloat16. Float16 raises an error
+        for Gemma 2 and 3, because their activations exceed its range. Int8 quantizes the matrices
+        with a scale per output channel (`int8.Int8`), but not norms and biases. The int8 model has
+        the fingerprint of the float weights. On a CPU without a mesh, tensors of GGUF type Q8_0
+        keep their block scales.
       progress: called with (bytes read so far, total bytes).
-      revision: branch, tag or commit of the hub repository; only a commit is immutable.
-      adapter: the folder of a LoRA adapter in the format of PEFT for this model.
-      merge: whether to add the adapter to the weights, before they are quantized. False keeps the
+      revision: a branch, tag or commit of the hub repository; only a commit is immutable.
+      adapter: the folder of a LoRA adapter for this model, in PEFT's format.
+      merge: whether to add the adapter to the weights before they are quantized. False keeps the
         adapter separate (`weight.LowRank`), so that the base weights are not rounded again.
-      activations: with dtype="int8", the dtype of the computation; default: as for `dtype`.
-      tables: with dtype="int8", whether the embedding and the output head are "int8" (default) or
-        "float", in the dtype of the activations.
+      activations: with dtype="int8", the dtype of the activations; the default is that of `dtype`.
+      tables: with dtype="int8", the form of the embedding and the output head: "int8" (default), or
+        "float" for the dtype of the activations.
 
     Raises:
       UserError: the model or adapter is missing, invalid or unsupported; the message states the
@@ -126,7 +128,7 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
     if folder is None:
         return model
     params = model.params
-    if not (merge and form.int8):  # with int8, the adapter was merged before the quantization
+    if not (merge and form.int8):  # for int8, `_load` merges the adapter before quantization
         updates = read_adapter(folder, model.config)
         params = (merged if merge else attached)(params, model.config, updates)
     return dataclasses.replace(model, params=params, name=f"{model.name}+{folder.name}")
@@ -134,7 +136,7 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
 
 def _load(source: str | os.PathLike[str], mesh: Mesh | None, kind: Form,
           progress: Progress | None, revision: str | None) -> Model:
-    """Load a model without an adapter, or int8 weights with an adapter merged (see `load`)."""
+    """Load a model (see `load`); merge the adapter only if the weights are quantized."""
     if not isinstance(source, (str, os.PathLike)):
         raise UserError(f"source is {source!r:.60}; give a folder or a model's name")
     use_compile_cache()
@@ -162,7 +164,7 @@ def _load(source: str | os.PathLike[str], mesh: Mesh | None, kind: Form,
         raise UserError(f"{name}: no such folder{meant}; a model is a folder, a .gguf file, "
                         "owner/name on the hub, mini or random:<preset>")
     if pinned and revision not in (None, pinned):
-        raise UserError(f"two revisions ({name} and revision {revision!r}); give one")
+        raise UserError(f"two revisions are given ({name} and {revision!r}); give only one")
     return _folder(download(repository, pinned or revision), name, kind, mesh, progress)
 
 
@@ -190,7 +192,7 @@ def _default_dtype(mesh: Mesh | None) -> np.dtype:
 
 
 def _check_range(config: ModelConfig, dtype: np.dtype, name: str) -> None:
-    """Raise if the family's activations overflow the requested float16."""
+    """Raise UserError if `dtype` is float16 and the family's activations exceed its range."""
     if dtype == np.float16 and not FAMILIES[config.family].float16:
         raise UserError(f"dtype is 'float16'; activations of {config.family} models such as "
                         f"{name} exceed float16's maximum 65504: use 'bfloat16' or 'float32'")
@@ -221,7 +223,7 @@ def _random(name: str, form: Form, mesh: Mesh | None) -> Model:
 
 
 def _quantized(params: Params, config: ModelConfig, form: Form) -> Params:
-    """If `form` is int8, merge the adapter into the parameters and quantize them."""
+    """Return the parameters, merged with the adapter and quantized if `form` is int8."""
     if not form.int8:
         return params
     if form.merge is not None:
@@ -244,8 +246,8 @@ def _folder(folder: pathlib.Path, name: str, form: Form, mesh: Mesh | None,
         elif form.given and not form.int8 or form.tables == ("float tables" in stored) or (
                 form.merge is not None):
             raise UserError(f"{folder}: contains {stored} weights, which cannot be converted; omit "
-                            "dtype, tables and merge=True, or load the float model")
-        finish = begin_fingerprint(config, params)  # runs while the tokenizer loads
+                            "dtype and tables, use merge=False, or load the float model")
+        finish = begin_fingerprint(config, params)  # computed while the tokenizer is read
         tokenizer = read_tokenizer(folder)
     else:
         with _beside(lambda: read_tokenizer(folder)) as tokenizer_of:
@@ -262,10 +264,10 @@ def _folder(folder: pathlib.Path, name: str, form: Form, mesh: Mesh | None,
 
 @contextlib.contextmanager
 def _beside(make: Callable[[], _T]) -> Iterator[Callable[[], _T]]:
-    """Run `make`, which uses no JAX, in a thread; yield a function that waits for its result.
+    """Run `make` in a thread; yield a function that waits for its result and returns it.
 
-    JAX's settings are thread-local. Read the weights in the body of the `with` block, which runs in
-    the caller's thread, and not in `make`. On exit, the context manager waits for `make`.
+    `make` must not use JAX, whose settings are thread-local. Weights are therefore read in the body
+    of the `with` block, in the caller's thread. On exit, the context manager waits for `make`.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         yield pool.submit(make).result
@@ -331,5 +333,5 @@ def _warn_unfollowed(path: pathlib.Path, generation: Mapping[str, Any]) -> None:
                        if generation.get(key) is not None and generation[key] not in nothing]
     if unfollowed:
         settings = ", ".join(f"{key}={reprlib.repr(generation[key])}" for key in unfollowed)
-        warnings.warn(f"{path}: ignored {settings}; generate does not support them, so "
-                      "replies may differ from transformers", stacklevel=2)
+        warnings.warn(f"{path}: ignored {settings}, which generate does not support; "
+                      "replies may differ from those of transformers", stacklevel=2)

@@ -38,12 +38,12 @@ _POST_NORMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A parameter in a checkpoint.
+    """The name and shape of a parameter in Hugging Face files, and its layout in `Params`.
 
     Attributes:
       name: the tensor's name in the files.
       shape: the tensor's shape in the files: [out, in] for a weight, with flattened head axes.
-      spec: the layout of the parameter.
+      spec: the layout of the parameter (shape, logical axes).
     """
 
     name: str
@@ -52,7 +52,7 @@ class Tensor:
 
 
 def tensors(config: ModelConfig) -> Params:
-    """Return a `Params` with the `Tensor` of every parameter."""
+    """Return a `Params` whose leaves are the `Tensor` of each parameter."""
     specs = layout(config)
     fields = _FIELDS | _POST_NORMS if config.post_norms else _FIELDS
 
@@ -82,8 +82,12 @@ def _file_shape(spec: Spec) -> tuple[int, ...]:
 def file_index(tensor: Tensor, ranges: list[tuple[int, int]]) -> tuple[slice, ...]:
     """Map index ranges of a parameter to slices of its tensor in the file.
 
-    A file dimension is one parameter dimension, or several flattened ones (heads × head_dim). Of
-    these, only the first may be sharded, because heads are not split over devices.
+    A dimension in the file is one dimension of the parameter, or several flattened dimensions
+    (heads × head_dim). Of several, only the first may be sharded, because a head is never split
+    over devices.
+
+    Raises:
+      UserError: a flattened dimension other than the first is sharded.
     """
     shape = tensor.spec.shape
     out, at = [], 0
@@ -101,7 +105,7 @@ def file_index(tensor: Tensor, ranges: list[tuple[int, int]]) -> tuple[slice, ..
 
 def named(params: Params, config: ModelConfig, *,
           int8: bool = False) -> dict[str, tuple[Tensor, Any]]:
-    """Return {tensor name: (tensor, array)} for every parameter.
+    """Return (tensor, array) for every parameter, by tensor name.
 
     Args:
       params, config: the parameters and their configuration.

@@ -2,8 +2,8 @@
 
 A folder contains `config.json` in transformers' format and the Orbax checkpoint `params`. Arrays
 are keyed by their Hugging Face names, so checkpoints do not depend on this package's dataclasses.
-An int8 weight has three arrays: its values, under the name of the weight, and its scales and sums
-(`Int8.scale`, `Int8.made_from`), under that name with a suffix.
+The values of an int8 weight are stored under the weight's name. Its scales and the sums for its
+fingerprint (`Int8.scale`, `Int8.made_from`) are stored under that name with a suffix.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _MARKS = ("_METADATA", "_CHECKPOINT_METADATA")  # metadata files that Orbax writ
 
 
 def holds_checkpoint(folder: str | pathlib.Path) -> bool:
-    """Return whether a folder has the layout that `save` writes."""
+    """Return whether a folder contains an Orbax checkpoint in the layout of `save`."""
     return any((pathlib.Path(folder) / NAME / mark).is_file() for mark in _MARKS)
 
 
@@ -56,13 +56,13 @@ def check_files(folder: pathlib.Path) -> None:
 
 
 def save(folder: str | pathlib.Path, params: Params, config: ModelConfig) -> None:
-    """Write parameters, which may be on any devices, and their configuration.
+    """Write parameters and their configuration; the parameters may be on any devices.
 
     config.json is removed first and written last, so an interrupted save leaves no loadable model.
 
     Args:
-      folder: created if missing; an existing checkpoint in it is replaced.
-      params: the parameters, in the dtype to write; int8 weights are written as they are.
+      folder: the folder to write; created if missing. An existing checkpoint in it is replaced.
+      params: the parameters, in the dtype to write. Int8 weights stay int8.
       config: the model configuration.
 
     Raises:
@@ -91,14 +91,14 @@ def save(folder: str | pathlib.Path, params: Params, config: ModelConfig) -> Non
 
 def load(folder: str | pathlib.Path, *, dtype: DTypeLike | None = None,
          mesh: Mesh | None = None) -> tuple[Params, ModelConfig]:
-    """Restore a folder that `save` wrote, each shard directly onto its device.
+    """Load a folder that `save` wrote; each shard is restored directly onto its device.
 
     Args:
-      folder: the folder given to `save`.
+      folder: the folder that was passed to `save`.
       dtype: the dtype to cast to, float32, bfloat16 or float16; None keeps each
         array's dtype. Int8 weights stay int8.
-      mesh: the mesh over which to shard the parameters by `sharding.RULES`; it may differ from the
-        mesh at the time of saving.
+      mesh: the mesh over which to shard the parameters (see `sharding.RULES`). It may differ from
+        the mesh of the saved parameters.
 
     Returns:
       The parameters and their configuration.
@@ -147,7 +147,7 @@ def load(folder: str | pathlib.Path, *, dtype: DTypeLike | None = None,
             scale, out = stored[name + _SCALE], len(shape) - tensor.spec.inner
             if mesh is not None and len(scale.shape) > out:
                 raise UserError(f"{folder}: contains int8 weights with block scales, which a mesh "
-                                "does not support; load it without mesh")
+                                "does not support; omit mesh")
             shapes[name] = wish(shape, axes, kind)
             shapes[name + _SCALE] = wish(tuple(scale.shape), (*axes[:out], None)[:len(scale.shape)],
                                          scale.dtype)
@@ -171,7 +171,7 @@ def _kind(stored: Any) -> Any:
 
 
 def _faults(tensor: names.Tensor, stored: Mapping[str, Any]) -> list[str]:
-    """List the mismatches of a stored array, and of the scales of an int8 weight."""
+    """List how a stored weight, with its scales if it is int8, differs from the model's tensor."""
     def shape(name: str) -> tuple[int, ...] | None:
         found = getattr(stored.get(name), "shape", None)
         return None if found is None else tuple(found)
@@ -182,7 +182,8 @@ def _faults(tensor: names.Tensor, stored: Mapping[str, Any]) -> list[str]:
     if _kind(stored[name]) in DTYPES.values():
         return []
     if _kind(stored[name]) != np.int8 or not tensor.spec.inner:
-        return [f"{name}: dtype {_kind(stored[name])}; supported are float32, bfloat16 and float16"]
+        return [f"{name}: dtype is {_kind(stored[name])}; supported are float32, bfloat16 and "
+                "float16"]
     at = len(wanted) - tensor.spec.inner
     out, width = wanted[:at], math.prod(wanted[at:])
     scale, kind = shape(name + _SCALE), _kind(stored.get(name + _SCALE))
@@ -207,7 +208,7 @@ def _checkpointer() -> Iterator[StandardCheckpointer]:
 
 @contextlib.contextmanager
 def _named_errors(folder: pathlib.Path, what: str) -> Iterator[None]:
-    """Convert any exception of Orbax or TensorStore to a UserError that names the folder."""
+    """Convert any exception in the block to a UserError with the folder, `what` and the reason."""
     try:
         yield
     except MissingPackage as error:

@@ -61,12 +61,12 @@ def parse_form(dtype: DTypeLike | None, activations: DTypeLike | None, tables: s
     """Convert arguments of `load` to a `Form`; `default` is the default dtype of the device.
 
     Raises:
-      UserError: a dtype or value is unknown, or an argument applies only to int8.
+      UserError: an argument is invalid, or it applies only to int8 and `dtype` is not int8.
     """
     if not _is_int8(dtype):
         for name, value in (("activations", activations), ("tables", tables)):
             if value is not None:
-                raise UserError(f"{name} is {value!r:.60}, which applies only to dtype='int8'; "
+                raise UserError(f"{name} is {value!r:.60}, but it applies only to dtype='int8'; "
                                 f"omit {name}, or use dtype='int8'")
         try:
             return Form(default if dtype is None else parse_dtype(dtype), given=dtype is not None)
@@ -100,10 +100,10 @@ def load_int8(source: TensorSource, config: ModelConfig, form: Form, *, mesh: Me
       form: the dtypes and the adapter to merge.
       mesh: the mesh over which to shard the parameters; each process reads only its own shards.
       progress: called with (bytes read so far, total bytes).
-      blocks: a function from a tensor's name to its int8 values and block scales, or to None if the
-        checkpoint does not store the tensor in int8. On one CPU the int8 values are kept. On
-        other devices XLA would write a dequantized copy at every product, so the tensor is
-        quantized again with a scale per channel.
+      blocks: a function that returns the int8 values and block scales of a tensor, by name, or None
+        if the checkpoint does not store the tensor in int8. On a CPU without a mesh, these values
+        are used. Otherwise, XLA would write a dequantized copy for every product, so the tensor is
+        quantized again, with a scale per output channel.
 
     Raises:
       UserError: the files are invalid, or the adapter does not fit the model.
@@ -154,5 +154,5 @@ def load_int8(source: TensorSource, config: ModelConfig, form: Form, *, mesh: Me
 
 @jax.jit
 def _dense(w: Int8) -> jax.Array:
-    """Dequantize an int8 weight to float32, to compute its sums."""
+    """Dequantize an int8 weight to float32; its fingerprint sums are computed from this array."""
     return dequantized(w)

@@ -17,8 +17,8 @@ INDEX = "model.safetensors.index.json"
 def read_entries(folder: pathlib.Path) -> tuple[dict[str, Entry], list[str]]:
     """Locate every tensor of a folder.
 
-    As in transformers, if the index does not list an existing `model.safetensors`, the index is
-    ignored. If shards that the index lists also exist, a warning names all of these files.
+    As in transformers, the index is ignored if the folder contains a `model.safetensors` that the
+    index does not list. If shards from the index also exist, a warning names them.
 
     Returns:
       The tensor entries by name, and the errors in the index and the files.
@@ -78,7 +78,7 @@ def _is_left_over(index: pathlib.Path) -> bool:
 
 
 def some(names: set[str], limit: int = 6) -> str:
-    """Join sorted names with commas; names beyond the limit are only counted."""
+    """Return a text with the first `limit` names, sorted, and the number of the others."""
     listed = sorted(names)
     rest = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + rest

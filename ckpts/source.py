@@ -1,4 +1,4 @@
-"""Read a model's parameters from any checkpoint format onto their devices.
+"""Load parameters from any checkpoint format onto their devices.
 
 Each format implements `TensorSource`. `load_params` reads at most a few tensors at a time and
 copies each shard directly to its devices, so memory never contains a second copy of the model.
@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]
 class TensorSource(Protocol):
     """The tensors of a checkpoint, by their Hugging Face names (`names.tensors`).
 
-    Both methods are called from several threads.
+    Several threads may call both methods concurrently.
     """
 
     def size(self, name: str) -> int:
@@ -41,15 +41,16 @@ class TensorSource(Protocol):
 
         Args:
           name: the tensor's Hugging Face name.
-          index: unit-step slices, one per dimension; None: the whole tensor.
-          dtype: the dtype of the result, float32, bfloat16 or float16; None: as stored.
+          index: unit-step slices, one per dimension; None selects the whole tensor.
+          dtype: the dtype of the result, float32, bfloat16 or float16. None keeps the stored dtype;
+            dequantized tensors are float32.
         """
         ...
 
 
 def load_params(source: TensorSource, config: ModelConfig, *, dtype: np.dtype | None = None,
                 mesh: Mesh | None = None, progress: Progress | None = None) -> Params:
-    """Load all parameters.
+    """Load all parameters of a model from a source.
 
     Args:
       source: the source of every tensor of `names.tensors(config)`, each in its file shape.
@@ -91,7 +92,7 @@ def ahead(read: Callable[[Tensor], Any], tensors: Iterable[Tensor]) -> Iterator[
 
 
 def place(source: TensorSource, tensor: Tensor, dtype: np.dtype | None, mesh: Mesh) -> jax.Array:
-    """Read this process's shards of one tensor; a shard on several devices is read once."""
+    """Return one tensor as a sharded array; this process reads each of its own shards once."""
     shape, axes = tensor.spec.shape, tensor.spec.axes
     placed = sharding.weight_sharding(axes, shape, mesh)
     holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}

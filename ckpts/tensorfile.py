@@ -37,14 +37,22 @@ READABLE = DTYPES | {name: np.dtype(kind) for name, kind in {
 _WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "U32": 4,
            "I32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8}
 _HEADER_LIMIT = 100_000_000  # maximum header size of the format, in bytes
-_MOST_DIMENSIONS = 16  # per tensor; NumPy's limit is 64, and no model exceeds 4
-_PIECE = 1 << 20  # bytes read before each cast, small enough to stay in the CPU cache
-_ALIGN = 64  # alignment in bytes with which JAX uses a host buffer without copying it
+_MOST_DIMENSIONS = 16  # maximum per tensor; NumPy's limit is 64, and no model exceeds 4
+_PIECE = 1 << 20  # bytes per read, small enough that a buffer of this size stays in the CPU cache
+_ALIGN = 64  # alignment in bytes that lets JAX use a host buffer without copying it
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Location of one tensor: file, dtype name, shape, byte offset in the file, size in bytes."""
+    """The dtype, shape and location of one tensor.
+
+    Attributes:
+      path: the file that contains the tensor.
+      dtype: the dtype's name in the format, such as "BF16".
+      shape: the tensor's shape.
+      start: the position of the first byte, from the start of the file.
+      size: the size in bytes.
+    """
 
     path: pathlib.Path
     dtype: str
@@ -60,7 +68,7 @@ def parse_dtype(dtype: DTypeLike) -> np.dtype:
       dtype: "float32", "bfloat16" or "float16", or the corresponding NumPy or JAX dtype.
 
     Raises:
-      UserError: the value is none of these.
+      UserError: `dtype` is none of these.
     """
     if isinstance(dtype, str):
         parsed = next((known for known in DTYPES.values() if known.name == dtype), None)
@@ -76,7 +84,7 @@ def parse_dtype(dtype: DTypeLike) -> np.dtype:
 
 
 def read_header(path: pathlib.Path) -> tuple[dict[str, Entry], dict[str, str], list[str]]:
-    """Read and validate a file's header.
+    """Read and validate the header of a safetensors file.
 
     Returns:
       The tensor entries by name, the metadata, and a list of errors, each with the file's name.
@@ -123,7 +131,7 @@ def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(path: pathlib.Path, value: Any, base: int) -> Entry | str:
-    """Validate one header entry; return it, or an error message."""
+    """Validate one header entry; return an `Entry`, or an error message."""
     try:
         dtype, shape = value["dtype"], value["shape"]
         begin, end = value["data_offsets"]
@@ -138,7 +146,7 @@ def _entry(path: pathlib.Path, value: Any, base: int) -> Entry | str:
         return f"unknown dtype {dtype!r}"
     width = DTYPES[dtype].itemsize if dtype in DTYPES else _WIDTHS[dtype]
     if math.prod(shape) * width != end - begin:
-        return f"{dtype} {shape} does not match its {end - begin} bytes"
+        return f"{dtype} {shape} does not match its byte range of {end - begin} bytes"
     return Entry(path, dtype, tuple(shape), base + begin, end - begin)
 
 
@@ -153,15 +161,15 @@ def _layout_faults(path: pathlib.Path, entries: Iterable[Entry], base: int,
     if at > total:
         return [f"{path.name}: truncated ({total} of {at} bytes)"]
     if at < total:
-        return [f"{path.name}: {total - at} bytes beyond the end of the last tensor"]
+        return [f"{path.name}: {total - at} bytes follow the last tensor"]
     return []
 
 
 def read_slice(entry: Entry, index: tuple[slice, ...] = ()) -> np.ndarray:
-    """Read a tensor, or a part of it given by unit-step slices, into new memory.
+    """Read a tensor, or the part of it that unit-step slices select, into new memory.
 
-    A slice of the first dimension is read directly into the result; other slices are copied from a
-    memory map of this tensor.
+    A slice of the first dimension is read directly into the result. Slices of other dimensions are
+    copied from a memory map of this tensor.
 
     Raises:
       UserError: the file cannot be read, or is shorter than its header declares.
@@ -187,7 +195,7 @@ def read_slice(entry: Entry, index: tuple[slice, ...] = ()) -> np.ndarray:
 
 
 def read_pieces(entry: Entry) -> Iterator[np.ndarray]:
-    """Yield a tensor as consecutive flat pieces; the piece size depends only on the shape.
+    """Yield a tensor's values in order as 1-D arrays; their sizes do not depend on the dtype.
 
     Raises:
       UserError: the file cannot be read, or is shorter than its header declares.
@@ -223,7 +231,7 @@ def read_bytes_of(entry: Entry) -> Iterator[bytes]:
 
 
 def read_as(entry: Entry, dtype: np.dtype) -> np.ndarray:
-    """Read a whole tensor and cast it to `dtype`, through a small buffer to save memory.
+    """Read a whole tensor and cast it to `dtype`; a small buffer limits the memory use.
 
     Raises:
       UserError: the file cannot be read, or is shorter than its header declares.
@@ -257,7 +265,7 @@ def _read_into(path: pathlib.Path, start: int, out: np.ndarray) -> None:
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Allocate an array that JAX can use on a CPU without copying it."""
+    """Allocate an uninitialized array that JAX can use on a CPU without copying it."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _ALIGN, np.uint8)
     offset = -memory.ctypes.data % _ALIGN
@@ -270,8 +278,9 @@ def pieces(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
 
     Args:
       tensors: dtype and shape by name, in file order.
-      values: returns a tensor's values by name; called just before they are written.
-      metadata: strings for the header.
+      values: a function that returns the values of a tensor by name. It is called just before
+        the tensor is yielded.
+      metadata: the metadata for the header.
     """
     names = {dtype: name for name, dtype in READABLE.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -293,9 +302,10 @@ def replace_files(folder: pathlib.Path, files: Mapping[str, Iterable[Any]],
     """Write and fsync all files under temporary names, then rename all files.
 
     Args:
-      folder: created if missing.
-      files: chunks of bytes by file name, in the order of renaming.
-      stale: file names to remove before the first rename.
+      folder: the folder to write; created if missing.
+      files: the content of each file as chunks of bytes, by file name. Files are renamed in this
+        order.
+      stale: the names of files to remove before the first rename.
 
     Raises:
       UserError: the folder is not writable.

@@ -13,7 +13,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.extras import require
 from jaxpersona.inputs import read_json, require_files
 
-_FILES = (".json", ".jinja", ".model", ".txt")  # suffixes that transformers may read
+_FILES = (".json", ".jinja", ".model", ".txt")  # suffixes of files that transformers may read
 _T = TypeVar("_T")
 _STDERR = threading.Lock()  # guards file descriptor 2
 
@@ -21,10 +21,11 @@ _STDERR = threading.Lock()  # guards file descriptor 2
 def read_tokenizer(folder: pathlib.Path) -> Any:
     """Load a folder's tokenizer with transformers; return None if there is none.
 
-    Remote code from the folder is never run, and transformers never prompts to run it.
+    Remote code from the folder is never run, and transformers does not prompt the user to allow it.
 
     Raises:
-      UserError: the tokenizer files are malformed, or the tokenizer needs remote code.
+      UserError: the tokenizer files are malformed, the tokenizer needs remote code, or transformers
+        is not installed.
     """
     if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
         return None
@@ -34,7 +35,7 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
     transformers = require("transformers", f"{folder}: tokenizers need transformers")
 
     def read() -> Any:
-        # False, not None: with None transformers prompts whether to run remote code
+        # with None instead of False, transformers would prompt the user to allow remote code
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **_named_class(folder))
         encode_once(tokenizer)
@@ -50,7 +51,7 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
 
 
 def _named_class(folder: pathlib.Path) -> dict[str, Any]:
-    """Return a `config` argument for AutoTokenizer if tokenizer_config.json names the class.
+    """Return the argument `config` for AutoTokenizer if tokenizer_config.json names the class.
 
     AutoTokenizer needs `model_type` and `tokenizer_class` of the model's configuration. Without a
     `config`, AutoTokenizer imports the configuration's class to read both. If PyTorch is installed,
@@ -73,7 +74,7 @@ def _named_class(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def encode_once(tokenizer: Any) -> None:
-    """Encode a text once, so that an unsupported regular expression raises its error now."""
+    """Encode a text, so that an unsupported regular expression raises an error immediately."""
     with _without_stderr():
         tokenizer("Hello, world! 1 + 1", add_special_tokens=False)
 
@@ -84,7 +85,7 @@ def checked(path: pathlib.Path, make: Callable[[], _T]) -> _T:
         return make()
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except BaseException as error:  # transformers raises many types of errors; tokenizers may panic
+    except BaseException as error:  # transformers raises many exception types; tokenizers may panic
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())[:200]
@@ -97,7 +98,7 @@ def checked(path: pathlib.Path, make: Callable[[], _T]) -> _T:
 
 @contextlib.contextmanager
 def _without_stderr() -> Iterator[None]:
-    """Discard what native code writes to stderr, such as a panic's backtrace.
+    """Discard the stderr output of native code, such as the backtrace of a panic.
 
     A lock prevents concurrent calls, because a second call would save the already redirected file
     descriptor and, at the end, restore the redirection instead of stderr.

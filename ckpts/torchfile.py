@@ -1,7 +1,7 @@
 """Read directions from `.pt` files of other projects without executing code.
 
 A `.pt` file is a pickle, and unpickling can call arbitrary functions. All reads go through
-`torch.load(weights_only=True)`, whose unpickler rejects everything but tensors and plain values.
+`torch.load(weights_only=True)`, whose unpickler rejects everything except tensors and plain values.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from jaxpersona.vectors.vector import Axis, Vector
 KINDS = ("axis", "role", "persona")
 _PERSONA = re.compile(r"(.+)_(prompt_avg|response_avg|prompt_last)_diff")
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")  # words of a file name in snake_case or CamelCase
-_TABLES = {"experiments": "caps", "axis": "axis", "vector": "role"}  # key → kind of file
+_TABLES = {"experiments": "caps", "axis": "axis", "vector": "role"}  # kind of file by key
 _PERCENTILE = re.compile(r"p(0?\.\d+)(?!\d)")
 
 
 def read_pickle(path: str | os.PathLike) -> Any:
-    """Read a `.pt` file: dicts, lists, strings and numbers, with tensors as float32 arrays.
+    """Read a `.pt` file of tensors and plain values; convert the tensors to float32 arrays.
 
     Raises:
       UserError: the file is missing or damaged, PyTorch is not installed, or the pickle contains
@@ -71,12 +71,12 @@ def _check_archive(path: pathlib.Path, size: int) -> None:
     try:
         with open(path, "rb") as file:
             if file.read(4) != b"PK\3\4":
-                return  # legacy format (PyTorch < 1.6), or not a .pt file
+                return  # the legacy format (PyTorch < 1.6), or not a .pt file
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # a damaged archive raises several types
+    except Exception as error:  # a damaged archive raises several exception types
         raise UserError(f"{path}: invalid .pt file (the ZIP archive is damaged: {error})"
                         ) from error
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
@@ -89,10 +89,10 @@ def _check_archive(path: pathlib.Path, size: int) -> None:
 
 
 class _Plain:
-    """Converts the tensors of a nested structure to arrays; shared objects are converted once.
+    """A converter of the tensors in a nested structure to arrays.
 
-    A pickle can reference one object many times. Without memoization, a file of one kilobyte could
-    expand beyond the available memory.
+    Each object is converted once, because a pickle can reference the same object many times.
+    Without memoization, a file of one kilobyte could expand beyond the available memory.
     """
 
     def __init__(self, torch: Any, size: int) -> None:
@@ -117,8 +117,8 @@ class _Plain:
 
     def _array(self, value: Any) -> np.ndarray:
         if not value.is_floating_point():
-            raise TypeError(f"it contains a tensor of {value.dtype}; directions must be floats")
-        if value.numel() > self.size:  # an expanded view of a small storage
+            raise TypeError(f"it contains a {value.dtype} tensor; directions must be floats")
+        if value.numel() > self.size:  # such as an expanded view of a small storage
             raise UserError(f"a tensor declares {value.numel()} elements, but the file has "
                             f"{self.size} bytes")
         return value.detach().to(self.torch.float32).numpy()
@@ -129,12 +129,13 @@ def read(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[str,
 
     Dicts are recognized by their keys: `{"axis": [L, D]}`, `{"vector": [L, D], "type", "role"}`, or
     `{"vectors", "experiments"}` for capping experiments. A bare tensor is recognized by its file
-    name: with the word "axis" it is an axis, `default_vector.pt` is a role vector, and
-    `<trait>_<pool>_diff.pt` is a persona vector.
+    name: a name with the word "axis" denotes an axis, `default_vector.pt` a role vector, and
+    `<trait>_<pool>_diff.pt` a persona vector.
 
-    A persona vector file is [L + 1, D] and starts at the embeddings. Entry i becomes layer i − 1.
-    Entry 0 (the embeddings) and the last entry (after the final norm, so not in the residual
-    stream) are dropped. Layer L − 1 is therefore zero. The vector's notes record this conversion.
+    The tensor of a persona vector has shape [L + 1, D] and begins with the embeddings. Entry i
+    becomes layer i − 1. Entry 0 (the embeddings) and the last entry (after the final norm, so not
+    in the residual stream) are dropped. Layer L − 1 is therefore zero. The vector's notes record
+    this conversion.
 
     Args:
       path: the file.
@@ -145,7 +146,7 @@ def read(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[str,
       A direction, or capping experiments by id (see `capping`).
 
     Raises:
-      UserError: as for `read_pickle`, or if the content has none of these forms; the message names
+      UserError: as for `read_pickle`, or the content has none of these forms; the message names
         the file.
     """
     path = pathlib.Path(path)
@@ -163,7 +164,7 @@ def _interpret(stem: str, value: Any, kind: str | None) -> Vector | dict[str, Ca
     if isinstance(value, dict):
         own = next((name for key, name in _TABLES.items() if key in value), None)
         if own is not None and kind not in (None, own):
-            raise UserError(f"kind is {kind!r}, but the file contains {own}; omit kind")
+            raise UserError(f"kind is {kind!r}, but the file has kind {own}; omit kind")
         if own == "caps":
             return capping(value)
         if own == "axis":
@@ -205,7 +206,7 @@ def _table(value: Any, what: str) -> dict[str, Any]:
 def _matrix(value: Any, what: str) -> np.ndarray:
     if not isinstance(value, np.ndarray) or value.ndim != 2 or not value.size:
         shape = list(value.shape) if isinstance(value, np.ndarray) else type(value).__name__
-        raise UserError(f"{what} is {shape}; it must be a tensor [L, D]")
+        raise UserError(f"{what} is {shape}; it must be a tensor of shape [L, D]")
     return value
 
 
@@ -217,24 +218,24 @@ def _axis(array: np.ndarray) -> Axis:
 
 def _persona(array: np.ndarray, trait: str, pool: str) -> Vector:
     if len(array) < 3:
-        raise UserError(f"the tensor is {list(array.shape)}; a persona vector is [L + 1, D], "
-                        "starting at the embeddings")
+        raise UserError(f"the tensor has shape {list(array.shape)}; a persona vector has shape "
+                        "[L + 1, D] and begins with the embeddings")
     values = np.zeros((len(array) - 1, array.shape[1]), np.float32)
     values[:-1] = array[1:-1]
     return Vector(values, trait, notes={
         "source": "Persona Vectors project", "pool": pool,
         "re-based": "entry i of the file is layer i - 1; entry 0 (the embeddings) and the last "
-                    f"entry (taken after the final norm) are dropped: layer {len(values) - 1} is "
-                    "zero"})
+                    f"entry (taken after the final norm) are dropped, so layer {len(values) - 1} "
+                    "is zero"})
 
 
 def capping(table: Mapping[str, Any]) -> dict[str, Caps]:
     """Convert capping experiments to floors along the assistant direction.
 
     The file's unit vectors û point away from the assistant, and the caps bound the projection from
-    above: h ← h − û·max(⟨h, û⟩ − τ, 0). With v̂ = −û this is a floor at −τ,
-    h ← h + v̂·max(−τ − ⟨h, v̂⟩, 0) (Lu et al. 2026, §5). Percentile p of the file is percentile
-    100 − p along v̂.
+    above: h ← h − û·max(⟨h, û⟩ − τ, 0). With v̂ = −û, this is a floor at −τ:
+    h ← h + v̂·max(−τ − ⟨h, v̂⟩, 0) (Lu et al. 2026, §5). Percentile p of the file corresponds to
+    percentile 100 − p along v̂.
 
     Returns:
       The caps of each experiment by id, in file order.
@@ -262,7 +263,7 @@ def capping(table: Mapping[str, Any]) -> dict[str, Caps]:
                                 "dict with vector [D] and layer")
             vector, layer = np.asarray(entry["vector"]), entry["layer"]
             if vector.ndim != 1 or vector.dtype != np.float32 or type(layer) is not int:
-                raise UserError(f"vector {label!r} must be a tensor [D] with an integer layer")
+                raise UserError(f"vector {label!r} must have a tensor [D] and an integer layer")
             if isinstance(item["cap"], bool) or not isinstance(item["cap"], (int, float)):
                 cap = "a tensor" if isinstance(item["cap"], np.ndarray) else f"{item['cap']!r:.80}"
                 raise UserError(f"experiment {name!r}: cap is {cap}, not a number")

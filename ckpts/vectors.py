@@ -37,10 +37,14 @@ _SUFFIXES = (".safetensors", ".pt", ".gguf", ".npy")
 
 
 def save_vector(path: str | os.PathLike, vector: Vector | Caps) -> list[str]:
-    """Write a direction or caps atomically, in the format given by the path's suffix.
+    """Write a direction or caps atomically; the suffix of the path selects the format.
+
+    Args:
+      path: the file to write, with the suffix .safetensors, .gguf or .npy.
+      vector: the direction, or caps (only as .safetensors).
 
     Returns:
-      Descriptions of what the format cannot store; empty for .safetensors.
+      Descriptions of the parts that the format cannot store; an empty list for .safetensors.
 
     Raises:
       UserError: the suffix is not supported, or the format cannot store the value.
@@ -72,10 +76,10 @@ def save_vector(path: str | os.PathLike, vector: Vector | Caps) -> list[str]:
 
 
 def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[str, Caps]:
-    """Read a file in the format given by its suffix.
+    """Read a direction or caps; the suffix of the file selects the format.
 
     Args:
-      path: the file, or "mini" for the axis of the embedded model, made by `jaxpersona axis`.
+      path: the file, or "mini" for the axis of the embedded model.
       kind: the kind of a bare tensor in a .pt file, if the file name does not state the kind
         (`torchfile.read`).
 
@@ -83,24 +87,24 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
       A direction, or caps by experiment id.
 
     Raises:
-      UserError: the suffix is unknown, or the file is missing, damaged, unsafe or uses an
+      UserError: the suffix is unknown, the file is missing, damaged or unsafe, or it uses an
         unsupported convention; the message names the file.
     """
-    if os.fspath(path) == "mini":  # as in `load`, even if there is a file of that name
+    if os.fspath(path) == "mini":  # as in `load`, even if a file with this name exists
         held = importlib.resources.files("jaxpersona.ckpts") / "mini" / "axis.safetensors"
         with importlib.resources.as_file(held) as file:
             return load_any(file, kind)
     loaded = _read_any(path, kind)
     if isinstance(loaded, Vector) and loaded.n_layers > MAX_LAYERS:
-        raise UserError(f"{path}: has {loaded.n_layers} layers; at most {MAX_LAYERS} are "
-                        "allowed")
+        raise UserError(f"{path}: has {loaded.n_layers} layers; the maximum is "
+                        f"{MAX_LAYERS}")
     return loaded
 
 
 def _read_any(path: str | os.PathLike, kind: str | None) -> Vector | dict[str, Caps]:
     suffix = pathlib.Path(path).suffix.lower()
     if os.path.isdir(path):
-        axis = os.path.join(path, "axis.safetensors")  # if the folder is a run folder
+        axis = os.path.join(path, "axis.safetensors")  # the axis in a run folder
         hint = f"did you mean {axis}?" if os.path.isfile(axis) else "give a file"
         raise UserError(f"{path}: is a folder; {hint}")
     if kind is not None and suffix != ".pt":
@@ -127,10 +131,14 @@ def _read_any(path: str | os.PathLike, kind: str | None) -> Vector | dict[str, C
 
 
 def load_vector(path: str | os.PathLike, *, kind: str | None = None) -> Vector:
-    """Read a direction of any supported format (see the module docstring).
+    """Read a direction in any supported format (see the module docstring).
+
+    Args:
+      path: the file, or "mini" for the axis of the embedded model (`load_any`).
+      kind: the kind of a bare tensor in a .pt file (`load_any`).
 
     Raises:
-      UserError: as for `load_any`, or if the file contains caps.
+      UserError: as for `load_any`, or the file contains caps.
 
     Examples:
       >>> import jaxpersona as jp
@@ -148,14 +156,14 @@ def load_vector(path: str | os.PathLike, *, kind: str | None = None) -> Vector:
 
 
 def load_axis(path: str | os.PathLike, *, kind: str | None = None) -> Axis:
-    """Read an assistant axis of any supported format (see the module docstring).
+    """Read an assistant axis in any supported format (see the module docstring).
 
     Args:
       path: the file, or "mini" for the axis of the embedded model (`load_any`).
       kind: the kind of a bare tensor in a .pt file (`load_any`).
 
     Raises:
-      UserError: as for `load_vector`, or if the direction is not an axis.
+      UserError: as for `load_vector`, or the direction is not an axis.
 
     Examples:
       >>> import jaxpersona as jp
@@ -169,12 +177,12 @@ def load_axis(path: str | os.PathLike, *, kind: str | None = None) -> Axis:
 
 
 def load_caps(path: str | os.PathLike) -> dict[str, Caps]:
-    """Read a file of caps as a dict from experiment id to `Caps`.
+    """Read a file of caps; return the caps by experiment id.
 
     `caps[id].interventions()` returns the interventions for `generate`.
 
     Raises:
-      UserError: as for `load_any`, or if the file contains no caps.
+      UserError: as for `load_any`, or the file contains a direction instead of caps.
 
     Examples:
       >>> import jaxpersona as jp
@@ -192,7 +200,7 @@ def load_caps(path: str | os.PathLike) -> dict[str, Caps]:
 
 
 def _dated(path: str | os.PathLike, found: Any) -> Any:
-    """Return `found`; warn if its fingerprint has another scheme and so cannot be compared."""
+    """Return `found`; warn if its fingerprint has a different scheme and cannot be compared."""
     scheme = found.fingerprint_scheme
     if found.fingerprint and scheme != SCHEME:
         detail = ("computed from a sample of the weights, so not unique" if scheme == 1 else
@@ -209,17 +217,17 @@ def _read_array(path: pathlib.Path) -> Vector:
     require_file(path, VECTOR_BYTES)
     try:
         value = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # numpy raises many types on damaged headers
+    except Exception as error:  # NumPy raises many exception types for damaged headers
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{path}: invalid .npy file ({reason})") from error
     if not isinstance(value, np.ndarray) or value.ndim != 2 or value.dtype.kind not in "fiu":
         what = (f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray)
                 else "an archive")
-        raise UserError(f"{path}: contains {what}; it must be a real array [L, D] with one entry "
-                        "per layer, from layer 0")
+        raise UserError(f"{path}: contains {what}; it must be an array [L, D] of real numbers, "
+                        "with one entry per layer, from layer 0")
     try:
         return Vector(np.array(value), path.stem,
-                      notes={"source": "bare .npy array; row l is read as layer l"})
+                      notes={"source": "bare .npy array; entry l is layer l"})
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -264,7 +272,7 @@ def _check_header(header: dict[str, str], tensors: dict[str, np.ndarray]) -> dic
 def _build_caps(header: dict[str, str], tensors: dict[str, np.ndarray]) -> Caps:
     notes = _check_header(header, tensors)
     if header.get("site") != "residual":
-        raise UserError(f"site is {header.get('site')!r}; caps act on the residual stream")
+        raise UserError(f"site is {header.get('site')!r}; the site of caps must be 'residual'")
     layers, labels = (tuple(parse_field(header[field], field, list))
                       for field in ("layers", "labels"))
     return Caps(tensors["values"], layers, tensors["floors"], labels, header.get("name", "caps"),

@@ -22,14 +22,14 @@ TALKS = {
 
 
 def main() -> None:
-    """Print, for each conversation and floor, the counts, the projection and the reply."""
+    """Print the counts, the projection and the reply for each conversation and floor."""
     model, axis = jp.load("mini"), jp.load_axis("mini")
     caps = [None if floor is None else jp.cap(axis, layers=LAYERS, floor=floor, of="default")
             for floor in FLOORS]
     for who, talk in TALKS.items():
         out = jp.generate(model, [talk] * len(caps), interventions=jp.stack_rows(caps),
                           capture=jp.capture.mean(jp.response), max_new_tokens=40)
-        (table,) = out.applied  # seen [N] tokens, changed [l, N] tokens at each capped layer
+        (table,) = out.applied  # counts of tokens: seen [N], changed [l, N] at the l capped layers
         print(f"{who}, {len(caps)} rows of one batch")
         for row, floor in enumerate(FLOORS):
             changed = " ".join(f"{n:3d}" for n in table.changed[:, row])

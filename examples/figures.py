@@ -2,7 +2,7 @@
 
     python examples/figures.py docs/figures
 
-The figures come from a short run of `mini`. They illustrate the plots and are not results.
+The figures come from a short run of `mini`. They illustrate the plots and are not findings.
 """
 
 from __future__ import annotations

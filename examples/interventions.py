@@ -1,4 +1,4 @@
-"""Examples of every intervention operator, each in at most three lines, on the embedded model.
+"""An example of every intervention operator, in at most three lines, on the embedded model.
 
     python examples/interventions.py
 
@@ -27,7 +27,7 @@ def talk(system: str | None, question: str) -> list[dict[str, str]]:
 
 
 def means(model: jp.Model, system: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean activations [N, L, D] of replies and of prompts, from one generate call."""
+    """Return the mean activations of replies and of prompts, each [N, L, D], for all questions."""
     talks = [talk(system, question) for question in QUESTIONS]
     read = jp.capture.mean(jp.response) | jp.capture.mean(
         jp.prompt.without("first"), name="prompt")
@@ -50,7 +50,7 @@ def main() -> None:
     place = np.einsum("nld,ld->nl", own, axis.unit).mean(0)  # mean projection per layer
     far = np.einsum("nld,ld->nl", pirate, axis.unit).mean(0)
     role_set = jp.Vector(set_up.mean(0) - asked.mean(0), name="a prompt that sets the pirate role")
-    # midpoint of the mean projections of both kinds of prompts on that vector, at layer 3
+    # midpoint of the mean projections of both groups of prompts on `role_set`, at layer 3
     midpoint = (asked + set_up)[:, 3].mean(0) @ role_set.unit[3] / 2
 
     capped = jp.cap(axis, layers=LAYERS, floor=place)
@@ -73,10 +73,10 @@ def main() -> None:
             jp.steer(axis, layers=4, scale=1.0),
             jp.restore_norm(layers=4)),
         "custom": jp.custom(bend, {"radius": 30.0}, layers=LAYERS),
-        # acts only in conversations whose prompt sets the pirate role
+        # the cap applies only to conversations whose prompt sets the pirate role
         "gate": jp.gate(capped, role_set, layer=3, above=midpoint),
     }
-    rows = jp.stack_rows([*examples.values()] * 2)  # one intervention per row, one program
+    rows = jp.stack_rows([*examples.values()] * 2)  # all rows share one program
     talks = [talk(PIRATE, ASKED)] * len(examples) + [talk(None, ASKED)] * len(examples)
     out = jp.generate(model, talks, interventions=rows, max_new_tokens=48)
     changed = sum(table.changed.sum(0) for table in out.applied)

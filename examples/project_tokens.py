@@ -1,4 +1,4 @@
-"""Project a finished conversation on the axis, token by token.
+"""Project each token of a complete conversation onto the Assistant Axis.
 
     python examples/project_tokens.py
 
@@ -32,7 +32,7 @@ def main() -> None:
     read = jp.capture.projections(axis, jp.everywhere.without("template"), layers=LAYER)
     found = jp.extract(model, [talk], capture=read)
     values = found.captured["projections"][0][0, :, 0]  # [T]: one layer, one direction
-    row = found.rows[0]  # tokens, and for each token its turn: an index of `talk`, or -1
+    row = found.rows[0]  # `turn` is the index of each token's message in `talk`, or -1
     low, high = np.nanpercentile(values, [2, 98])
     for turn, message in enumerate(talk):
         here = np.flatnonzero((row.turn == turn) & np.isfinite(values))

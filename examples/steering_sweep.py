@@ -1,12 +1,12 @@
-"""Steer with a direction of your own, at eight strengths in one batch.
+"""Steer with a custom direction, at eight strengths in one batch.
 
     python examples/steering_sweep.py
 
 The direction is the difference of the mean activations of two groups of prompts: questions with a
 system prompt that sets a role, and the same questions without a system prompt. The rows of the
 batch add this direction with different strengths. The embedded model is a model organism. The style
-of a reply is the share of in-character choices in it, measured exactly with the grammar of the
-training corpus. The results are no evidence about large models.
+of a reply is the share of its choices that are in character, measured exactly with the grammar of
+the training corpus. The results are not evidence about large models.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def main() -> None:
     vector = jp.contrast(model, played, plain, name="toward a role")  # [L, D]
     print(f"{vector}; norm at layer {LAYER}: {np.linalg.norm(vector.values[LAYER]):.1f}")
 
-    # one row for each pair of strength and question; a row with strength 0 has no edit
+    # one row for each pair of strength and question; strength 0 leaves the row unchanged
     scales = np.repeat(STRENGTHS, len(plain))
     rows = jp.sweep(vector, scales, layers=LAYER, where=jp.everywhere.without("first"))
     out = jp.generate(model, plain * len(STRENGTHS), interventions=rows, max_new_tokens=40)
     for i, strength in enumerate(STRENGTHS):
         texts = out.text[i * len(plain) : (i + 1) * len(plain)]
-        known = np.mean([judge.recognised(text) for text in texts])  # 1: no garbled sentence
+        known = np.mean([judge.recognised(text) for text in texts])  # 1 if no sentence is garbled
         style = np.mean([judge.style(text) for text in texts])
         style = 0.0 if np.isnan(style) else style
         print(f"{strength:+.2f}  style {style:.2f} {'█' * round(20 * style):20}  "

@@ -4,8 +4,8 @@
 
 Both requests have the same conversation, and the second request has a cap. Each event contains the
 new text. Because the requests capture projections, an event also contains the projections of the
-new tokens, computed in the pass that generates them. The embedded model is a model organism, not
-evidence about large models.
+new tokens, which are computed in the forward pass that generates them. The embedded model is a
+model organism, not evidence about large models.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TALK = [{"role": "system", "content": "You are a pirate. Stay in character."},
 
 
 def main() -> None:
-    """Print the pieces of both replies, in the order of their arrival, with mean projections."""
+    """Print the events of both streams in turn, with mean projections."""
     model, axis = jp.load("mini"), jp.load_axis("mini")
     cap = jp.cap(axis, layers=slice(4, 8), floor="p25", of="default")
     # the engine compiles its programs once for all interventions within this capacity

@@ -1,6 +1,6 @@
 """A JAX engine that reads and steers the persona of chat models in the residual stream.
 
-The model is a pure function. Captures and interventions are pytrees of arrays and arguments of
+The model is a pure function. Captures and interventions are pytrees of arrays that are passed to
 this function, and their operations are compiled into the model's program.
 """
 

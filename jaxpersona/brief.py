@@ -11,7 +11,7 @@ LENGTH = 120  # maximum number of characters in a representation
 
 
 def brief(self: Any) -> str:
-    """Return a dataclass as `Name(field=…, …)`, truncated to `LENGTH` characters.
+    """Return a dataclass formatted as `Name(field=…, …)`, truncated to `LENGTH` characters.
 
     Assign this function in the class body: `__repr__ = brief`. Arrays are shown as dtype[shape],
     and lists of objects as their length and type. Fields that are None or have `repr=False` are
@@ -34,14 +34,14 @@ def cut(text: str, end: str = "…") -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """Return a number and its noun, such as "1 token" or "2 tokens"."""
+    """Format a count with its noun in singular or plural, such as "1 token" or "2 tokens"."""
     if number == 1:
         return f"1 {noun}"
     return f"{number:,} {noun[:-1]}ies" if noun == "reply" else f"{number:,} {noun}s"
 
 
 def quoted(text: str, most: int = 40) -> str:
-    """Truncate a text to `most` characters and return its repr."""
+    """Return the repr of a text, truncated to `most` characters."""
     return repr(text if len(text) <= most else text[: most - 1] + "…")
 
 

@@ -48,13 +48,13 @@ _ADVICE = {
     "load_in_4bit": '4-bit weights are not supported; use dtype="int8"',
     "trust_remote_code": "code from a checkpoint is never run",
     "stop": "use jp.Engine and jp.Request(stop=…)",
-    "stream": "use jp.Engine: engine.stream(handle)",
+    "stream": "use jp.Engine and engine.stream(handle)",
     "num_return_sequences": "repeat the conversation in the list of conversations",
 }
 
 
 def checked_call(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function so that a call with wrong arguments raises a `UserError` with a fix.
+    """Decorate a function so that a call with wrong arguments raises a `UserError` with a hint.
 
     Python's TypeError names the wrong argument but does not suggest the correct one.
     """
@@ -95,7 +95,7 @@ def _explain(name: str, signature: inspect.Signature, args: tuple[Any, ...],
 
 
 def _remedy(given: str, known: list[str]) -> str:
-    """Return advice for an unknown argument: a similar name, or else a list of all arguments."""
+    """Return advice on an unknown argument: a hint, a similar name, or a list of all arguments."""
     if given in _ADVICE and given not in known:
         return _ADVICE[given]
     for right in _NAMES.get(given.lower(), ()):

@@ -1,4 +1,4 @@
-"""The exception for users' mistakes."""
+"""The exception that is raised for invalid user input."""
 
 from __future__ import annotations
 

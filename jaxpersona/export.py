@@ -1,4 +1,4 @@
-"""Export results as HTML tables for notebooks, as pandas DataFrames and as JSON."""
+"""Export of results as HTML tables for notebooks, as pandas DataFrames and as JSON."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Table:
         return require("pandas", "to_frame needs pandas").DataFrame(self.records())
 
     def to_json(self) -> str:
-        """Return the facts and the records as JSON: {"kind", …, "records": […]}.
+        """Return a JSON object with the class name as "kind", the facts, and "records".
 
-        NaN and infinity become null, because JSON has no such numbers.
+        NaN and infinity become null, because JSON cannot represent them.
         """
         return json.dumps({"kind": type(self).__name__, **plain(self.facts()),
                            "records": plain(self.records())}, ensure_ascii=False, allow_nan=False)
@@ -60,7 +60,7 @@ class Table:
 
 def page(caption: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
          total: int) -> str:
-    """Return HTML with the caption, the facts and a table of the first rows out of `total`."""
+    """Return HTML with the caption, the facts and a table of `rows`, the first of `total` rows."""
     parts = [f"<p><code>{_escaped(caption)}</code></p>"]
     if facts:
         parts.append("<p>" + "<br>".join(f"{_escaped(name)}: {_escaped(_shown(value))}"
@@ -78,7 +78,7 @@ def page(caption: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any
 
 
 def shapes(captured: Mapping[str, Any]) -> dict[str, str]:
-    """Return the names and shapes of captured arrays for `facts`; the values are not exported."""
+    """Return the names and shapes of captured arrays for `facts`, without their values."""
     found = {}
     for name, value in captured.items():
         several = isinstance(value, list)
@@ -103,7 +103,7 @@ def plain(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """Format a cell's value: floats with four significant digits, and long texts truncated."""
+    """Format a cell's value; round floats to four significant digits and truncate long texts."""
     if isinstance(value, (bool, np.bool_)):
         return "yes" if value else "no"
     if isinstance(value, (float, np.floating)):

@@ -1,7 +1,7 @@
-"""Import packages that only some functions need.
+"""Lazy import of packages that only some functions need.
 
-`require` imports a package on first use, so `import jaxpersona` imports none of these. If a package
-is missing, the error contains the `pip` command that installs it.
+`require` imports a package on first use instead of on `import jaxpersona`. If the package is
+missing, the error contains the `pip` command that installs it.
 """
 
 from __future__ import annotations

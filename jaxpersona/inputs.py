@@ -18,7 +18,7 @@ from typing import Any
 from jaxpersona.errors import UserError
 
 TEXT_BYTES = 256 << 20  # maximum size of a text file; the largest known tokenizer file is 35 MB
-MAX_DEPTH = 500  # maximum JSON nesting: half of Python's recursion limit, because readers recurse
+MAX_DEPTH = 500  # maximum nesting depth of JSON: half of Python's recursion limit of 1,000
 
 # C0 and C1 controls except tab and newline, and Unicode bidirectional controls
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u202a-\u202e\u2066-\u2069]")
@@ -64,7 +64,7 @@ def _stat(path: str | os.PathLike[str]) -> os.stat_result | None:
         return os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:  # name too long, permission denied, null byte
+    except (OSError, ValueError) as error:  # e.g. the name is too long or contains a null byte
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})"
                         ) from None
 
@@ -91,7 +91,7 @@ def parse_json(text: str, hook: Callable[[list[tuple[str, Any]]], Any] | None = 
       hook: passed to `json.loads` as `object_pairs_hook`.
 
     Raises:
-      json.JSONDecodeError: invalid JSON.
+      json.JSONDecodeError: the text is not valid JSON.
       UserError: nesting exceeds `MAX_DEPTH`, or an integer has more digits than Python's limit.
     """
     try:
@@ -128,7 +128,7 @@ def require_files(folder: pathlib.Path, suffixes: tuple[str, ...], limit: int = 
     """Check a folder's files with the given suffixes before another library reads them.
 
     Raises:
-      UserError: an entry is not a regular file or is too large; the message names it.
+      UserError: a file is not regular or is too large; the message names its path.
     """
     for path in sorted(folder.iterdir()):
         if path.name.endswith(suffixes) and not path.is_dir() and _stat(path) is not None:
@@ -136,7 +136,7 @@ def require_files(folder: pathlib.Path, suffixes: tuple[str, ...], limit: int = 
 
 
 def printable(text: object) -> str:
-    r"""Escape control characters except tab and newline, e.g. as \x1b.
+    r"""Replace control characters except tab and newline by escape sequences such as \x1b.
 
     This prevents text from a file from sending control sequences to the terminal.
     """

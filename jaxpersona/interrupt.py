@@ -1,8 +1,8 @@
-"""On SIGINT and SIGTERM, exit the CLI and print one line that states which files were written.
+"""Signal handlers that exit the CLI on SIGINT or SIGTERM and print which files were written.
 
 Importing JAX takes seconds and happens before the CLI's `main`. The package therefore imports this
-module first. If the process is the `jaxpersona` command, this module installs handlers for both
-signals; other programs are unaffected.
+module first. In a process that runs the `jaxpersona` command, importing this module installs the
+handlers. Other processes are unaffected.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from types import FrameType
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _received: list[int] = []  # the number of the signal that `_stop` handled, if any
 Action = Callable[[int, FrameType | None], object]
-Handlers = dict[signal.Signals, Action | int | None]  # int: signal.SIG_DFL or SIG_IGN
+Handlers = dict[signal.Signals, Action | int | None]  # an int is SIG_DFL or SIG_IGN
 
 
 class Stopped(BaseException):
@@ -29,8 +29,8 @@ class Stopped(BaseException):
     itself.
 
     Attributes:
-      code: exit code, 128 + signal number.
-      kept: description of the files written so far.
+      code: the exit code, 128 + the signal number.
+      kept: a description of the files written so far.
     """
 
     def __init__(self, number: int) -> None:
@@ -60,11 +60,11 @@ def _stop(number: int, _: FrameType | None) -> None:
 
 
 def check() -> None:
-    """Raise `Stopped` again if a signal arrived.
+    """Raise `Stopped` again if a signal has arrived.
 
     Python discards an exception that a signal handler raises during a finalizer or a callback of
-    the garbage collector. Long jobs therefore call this function at every report of progress. In
-    other threads it does nothing.
+    the garbage collector. Long jobs therefore call this function at every progress report.
+    Outside the main thread, this function does nothing.
 
     Raises:
       Stopped: a signal arrived during the current `raised` block.
@@ -90,7 +90,7 @@ def _handle(action: Action) -> Handlers:
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """Raise `Stopped` on either signal while the block runs, or at its end (see `check`)."""
+    """Raise `Stopped` on SIGINT or SIGTERM while the block runs, or at its end (see `check`)."""
     before = _handle(_stop)
     try:
         yield

@@ -19,7 +19,8 @@ import jax.core
 
 from jaxpersona.errors import UserError
 
-_used_by: int | None = None  # the process that first used JAX through this package
+_used_by: int | None = None  # the ID of the process that first used JAX through this package
+
 # prefixes of settings that do not affect a trace
 _OTHER_SETTINGS = ("jax_compilation_cache", "jax_persistent_cache", "jax_log", "jax_debug_log",
                    "jax_logging", "jax_platforms", "jax_traceback", "jax_dump", "jax_explain",
@@ -42,12 +43,12 @@ class Device(Protocol):
 
 @contextlib.contextmanager
 def own_rules() -> Iterator[None]:
-    """Disable `jax_debug_nans`, `jax_debug_infs` and the transfer guard in a block or function.
+    """Disable `jax_debug_nans`, `jax_debug_infs` and the transfer guard inside the context.
 
     These settings do not change compiled programs or their cache keys.
 
     Raises:
-      UserError: this process was forked from one that has used JAX.
+      UserError: this process was forked from a process that had used JAX.
     """
     check_process()
     before = _asked.set(debugging())
@@ -75,29 +76,31 @@ def is_traced(*trees: Any) -> bool:
 
 
 def setting(name: str) -> Any:
-    """Return a JAX setting in this thread; None if it is unset or unknown to this JAX version.
+    """Return the value of a JAX setting in this thread; None if it is unset or does not exist.
 
     Args:
       name: a name such as "jax_debug_nans".
     """
     value = getattr(jax.config, name, None)  # a context manager may have changed it in this thread
     if value is None:
-        with contextlib.suppress(AttributeError, KeyError):  # settings without a context manager
+        # `read` raises for settings that have a context manager or do not exist
+        with contextlib.suppress(AttributeError, KeyError):
             value = jax.config.read(name)
     return value
 
 
 def tracing_settings() -> tuple[tuple[str, str], ...]:
-    """Return JAX's settings in this thread that may affect what a trace or its program computes.
+    """Return the JAX settings in this thread that may affect a trace or the result of its program.
 
-    The result excludes the settings whose prefix is in `_OTHER_SETTINGS`.
+    The result has a pair (name, repr of the value) for each setting without a prefix in
+    `_OTHER_SETTINGS`.
     """
     return tuple((name, repr(setting(name))) for name in sorted(jax.config.values)
                  if not name.startswith(_OTHER_SETTINGS))
 
 
 def thread_settings() -> list[Any]:
-    """Return the values of all JAX settings in this thread, in a fixed order; takes 20 µs."""
+    """Return the values of all JAX settings in this thread, in a fixed order, in about 20 µs."""
     return [getattr(jax.config, name, None) for name in jax.config.values]
 
 
@@ -128,12 +131,12 @@ def default_setting(name: str, value: bool | float | str, *,
 
 
 def check_process() -> None:
-    """Check that this process was not forked from one that has used JAX.
+    """Check that this process was not forked from a process that had used JAX.
 
-    A forked process has no copy of JAX's threads, so JAX could block forever.
+    A forked process has no copies of JAX's threads, so JAX can deadlock.
 
     Raises:
-      UserError: this process is such a fork.
+      UserError: this process was forked from a process that had used JAX.
     """
     global _used_by
     if _used_by is None:
@@ -141,5 +144,5 @@ def check_process() -> None:
     elif _used_by != os.getpid():
         raise UserError(
             f"process {os.getpid()} was forked from process {_used_by}, which has used JAX; JAX "
-            "would deadlock here: use multiprocessing.get_context('spawn')"
+            "can deadlock here: use multiprocessing.get_context('spawn')"
         )

@@ -23,9 +23,9 @@ from jaxpersona.errors import UserError
 
 Implementation = Literal["xla", "cudnn", "splash"]
 Asked = Literal["auto", "xla", "cudnn", "splash"]
-LONG = 127  # "auto" uses XLA up to this width; from 128 tokens on, cuDNN was faster on an H100
-# "auto" uses XLA up to this width on a TPU; the value is an estimate, not measured on a TPU
-LONG_TPU = 2047
+# the longest batches, in tokens per row, for which "auto" uses XLA on a GPU and on a TPU
+LONG = 127  # measured: from 128 tokens on, cuDNN was faster on an H100
+LONG_TPU = 2047  # estimated
 _KERNELS: dict[str, Implementation] = {"gpu": "cudnn", "tpu": "splash"}  # used by "auto"
 _NAMES = {"cudnn": "cuDNN's", "splash": "splash attention"}
 
@@ -41,14 +41,14 @@ def attention_implementation(
     sharded: bool = False,
     asked: Asked = "auto",
 ) -> tuple[Implementation, str]:
-    """Choose the attention implementation: the platform's kernel for long batches, else XLA.
+    """Choose the attention implementation: the platform's kernel for long batches, otherwise XLA.
 
     Args:
-      config: the model configuration (reads `attn_softcap` and `head_dim`).
+      config: the model configuration, of which `attn_softcap` and `head_dim` are used.
       platform: the devices' platform: "cpu", "gpu" or "tpu".
       dtype: the dtype of queries, keys and values.
       tokens: the number of queries per row, including padding.
-      fresh: whether the cache holds no earlier tokens (there is no cache, or a new cache).
+      fresh: whether the cache holds no earlier tokens, because it is new or there is none.
       capability: the GPU's compute capability.
       sharded: whether the arrays are sharded over a mesh.
       asked: the requested implementation, or "auto".
@@ -73,7 +73,7 @@ def attention_implementation(
         return "xla", against[0]
     least = LONG if kernel == "cudnn" else LONG_TPU
     if tokens <= least and asked == "auto":
-        return "xla", f"the batch has {tokens} tokens per row, at most {least}"
+        return "xla", f"the batch has {tokens} tokens per row, and 'auto' uses XLA up to {least}"
     return kernel, "it is supported"
 
 
@@ -187,5 +187,5 @@ def flash(q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, length: jax.A
         implementation=implementation,
     )
     inside = jnp.arange(q_btnh.shape[1], dtype=jnp.int32)[None] < length[:, None]
-    # cuDNN's output at padding is undefined, and a capture's zero weight does not remove a NaN
+    # cuDNN's output at padding is undefined and may be NaN, which a zero weight would not remove
     return jnp.where(inside[:, :, None, None], out, jnp.zeros((), out.dtype))

@@ -1,10 +1,11 @@
 """One pass over the residual stream: residual add, rank-one edits, counts, readings and norm.
 
-At the end of a layer, XLA adds the MLP's output to the residual stream, projects the sum on the
-directions of edits and readings, applies the edits and then the next norm, in several kernels
-that each read the residual stream. The Pallas kernel reads the residual stream and the MLP's output
-once, keeps a block of tokens in on-chip memory, and writes the edited residual stream and its
-normalized form once. `reference` is the same function in plain JAX.
+At the end of a layer, the MLP's output is added to the residual stream, the sum is projected onto
+the directions of edits and readings, and the edits and then the next norm are applied. XLA compiles
+these operations to several kernels, and each of them reads the residual stream. The Pallas kernel
+reads the residual stream and the MLP's output once, keeps a block of tokens in on-chip memory, and
+writes the edited residual stream and its normalized form once. `reference` computes the same result
+in plain JAX.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from jaxpersona.errors import UserError
 Implementation = Literal["xla", "pallas", "interpret"]
 F32 = jnp.float32
 MEMORY = 10 * 2**20  # bytes of on-chip memory for the blocks of one step; a TPU core has 16 MiB
-_BY_SUMS = 8  # maximum number of projections computed by sums; more use a matrix product
+_BY_SUMS = 8  # up to this many projections are computed as sums; more use a matrix product
 _TOKENS = (256, 128, 64, 32, 16, 8)  # possible sizes of a block, in tokens
 
 
@@ -58,7 +59,7 @@ class Site(NamedTuple):
     Attributes:
       h: the edited residual stream [B, T, D], with the dtype of the input.
       changed: [n, B] int32, the number of tokens that each edit changed.
-      read: [B, T, K] float32, the projections on the K directions, or None without directions.
+      read: [B, T, K] float32, the projections onto the K directions, or None without directions.
       normed: h after the norm, [B, T, D], or None without a norm.
     """
 
@@ -71,7 +72,7 @@ class Site(NamedTuple):
 def reference(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit] = (), *,
               directions: jax.Array | None = None, before: int = 0,
               norm: Norm | None = None) -> Site:
-    """Compute the result of `site` in plain JAX, with the same arguments."""
+    """Compute the result of `site` in plain JAX; the arguments are the same."""
     h = unedited = round_residual(x + added)
     counts = []
     for edit in edits:
@@ -98,11 +99,12 @@ def site(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit] = (), *,
       added: the output of the MLP [B, T, D].
       edits: n rank-one edits, applied in order.
       directions: [K, D] float32, the directions of projection readings, or None.
-      before: the number of directions, from the first one, that are read before the edits; the
-        others are read after the edits.
+      before: the number of leading directions whose projections are computed before the edits; the
+        other projections are computed after the edits.
       norm: the norm to compute, or None.
-      implementation: "xla", the reference; "pallas", one kernel on a TPU; "interpret", this kernel
-        emulated with JAX operations on any device, for tests. The kernel is not differentiable.
+      implementation: "xla" (the reference), "pallas" (one kernel on a TPU) or "interpret" (this
+        kernel, emulated with JAX operations on any device for tests). The kernel is not
+        differentiable.
 
     Raises:
       UserError: the implementation is unknown, or the smallest block exceeds the on-chip memory.
@@ -113,7 +115,7 @@ def site(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit] = (), *,
         raise UserError(f"implementation is {implementation!r}; it must be 'xla', 'pallas' or "
                         "'interpret'")
     rows, width = x.shape[:2]
-    by_token = width == 1  # a decode step: the rows are the tokens of a block
+    by_token = width == 1  # in a decode step, the tokens of a block belong to different rows
     if by_token:
         x, added = (jnp.swapaxes(array, 0, 1) for array in (x, added))  # [1, B, D]
     found = _run(x, added, edits, directions, before, norm, by_token,
@@ -124,12 +126,12 @@ def site(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit] = (), *,
 
 
 def refusal(platform: str, width: int, entries: int, directions: int) -> str | None:
-    """Return the reason why the Pallas kernel cannot run on a platform; None if it can.
+    """Return the reason why the Pallas kernel cannot run on a platform, or None if it can.
 
     Args:
       platform: "cpu", "gpu" or "tpu".
-      width: D.
-      entries: the number of vectors [D] in the edits of a site.
+      width: the width D of the residual stream.
+      entries: the number of vectors v̂ and û in the edits of a site.
       directions: the number K of directions.
     """
     if platform != "tpu":
@@ -152,7 +154,7 @@ def _normed(h: jax.Array, weight: jax.Array, eps: float, offset: float) -> jax.A
 
 
 def _block(width: int, itemsize: int, entries: int, directions: int, by_token: bool) -> int | None:
-    """Return the number of tokens in a block, or None if even the smallest exceeds the memory.
+    """Return the largest number of tokens in a block that fits in `MEMORY`, or None if none fits.
 
     The pipeline holds two blocks of each of the four arrays [T, D], and the kernel about three
     float32 arrays of the size of a block.
@@ -263,7 +265,7 @@ def _kernel(*refs: Any, pushed: tuple[bool, ...], reads: int, before: int, by_to
         delta = jnp.minimum(jnp.maximum(s * p - p + c, lo - p), hi - p)
         delta = jnp.where(active[:, n : n + 1] != 0, delta, 0.0)
         moved = (h + delta * (v if push is None else push[...])).astype(dtype).astype(F32)
-        # h + 0 would turn −0 into 0
+        # h is kept where δ = 0, because h + 0 would turn −0 into 0
         h = jnp.where(jnp.broadcast_to(delta, h.shape) != 0, moved, h)
         changed = jnp.where(delta != 0, 1.0, 0.0)
         if not by_token:

@@ -1,4 +1,4 @@
-"""The rank-one edit: its equation and its implementation in XLA."""
+"""The rank-one edit: its equation and its implementation in JAX."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rank_one_edit(
       direction: v̂, unit vectors [B, D] or [1, D] float32.
       coefficients: s, c, lo and hi, each [B] or [1] float32.
       active: [B, T] bool, True at the tokens to edit.
-      push: û, with the shape of `direction`: h moves along û instead of v̂. None: along v̂.
+      push: û, with the shape of `direction`, or None. If given, h moves along û instead of v̂.
       columns: `twice(direction)` if it is already computed, otherwise None.
       implementation: "xla", the only implementation available.
 
@@ -48,7 +48,8 @@ def rank_one_edit(
     s, c, lo, hi = (number[:, None] for number in coefficients)
     wide = h.astype(jnp.float32)
     p = project(wide, direction) if columns is None else _by_product(wide, columns)
-    # s·p − p is exactly 0 at s = 1, like (s − 1)·p, but XLA cannot move s − 1 out of a loop.
+    # Like (s − 1)·p, s·p − p is exactly 0 at s = 1. With (s − 1)·p, XLA would hoist the difference
+    # s − 1 of each layer out of the decode loop.
     delta = jnp.clip(s * p - p + c, lo - p, hi - p)
     changed = active & (delta != 0)
     along = direction if push is None else push
@@ -60,7 +61,7 @@ def round_residual(x: jax.Array) -> jax.Array:
     """Round x to the precision of its dtype, even inside a fusion.
 
     XLA may keep a bfloat16 sum in float32 inside a fusion. Without this rounding, values that an
-    edit does not change could then differ in precision from a program without the edit.
+    edit does not change could then differ in precision from those in a program without the edit.
     """
     if x.dtype == jnp.bfloat16:
         return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
@@ -79,9 +80,9 @@ def project(h: jax.Array, direction: jax.Array) -> jax.Array:
 
 
 def twice(direction: jax.Array) -> jax.Array:
-    """Stack two copies of v̂ [B, D] to [B, 2, D], for products on a CPU.
+    """Stack two copies of v̂ [B, D] into [B, 2, D], for products on a CPU.
 
-    XLA compiles a product with a single column to three kernels (multiply and reduce), but a
+    XLA compiles a product with a single column to three kernels that multiply and reduce, but a
     product with two columns to a single kernel.
     """
     return jnp.stack([direction, direction], 1)

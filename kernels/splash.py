@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxpersona.kernels.probe import fault
 
-LANES = 128  # a TPU kernel's blocks are multiples of this in the sequence dimension
+LANES = 128  # TPU kernels require blocks whose length is a multiple of this number of tokens
 _BLOCKS = (512, 256, LANES)
 _MODULE = "jax.experimental.pallas.ops.tpu.splash_attention"
 
@@ -36,7 +36,7 @@ def splash(q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, length: jax.
       length: [B] int32, the number of valid tokens per row; the other tokens are padding.
       scale: the factor applied to q·k.
       window: sliding-window size in tokens, including the query itself, or None.
-      softcap: scores become softcap·tanh(scores/softcap) (Gemma 2), or None.
+      softcap: the bound c of the soft-cap c·tanh(scores/c) (Gemma 2), or None.
       interpret: whether to emulate the kernel with JAX operations, on any device.
 
     Returns:
@@ -80,9 +80,9 @@ def splash_fault(dtype: str, head_dim: int, groups: int, windowed: bool,
                  softcapped: bool) -> str | None:
     """Compare the kernel with NumPy on a small input; return a description of the error.
 
-    The result is None if both agree, or if this process has no TPU, because the program is then
-    compiled for another machine and does not run here. The arguments are the properties on which
-    the kernel depends; each combination is tested once.
+    The result is None if both agree. It is also None if this process has no TPU, because the
+    program is then compiled for another machine. The arguments are the properties on which the
+    kernel depends; each combination is tested once.
     """
     device = tpu()
     if device is None:

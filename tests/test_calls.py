@@ -85,7 +85,7 @@ MISTAKES = {
     "width": (lambda: jp.generate(MODEL, ["a"], interventions=jp.steer(np.ones(64), layers=4)),
               "64.*128|128.*64"),
     "a percentile of a vector": (lambda: jp.cap(V, layers=4, floor="p25"),
-                                 "floor is 'p25'; a percentile name needs an Axis"),
+                                 "floor is 'p25', but only an Axis has percentiles"),
     "an unknown percentile": (lambda: jp.cap(AXIS, layers=4, floor="p26"), "p26.*p25"),
     "an unknown population": (lambda: jp.cap(AXIS, layers=4, floor="p25", of="none"), "none"),
     "where by an unknown name": (lambda: steer(where="reply"), "where is 'reply'"),
@@ -104,7 +104,7 @@ MISTAKES = {
     "an axis file": (lambda: jp.load_axis("none.safetensors"), "none.safetensors"),
     "steps of text": (lambda: jp.generate(MODEL, ["a"], temperature="hot"), "temperature"),
     "no assistant message": (lambda: jp.extract(MODEL, [ASK], capture=jp.capture.mean(jp.response)),
-                             "no token to read"),
+                             "selects no token in"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Readings of activations: mean, last selected token, norms, and full activations."""
+"""Readings of activations: the mean, the last selected token, norms, and full activations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jaxpersona.models.batch import Batch
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
-LARGE = 1e9  # bytes; a capture of full activations that is at least this large logs a warning
+LARGE = 1e9  # bytes; a warning is logged for a capture of full activations of at least this size
 _LOG = logging.getLogger("jaxpersona")
 
 
@@ -32,7 +32,7 @@ class Mean(Reading, kw_only=True, repr=False):
     """The mean activation of the selected tokens, per message if `turns` is given.
 
     Attributes:
-      turns: M, the number of messages to average separately, or None for one mean of all tokens.
+      turns: the number M of messages to average separately, or None for one mean of all tokens.
     """
 
     needs_token: ClassVar[bool] = True
@@ -45,7 +45,7 @@ class Mean(Reading, kw_only=True, repr=False):
         return MeanState(jnp.zeros((layers, *shape, width), F32), jnp.zeros(shape, F32))
 
     def weights(self, batch: Batch) -> Float[Array, "B ... T"]:
-        """Return [B, T] or [B, M, T] float32: 1 for selected tokens, else 0."""
+        """Return float32 weights [B, T] or [B, M, T]: 1 for selected tokens, else 0."""
         chosen = holds(self.where, batch)
         if self.turns is not None:
             turn = jnp.arange(self.turns, dtype=jnp.int32)
@@ -53,7 +53,7 @@ class Mean(Reading, kw_only=True, repr=False):
         return chosen.astype(F32)
 
     def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
-        """Sum h [B, T, D] of one layer over the selected tokens: [B, D] or [B, M, D]."""
+        """Return the sum of h [B, T, D] over selected tokens, [B, D], or [B, M, D] with `turns`."""
         form = "btd,bt->bd" if self.turns is None else "btd,bmt->bmd"
         return jnp.einsum(form, h.astype(F32), weights, precision="highest")
 
@@ -63,12 +63,12 @@ class Mean(Reading, kw_only=True, repr=False):
         return MeanState(state.total + reductions, state.count + weights.sum(-1))
 
     def details(self) -> list[str]:
-        """Return "turns=M" if messages are averaged separately, else an empty list."""
+        """Return ["turns=M"] if messages are averaged separately, else an empty list."""
         return [] if self.turns is None else [f"turns={self.turns}"]
 
 
 class MeanState(State):
-    """The sum of activations and the number of tokens; the result is the mean.
+    """The sum of the selected tokens' activations and the number of these tokens.
 
     Attributes:
       total: [L, B, D] float32, or [L, B, M, D] with `turns`.
@@ -105,18 +105,18 @@ class Last(Reading, kw_only=True, repr=False):
         return LastState(jnp.zeros((layers, rows, width), F32), jnp.full((rows,), -1, jnp.int32))
 
     def weights(self, batch: Batch) -> Float[Array, "B T"]:
-        """Return [B, T] float32: 1 at the last selected token of the call, else 0."""
+        """Return float32 weights [B, T]: 1 for each row's last selected token, else 0."""
         at = jnp.where(holds(self.where, batch), batch.position, -1)
         top = at.max(-1, keepdims=True)
         return ((at == top) & (top >= 0)).astype(F32)
 
     def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
-        """Select the activation [B, D] from h [B, T, D] of one layer."""
+        """Return the activation [B, D] of each row's last selected token from h [B, T, D]."""
         return jnp.einsum("btd,bt->bd", h.astype(F32), weights, precision="highest")
 
     def update(self, state: LastState, reductions: jax.Array, weights: jax.Array, batch: Batch,
                slots: jax.Array) -> LastState:
-        """Replace the stored activation of each row with a selected token in this call."""
+        """Replace the stored activations of the rows that have a selected token in this call."""
         selected = weights.sum(-1) > 0
         position = (weights.astype(jnp.int32) * batch.position).sum(-1)
         return LastState(
@@ -170,10 +170,10 @@ class Norms(Reading, kw_only=True, repr=False):
 
 
 class Full(Reading, kw_only=True, repr=False):
-    """The activations of all selected tokens, an array [L, B, S, D]."""
+    """The activations of all selected tokens."""
 
     def init(self, layers: int, rows: int, slots: int, width: int) -> TokenState:
-        """Log the size of the result; return a state with an array [L, B, S, D] of NaN."""
+        """Log the size of the state; return a state with an array [L, B, S, D] of NaN."""
         size = 4 * layers * rows * slots * width
         _LOG.log(logging.WARNING if size >= LARGE else logging.INFO,
                  "a capture of full activations takes %.3g GB: %d layers, %d rows, %d slots, "

@@ -1,9 +1,9 @@
 """Captures, which read and reduce activations inside the compiled program.
 
-A capture is a pytree of readings (`reading.Reading`), each with a state. Every prefill, prompt
-chunk and decode step updates the states. A mean over a generated text therefore requires neither a
-second forward pass nor an `[L, B, T, D]` array. Captures that are combined with `|` share one
-forward pass.
+A capture is a pytree of readings (`reading.Reading`), each with a state. Every call of `forward` (a
+prefill, a chunk of a prompt or a decode step) updates the states. A mean over a generated text
+therefore requires neither a second forward pass nor an array [L, B, T, D]. Captures that are
+combined with `|` share one forward pass.
 
 Examples:
   >>> import jaxpersona as jp
@@ -42,7 +42,11 @@ _CALLS = {"full": "full()", "histogram": "histogram(directions, edges)", "last":
 
 
 class Capture(flax.struct.PyTreeNode):
-    """Named readings that share one forward pass; `a | b` combines two captures."""
+    """Named readings that share one forward pass; `a | b` combines two captures.
+
+    Attributes:
+      readings: the readings by name.
+    """
 
     readings: Mapping[str, Reading] = flax.struct.field(default_factory=dict)
 
@@ -70,7 +74,16 @@ class Capture(flax.struct.PyTreeNode):
                         for name, reading in self.readings.items()})
 
     def init(self, config: ModelConfig, rows: int, slots: int) -> dict[str, State]:
-        """Return the initial state of each reading by name, for B = `rows` and S = `slots`."""
+        """Return the initial state of each reading, by name.
+
+        Args:
+          config: the model's configuration.
+          rows: the number of rows B.
+          slots: the number of cache slots S, or of tokens per row without a cache.
+
+        Raises:
+          UserError: a reading does not fit the model.
+        """
         return {
             name: reading.init(len(chosen_layers(reading, config)), rows, slots, config.d_model)
             for name, reading in self.readings.items()
@@ -82,17 +95,20 @@ class Capture(flax.struct.PyTreeNode):
 
 
 def chosen_layers(reading: Reading, config: ModelConfig) -> tuple[int, ...]:
-    """Return the layers at which a reading is computed (default: all layers).
+    """Return the layers that a reading reads, after checking the reading against the model.
+
+    If the reading does not specify layers, all layers of the model are returned.
 
     Raises:
-      UserError: a layer does not exist in the model, or the directions have the wrong shape.
+      UserError: the site is invalid, a layer does not exist in the model, or an array of the
+        reading has the wrong shape.
     """
     if reading.site not in SITES:
         raise UserError(f"site is {reading.site!r}; it must be one of {SITES}")
     layers = reading.layers if reading.layers is not None else tuple(range(config.n_layers))
     if layers[-1] >= config.n_layers:
         raise UserError(
-            f"a capture reads layer {layers[-1]}; the model has layers 0…{config.n_layers - 1}"
+            f"a capture reads layer {layers[-1]}, but the model has layers 0…{config.n_layers - 1}"
         )
     reading.check(layers, config.d_model)
     return layers
@@ -100,7 +116,7 @@ def chosen_layers(reading: Reading, config: ModelConfig) -> tuple[int, ...]:
 
 def _directions(directions: Any, where: Where | str, layers: Layers | None,
                 site: Site) -> dict[str, Any]:
-    """Return keyword arguments for `projections.OnDirections`."""
+    """Validate and normalize directions, and return keyword arguments for `OnDirections`."""
     several = list(directions) if isinstance(directions, (list, tuple)) else [directions]
     if several and all(hasattr(one, "at_layers") for one in several):
         chosen = resolve_layers(slice(None) if layers is None else layers, several[0].n_layers)
@@ -117,14 +133,17 @@ def _directions(directions: Any, where: Where | str, layers: Layers | None,
     if value.ndim != 3 or not value.shape[1]:
         raise UserError(f"directions has shape {value.shape}; it must be [K, D] or [l, K, D]")
     if not is_traced(value) and not (np.isfinite(value).all() and value.any(-1).all()):
-        raise UserError("directions contains a zero vector or a non-finite value")
+        raise UserError("directions contains a zero vector or a non-finite value; give "
+                        "nonzero, finite directions")
     unit = jnp.asarray(normalised(value)[0], F32)
     return {"where": _test(where), "directions": unit, "layers": picked, "site": _site(site),
             "model_origin": jnp.asarray(origin, jnp.uint32)}
 
 
 def joined(given: Any) -> Capture | None:
-    """Convert a `capture` argument to one capture or None; combine a list of captures with `|`.
+    """Convert a `capture` argument (a capture, a list of captures, or None) to a capture or None.
+
+    A list of captures is combined with `|`.
 
     Raises:
       UserError: the argument is not a capture, such as `mean` instead of `mean()`, or two captures
@@ -170,10 +189,23 @@ def _pick(layers: Layers | None) -> tuple[int, ...] | None:
 @own_rules()
 def mean(where: Where | str = response, *, layers: Layers | None = None, site: Site = "residual",
          turns: int | None = None, name: str = "mean") -> Capture:
-    """Average activations over the selected tokens.
+    """Capture the mean activation of each row's selected tokens.
 
-    The result is [B, L, D]. With `turns=M`, each of the first M messages is averaged separately,
-    and the result is [B, L, M, D].
+    Args:
+      where: the tokens to read, as a token test or its name; by default, the content of assistant
+        messages without thinking blocks.
+      layers: the layers to read, in a form that `steer` accepts; by default, all L layers.
+      site: the site to read (see `steer`).
+      turns: M, to average each of the first M messages separately; by default, all selected tokens
+        of a row are averaged together.
+      name: the name of the result.
+
+    Returns:
+      A capture whose result is [B, L, D] float32, or [B, L, M, D] with `turns`. A mean over no
+      tokens is NaN.
+
+    Raises:
+      UserError: an argument is invalid.
     """
     if turns is not None and (not isinstance(turns, int) or turns < 1):
         raise UserError(f"turns is {turns!r}; it must be a positive integer")
@@ -184,7 +216,13 @@ def mean(where: Where | str = response, *, layers: Layers | None = None, site: S
 @own_rules()
 def last(where: Where | str = everywhere, *, layers: Layers | None = None, site: Site = "residual",
          name: str = "last") -> Capture:
-    """Read the activation of the last selected token; the result is [B, L, D]."""
+    """Capture the activation of each row's last selected token.
+
+    The arguments are as for `mean`; by default, all tokens are selected.
+
+    Returns:
+      A capture whose result is [B, L, D] float32.
+    """
     return Capture({name: Last(**_common(where, layers, site))})
 
 
@@ -192,15 +230,20 @@ def last(where: Where | str = everywhere, *, layers: Layers | None = None, site:
 @own_rules()
 def projections(directions: Any, where: Where | str = everywhere, *, layers: Layers | None = None,
                 site: Site = "residual", name: str = "projections") -> Capture:
-    """Project the activation of every selected token on directions of unit length.
+    """Capture the projections of every selected token's activation on K unit directions.
 
     Args:
-      directions: an array [K, D], used at every layer; an array [l, K, D], with K directions per
-        chosen layer; or a named direction (`Axis` or `Vector`) or a list of named directions,
-        whose values at the chosen layers are used. All directions are normalized.
+      directions: a named direction (`Axis` or `Vector`) or a list of named directions, whose values
+        at the chosen layers are used, or an array: [K, D], with the directions for all layers, or
+        [l, K, D], with K directions per chosen layer. All directions are normalized.
+      where, layers, site, name: as for `mean`; by default, all tokens are selected.
 
     Returns:
-      A capture whose result is [B, L, S, K], with NaN at tokens that are not selected.
+      A capture whose result is [B, L, S, K] float32, with NaN at tokens that are not selected.
+
+    Raises:
+      UserError: a direction is zero, not finite or of the wrong shape, or another argument is
+        invalid.
     """
     return Capture({name: Projections(**_directions(directions, where, layers, site))})
 
@@ -209,10 +252,11 @@ def projections(directions: Any, where: Where | str = everywhere, *, layers: Lay
 @own_rules()
 def moments(directions: Any, where: Where | str = response, *, layers: Layers | None = None,
             site: Site = "residual", name: str = "moments") -> Capture:
-    """Compute the count, mean and variance of the projections of each row's selected tokens.
+    """Capture the count, mean and variance of the projections of each row's selected tokens.
 
-    The size of the state does not depend on the length of the text (Welford 1962). The arguments
-    are as for `projections`.
+    These moments are updated online (Welford 1962), so the size of the state does not depend on the
+    length of the text. The arguments are as for `projections`, but `where` has the default of
+    `mean`.
 
     Returns:
       A capture whose result is a `projections.Moments`: count [B], mean and variance [B, L, K].
@@ -225,10 +269,11 @@ def moments(directions: Any, where: Where | str = response, *, layers: Layers | 
 def histogram(directions: Any, edges: Any, where: Where | str = response, *,
               layers: Layers | None = None, site: Site = "residual",
               name: str = "histogram") -> Capture:
-    """Compute a histogram of the projections of each row's selected tokens.
+    """Capture a histogram of the projections of each row's selected tokens.
 
     Args:
-      directions: as for `projections`.
+      directions, layers, site, name: as for `projections`.
+      where: as for `mean`.
       edges: E ascending bin edges: an array [E], or [l, K, E] with edges per chosen layer and
         direction. Bin 0 counts p < edges[0], bin i counts edges[i − 1] ≤ p < edges[i], and bin E
         counts p ≥ edges[E − 1].
@@ -237,7 +282,8 @@ def histogram(directions: Any, edges: Any, where: Where | str = response, *,
       A capture whose result is [B, L, K, E + 1] int32.
 
     Raises:
-      UserError: the edges are not ascending, or edges or directions have an invalid shape.
+      UserError: the edges are not finite and strictly ascending, the shapes of `edges` and
+        `directions` do not match, or another argument is invalid.
     """
     fields = _directions(directions, where, layers, site)
     bounds = numbers("edges", edges)
@@ -259,10 +305,13 @@ def histogram(directions: Any, edges: Any, where: Where | str = response, *,
 @own_rules()
 def norms(where: Where | str = everywhere, *, layers: Layers | None = None, site: Site = "residual",
           name: str = "norms") -> Capture:
-    """Compute the norm ‖h‖ of the activation of every selected token.
+    """Capture the norm ‖h‖ of every selected token's activation.
 
-    The result is [B, L, S], with NaN at other tokens. Lu et al. 2026 give steering strengths in
-    units of the mean norm over all tokens except the first.
+    Lu et al. 2026 specify steering strengths in units of the mean norm over all tokens except the
+    first. The arguments are as for `mean`; by default, all tokens are selected.
+
+    Returns:
+      A capture whose result is [B, L, S] float32, with NaN at tokens that are not selected.
     """
     return Capture({name: Norms(**_common(where, layers, site))})
 
@@ -271,8 +320,12 @@ def norms(where: Where | str = everywhere, *, layers: Layers | None = None, site
 @own_rules()
 def full(where: Where | str = everywhere, *, layers: Layers | None = None, site: Site = "residual",
          name: str = "full") -> Capture:
-    """Read the activation of every selected token.
+    """Capture the activation of every selected token.
 
-    The result is [B, L, S, D] float32, with NaN at other tokens. It takes 4·B·L·S·D bytes.
+    The arguments are as for `mean`; by default, all tokens are selected.
+
+    Returns:
+      A capture whose result is [B, L, S, D] float32, with NaN at tokens that are not selected. The
+      result takes 4·B·L·S·D bytes.
     """
     return Capture({name: Full(**_common(where, layers, site))})

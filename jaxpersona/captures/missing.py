@@ -1,4 +1,4 @@
-"""Warnings about captures that are NaN because no token was selected."""
+"""Warnings about captures whose values are NaN because no token was selected."""
 
 from __future__ import annotations
 
@@ -27,16 +27,19 @@ def warn_of_empty(name: str, empty: Any) -> None:
 
 
 def describe_empty(numbers: Any, total: int, what: str) -> str:
-    """Describe the rows or conversations in which a capture selected no token, and the fix.
+    """Return a message about the rows or conversations in which a capture selected no token.
 
     Args:
       numbers: the indices of these rows or conversations, at least one.
       total: the number of rows or conversations.
       what: "row" or "conversation".
+
+    Returns:
+      The predicate of a sentence whose subject is the capture, including the fix.
     """
     some = ", ".join(map(str, list(numbers)[:5])) + (", …" if len(numbers) > 5 else "")
     many = len(numbers) > 1
     plural, values_are = ("s", "their values are") if many else ("", "its value is")
-    return (f"has no token to read in {what}{plural} {some} ({len(numbers)} of {total}), so "
-            f"{values_are} NaN: where= (by default the content of assistant messages) selects no "
-            "token there; add such tokens, or select other tokens with where=")
+    return (f"selects no token in {what}{plural} {some} ({len(numbers)} of {total}), so "
+            f"{values_are} NaN; add tokens that where= selects (by default, the content of "
+            "assistant messages), or select other tokens with where=")

@@ -28,8 +28,10 @@ class OnDirections(Reading, kw_only=True, repr=False):
     """The base class of readings that project activations on K directions per layer.
 
     Attributes:
-      directions: [L or 1, K, D] float32, unit length.
-      model_origin: [1] uint32, the hash of the weights of the directions' model; 0 if unknown.
+      directions: [L or 1, K, D] float32, unit length; a first axis of length 1 means the same
+        directions at every layer.
+      model_origin: [1] uint32, the hash of the weights of the model that the directions were made
+        for (`params.origin`); 0 if unknown.
     """
 
     directions: Float[Array, "L K D"]
@@ -37,49 +39,49 @@ class OnDirections(Reading, kw_only=True, repr=False):
 
     @property
     def origin(self) -> UInt[Array, " 1"]:
-        """[1] uint32, the hash of the weights of the directions' model; 0 if unknown."""
+        """The origin of the directions, [1] uint32 (see `model_origin`)."""
         return self.model_origin
 
     def check(self, layers: tuple[int, ...], width: int) -> None:
-        """Check the shape of the directions.
+        """Check the shape of the directions (see `Reading.check`).
 
         Raises:
-          UserError: the number of layers or the width does not match.
+          UserError: the directions have the wrong number of layers or the wrong width.
         """
         check_sets("directions", self.directions, layers)
         if self.directions.shape[-1] != width:
-            raise UserError(f"directions have width {self.directions.shape[-1]}; the model's "
-                            f"residual stream has width {width}")
+            raise UserError(f"directions have width {self.directions.shape[-1]}, but the model's "
+                            f"residual stream has width {width}; use directions of this model")
 
     def project(self, h: jax.Array, index: int) -> jax.Array:
-        """Project h [B, T, D] of one layer on its directions: [B, T, K]."""
+        """Return the projections [B, T, K] of h [B, T, D] on the directions of one layer."""
         return jnp.einsum("btd,kd->btk", h.astype(F32), self.at(index), precision="highest")
 
     def read(self, h: jax.Array, weights: jax.Array, index: int) -> Any:
-        """Project h [B, T, D] of one layer and reduce the projections."""
+        """Project h [B, T, D] of one layer and reduce the projections (see `Reading.read`)."""
         return self.reduce(self.project(h, index), weights, index)
 
     def reduce(self, p: jax.Array, weights: jax.Array, index: int) -> Any:
-        """Reduce the projections p [B, T, K] of one layer to the result of `read`."""
+        """Reduce the projections p [B, T, K] of one layer, and return the result of `read`."""
         raise NotImplementedError
 
     def at(self, index: int) -> jax.Array:
-        """Return the directions [K, D] of one layer."""
+        """Return the directions [K, D] of one layer (`index` is as in `Reading.read`)."""
         return self.directions[index if self.directions.shape[0] > 1 else 0]
 
     def details(self) -> list[str]:
-        """Return the number of directions."""
+        """Return the number of directions, such as ["2 directions"]."""
         count = self.directions.shape[1]
         return [f"{count} direction{'s' * (count != 1)}"]
 
 
 def check_sets(name: str, values: Any, layers: tuple[int, ...]) -> None:
-    """Check that an array [l, …] has one entry for all layers, or one entry per layer.
+    """Check that the first axis of an array has one entry per layer, or one entry for all layers.
 
     Without this check, JAX would silently use the last entry in place of a missing entry.
 
     Raises:
-      UserError: the array has another number of entries.
+      UserError: the first axis has another length.
     """
     if values.shape[0] not in (1, len(layers)):
         raise UserError(f"{name} are for {values.shape[0]} layers, but {len(layers)} layers are "
@@ -87,7 +89,7 @@ def check_sets(name: str, values: Any, layers: tuple[int, ...]) -> None:
 
 
 class Projections(OnDirections, kw_only=True, repr=False):
-    """The projections of the selected tokens on K directions per layer."""
+    """The projections of the selected tokens' activations on K directions per layer."""
 
     def init(self, layers: int, rows: int, slots: int, width: int) -> ProjectionState:
         """Return a state with an array [L, B, K, S] of NaN."""
@@ -95,7 +97,7 @@ class Projections(OnDirections, kw_only=True, repr=False):
         return ProjectionState(jnp.full((layers, rows, count, slots), jnp.nan, F32))
 
     def reduce(self, p: jax.Array, weights: jax.Array, index: int) -> jax.Array:
-        """Return the projections p [B, T, K], NaN for tokens not selected."""
+        """Return the projections p [B, T, K], with NaN for tokens that are not selected."""
         return jnp.where(weights[..., None], p, jnp.nan)
 
     def update(self, state: ProjectionState, reductions: jax.Array, weights: jax.Array,
@@ -105,9 +107,9 @@ class Projections(OnDirections, kw_only=True, repr=False):
 
 
 class ProjectionState(TokenState):
-    """The projections on K directions, [L, B, K, S].
+    """The projections on K directions, stored as an array [L, B, K, S].
 
-    S is the last axis because TPUs pad a last axis that is small, such as K.
+    S is the last axis, because TPUs would pad a small last axis such as K.
     """
 
     __repr__ = brief
@@ -124,13 +126,13 @@ class ProjectionMoments(OnDirections, kw_only=True, repr=False):
     needs_token: ClassVar[bool] = True
 
     def init(self, layers: int, rows: int, slots: int, width: int) -> MomentState:
-        """Return the moments of zero tokens."""
+        """Return the initial state, before any token is read."""
         zero = jnp.zeros((layers, rows, self.directions.shape[1]), F32)
         return MomentState(jnp.zeros((rows,), F32), zero, zero)
 
     def reduce(self, p: jax.Array, weights: jax.Array,
                index: int) -> tuple[jax.Array, jax.Array]:
-        """Return the mean and the sum of squared deviations of p [B, T, K], each [B, K]."""
+        """Return the mean and sum of squared deviations of selected projections, each [B, K]."""
         w = weights[..., None].astype(F32)
         count = jnp.maximum(w.sum(1), 1.0)
         mean = (p * w).sum(1) / count
@@ -149,12 +151,12 @@ class ProjectionMoments(OnDirections, kw_only=True, repr=False):
 
 
 class Moments(flax.struct.PyTreeNode):
-    """Count, mean and variance of each row's projections.
+    """The count, mean and variance of each row's projections.
 
     Attributes:
-      count: [B] float32, the number of tokens.
-      mean: [B, L, K] float32; NaN for rows without a token.
-      variance: [B, L, K] float32, the population variance; NaN for rows without a token.
+      count: [B] float32, the number of selected tokens.
+      mean: [B, L, K] float32; NaN for rows without a selected token.
+      variance: [B, L, K] float32, the population variance; NaN for rows without a selected token.
     """
 
     __repr__ = brief
@@ -165,11 +167,11 @@ class Moments(flax.struct.PyTreeNode):
 
 
 class MomentState(State):
-    """Running moments (Welford 1962; merged as in Chan et al. 1983); the result is `Moments`.
+    """The running moments of projections (Welford 1962), merged between calls (Chan et al. 1983).
 
     Attributes:
-      count: [B] float32.
-      mean: [L, B, K] float32.
+      count: [B] float32, the number of selected tokens so far.
+      mean: [L, B, K] float32, the mean projection.
       squares: [L, B, K] float32, the sum of squared deviations from the mean.
     """
 
@@ -183,7 +185,7 @@ class MomentState(State):
     squares: Float[Array, "L B K"]
 
     def result(self) -> Moments:
-        """Return the moments of every row; NaN for rows without a token."""
+        """Return the moments of every row, with NaN for rows without a selected token."""
         count, xp = self.count[None, :, None], numpy_of(self.mean)
         seen = count > 0
         mean = xp.where(seen, self.mean, xp.nan)
@@ -206,12 +208,12 @@ class Histogram(OnDirections, kw_only=True, repr=False):
     edges: Float[Array, "L K E"]
 
     def init(self, layers: int, rows: int, slots: int, width: int) -> CountState:
-        """Return a state with counts [L, B, K, E + 1] of zero."""
+        """Return a state with an array [L, B, K, E + 1] of zeros."""
         shape = (layers, rows, self.directions.shape[1], self.edges.shape[-1] + 1)
         return CountState(jnp.zeros(shape, jnp.int32))
 
     def reduce(self, p: jax.Array, weights: jax.Array, index: int) -> jax.Array:
-        """Count the projections p [B, T, K] per bin: [B, K, E + 1] int32."""
+        """Return the number of selected projections in each bin, [B, K, E + 1] int32."""
         edges = self.edges[index if self.edges.shape[0] > 1 else 0]
         number = (p[..., None] >= edges[None, None]).sum(-1, dtype=jnp.int32)
         bins = jnp.arange(edges.shape[-1] + 1, dtype=jnp.int32)
@@ -229,15 +231,15 @@ class Histogram(OnDirections, kw_only=True, repr=False):
         check_sets("edges", self.edges, layers)
 
     def details(self) -> list[str]:
-        """Return the numbers of directions and bins."""
+        """Return the numbers of directions and bins, such as ["2 directions", "10 bins"]."""
         return [*super().details(), f"{self.edges.shape[-1] + 1} bins"]
 
 
 class CountState(State):
-    """Histogram counts.
+    """The counts of a histogram.
 
     Attributes:
-      counts: [L, B, K, E + 1] int32.
+      counts: [L, B, K, E + 1] int32, the number of tokens in each bin.
     """
 
     __repr__ = brief

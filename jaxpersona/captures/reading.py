@@ -1,6 +1,6 @@
 """The interface of readings, which reduce activations, and of their states.
 
-A reading selects tokens, reduces their activations at each layer, and adds the results of each
+A reading selects tokens, reduces their activations at each layer, and adds the reductions of each
 call of `forward` to a state. `forward` calls these methods while it is traced, so all of them must
 be traceable by JAX. docs/architecture.md ("Adding a reading") has an example.
 """
@@ -47,15 +47,15 @@ class State(flax.struct.PyTreeNode):
     label: ClassVar[str] = "capture"
 
     def result(self) -> Any:
-        """Return the result [B, …], an array or a pytree.
+        """Return the result [B, …], which is an array or a pytree of arrays.
 
-        If the state consists of NumPy arrays, so does the result.
+        The arrays are NumPy arrays if the state consists of NumPy arrays, else JAX arrays.
         """
         raise NotImplementedError
 
     @property
     def value(self) -> Any:
-        """The result [B, …]; if it is undefined for some rows, a warning lists these rows."""
+        """The result [B, …]; a logged warning lists the rows whose result is undefined."""
         warn_of_empty(self.label, self.empty)
         return self.result()
 
@@ -73,7 +73,7 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
 
     Attributes:
       where: the encoded token test [5] int32.
-      layers: the layers that are read, ascending, or None for all (static).
+      layers: the layers that are read, in ascending order, or None for all layers (static).
       site: the site that is read (static).
       edited: whether activations are read after the interventions at their site and layer; if
         False, they are read before (static; see `Capture.before_edits`).
@@ -110,7 +110,8 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
           index: the index of the layer among the layers that are read.
 
         Returns:
-          An array or a pytree of arrays; `update` receives the arrays of all layers stacked.
+          An array or a pytree of arrays. `update` receives the results of all layers, stacked along
+          a new first axis.
         """
         raise NotImplementedError
 
@@ -123,7 +124,7 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
 
         Args:
           state: the state, of the type that `init` returns.
-          reductions: the results of `read`, with a leading axis [L, …].
+          reductions: the results of `read` at all layers, stacked along a first axis of length L.
           weights: the result of `weights`.
           batch: the call's B rows of T tokens.
           slots: [B, T] int32, the cache slot of each token; S or higher for padding.
@@ -132,7 +133,10 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
 
     @property
     def origin(self) -> UInt[Array, " n"] | np.ndarray:
-        """[n] uint32, the hash of the weights of each direction's model; 0 if unknown."""
+        """[n] uint32, the hash of the weights of the model that each direction was made for.
+
+        It is 0 if the model is unknown, or if the reading has no directions.
+        """
         return np.zeros(1, np.uint32)
 
     def check(self, layers: tuple[int, ...], width: int) -> None:
@@ -143,7 +147,7 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
         """
 
     def details(self) -> list[str]:
-        """Return additional arguments for `__repr__` to show, such as "turns=2"."""
+        """Return the additional arguments that `__repr__` shows, such as ["turns=2"]."""
         return []
 
     def __repr__(self) -> str:
@@ -181,10 +185,16 @@ def numpy_of(x: Any) -> Any:
 
 def write_slots(buffer: jax.Array, values: jax.Array, slots: jax.Array,
                 axis: int = 2) -> jax.Array:
-    """Write values [L, B, T, …] into the slots [B, T] of a buffer [L, B, …] with slot axis `axis`.
+    """Write per-token values into the slots of a buffer, and return the new buffer.
 
-    Values whose slot is S or higher are dropped. As in `cache.write`, this is a scatter for
-    one token per row, and a gather for several tokens per row.
+    As in `cache.write`, the values are scattered if there is one token per row, and gathered if
+    there are several.
+
+    Args:
+      buffer: an array [L, B, …] with the slot axis S at position `axis`.
+      values: [L, B, T, …]; values whose slot is S or higher are dropped.
+      slots: [B, T] int32, the slot of each token.
+      axis: the position of the slot axis.
     """
     rows, width = slots.shape
     if width == 1:

@@ -48,52 +48,65 @@ if TYPE_CHECKING:
     from jaxpersona.data.texts import Question, Role
     from jaxpersona.persona.forecast import Forecast
 
-_OWN = "mini's own for mini, else data"
+_OWN = "the built-in ones for mini, otherwise data"
 
 
 def axis(
     model: ModelOption = "mini",
     out: Annotated[pathlib.Path, typer.Option(help="The run folder.")] = pathlib.Path("runs/axis"),
     roles: Annotated[str | None, typer.Option(show_default=_OWN, help=(
-        "A folder of roles (`jaxpersona data format`), or `data`, the package's 275."))] = None,
+        "A folder of roles (format: `jaxpersona data format`), or `data` for the 275 roles of the "
+        "package."))] = None,
     questions: Annotated[str | None, typer.Option(show_default=_OWN, help=(
-        "A .jsonl file (`jaxpersona data format`), or `data`, the package's 240."))] = None,
+        "A .jsonl file of questions (format: `jaxpersona data format`), or `data` for the 240 "
+        "questions of the package."))] = None,
     limit: Annotated[int | None, typer.Option(
-        show_default="all", help="Play at most this many roles.")] = None,
+        show_default="all", help="Use at most this many roles.")] = None,
     limit_questions: Annotated[int | None, typer.Option(
-        show_default="all", help="Ask at most this many questions.")] = None,
+        show_default="all", help="Use at most this many questions.")] = None,
     judge: JudgeOption = None,
-    samples: Annotated[int, typer.Option(help="Replies to each prompt and question.")] = 1,
+    samples: Annotated[int, typer.Option(
+        help="Number of replies to each question under each system prompt.")] = 1,
     max_new_tokens: Annotated[int | None, typer.Option(
-        show_default="64 for mini, else 512", help="Maximum length of a reply.")] = None,
-    temperature: Annotated[float, typer.Option(help="Of sampling; 0 is greedy.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Sample from this share of probability.")] = 0.9,
-    batch_size: Annotated[int, typer.Option(help="Replies that are generated together.")] = 32,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+        show_default="64 for mini, otherwise 512",
+        help="Maximum length of a reply in tokens.")] = None,
+    temperature: Annotated[float, typer.Option(
+        help="Sampling temperature; 0 selects greedy decoding.")] = 0.7,
+    top_p: Annotated[float, typer.Option(
+        help="Cumulative probability for nucleus sampling.")] = 0.9,
+    batch_size: Annotated[int, typer.Option(
+        help="Number of replies that are generated at the same time.")] = 32,
+    seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
     min_count: Annotated[int, typer.Option(
-        help="Fully played replies that a role needs to enter the axis.")] = 10,
+        help="Minimum number of replies with score 3 that a role needs to be used for the axis.")
+    ] = 10,
     held_out: Annotated[str, typer.Option(
-        show_default="nine for mini, else none",
-        help="Roles to leave out of the axis, a,b,…")] = "",
+        show_default="nine for mini, otherwise none",
+        help="Comma-separated names of roles to exclude from the axis.")] = "",
     keep_means: Annotated[str, typer.Option(help=(
-        "Replies per role whose own mean activations are kept, for thresholds; or `all`."))] = "16",
+        "Number of replies per role whose mean activations are stored to compute thresholds, or "
+        "`all`."))] = "16",
     share_prefix: Annotated[bool, typer.Option("--share-prefix", help=(
-        "Compute a system prompt once for all its questions."))] = False,
+        "Compute the KV cache of each system prompt once for all questions."))] = False,
     redo: Annotated[list[str] | None, typer.Option(
         show_default="none",
-        help="Generate this role again, e.g. after its files were damaged; repeatable.")
+        help="Generate the replies of this role again, e.g. if its files are damaged. The option "
+             "may be repeated.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=(
-        "Delete the run that --out contains, and start a new one; other files stay."))] = False,
+        "Delete the run in the folder of --out, but no other files, and start a new run."))
+    ] = False,
     take_from: Annotated[pathlib.Path | None, typer.Option(show_default="none", help=(
-        "The run folder of an older version whose replies are taken over."))] = None,
+        "A run folder of an older version, whose replies are copied into the new run."))] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=(
-        "Check everything, time a sample of the generation, print the cost, write nothing."))
+        "Check all inputs, time a sample of the generation and print the estimated cost, without "
+        "writing any file."))
     ] = False,
     sample_seconds: Annotated[float, typer.Option(
-        help="Length of the sample of --dry-run; 0 times nothing.")] = 30.0,
+        help="Duration in seconds of the sample of --dry-run; 0 skips it.")] = 30.0,
     judge_cost: Annotated[float | None, typer.Option(
-        show_default="not printed", help="USD for each judged reply, for --dry-run.")] = None,
+        show_default="not printed",
+        help="Cost of judging one reply in USD, for --dry-run.")] = None,
     judge_rubric: RubricOption = None,
     judge_after: AfterOption = False,
     judge_url: UrlOption = None,
@@ -112,17 +125,21 @@ def axis(
     dtype: DtypeOption = None,
     adapter: AdapterOption = None,
     mesh: Annotated[str | None, typer.Option(
-        show_default="one device", help="E.g. data=2,model=4 (or fsdp=).")] = None,
-    distributed: Annotated[bool, typer.Option("--distributed", help="Join the processes of SLURM, "
-                                              "Kubernetes or a TPU pod.")] = False,
+        show_default="one device",
+        help="The device mesh, e.g. data=2,model=4 or fsdp=8.")] = None,
+    distributed: Annotated[bool, typer.Option("--distributed", help=(
+        "Initialize JAX for the processes that SLURM, Kubernetes or a TPU pod started."))
+    ] = False,
     coordinator: Annotated[str | None, typer.Option(
-        show_default="none", help="host:port of process 0 on other systems.")] = None,
+        show_default="none",
+        help="Address host:port of process 0, if several processes were started in another way.")
+    ] = None,
     processes: Annotated[int | None, typer.Option(
         show_default="one", help="Number of processes.")] = None,
     process: Annotated[int | None, typer.Option(
-        show_default="0", help="Index of this process, from 0.")] = None,
+        show_default="0", help="Zero-based index of this process.")] = None,
 ) -> None:
-    """Extract a model's Assistant Axis: rollouts, judge, vectors, axis, thresholds, figures."""
+    """Extract a model's Assistant Axis: generate and judge rollouts, and compute the axis."""
     from jaxpersona.distributed import processes as joining
     from jaxpersona.engine.prompts import check_settings
     from jaxpersona.engine.sampling import sampling
@@ -138,8 +155,8 @@ def axis(
     check_settings(min_count=min_count)
     check_folder("--out", out)
     if judge_cost is not None and not (dry_run and 0 <= judge_cost < math.inf):
-        raise UserError(f"--judge-cost is {judge_cost}; give USD for each judged reply, with "
-                        "--dry-run")
+        raise UserError(f"--judge-cost is {judge_cost}; give the cost of judging one reply in USD, "
+                        "together with --dry-run")
     own = model == "mini" and roles is None
     judge = judge or ("rules" if own else "none")
     choice = choose(judge, own=own, rubric=judge_rubric, after=judge_after, url=judge_url,
@@ -153,8 +170,8 @@ def axis(
     cast, asked, named = _texts(model, roles, questions, limit, limit_questions, held_out, own)
     prepare.check_texts(cast, asked, settings, min_count=min_count, held_out=named, judge=choice)
     if joining.many() and mesh is None:
-        raise UserError("several processes share one mesh; give --mesh over all their "
-                        "devices together, such as data=2,model=4")
+        raise UserError("several processes need one mesh; give --mesh for the devices of all "
+                        "processes, such as data=2,model=4")
     if judge == "none" and joining.first():
         say(f"warning: {summary.UNREAD}", error=True)
     judged = opened(choice, out)
@@ -172,7 +189,7 @@ def axis(
                           lambda: loaded)
     if dry_run:
         if sample_seconds and not as_json:
-            say(f"timing a sample of about {sample_seconds:g} s", error=True)
+            say(f"timing a sample of the generation for about {sample_seconds:g} s", error=True)
         cost = forecast.forecast(loaded, cast, asked, out, judge=judged, settings=settings,
                                  min_count=min_count, held_out=named, keep_means=kept,
                                  redo=redo or [], overwrite=overwrite,
@@ -182,7 +199,8 @@ def axis(
         else:
             say(*forecast.describe(cost, judge=judge, cost=judge_cost))
         if cost.disk_bytes + cost.live_bytes > cost.free_bytes:
-            raise UserError(f"--out is {out}; its disk has too little space for the run")
+            raise UserError(f"--out is {out}; its disk has too little free space for the run: "
+                            "free some space, or choose another folder")
         return
     with interrupt.keeping(lambda: kept_of(out)), closed(judged):
         with progress(log=True, note=getattr(judged, "note", None)) as report:
@@ -212,9 +230,17 @@ def axis(
 def _texts(model: str, roles: str | None, questions: str | None, limit: int | None,
            limit_questions: int | None, held_out: str, own: bool,
            ) -> tuple[list[Role], list[Question], list[str]]:
-    """Return (roles, questions, names of the held-out roles) from the options.
+    """Load the roles and questions that the options select.
 
-    `own` is True for the roles of `mini`.
+    Args:
+      model: the value of `--model`.
+      roles, questions: the values of `--roles` and `--questions`.
+      limit, limit_questions: the maximum numbers of roles and questions, or None for all.
+      held_out: the value of `--held-out`.
+      own: whether the roles are those of `mini`.
+
+    Returns:
+      (roles, questions, names of the held-out roles).
     """
     from jaxpersona.data import texts
     from jaxpersona.organism import method
@@ -255,7 +281,7 @@ def _kept(text: str) -> int | None:
 
 
 def _of_forecast(found: Forecast, judge_cost: float | None) -> dict[str, Any]:
-    """Return a forecast as a JSON value."""
+    """Return a forecast as a JSON object."""
     value = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
     pace = value.pop("pace")
     if value["seconds"] is not None and not math.isfinite(value["seconds"]):

@@ -21,24 +21,28 @@ if TYPE_CHECKING:
 
 
 def open_caps(file: pathlib.Path, given: Mapping[str, str | None]) -> Axis | Caps:
-    """Read the file of `--cap`, which contains an axis or the caps of experiments.
+    """Load the axis, or the caps of one experiment, from the file of `--cap`.
 
     Args:
       file: the file.
-      given: option, such as "--percentile" → its value, or None if the option was not given.
+      given: the values of the options `--cap-layers`, `--percentile`, `--of` and `--experiment`,
+        by name; None for an option that was not given.
 
     Raises:
-      UserError: the file contains no axis or caps, or an option does not apply to the file.
+      UserError: the file contains neither an axis nor caps, an option does not apply to the file,
+        or `--experiment` does not select one of several experiments.
     """
     from jaxpersona.ckpts.vectors import load_any, load_axis
 
     found = load_any(file)
     if not isinstance(found, dict):
         if given["--experiment"] is not None:
-            raise UserError(f"--experiment is for files of caps; {file} contains a {found.kind}")
+            raise UserError(f"--experiment applies only to files of caps; the kind of {file} is "
+                            f"{found.kind}")
         axis = load_axis(file)
         if given["--percentile"] is not None or given["--of"] is not None:
-            _floor(axis, given["--percentile"], given["--of"])  # check before a model is loaded
+            # raise the error for an unknown percentile before a model is loaded
+            _floor(axis, given["--percentile"], given["--of"])
         return axis
     own = [name for name, value in given.items() if name != "--experiment" and value is not None]
     if own:
@@ -50,7 +54,7 @@ def open_caps(file: pathlib.Path, given: Mapping[str, str | None]) -> Axis | Cap
 
 
 def read_spec(file: pathlib.Path) -> Any:
-    """Read the JSON file of `--spec`.
+    """Read the JSON file of `--spec` and return its value.
 
     Raises:
       UserError: the file is missing, is not JSON, or contains null.
@@ -61,8 +65,8 @@ def read_spec(file: pathlib.Path) -> Any:
     text = read_text(file, faults)
     found = None if text is None else parse(text, str(file), faults)
     faults.raise_if_any(file)
-    if found is None:  # None would mean that no file was given
-        raise UserError(f"{file}: contains null, not interventions; give at least one")
+    if found is None:  # `Edits.asked` is None if the option was not given
+        raise UserError(f"{file}: contains null; give at least one intervention")
     return found
 
 
@@ -73,9 +77,9 @@ def cap_edits(model: Model, held: Axis | Caps, layers: str | None, percentile: s
     Args:
       model: the model.
       held: the axis or caps of `--cap`.
-      layers, percentile, of: the options `--cap-layers`, `--percentile` and `--of`.
+      layers, percentile, of: the values of `--cap-layers`, `--percentile` and `--of`.
       check: whether to run the self-test.
-      where: the tokens to cap.
+      where: the tokens to cap, as a value of `--where`.
 
     Raises:
       UserError: the axis or caps belong to another model, or fail the self-test.
@@ -97,7 +101,7 @@ def cap_edits(model: Model, held: Axis | Caps, layers: str | None, percentile: s
 
 
 def _floor(axis: Axis, percentile: str | None, of: str | None) -> np.ndarray:
-    """Return the thresholds of an axis at a percentile; default: p25 of the default persona."""
+    """Return an axis's thresholds [L] at a percentile; default: p25 of the default persona."""
     return axis.thresholds(percentile or "p25", of=of or "default")
 
 
@@ -123,7 +127,7 @@ def spec_edits(model: Model, spec: Any, file: pathlib.Path, check: bool) -> Inte
 
 
 def _test_operator(model: Model, item: dict[str, Any], folder: pathlib.Path, at: str) -> None:
-    """Run the self-test on a cap of `--spec`, if the cap uses an axis of the residual stream."""
+    """Run the self-test on a cap of `--spec` if its axis was measured in the residual stream."""
     from jaxpersona.ckpts.vectors import load_vector
     from jaxpersona.vectors.vector import Axis
 
@@ -133,12 +137,12 @@ def _test_operator(model: Model, item: dict[str, Any], folder: pathlib.Path, at:
     if not isinstance(axis, Axis):
         return
     if axis.site != "residual":
-        _say(f"{at}not tested: the self-test reads the residual stream, and this axis was measured "
-             f"at site {axis.site}")
+        _say(f"{at}not tested: the self-test supports only axes of the residual stream, and this "
+             f"axis was measured at site {axis.site}")
         return
     if isinstance(floor, str):
         floor = axis.thresholds(floor, of=item["of"])
-    if floor is None:  # the cap has only a ceiling: skip the floors test
+    if floor is None:  # the cap has only a ceiling, so there are no floors to test
         axis = dataclasses.replace(axis, percentiles={})
     _test(model, axis, at, layers=item["layers"], floor=floor)
 
@@ -160,8 +164,8 @@ def _test(model: Model, held: Axis | Caps, at: str = "", **options: Any) -> None
         except UserError as error:
             raise UserError(f"{at}{error} (--no-check skips the self-test)") from None
     if not found.ok:
-        raise UserError(f"{at}the self-test rejects this cap: "
-                        f"{'; '.join(found.faults)} (--no-check skips the test)")
+        raise UserError(f"{at}the cap fails the self-test: "
+                        f"{'; '.join(found.faults)} (--no-check skips the self-test)")
     _say(f"{at}{'; '.join(found.sentences)}")
 
 

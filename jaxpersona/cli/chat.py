@@ -13,7 +13,7 @@ from jaxpersona.cli.support import AdapterOption, DtypeOption, ModelOption
 
 def chat(
     model: ModelOption = "mini",
-    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
     cap: options.CapOption = None,
     cap_layers: options.CapLayersOption = None,
     percentile: options.PercentileOption = None,
@@ -34,9 +34,10 @@ def chat(
     dtype: DtypeOption = None,
     adapter: AdapterOption = None,
 ) -> None:
-    """Chat with a model; each reply is shown with its projection on an axis.
+    """Chat with a model in the terminal, and show the projection of each reply on an axis.
 
-    The axis is given by --axis, or else by --cap. In the chat, /help lists the commands.
+    The axis is that of --axis or, without --axis, that of --cap. In the chat, /help lists the
+    commands.
     """
     from jaxpersona.cli.dialogue import Dialogue
     from jaxpersona.engine.prompts import check_settings

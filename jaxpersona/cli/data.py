@@ -18,10 +18,10 @@ def check(
     folder: Annotated[
         pathlib.Path | None, typer.Argument(
             show_default="the package data",
-            help="A folder with any of roles/, questions.jsonl, traits/ and drift/.")
+            help="A folder that contains roles/, questions.jsonl, traits/ or drift/.")
     ] = None,
 ) -> None:
-    """Check every text and list all errors."""
+    """Check all prompt data in a folder and list all errors."""
     from jaxpersona.data.export import check_data
 
     say(*check_data(folder))
@@ -29,7 +29,7 @@ def check(
 
 @app.command()
 def show(
-    kind: Annotated[str, typer.Argument(help="role, question, trait or drift.")],
+    kind: Annotated[str, typer.Argument(help="The kind: role, question, trait or drift.")],
     name: Annotated[str | None, typer.Argument(
         show_default="list all", help="The name or id of an entry.")] = None,
 ) -> None:
@@ -42,7 +42,7 @@ def show(
 @app.command("format")
 def show_format(
     kind: Annotated[str | None, typer.Argument(
-        show_default="all", help="roles, questions or traits.")] = None,
+        show_default="all", help="The format: roles, questions or traits.")] = None,
 ) -> None:
     """Explain the file formats of roles, questions and traits, with an example of each."""
     from jaxpersona.data import formats
@@ -54,7 +54,7 @@ def show_format(
 def export(
     folder: Annotated[pathlib.Path, typer.Argument(help="A new or empty folder.")],
 ) -> None:
-    """Write the package data to a folder, so that it can be edited and passed to `axis --roles`."""
+    """Write the package data to a folder, as an editable copy for options such as --roles."""
     from jaxpersona.data.export import export as write
 
-    say(f"{write(folder)} files in {folder}")
+    say(f"wrote {write(folder)} files to {folder}")

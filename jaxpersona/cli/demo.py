@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 def demo(
     out: Annotated[pathlib.Path, typer.Option(help="The run folder.")] = pathlib.Path("runs/demo"),
     model: ModelOption = "mini",
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
 ) -> None:
-    """Extract the Assistant Axis of `mini`, generate replies with a cap, and measure both.
+    """Extract the Assistant Axis of `mini`, calibrate a cap, and measure both.
 
-    Prints a table, two conversations with and without the cap, and one line of JSON.
+    The command prints a table, two conversations whose last messages are answered with and without
+    the cap, and one line of JSON.
     """
     from jaxpersona.organism.demo import run_demo
     from jaxpersona.organism.method import held_out
@@ -34,8 +35,8 @@ def demo(
 
     started = time.perf_counter()
     if model != "mini":
-        raise UserError(f"model is {model!r}; the demo needs the ground truth of mini: "
-                        "for other models use `jaxpersona axis`")
+        raise UserError(f"model is {model!r}; the demo needs the ground truth of mini; "
+                        "for other models, use `jaxpersona axis`")
     check_folder("--out", out)
     loaded = support.open_model(model, None)
     middle = loaded.config.n_layers // 2
@@ -47,7 +48,7 @@ def demo(
                           behaviour=done.styles,
                           leak={name: done.figures[f"drift_leak_{name}"] for name in done.talks})
     _show(done)
-    say(f"axis, vectors and figures: {out}", error=True)
+    say(f"wrote the axis, vectors and figures to {out}", error=True)
     head = {"run": str(out), "model": loaded.name,
             "seconds": round(time.perf_counter() - started, 1)}
     rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in done.figures.items()}
@@ -60,7 +61,7 @@ def _show(done: Demo) -> None:
 
     from jaxpersona.organism.demo import geometry, table
 
-    shown = Table("embedded model", "uncapped", "capped: upper half, p25 of default")
+    shown = Table("embedded model", "uncapped", "capped: upper half of the layers, floor p25")
     for row in table(done.figures):
         shown.add_row(*map(cell, row))
     console().print(shown)

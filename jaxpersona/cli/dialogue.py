@@ -47,7 +47,7 @@ class Dialogue:
         self.written = "nothing was written"
 
     def run(self) -> None:
-        """Run until the input ends or contains /quit.
+        """Run the dialogue until the input ends or contains /quit.
 
         Raises:
           UserError: a line is invalid, and standard input or output is not a terminal.
@@ -84,7 +84,11 @@ class Dialogue:
                     say(f"error: {' '.join(str(error).split())}", error=True)
 
     def _ask(self) -> str:
-        """Read a line from the terminal; meanwhile, Ctrl-C raises KeyboardInterrupt."""
+        """Read a line from the terminal; during the call, Ctrl-C raises KeyboardInterrupt.
+
+        Raises:
+          UserError: the line is not valid text in the terminal's encoding.
+        """
         self.reading = True
         try:
             return input("you> ")
@@ -207,7 +211,7 @@ class Dialogue:
         return turns[0]
 
     def _note(self, turn: Turn) -> str:
-        """Return a description of a reply: projection, length, changed activations, context."""
+        """Describe a reply: its projections, length, changed activations and use of the context."""
         session = self.session
         context = session.model.config.max_context
         parts = []
@@ -229,7 +233,7 @@ class Dialogue:
     def _switch(self, value: str) -> None:
         """Turn the interventions on or off."""
         if value not in ("on", "off"):
-            raise UserError(f"{value[:40]!r} is neither on nor off; give one of them")
+            raise UserError(f"{value[:40]!r} is neither on nor off; give on or off")
         if not self.session.edits.edits:
             raise UserError("there are no interventions: start the chat with --cap, --steer or "
                             "--spec")
@@ -252,7 +256,11 @@ class Dialogue:
         say(f"wrote {file}: {count(len(self.session.turns), 'turn')}", error=True)
 
     def _load(self, file: pathlib.Path) -> None:
-        """Replace the conversation with that of a JSON file."""
+        """Replace the conversation with the one in a JSON file.
+
+        Raises:
+          UserError: the file cannot be read, or contains no valid conversation.
+        """
         from jaxpersona.inputs import read_json
         from jaxpersona.persona.transcript import restore
 
@@ -262,8 +270,8 @@ class Dialogue:
             text = str(error)
             raise UserError(text if text.startswith(f"{file}") else f"{file}: {text}") from None
         say(f"read {file}: {count(len(self.session.turns), 'turn')}"
-            + ("" if kept else "; its projections are missing or of another model or axis, and "
-                               "were not read"), error=True)
+            + ("" if kept else "; its projections are missing, or belong to another model or "
+                               "direction, and were not restored"), error=True)
 
 
 def _first(both: Iterator[tuple[bool, Piece]]) -> Iterator[Piece]:

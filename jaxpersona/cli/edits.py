@@ -21,31 +21,36 @@ if TYPE_CHECKING:
     from jaxpersona.vectors.vector import Axis, Vector
 
 CapOption = Annotated[str | None, typer.Option(
-    "--cap", help="A file of an axis or of caps, or `mini`. FILE:FROM:TO:pNN also sets the layers "
+    "--cap", help="A file with an axis or caps, or `mini`. FILE:FROM:TO:pNN also sets the layers "
                   "and the percentile.")]
 CapLayersOption = Annotated[str | None, typer.Option(
     "--cap-layers", help="The layers to cap, a half-open range such as 46:54; default: the upper "
                          "half.")]
 PercentileOption = Annotated[str | None, typer.Option(
-    "--percentile", help="The percentile that is the floor of --cap; default: p25.")]
+    "--percentile", help="The percentile of projections that --cap uses as the floor; default: "
+                         "p25.")]
 OfOption = Annotated[str | None, typer.Option(
-    "--of", help="The population of the percentile, such as `all`; default: `default`.")]
+    "--of", help="The population of --percentile, such as `all`; default: `default`, the default "
+                 "persona.")]
 ExperimentOption = Annotated[str | None, typer.Option(
-    "--experiment", help="The experiment's id in a capping_config.pt.")]
+    "--experiment", help="The id of an experiment in a capping_config.pt file.")]
 CheckOption = Annotated[bool, typer.Option(help="Test the caps on short replies first.")]
 SteerOption = Annotated[pathlib.Path | None, typer.Option(
-    "--steer", help="A file of the vector to add.")]
+    "--steer", help="A file with the vector to add to the activations.")]
 SteerLayersOption = Annotated[str | None, typer.Option(
-    "--steer-layers", help="The layers of --steer, e.g. 16 or 14:18; default: the middle one.")]
+    "--steer-layers", help="The layers to steer, e.g. 16 or 14:18; default: the middle layer.")]
 SpecOption = Annotated[pathlib.Path | None, typer.Option(
-    "--spec", "--interventions", help="A JSON file of interventions, applied last.")]
+    "--spec", "--interventions", help="A JSON file of interventions, which are applied after "
+                                       "--steer and --cap.")]
 WhereOption = Annotated[str | None, typer.Option(
-    "--where", help="The tokens that --cap and --steer act on, e.g. response, user, prompt or "
+    "--where", help="The tokens that --cap and --steer edit, e.g. response, user, prompt or "
                     "generated; default: everywhere.")]
 AxisOption = Annotated[pathlib.Path | None, typer.Option(
-    "--axis", help="Show each reply's mean projection on this axis or vector file, or on `mini`.")]
+    "--axis", help="Show each reply's mean projection on the axis or vector in this file, or on "
+                   "the axis of `mini`.")]
 AxisLayersOption = Annotated[str | None, typer.Option(
-    "--axis-layers", help="The layers of --axis, e.g. 16 or 14:18; default: the middle one.")]
+    "--axis-layers", help="The layers at which projections are computed, e.g. 16 or 14:18; "
+                          "default: the middle layer.")]
 
 _SHORT = re.compile(r"(.+?):(\d+:\d+)(?::(p\d+(?:\.\d+)?))?")
 
@@ -54,12 +59,13 @@ _SHORT = re.compile(r"(.+?):(\d+:\d+)(?::(p\d+(?:\.\d+)?))?")
 class Edits:
     """The values of the options for interventions and projections, and the contents of their files.
 
-    `read` sets the following attributes; they are None before, or if the option was not given.
+    The method `read` sets the following attributes. An attribute is None before this call, and if
+    its option was not given.
 
     Attributes:
       held: the axis or caps in the file of `--cap`.
       vector: the direction in the file of `--steer`.
-      asked: the content of the file of `--spec`.
+      asked: the JSON value in the file of `--spec`.
       shown: the direction in the file of `--axis`.
     """
 
@@ -88,7 +94,7 @@ class Edits:
         return any(x is not None for x in (self.cap, self.steer, self.spec))
 
     def read(self) -> Edits:
-        """Check the options and read their files; return `self`. No model is needed.
+        """Check the options, read their files and return `self`; no model is needed.
 
         Raises:
           UserError: an option is invalid, or a file cannot be read.

@@ -36,7 +36,7 @@ def generate(
     model: ModelOption = "mini",
     prompts: Annotated[pathlib.Path | None, typer.Option(
         help="A file with a user message on each line, or a .jsonl file of conversations.")] = None,
-    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
     cap: options.CapOption = None,
     cap_layers: options.CapLayersOption = None,
     percentile: options.PercentileOption = None,
@@ -100,7 +100,7 @@ def generate(
 
 def _conversations(prompt: Sequence[str], file: pathlib.Path | None,
                    system: str | None) -> list[Conversation]:
-    """Return one conversation per prompt on the command line and in the file of `--prompts`.
+    """Return a conversation for each prompt on the command line and in the file of `--prompts`.
 
     Raises:
       UserError: there is no prompt, or a prompt is blank or invalid.
@@ -118,9 +118,11 @@ def _conversations(prompt: Sequence[str], file: pathlib.Path | None,
 
 def _run(model: Model, talks: Sequence[Conversation], edits: Interventions,
          monitor: Monitor | None, compare: bool, settings: dict[str, Any]) -> Generated:
-    """Generate the replies with interventions; if `compare`, then those without interventions.
+    """Generate a reply to each conversation with the interventions.
 
-    Both replies to a conversation use the same random draws.
+    If `compare` is True, the result contains a second reply to each conversation, without the
+    interventions, after all replies with them. Both replies are sampled with the same random
+    numbers.
     """
     from jaxpersona.engine import prompts
     from jaxpersona.engine.generate import generate as run
@@ -150,8 +152,8 @@ def _record(talk: Conversation, made: Generated, monitor: Monitor | None, index:
       made: all generated replies.
       monitor: the monitor that projected the replies, or None.
       index: the index of the reply in `made`.
-      counts: the counts of the interventions.
-      without: the index of the reply without interventions, to be included as well, or None.
+      counts: the token counts of each intervention for this reply.
+      without: the index of the reply without interventions, or None to leave it out.
     """
     from jaxpersona.persona.monitor import NAME
 
@@ -176,7 +178,7 @@ def _write(file: pathlib.Path, lines: Sequence[str]) -> None:
 
 
 def _print(records: Sequence[dict[str, Any]], monitor: Monitor | None, compare: bool) -> None:
-    """Print the replies; if `compare`, as a table of both replies to each prompt."""
+    """Print the replies or, if `compare` is True, a table of both replies to each prompt."""
     from rich.table import Table
 
     if monitor is not None:
@@ -198,7 +200,7 @@ def _print(records: Sequence[dict[str, Any]], monitor: Monitor | None, compare: 
 
 def _stream(model: Model, talk: Conversation, edits: Interventions, monitor: Monitor | None,
             settings: dict[str, Any]) -> None:
-    """Generate one reply and print its text during generation."""
+    """Generate one reply and print its text while it is generated."""
     from jaxpersona.engine.engine import Engine
     from jaxpersona.engine.request import Request
     from jaxpersona.persona.monitor import NAME, edit_counts
@@ -222,8 +224,8 @@ def _legend(monitor: Monitor) -> None:
 
 
 def _say_counts(counts: Sequence[Sequence[EditCount]]) -> None:
-    """Print the number of selected tokens and of changes for each intervention."""
+    """Print the numbers of selected tokens and of changes for each intervention."""
     for number, own in enumerate(zip(*counts, strict=True)):
-        say(f"intervention {number}: {sum(one.seen for one in own)} tokens seen, "
+        say(f"intervention {number}: {sum(one.seen for one in own)} tokens selected, "
             f"{sum(sum(one.changed) for one in own)} changes over {len(own[0].layers)} layers",
             error=True)

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 def agreement(
     a: Annotated[str, typer.Argument(help="A run folder, or a .csv file of `judge sample --csv`.")],
-    b: Annotated[str, typer.Argument(help="Another one, with the same replies.")],
-    seed: Annotated[int, typer.Option(help="Of the bootstrap of the interval.")] = 0,
+    b: Annotated[str, typer.Argument(help="Another run or file with the same replies.")],
+    seed: Annotated[int, typer.Option(
+        help="Random seed for the bootstrap of the confidence interval.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
-    """Compare the scores of two judges: table, kappa with linear weights, and each role."""
+    """Compare the scores of two judges: counts, linearly weighted kappa, and agreement by role."""
     from jaxpersona.judges.agreement import agreement as compare
     from jaxpersona.persona.verdicts import scores_of
 
@@ -35,19 +36,19 @@ def agreement(
 
 
 def lines(found: Agreement) -> list[str]:
-    """Return an `Agreement` as lines of text."""
+    """Format an `Agreement` as lines of text."""
     width = max(6, *(len(label) + 1 for label in found.labels))
     low, high = found.interval
     return [
-        f"{int(found.table.sum()):,} replies read by both, {found.only[0]:,} only by A, "
+        f"{int(found.table.sum()):,} replies judged by both, {found.only[0]:,} only by A, "
         f"{found.only[1]:,} only by B",
         "rows: scores of A; columns: scores of B",
         " " * 8 + "".join(f"{label:>{width}}" for label in found.labels),
         *(f"{label:>8}" + "".join(f"{n:>{width},}" for n in row)
           for label, row in zip(found.labels, found.table.tolist(), strict=True)),
         f"of {found.both:,} replies that both scored: equal {found.equal:.1%}, kappa (linear "
-        f"weights) {_number(found.kappa)}, 95 % interval {_number(low)} to {_number(high)}, mean "
-        f"of A − B {found.difference:+.3f}",
+        f"weights) {_number(found.kappa)}, 95 % confidence interval {_number(low)} to "
+        f"{_number(high)}, mean of A − B {found.difference:+.3f}",
         f"{'role':<24}{'replies':>8}{'equal':>8}{'kappa':>8}{'A − B':>8}",
         *(f"{role:<24}{n:>8,}{equal:>8.0%}{_number(kappa):>8}{far:>+8.2f}"
           for role, (n, equal, kappa, far) in sorted(found.roles.items())),

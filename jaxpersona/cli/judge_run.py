@@ -44,12 +44,15 @@ def run(
     folder: Annotated[pathlib.Path, typer.Argument(metavar="RUN", help="A run folder.")],
     judge: JudgeOption = None,
     roles: Annotated[str | None, typer.Option(
-        show_default="mini's own for mini, else data", help=(
-            "The folder of roles that the run was made with, or `data`."))] = None,
-    model: Annotated[str | None, typer.Option(
-        show_default="as the run recorded it", help="The run's model, for the judge `self`."),
+        show_default="the built-in ones for mini, otherwise data", help=(
+            "The folder of roles that the run used, or `data` for the roles of the package."))
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Replies that `self` judges together.")] = 32,
+    model: Annotated[str | None, typer.Option(
+        show_default="the name in the run's files",
+        help="The model of the run, which the judge `self` loads."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(
+        help="Number of replies that the judge `self` scores at the same time.")] = 32,
     judge_rubric: RubricOption = None,
     judge_url: UrlOption = None,
     judge_key_env: KeyOption = "OPENAI_API_KEY",
@@ -72,7 +75,7 @@ def run(
     from jaxpersona.runs.run import Run
 
     if judge is None:
-        raise UserError("--judge is missing; give the judge, such as --judge http:MODEL")
+        raise UserError("--judge is missing; give a judge, such as --judge http:MODEL")
     manifest = Run.read(folder).manifest
     name = str(model or manifest.get("last", {}).get("model", ""))
     own = name == "mini" and roles is None
@@ -85,9 +88,9 @@ def run(
     bare = [role.name for role in cast if role.name in manifest["roles"] and not role.eval_prompt
             and role.name != texts.DEFAULT]
     if choice.reads_eval_prompt and bare:
-        raise UserError("the judge needs an eval_prompt; add one to the roles "
+        raise UserError("the judge needs an eval_prompt for every role; add one to the roles "
                         f"{', '.join(bare[:5])}{' …' if len(bare) > 5 else ''}, or give one rubric "
-                        "for all of them (--judge-rubric)")
+                        "for all roles with --judge-rubric")
     chosen: Judge | None = opened(choice, folder)
     if chosen is None and choice.kind == "self":
         from jaxpersona.judges.judges import SelfJudge
@@ -95,7 +98,7 @@ def run(
         loaded = support.open_model(name, dtype)
         if loaded.fingerprint != manifest["model"]["fingerprint"]:
             raise UserError(f"--model is {name}, which is not the model of {folder}; give the "
-                            "model that wrote the replies, or judge with model:NAME")
+                            "model that generated the replies, or use the judge model:NAME")
         chosen = SelfJudge(loaded, batch_size=batch_size, rubric=rubric_of(choice))
     if chosen is None:
         other = support.open_model(choice.argument, dtype)
@@ -114,5 +117,5 @@ def run(
     shown = ", ".join(f"{n:,} {named.get(score, f'of score {score}')}"
                       for score, n in total.items() if n)
     say(f"judge {chosen.name}: {shown}", *([f"cost: ${cost:,.4f}"] if cost else []),
-        f"the axis of these verdicts: jaxpersona axis --judge {shlex.quote(judge)} with the other "
-        f"options of the run and --out {shlex.quote(str(folder))}")
+        "to extract the axis of these verdicts, run jaxpersona axis with the options of the run, "
+        f"--judge {shlex.quote(judge)} and --out {shlex.quote(str(folder))}")

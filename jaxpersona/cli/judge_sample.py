@@ -1,4 +1,4 @@
-"""The command `jaxpersona judge sample`: a sample of replies, to read or to score by hand."""
+"""The command `jaxpersona judge sample`: print replies by score, or export them for scoring."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from jaxpersona.errors import UserError
 
 def sample(
     run: Annotated[pathlib.Path, typer.Argument(help="A run folder with scores.")],
-    count: Annotated[int, typer.Option(help="Replies of each score.")] = 3,
+    count: Annotated[int, typer.Option(help="Number of replies of each score.")] = 3,
     score: Annotated[str | None, typer.Option(
-        show_default="all", help="Only this score, 0 to 3, or none for undecided replies.")] = None,
-    role: Annotated[str | None, typer.Option(show_default="all", help="Only this role.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
-    csv: Annotated[pathlib.Path | None, typer.Option(show_default="print them", help=(
-        "Write them to this new .csv file without their scores, in random order, for a person to "
-        "score."))] = None,
+        show_default="all",
+        help="Use only replies with this score, 0 to 3, or none for undecided replies.")] = None,
+    role: Annotated[str | None, typer.Option(
+        show_default="all", help="Use only replies of this role.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of the sample.")] = 0,
+    csv: Annotated[pathlib.Path | None, typer.Option(show_default="print the replies", help=(
+        "Write the replies to this new .csv file, in random order and without their scores, so "
+        "that a person can score them."))] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON per reply."),
                        ] = False,
 ) -> None:
-    """Print a sample of replies by score, or write it as a file to fill in."""
+    """Print a sample of replies by score, or write the replies to a .csv file for scoring."""
     import numpy as np
 
     from jaxpersona.judges import human
@@ -34,8 +36,8 @@ def sample(
     from jaxpersona.runs.run import Run
 
     if count < 1 or seed < 0:
-        raise UserError(f"--count is {count} and --seed {seed}; give at least 1 reply, and a seed "
-                        "of 0 or more")
+        raise UserError(f"--count is {count} and --seed is {seed}; give a count of at least 1 and "
+                        "a seed of at least 0")
     wanted = _score(score)
     if csv is not None:
         if csv.suffix.lower() != ".csv":
@@ -46,16 +48,16 @@ def sample(
     replies = verdicts.replies_of(Run.read(run))
     scores = verdicts.scores_of(run)
     if role is not None and role not in {item.role.name for item in replies.values()}:
-        raise UserError(f"--role is {role!r}, which is no role of {run}")
+        raise UserError(f"--role is {role!r}, which is not a role of {run}")
     scores = {key: value for key, value in scores.items()
               if role in (None, key.partition("/")[0]) and (score is None or value == wanted)}
     drawn = verdicts.sample(replies, scores, count, seed=seed)
     if not drawn:
-        raise UserError(f"{run}: has no such reply; choose another --score or --role")
+        raise UserError(f"{run}: contains no such reply; choose another --score or --role")
     if csv is not None:
         order = np.random.default_rng(seed).permutation(len(drawn))
         human.write_rows(csv, [human.row_of(drawn[i][0]) for i in order])
-        say(f"{len(drawn)} replies in {csv}; fill in the column score with 0 to 3, or ?, then:",
+        say(f"wrote {len(drawn)} replies to {csv}; enter 0 to 3 or ? in the score column and run:",
             f"  jaxpersona judge agreement {run} {csv}")
         return
     if as_json:

@@ -21,42 +21,46 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 JudgeOption = Annotated[str | None, typer.Option(
-    "--judge", show_default="rules for mini, else none", help=(
-        "Scores the replies: `rules` (mini), `self`, `model:NAME` (another model, by the "
-        "probabilities of the digits), `http:MODEL` (an OpenAI-compatible endpoint), "
-        "`human:FILE.csv` (a file to fill in) or `none` (every reply counts)."))]
+    "--judge", show_default="rules for mini, otherwise none", help=(
+        "The judge that scores the replies: `rules` (for mini only), `self` (the model itself), "
+        "`model:NAME` (another model, by its probabilities of the digits), `http:MODEL` (an "
+        "OpenAI-compatible endpoint), `human:FILE.csv` (a file in which a person enters scores) or "
+        "`none` (every reply has score 3)."))]
 RubricOption = Annotated[pathlib.Path | None, typer.Option(
     "--judge-rubric", show_default="each role's eval_prompt", help=(
-        "A text file: the judge's prompt with {role}, {description}, {question} and {answer}."))]
+        "A text file with the judge's prompt, which contains {question} and {answer}, and may "
+        "contain {role} and {description}."))]
 AfterOption = Annotated[bool, typer.Option("--judge-after", help=(
-    "Load the model of `model:NAME` after the replies are generated, in the memory of the first "
-    "model."))]
+    "Load the model of `model:NAME` only after all replies are generated and the first model is "
+    "released from memory."))]
 UrlOption = Annotated[str | None, typer.Option(
-    "--judge-url", show_default="OPENAI_BASE_URL, else OpenAI's",
-    help="Address for `http:MODEL`, e.g. http://localhost:8000/v1.")]
+    "--judge-url", show_default="OPENAI_BASE_URL, otherwise the OpenAI API",
+    help="Base URL of the endpoint for `http:MODEL`, e.g. http://localhost:8000/v1.")]
 KeyOption = Annotated[str, typer.Option(
-    "--judge-key-env", help="Environment variable with the API key for `http:MODEL`.")]
+    "--judge-key-env", help="Environment variable that contains the API key for `http:MODEL`.")]
 BudgetOption = Annotated[str | None, typer.Option(show_default="no limit", help=(
-    "The most that `http:MODEL` may spend in this run folder, with resumed runs: 500calls or "
-    "5usd."))]
+    "Maximum number of calls, or maximum cost, of `http:MODEL` in this run folder, including "
+    "resumed runs, e.g. 500calls or 5usd."))]
 PriceOption = Annotated[str | None, typer.Option(
     "--judge-price", show_default="unknown",
-    help="USD per million tokens of prompts and of answers, e.g. 0.4,1.6.")]
+    help="Prices in USD per million prompt tokens and per million answer tokens, e.g. 0.4,1.6.")]
 ConcurrencyOption = Annotated[int, typer.Option(
-    "--judge-concurrency", help="Requests of `http:MODEL` under way at a time.")]
+    "--judge-concurrency", help="Maximum number of concurrent requests of `http:MODEL`.")]
 RpmOption = Annotated[float | None, typer.Option(
-    "--judge-rpm", show_default="no limit", help="Requests per minute.")]
+    "--judge-rpm", show_default="no limit",
+    help="Maximum number of requests of `http:MODEL` per minute.")]
 TpmOption = Annotated[float | None, typer.Option(
-    "--judge-tpm", show_default="no limit", help="Tokens per minute.")]
+    "--judge-tpm", show_default="no limit",
+    help="Maximum number of tokens of `http:MODEL` per minute.")]
 TimeoutOption = Annotated[float, typer.Option(
-    "--judge-timeout", help="Seconds to wait for an answer of `http:MODEL`.")]
+    "--judge-timeout", help="Timeout of a request of `http:MODEL` in seconds.")]
 TemperatureOption = Annotated[float, typer.Option(
-    "--judge-temperature", help="Of sampling the answer of `http:MODEL`.")]
+    "--judge-temperature", help="Sampling temperature for the answers of `http:MODEL`.")]
 TokensOption = Annotated[int, typer.Option(
-    "--judge-max-tokens", help="Maximum length of an answer of `http:MODEL`.")]
+    "--judge-max-tokens", help="Maximum length of an answer of `http:MODEL` in tokens.")]
 CacheOption = Annotated[pathlib.Path | None, typer.Option(
     "--judge-cache", show_default="verdicts.jsonl in the run folder",
-    help="File of all requests and verdicts of `http:MODEL`.")]
+    help="File in which all requests and verdicts of `http:MODEL` are stored.")]
 
 KINDS = ("rules", "none", "self")
 WITH_ARGUMENT = ("model", "http", "human")
@@ -66,8 +70,10 @@ WITH_ARGUMENT = ("model", "http", "human")
 class Choice:
     """The values of the options that select a judge.
 
+    The options `--judge-…` and `--budget` set the attributes that are not listed here.
+
     Attributes:
-      kind: the judge in `--judge`, one of `KINDS` or `WITH_ARGUMENT`.
+      kind: the value of `--judge` up to the colon, one of `KINDS` or `WITH_ARGUMENT`.
       argument: the model or file after the colon in `--judge`, or "".
     """
 
@@ -89,7 +95,7 @@ class Choice:
 
     @property
     def reads_eval_prompt(self) -> bool:
-        """Whether the judge needs the `eval_prompt` of every role."""
+        """Whether the judge needs an `eval_prompt` for every role."""
         return self.kind in ("self", "model", "http") and self.rubric is None
 
 
@@ -99,7 +105,7 @@ def choose(judge: str, *, own: bool, **options: object) -> Choice:
     Args:
       judge: the value of `--judge`.
       own: whether the roles are those of `mini`.
-      options: further fields of `Choice`.
+      options: the other fields of `Choice`.
 
     Raises:
       UserError: the judge is unknown, the judge is "rules" but the roles are not those of `mini`,
@@ -110,7 +116,7 @@ def choose(judge: str, *, own: bool, **options: object) -> Choice:
     if not known or (kind == "rules" and not own):
         raise UserError(f"judge is {judge!r}; choose {'rules, self' if own else 'self'}, "
                         "model:NAME, http:MODEL, human:FILE.csv or none"
-                        + (" (rules judges only mini's own roles)" if kind == "rules" else ""))
+                        + (" (rules supports only the roles of mini)" if kind == "rules" else ""))
     defaults = Choice(kind)
     for name, value in options.items():
         if value != getattr(defaults, name):
@@ -118,14 +124,14 @@ def choose(judge: str, *, own: bool, **options: object) -> Choice:
                     ("model",) if name == "after" else ("http",))
             if kind not in fits:
                 option = "--budget" if name == "budget" else f"--judge-{name.replace('_', '-')}"
-                raise UserError(f"{option} is given, but the judge is {judge}; it applies to "
-                                + " and ".join(f"{one}{'' if one == 'self' else ':…'}"
+                raise UserError(f"{option} is given, but the judge is {judge}; use it only with "
+                                + " or ".join(f"{one}{'' if one == 'self' else ':…'}"
                                                for one in fits))
     return dataclasses.replace(defaults, argument=argument, **options)  # type: ignore[arg-type]
 
 
 def rubric_of(choice: Choice) -> Rubric:
-    """Return the rubric in the file of `--judge-rubric`, or `ROLES` without this option.
+    """Return the rubric in the file of `--judge-rubric`, or `ROLES` if it was not given.
 
     Raises:
       UserError: the file cannot be read, or lacks {question} or {answer}.
@@ -143,7 +149,7 @@ def rubric_of(choice: Choice) -> Rubric:
 
 
 def opened(choice: Choice, folder: pathlib.Path) -> Judge | None:
-    """Return the judge of the kind none, rules, human or http; None for self and model.
+    """Create a judge of kind none, rules, human or http; return None for self and model.
 
     Args:
       choice: the options.
@@ -180,11 +186,11 @@ def opened(choice: Choice, folder: pathlib.Path) -> Judge | None:
     for name in ("timeout", "max_tokens"):
         if not 0 < getattr(choice, name) < math.inf:
             raise UserError(f"--judge-{name.replace('_', '-')} is {getattr(choice, name)}; it must "
-                            "be positive")
+                            "be positive and finite")
     if not 0 <= choice.temperature <= 2:
         raise UserError(f"--judge-temperature is {choice.temperature}; give 0 to 2")
     share, index = 1, 0
-    if processes.joined():  # each process has its own journal, and an equal part of the limits
+    if processes.joined():  # each process has a separate journal and an equal share of the limits
         import jax
 
         share, index = jax.process_count(), processes.index()
@@ -200,16 +206,17 @@ def opened(choice: Choice, folder: pathlib.Path) -> Judge | None:
 
 def of_model(choice: Choice, load: Callable[[], Model], target: Callable[[], Model],
              ) -> DigitJudge:
-    """Return the judge `model:NAME`.
+    """Create the judge `model:NAME`.
 
-    If `choice.after` is True, the judging model is loaded to check it, and released. At the first
-    use of the judge, the evaluated model is released and the judging model is loaded again, so the
-    two models are not in memory at the same time.
+    If `choice.after` is True, the judging model is loaded for a check and then released. When the
+    judge is first used, the evaluated model is released and the judging model is loaded again. If
+    the caller loads the evaluated model after this call, the two models are therefore never in
+    memory at the same time.
 
     Args:
       choice: the options.
-      load: loads and returns the judging model.
-      target: returns the evaluated model.
+      load: a function that loads and returns the judging model.
+      target: a function that returns the evaluated model.
 
     Raises:
       UserError: the judging model cannot be loaded, or its tokenizer has no token for a digit.
@@ -233,7 +240,7 @@ def of_model(choice: Choice, load: Callable[[], Model], target: Callable[[], Mod
 
 @contextlib.contextmanager
 def closed(judge: Judge) -> Iterator[None]:
-    """Context manager that closes a judge's files and connections at the end of the block."""
+    """Close a judge's files and connections at the end of a `with` block."""
     try:
         yield
     finally:
@@ -249,7 +256,7 @@ def _price(text: str | None) -> tuple[float, float] | None:
     """Parse the value of `--judge-price`, such as "0.4,1.6".
 
     Raises:
-      UserError: the text has another form.
+      UserError: the text does not have this form.
     """
     if text is None:
         return None
@@ -258,6 +265,6 @@ def _price(text: str | None) -> tuple[float, float] | None:
     except ValueError:
         before = after = math.nan
     if not (0 <= before < math.inf and 0 <= after < math.inf):
-        raise UserError(f"--judge-price is {text!r:.40}; give USD per million tokens of prompts "
-                        "and of answers, such as 0.4,1.6")
+        raise UserError(f"--judge-price is {text!r:.40}; give the prices in USD per million prompt "
+                        "tokens and per million answer tokens, such as 0.4,1.6")
     return before, after

@@ -59,10 +59,10 @@ def _run(arguments: list[str] | None) -> None:
         _fail(f"out of memory ({error or 'no details'}); use a smaller batch, shorter replies or a "
               "smaller model")
     except (interrupt.Stopped, KeyboardInterrupt) as stop:
-        kept = getattr(stop, "kept", "the state of its files is unknown")
+        kept = getattr(stop, "kept", "the state of the output files is unknown")
         output.say(f"stopped; {kept}", error=True)
         code = getattr(stop, "code", 130)
-        if processes.joined():  # other processes may be blocked: do not wait for them
+        if processes.joined():  # a normal exit would wait for processes that may be blocked
             processes.leave(code)
         sys.exit(code)
     except Exception as error:
@@ -77,11 +77,11 @@ def _run(arguments: list[str] | None) -> None:
             processes.leave(1)
         reason = " ".join(str(error).split())[:200]
         output.say(f"error: another process of this run ended or cannot be reached ({reason}); "
-                   "start all of them again with the same command; written results are kept",
+                   "to resume from the saved results, restart all processes with the same command",
                    error=True)
         processes.leave(3)
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # an error in the Rust code of `tokenizers`
+        if type(error).__name__ != "PanicException":  # raised by the Rust code of `tokenizers`
             raise
         _fail(f"the tokenizer failed on a text ({error}); its tokenizer.json is damaged, or its "
               "regular expression cannot be run")

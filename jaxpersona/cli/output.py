@@ -1,4 +1,4 @@
-"""Print text in which control characters and unencodable characters are escaped."""
+"""Print text with control characters and unencodable characters escaped."""
 
 from __future__ import annotations
 
@@ -50,9 +50,10 @@ def console(error: bool = False) -> Console:
 
 @contextlib.contextmanager
 def prepared() -> Iterator[None]:
-    """Context manager: print unencodable characters as escapes, and each warning as one line.
+    """Configure the standard streams for a command, and print warnings as single lines.
 
-    An escape, such as \\u2028, replaces a character that the encoding of the stream does not have.
+    Standard output and standard error print a character that their encoding cannot represent as an
+    escape, such as \\u2028. The format of warnings is restored at the end of the `with` block.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # the caller may have replaced the stream

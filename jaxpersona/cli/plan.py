@@ -19,22 +19,24 @@ if TYPE_CHECKING:
 
 
 def plan(
-    topology: Annotated[str, typer.Option(help="Chips as chip:extents, e.g. v5e:4x4 or h200:8.")],
+    topology: Annotated[str, typer.Option(help="The chips as CHIP:SHAPE, e.g. v5e:4x4 or h200:8.")],
     model: Annotated[str, typer.Option(
         help="`random:<preset>`, a .gguf file or a folder with a config.json; weights are not "
              "read.")
     ] = "random:llama-3.3-70b",
-    batch: Annotated[int, typer.Option(help="Number of rows on all chips together.")] = 32,
-    context: Annotated[int, typer.Option(help="Tokens per row, prompt and reply together.")] = 2048,
+    batch: Annotated[int, typer.Option(help="Number of rows over all chips.")] = 32,
+    context: Annotated[int, typer.Option(
+        help="Number of cache slots per row, for prompt and reply.")] = 2048,
     cap: Annotated[str | None, typer.Option(
         show_default="no cap", help="Layers to cap, a half-open range such as 56:72.")] = None,
     mesh: Annotated[str | None, typer.Option(
-        show_default="the widest model axis that the shape allows, up to 16",
-        help="The mesh, e.g. data=2,model=8.")] = None,
-    dtype: Annotated[str, typer.Option(help="Dtype of weights: bfloat16 or int8.")] = "bfloat16",
+        show_default="the largest model axis, up to 16, that fits the model",
+        help="The device mesh, e.g. data=2,model=8.")] = None,
+    dtype: Annotated[str, typer.Option(
+        help="The dtype of the weights: bfloat16 or int8.")] = "bfloat16",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Estimate memory and time on a topology; needs neither weights nor an accelerator."""
+    """Estimate memory and time on a topology, without weights and without an accelerator."""
     from jaxpersona.distributed.sharding import parse_mesh
     from jaxpersona.interventions import resolve_layers
     from jaxpersona.planning.plan import plan as make
@@ -73,7 +75,7 @@ def read_shape(source: str) -> ModelConfig:
 
 
 def card(found: dict[str, Any]) -> list[str]:
-    """Return a plan as lines of text, with the source of each number (compiler or arithmetic)."""
+    """Format a plan as lines of text, with the source of each number (compiler or arithmetic)."""
     from jaxpersona.planning import chips
 
     size = {name: n / 1e9 for name, n in found["bytes_per_chip"].items()}
@@ -86,33 +88,33 @@ def card(found: dict[str, Any]) -> list[str]:
     time, hours = found["roofline_seconds"], found["axis_run_hours"]
     lines = [
         f"{found['model']} on {found['topology']}: {found['chips']} chips, {mesh}",
-        f"batch {found['batch']}, context {found['context']}, prompts of {found['prompt']}",
+        f"batch {found['batch']}, context {found['context']}, prompts of {found['prompt']} tokens",
         f"{verdict}: {size['total']:.2f} of {size['usable']:.2f} GB per chip: {found['dtype']} "
         f"weights {size['weights']:.2f}, cache {size['cache']:.2f} (arithmetic), temporaries "
         f"{size['temporaries']:.2f} ({whose})",
-        f"largest batch: {found['largest_batch']} (extrapolated in proportion)",
+        f"largest batch: {found['largest_batch']} (extrapolated linearly)",
     ]
     if found["collectives_per_layer"] is not None:
-        lines.append(f"sums over chips in a decode step: {found['collectives_per_layer']} per "
-                     "layer (compiler)")
+        lines.append(f"collective reductions in a decode step: {found['collectives_per_layer']} "
+                     "per layer (compiler)")
     if found["added_collectives"] is not None:
         lines.append(
             f"a cap of {len(found['cap'])} layers adds to a decode step (compiler): "
             f"{found['added_collectives']} collectives, {found['added_fusions_per_layer']:g} "
             f"kernels per layer and {found['added_fusions_once']:g} once, "
-            f"{found['added_bytes'] / 1e6:.1f} MB to its program; temporaries × "
-            f"{found['temporaries_ratio']} (of the program that needs more)")
+            f"{found['added_bytes'] / 1e6:.1f} MB of memory traffic; temporaries × "
+            f"{found['temporaries_ratio']} (the larger of prefill and decode)")
     elif found["cap"]:
-        lines.append("what the cap adds: unknown without a compiler for these chips"
+        lines.append("the cost of the cap is unknown without a compiler for these chips"
                      + (f" ({missing})" if tpu else ""))
     chip = found["chip"]
     lines += [
         f"roofline (arithmetic on {chip['source']}): decode step "
-        f"{time['decode_step'] * 1e3:.2f} ms, of which sums over chips take "
-        f"{time['decode_sums'] * 1e3:.2f}; prefill {time['prefill']:.2f} s, of which sums over "
-        f"chips take {time['prefill_sums']:.2f}",
-        "hours of an axis run of 331,200 replies of 512 tokens (arithmetic): " + ", ".join(
+        f"{time['decode_step'] * 1e3:.2f} ms, of which collective reductions take "
+        f"{time['decode_sums'] * 1e3:.2f} ms; prefill {time['prefill']:.2f} s, of which "
+        f"collective reductions take {time['prefill_sums']:.2f} s",
+        "hours for an axis run with 331,200 replies of 512 tokens (arithmetic): " + ", ".join(
             f"{value} at {float(name):.0%} of the roofline" for name, value in hours.items()),
-        "no time was measured",
+        "all times are estimates, not measurements",
     ]
     return lines

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 
 def project(
-    conversation: Annotated[pathlib.Path, typer.Argument(help="A JSON list of messages.")],
-    vector: Annotated[list[pathlib.Path], typer.Option("--on", help="Axis or vector files.")],
+    conversation: Annotated[pathlib.Path, typer.Argument(
+        help="A JSON file with a list of messages.")],
+    vector: Annotated[list[pathlib.Path], typer.Option(
+        "--on", help="A file with an axis or vector. The option may be repeated.")],
     model: ModelOption = "mini",
     layer: Annotated[int | None, typer.Option(
-        show_default="the middle", help="The layer, counted from 0.")] = None,
+        show_default="the middle layer", help="The zero-based index of the layer.")] = None,
     png: Annotated[pathlib.Path | None, typer.Option(
         show_default="none", help="Write a figure of the projections to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -32,9 +34,10 @@ def project(
 ) -> None:
     """Project each assistant message of a conversation on directions.
 
-    If an axis has thresholds, each projection is compared with those of the default persona's
-    replies: its distance from their median in standard deviations (z), the percentiles below and
-    above it, and, if the axis is in its run folder, the nearest roles.
+    If an axis has thresholds, the command compares each projection with those of the default
+    persona's replies. It prints the distance from their median in standard deviations (z), the
+    nearest percentiles below and above the projection and, if the axis is in its run folder, the
+    nearest roles.
     """
     import numpy as np
     from rich.table import Table
@@ -50,7 +53,7 @@ def project(
     if png is not None and png.is_dir():
         raise UserError(f"--png is {png}, a folder; give the name of a file")
     if png is not None and not png.parent.is_dir():
-        raise UserError(f"--png is {png}; there is no folder {png.parent}: create it first")
+        raise UserError(f"--png is {png}; the folder {png.parent} does not exist: create it first")
     if png is not None:
         require("matplotlib", "--png needs matplotlib")
     talk = read_json(conversation)
@@ -75,7 +78,7 @@ def project(
     except UserError as error:
         raise UserError(f"{conversation}: {error}") from None
     names = [vector.name for vector in vectors]
-    if len(set(names)) < len(names):  # e.g. two axes, both named "assistant"
+    if len(set(names)) < len(names):  # e.g. two axes with the name "assistant"
         names = [f"{vector.name} ({file})" for vector, file in zip(vectors, vector, strict=True)]
     if as_json:
         print(json.dumps([
@@ -99,9 +102,10 @@ def project(
         for name, known in zip(names, references, strict=True):
             if known is not None:
                 low, high = (known.percentiles[p] for p in (25.0, 75.0))
-                say(f"{name}: the default persona's replies have p25…p75 of {low:.3f}…{high:.3f} "
-                    f"and p1…p99 of {known.percentiles[1.0]:.3f}…{known.percentiles[99.0]:.3f}; "
-                    f"the floor of --cap is p25, {known.floor:.3f}")
+                say(f"{name}: percentiles of the default persona's projections: p25 {low:.3f}, "
+                    f"p75 {high:.3f}, p1 {known.percentiles[1.0]:.3f}, p99 "
+                    f"{known.percentiles[99.0]:.3f}; the default floor of --cap is p25, "
+                    f"{known.floor:.3f}")
     if png is not None:
         messages(png, [t.turn for t in found], np.stack([t.values[at] for t in found]), names, at,
                  references)
@@ -115,7 +119,7 @@ def _compared(known: Reference, value: float) -> dict[str, object]:
 
 
 def _cells(known: Reference | None, value: float) -> list[str]:
-    """Return the table cells of a projection: the value and its comparison, if `known` is given."""
+    """Return the table cells of a projection: the value, and its comparison if `known` is given."""
     if known is None:
         return [f"{value:.3f}"]
     return [f"{value:.3f}", f"{known.z(value):+.1f}", known.place(value),

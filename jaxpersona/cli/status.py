@@ -12,10 +12,10 @@ from jaxpersona.cli.output import say
 
 
 def status(
-    run: Annotated[pathlib.Path, typer.Argument(help="The folder of `jaxpersona axis --out`.")],
+    run: Annotated[pathlib.Path, typer.Argument(help="The run folder of `jaxpersona axis --out`.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
-    """Print the progress, the rate and the time left of a run, also while it is running."""
+    """Print the progress, rate and remaining time of a run, even while the run is active."""
     from jaxpersona.runs.status import describe, read_status
 
     found = read_status(run)

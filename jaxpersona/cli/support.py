@@ -22,18 +22,27 @@ if TYPE_CHECKING:
     from jaxpersona.persona.extraction import Extraction
 
 LOG_SECONDS = 30.0  # seconds between progress lines if standard error is not a terminal
-ModelOption = Annotated[str, typer.Option("--model", help="A folder, a .gguf file, `mini`, "
-                                                          "`random:<preset>` or a hub name.")]
+ModelOption = Annotated[str, typer.Option("--model", help=(
+    "A checkpoint folder, a .gguf file, `mini`, `random:<preset>` or the name of a model on the "
+    "Hugging Face Hub."))]
 AdapterOption = Annotated[pathlib.Path | None, typer.Option("--adapter", show_default="none", help=(
     "The folder of a LoRA adapter for the model; it is merged into the weights."))]
 DtypeOption = Annotated[str | None, typer.Option(
-    show_default="float32 on a CPU, else bfloat16",
-    help="float32, bfloat16 or float16; or int8, which applies to the weights only.")]
+    show_default="float32 on a CPU, otherwise bfloat16",
+    help="The dtype: float32, bfloat16, float16, or int8 for the weights only.")]
 
 
 def open_model(source: str, dtype: str | None, mesh: str | None = None,
                adapter: pathlib.Path | None = None) -> Model:
-    """Load a model, optionally on a mesh and with a LoRA adapter, and show the progress."""
+    """Load a model, optionally on a mesh and with a LoRA adapter, and show the progress.
+
+    Args:
+      source: the value of `--model`.
+      dtype, mesh, adapter: the values of `--dtype`, `--mesh` and `--adapter`, or None.
+
+    Raises:
+      UserError: the model or the adapter cannot be loaded, or the mesh is invalid.
+    """
     from jaxpersona.ckpts.loading import load
     from jaxpersona.distributed import sharding
 
@@ -48,11 +57,11 @@ def open_model(source: str, dtype: str | None, mesh: str | None = None,
 @contextlib.contextmanager
 def progress(log: bool = False, note: Callable[[], str] | None = None,
              ) -> Iterator[Callable[[str, int, int, int], None]]:
-    """Context manager that shows the progress, rate and remaining time of steps.
+    """Yield a function report(step, done, total, tokens) that shows the progress of steps.
 
-    The context manager yields a function report(step, done, total, tokens). Only the first process
-    shows the progress: bars at a terminal, else, if `log` is True, one line every `LOG_SECONDS`.
-    For the step "judging", the text of `note()` is also shown, such as the cost so far.
+    Only the first process shows the progress, with the rate and the remaining time: as bars if
+    standard error is a terminal, or else as a line every `LOG_SECONDS` if `log` is True. In the
+    step "judging", the result of `note()`, such as the cost so far, is also shown.
     """
     from jaxpersona.distributed import processes
 
@@ -96,15 +105,15 @@ def progress(log: bool = False, note: Callable[[], str] | None = None,
 
 
 def _silent(step: str, done: int, total: int, tokens: int) -> None:
-    """Ignore the progress."""
+    """Show no progress, and only check for an interrupt."""
     interrupt.check()
 
 
 def stream(pieces: Iterable[str]) -> None:
     """Print the pieces of a streamed reply, and a spinner until the first piece arrives.
 
-    The first piece may take several seconds, as programs are compiled. The spinner is shown only if
-    standard error is a terminal.
+    The first piece may take several seconds, because programs are compiled first. The spinner is
+    shown only if standard error is a terminal.
     """
     shown = console(error=True)
     status = shown.status("waiting for the first token") if shown.is_interactive else None
@@ -124,7 +133,10 @@ def stream(pieces: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def _logged(note: Callable[[], str] | None) -> Iterator[Callable[[str, int, int, int], None]]:
-    """Print the progress of the current step to standard error every `LOG_SECONDS`."""
+    """Yield a report function; every `LOG_SECONDS`, print the progress of the current step.
+
+    The lines are printed to standard error.
+    """
     begun: dict[str, tuple[float, int]] = {}  # step → (time, `done`) at its first report
     state: list[tuple[str, int, int, int]] = []
     ended = threading.Event()
@@ -139,7 +151,7 @@ def _logged(note: Callable[[], str] | None) -> Iterator[Callable[[str, int, int,
             step, done, total, tokens = state[0] if state else ("", 0, 0, 0)
             if done == total:  # no step was reported yet, or the step is complete
                 continue
-            start, first = begun[step]  # `first` is not 0 if a run was resumed
+            start, first = begun[step]  # `first` is positive if a run was resumed
             spent, now = time.perf_counter() - start, done - first
             say(f"{step} {done:,}/{total:,}"
                 + (f", {tokens / spent:,.0f} tokens/s" if tokens else "")
@@ -193,7 +205,7 @@ def check_output(option: str, file: pathlib.Path) -> None:
 
 
 def kept_of(folder: pathlib.Path) -> str:
-    """Return a description of a run folder's contents, which an interrupted command prints."""
+    """Describe the contents of a run folder for the last message of an interrupted command."""
     from jaxpersona.runs.status import kept
 
     if not (folder / "run.json").exists():
@@ -205,7 +217,7 @@ def kept_of(folder: pathlib.Path) -> str:
     if roles:
         held += f" ({roles:,} roles are complete)"
     axis = " and the axis" if (folder / "axis.safetensors").exists() else ""
-    return f"{folder} contains {held}{axis}; the same command resumes from here"
+    return f"{folder} contains {held}{axis}; run the same command to resume"
 
 
 def draw_run(folder: pathlib.Path, extraction: Extraction, middle: int,
@@ -219,7 +231,7 @@ def draw_run(folder: pathlib.Path, extraction: Extraction, middle: int,
         figures.roles_on_axis(folder / "roles.png", extraction, middle, held_out)
         figures.components(folder / "pca.png", extraction.analysis, middle, extraction.default)
         figures.variance(folder / "variance.png", extraction.analysis, middle)
-    except UserError as error:  # e.g. a missing package; the axis does not need the figures
+    except UserError as error:  # e.g. matplotlib is missing; the run is complete without figures
         say(f"no figures were drawn: {error}", error=True)
         return False
     return True

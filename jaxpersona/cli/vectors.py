@@ -43,22 +43,23 @@ def show(
 
 @app.command()
 def check(
-    file: Annotated[pathlib.Path, typer.Argument(help="A file of an axis or of caps, or `mini`.")],
+    file: Annotated[pathlib.Path, typer.Argument(help="A file with an axis or caps, or `mini`.")],
     model: ModelOption = "mini",
     cap_layers: Annotated[str | None, typer.Option(
         show_default="the upper half",
-        help="Layers to test, a half-open range such as 46:54.")] = None,
+        help="The layers to test, a half-open range such as 46:54.")] = None,
     percentile: Annotated[str | None, typer.Option(
-        show_default="p25", help="The percentile that is the floor to test.")] = None,
+        show_default="p25", help="The percentile of projections to test as the floor.")] = None,
     of: Annotated[str | None, typer.Option(
-        show_default="default", help="The population of the percentile.")] = None,
+        show_default="default", help="The population of --percentile.")] = None,
     experiment: Annotated[str | None, typer.Option(
-        show_default="the only one", help="The experiment's id in a capping_config.pt.")] = None,
+        show_default="the only experiment",
+        help="The id of an experiment in a capping_config.pt file.")] = None,
     dtype: DtypeOption = None,
     adapter: AdapterOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Test an axis or caps on short replies of a model, as `--cap` does before it applies them.
+    """Run the self-test of `generate --cap` for an axis or caps, on short replies of a model.
 
     Distances are in standard deviations of the default persona's projections at the layer.
     """
@@ -111,7 +112,7 @@ def _show_check(found: Check) -> None:
         table.add_row(str(layer), f"{found.default[i]:.4g}", f"{found.spread[i]:.3g}",
                       f"{found.roles[i]:.4g}", f"{found.z_roles[i]:+.1f}", *floor)
     console().print(table)
-    say("z: distance from the default persona's mean, in its standard deviations (spread)",
+    say("z: distance from the default persona's mean in its standard deviations (spread)",
         *found.sentences)
 
 
@@ -123,13 +124,14 @@ def convert(
     model: Annotated[str | None, typer.Option(
         show_default="not checked",
         help="The model that the direction must fit; its name and the fingerprint of its weights "
-             "are written to the file. For random:<preset> only the shape is checked.")
+             "are written to the file. For random:<preset>, only the shape is checked.")
     ] = None,
     experiment: Annotated[str | None, typer.Option(
-        show_default="the only one", help="The experiment's id in a capping_config.pt.")] = None,
+        show_default="the only experiment",
+        help="The id of an experiment in a capping_config.pt file.")] = None,
     kind: KindOption = None,
     name: Annotated[str | None, typer.Option(
-        show_default="as in the source", help="The direction's new name.")] = None,
+        show_default="as in the source", help="A new name for the direction.")] = None,
 ) -> None:
     """Convert a file of directions to the format of the target's suffix."""
     from jaxpersona.ckpts.vectors import load_any, save_vector
@@ -141,10 +143,12 @@ def convert(
             raise UserError(f"{source}: contains {len(found)} experiments; choose one with "
                             f"--experiment: {listed}")
         if experiment not in (None, *found):
-            raise UserError(f"experiment is {experiment!r}; {source} contains {listed}")
+            raise UserError(f"--experiment is {experiment!r}; the experiments in {source} are "
+                            f"{listed}")
         chosen = found[experiment] if experiment else next(iter(found.values()))
     elif experiment is not None:
-        raise UserError(f"--experiment is for files of caps; {source} contains a {found.kind}")
+        raise UserError(f"--experiment applies only to files of caps; the kind of {source} is "
+                        f"{found.kind}")
     else:
         chosen = found
     if name is not None:
@@ -165,13 +169,16 @@ def convert(
         say(f"  {model}: only the shape was checked; random weights depend on the dtype, so no "
             "fingerprint was written")
     elif not chosen.fingerprint:
-        say("  the file does not name its model; --model NAME adds it")
+        say("  the file does not contain the model's name; add it with --model NAME")
 
 
 def _belonging(chosen: Found, source: str) -> Found:
     """Check that a direction or caps fit a model, and add the model's name and fingerprint.
 
     For `random:<preset>`, only the shape is checked, and no fingerprint is added.
+
+    Raises:
+      UserError: the direction or caps do not fit the model, or the model cannot be loaded.
     """
     from jaxpersona.cli.support import open_model
     from jaxpersona.models.params import SCHEME
@@ -181,7 +188,7 @@ def _belonging(chosen: Found, source: str) -> Found:
     if source.startswith("random:"):
         chosen = fitted(chosen, preset(source.removeprefix("random:")), source)
         return chosen if chosen.fingerprint else dataclasses.replace(chosen, model=source)
-    say(f"{source}: reading the weights for their fingerprint", error=True)
+    say(f"{source}: reading the weights to compute their fingerprint", error=True)
     model = open_model(source, None)
     chosen = fitted(chosen, model.config, model.name, model.fingerprint)
     return dataclasses.replace(chosen, model=model.name, fingerprint=model.fingerprint,

@@ -13,11 +13,12 @@ Conversation = list[dict[str, str]]
 
 
 def read_prompts(file: pathlib.Path, system: str | None = None) -> list[Conversation]:
-    """Read conversations, each of which is the prompt of one reply; blank lines are skipped.
+    """Read conversations, each of which is the prompt of one reply.
 
-    In a file named `*.jsonl` each line is a JSON string (one user message), a list of
-    {"role", "content"}, or an object with such a list as `messages`, as in OpenAI's request
-    format. Other keys of the object are ignored. In any other file each line is a user message.
+    In a file named `*.jsonl`, each line is a JSON string (one user message), a list of messages
+    {"role": …, "content": …}, or an object with such a list as `messages`, as in OpenAI's request
+    format. Other keys of the object are ignored. In any other file, each line is a user message.
+    Blank lines are skipped.
 
     Args:
       file: the file, in UTF-8.
@@ -33,7 +34,7 @@ def read_prompts(file: pathlib.Path, system: str | None = None) -> list[Conversa
     faults.raise_if_any(file)
     assert text is not None
     as_json = file.suffix == ".jsonl"
-    # not `splitlines`, which also splits at characters that a JSON string may contain
+    # `splitlines` would also split at characters that a JSON string may contain
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     found: list[Conversation] = []
     for number, line in lines:
@@ -43,12 +44,12 @@ def read_prompts(file: pathlib.Path, system: str | None = None) -> list[Conversa
             found.append(_conversation(value, system, at, faults))
     faults.raise_if_any(file)
     if not found:
-        raise UserError(f"{file}: contains no prompt; write one on each line")
+        raise UserError(f"{file}: contains no prompt; write one prompt per line")
     return found
 
 
 def _conversation(value: Any, system: str | None, at: str, faults: Faults) -> Conversation:
-    """Parse a line's value into messages, and append any errors to `faults`."""
+    """Convert the value of a line to a list of messages, and append any errors to `faults`."""
     if isinstance(value, dict):
         if "messages" not in value:
             faults.append(f"{at}: the object has no messages; give {{\"messages\": […]}}")

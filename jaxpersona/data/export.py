@@ -1,4 +1,4 @@
-"""Check, show and export the prompt data; implements `jaxpersona data`."""
+"""Check, show and export the prompt data (the commands of `jaxpersona data`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jaxpersona.errors import UserError
 
 KINDS = ("role", "question", "trait", "drift")
 
-# file or folder name of each part → the reader of the part
+# the function that loads each part, by the file or folder name of the part
 PARTS: dict[str, Callable[..., list]] = {
     "roles": load_roles,
     "questions.jsonl": load_questions,
@@ -33,10 +33,10 @@ PARTS: dict[str, Callable[..., list]] = {
 
 
 def check_data(path: Path | None = None) -> list[str]:
-    """Read all prompt data and return a summary, one line per part.
+    """Load all prompt data and return a summary with one line per part.
 
     Args:
-      path: a folder in the layout of `export`; missing parts are reported as absent. None reads
+      path: a folder in the layout that `export` writes, in which parts may be missing; None checks
         the package data.
 
     Raises:
@@ -103,7 +103,11 @@ def show(kind: str, name: str | None = None) -> str:
 
 
 def _catalogue(kind: str) -> dict[str, tuple[str, list[str]]]:
-    """Return name → (summary line, detail lines)."""
+    """Return the entries of a kind as a dict of name → (summary line, detail lines).
+
+    Raises:
+      UserError: the kind is unknown.
+    """
     if kind == "role":
         return {role.name: (role.description, [f"  {i}. {prompt or '(no system prompt)'}"
                                                for i, prompt in enumerate(role.prompts)])
@@ -129,14 +133,14 @@ def export(folder: Path) -> int:
     """Write the package data and its data card to a folder, atomically.
 
     Args:
-      folder: a new or empty folder, for roles/, questions.jsonl, traits/, drift/ and the lists of
-        descriptions.
+      folder: a new or empty folder, which will contain roles/, questions.jsonl, traits/, drift/,
+        the lists of descriptions and the data card.
 
     Returns:
       The number of files written.
 
     Raises:
-      UserError: the folder is not empty or not writable.
+      UserError: the path is a file, or the folder is not empty or not writable.
     """
     folder = pathlib.Path(os.path.abspath(folder))
     if folder.exists() and not folder.is_dir():

@@ -9,7 +9,7 @@ import json
 
 from jaxpersona.errors import UserError
 
-_PLAYS = ("Question: {question}\nAnswer: {answer}\nDoes the answer speak as a pirate? Reply with "
+_PLAYS = ("Question: {question}\nAnswer: {answer}\nDoes the answer sound like a pirate? Reply with "
           "one number: 0 if it refuses, 1 if it helps but declines the role, 2 if it says that it "
           "is an AI but shows some of the role, 3 if it plays the role fully.")
 _SHOWS = ("Question: {question}\nAnswer: {answer}\nHow curious is the answer? Reply with one "
@@ -21,9 +21,9 @@ _CONTENTS = {
         "A folder with one <name>.json for each role, for `axis --roles FOLDER`.",
         "  instruction   a list of system prompts, each {\"pos\": text}; {model_name} in a text is "
         "replaced by the model's name",
-        "  eval_prompt   the judge's prompt, with {question} and {answer}; optional if the judge "
-        "is `none`",
-        "default.json contains the prompts for the model without a role; if it is missing, five "
+        "  eval_prompt   the judge's prompt, with {question} and {answer}; required only if the "
+        "judge is a language model without --judge-rubric",
+        "default.json contains the system prompts of the default persona; if it is missing, five "
         "general prompts are used.",
         "An optional role_list.json, {name: description}, may be in the folder or in its parent."
     )),
@@ -32,7 +32,7 @@ _CONTENTS = {
         {"question": "Tell me about the sea.", "id": 1}], (
         "A file with one JSON object per line, for `axis --questions FILE`.",
         "  question      the text, which is asked under every system prompt of every role",
-        "  id            a unique integer; default: the number of the line, from 0")),
+        "  id            a unique integer; default: the zero-based line number")),
     "traits": ("traits/curious.json", {
         "instruction": [{"pos": "Be curious about what you are told.",
                          "neg": "Show no interest in what you are told."}],
@@ -41,7 +41,7 @@ _CONTENTS = {
         "A folder with one <name>.json for each trait, for `texts.load_traits`.",
         "  instruction   a list of pairs of system prompts, for the trait (pos) and against it "
         "(neg)",
-        "  questions     a list of texts, asked under every system prompt",
+        "  questions     a list of texts, which are asked under every system prompt",
         "  eval_prompt   the judge's prompt, with {question} and {answer}",
         "An optional trait_list.json, {name: description}, may be in the folder or in its parent."
     )),
@@ -56,7 +56,7 @@ def example(kind: str) -> tuple[str, str]:
       kind: one of `FORMATS`.
 
     Raises:
-      UserError: `kind` is none of these.
+      UserError: `kind` is not one of `FORMATS`.
 
     Examples:
       >>> from jaxpersona.data.formats import example
@@ -72,10 +72,10 @@ def example(kind: str) -> tuple[str, str]:
 
 
 def describe(kind: str | None = None) -> list[str]:
-    """Describe one format with an example, or all formats if `kind` is None; return lines of text.
+    """Return lines that describe a format with an example, or all formats if `kind` is None.
 
     Raises:
-      UserError: as for `example`.
+      UserError: `kind` is neither None nor one of `FORMATS`.
     """
     lines: list[str] = []
     for name in FORMATS if kind is None else (kind,):

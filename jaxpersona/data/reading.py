@@ -20,10 +20,13 @@ class Faults(list[str]):
     """A list of error messages, each of which names the file and the field."""
 
     def raise_if_any(self, what: object) -> None:
-        """Raise all collected errors as one.
+        """Raise one error that contains all collected errors, if there are any.
+
+        Args:
+          what: the file or folder that the message names.
 
         Raises:
-          UserError: the list is not empty; the message contains every entry.
+          UserError: the list is not empty.
         """
         if self:
             count = f"{len(self)} fault{'s' if len(self) > 1 else ''}"
@@ -31,7 +34,7 @@ class Faults(list[str]):
 
 
 def folder_files(folder: Traversable, faults: Faults) -> list[Traversable]:
-    """Return a folder's `.json` files sorted by name; record an error if there are none."""
+    """Return a folder's `.json` files, sorted by name; if there are none, record an error."""
     if not folder.is_dir():
         faults.append(f"{folder}: no such folder")
         return []
@@ -43,7 +46,10 @@ def folder_files(folder: Traversable, faults: Faults) -> list[Traversable]:
 
 
 def read_text(file: Traversable, faults: Faults) -> str | None:
-    """Read a UTF-8 file, with or without a byte order mark; record any error and return None."""
+    """Return the text of a UTF-8 file, without a byte order mark.
+
+    If the file cannot be read or decoded, the function records an error and returns None.
+    """
     try:
         data = read_bytes(file) if isinstance(file, pathlib.Path) else file.read_bytes()
         return data.decode("utf-8-sig")
@@ -59,7 +65,10 @@ def read_text(file: Traversable, faults: Faults) -> str | None:
 
 
 def parse(text: str, where: str, faults: Faults) -> Any:
-    """Parse JSON; record errors, including duplicate keys; return None for invalid JSON."""
+    """Parse JSON and return its value; record any errors, including duplicate keys.
+
+    For invalid JSON, the function returns None.
+    """
 
     def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(pairs)
@@ -80,7 +89,11 @@ def parse(text: str, where: str, faults: Faults) -> Any:
 
 
 def read_table(file: Traversable, faults: Faults) -> dict[str, Any] | None:
-    """Read a file that contains a JSON object; record any error and return None."""
+    """Return the JSON object in a file.
+
+    If the file cannot be read or contains no object, the function records an error and returns
+    None.
+    """
     text = read_text(file, faults)
     if text is None:
         return None
@@ -102,15 +115,17 @@ def kind(value: Any) -> str:
 
 def get_text(table: Any, field: str, where: str, faults: Faults, *, empty: bool = False,
              prefix: str = "") -> str:
-    """Return a string field of a JSON object; record any error and return "".
+    """Return a string field of a JSON object.
+
+    If the field is missing or invalid, the function records an error and returns "".
 
     Args:
       table: the object; a value of any other type is an error.
       field: the key.
       where: the file's name in messages.
-      faults: the list to which the error is appended.
-      empty: accept an empty string.
-      prefix: path of the object within the file, such as "instruction[2].".
+      faults: the list to which an error is appended.
+      empty: whether an empty string is allowed.
+      prefix: the path of the object within the file, such as "instruction[2].".
     """
     name = prefix + field
     if not isinstance(table, dict):
@@ -130,7 +145,7 @@ def get_text(table: Any, field: str, where: str, faults: Faults, *, empty: bool 
 
 def get_list(table: dict[str, Any], field: str, where: str, faults: Faults, *,
              prefix: str = "") -> list[Any]:
-    """Return a list field; record an error and return [] if it is missing, empty or not a list."""
+    """Return a list field; if it is missing, empty or not a list, record an error and return []."""
     name = prefix + field
     if field not in table:
         faults.append(f"{where}: {name} is missing")
@@ -144,7 +159,7 @@ def get_list(table: dict[str, Any], field: str, where: str, faults: Faults, *,
 
 
 def get_eval_prompt(table: dict[str, Any], where: str, faults: Faults) -> str:
-    """Return `eval_prompt`; record an error unless it contains `{question}` and `{answer}`."""
+    """Return `eval_prompt`; record an error if it does not contain {question} and {answer}."""
     text = get_text(table, "eval_prompt", where, faults)
     missing = [p for p in ("{question}", "{answer}") if text and p not in text]
     if missing:
@@ -153,9 +168,9 @@ def get_eval_prompt(table: dict[str, Any], where: str, faults: Faults) -> str:
 
 
 def fill(template: str, **values: str) -> str:
-    """Replace `{name}` placeholders in one pass, so placeholders in the values are not replaced.
+    """Replace placeholders such as {name} in a template by the values of the keyword arguments.
 
-    Placeholders without a value are kept.
+    Placeholders without a value are kept, and placeholders inside the values are not replaced.
     """
     pattern = "|".join(re.escape("{" + name + "}") for name in values)
     return re.sub(pattern, lambda m: values[m.group()[1:-1]], template) if values else template

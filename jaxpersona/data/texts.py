@@ -42,7 +42,7 @@ DEFAULT_PROMPTS = (
     "Respond as yourself.",
 )
 
-# files of descriptions in a data folder, which do not define roles or traits
+# files in a data folder that contain descriptions instead of a role or trait
 ROLE_LIST, TRAIT_LIST = "role_list.json", "trait_list.json"
 
 Path = str | os.PathLike[str]
@@ -53,11 +53,11 @@ class Role:
     """A persona that system prompts assign to the model.
 
     Attributes:
-      name: the file's stem; "default" means that no persona is assigned.
+      name: the file's stem; "default" for the default persona.
       prompts: system prompts; "" is allowed only in the default role.
       eval_prompt: the judge's prompt with `{question}` and `{answer}`; "" for the default role and
         for roles that are not judged by a model.
-      description: one line; "" if unknown.
+      description: one line of text, or "" if unknown.
     """
 
     name: str
@@ -92,10 +92,10 @@ class Trait:
 
     Attributes:
       name: the file's stem.
-      pairs: (positive, negative) system prompts.
-      questions: asked under every system prompt.
+      pairs: pairs of a system prompt for the trait and a system prompt against it.
+      questions: the questions, which are asked under every system prompt.
       eval_prompt: the judge's prompt with `{question}` and `{answer}`.
-      description: one line; "" if unknown.
+      description: one line of text, or "" if unknown.
     """
 
     name: str
@@ -144,7 +144,7 @@ class Domain:
 def _check_texts(what: str, texts: Any) -> None:
     """Raise a UserError unless `texts` is a tuple or list of strings."""
     if not isinstance(texts, (tuple, list)) or not all(isinstance(x, str) for x in texts):
-        raise UserError(f"{what}: {texts!r:.60} is not a tuple of strings; wrap it in a tuple")
+        raise UserError(f"{what}: {texts!r:.60} is not a tuple of strings; give a tuple of strings")
 
 
 def all_of(kind: type, given: Any, name: str) -> list[Any]:
@@ -172,17 +172,17 @@ def load_roles(path: Path | None = None, *, model_name: str = "the model") -> li
     """Load roles, including the default role, sorted by name.
 
     Args:
-      path: a folder of `<name>.json`, each {"instruction": [{"pos": …}, …], "eval_prompt": …}; None
-        loads the package data. `eval_prompt` is optional, because only some judges use it. Without
-        a `default.json` the five published default prompts are used. A `role_list.json` (name →
-        description) is read from the folder or its parent.
-      model_name: replaces `{model_name}` in prompts.
+      path: a folder of `<name>.json` files with {"instruction": [{"pos": …}, …], "eval_prompt":
+        …}; None loads the package data. `eval_prompt` is optional, because only some judges use
+        it. Without a `default.json`, the five published default prompts are used. A
+        `role_list.json` (name → description) is read from the folder or its parent.
+      model_name: the text that replaces `{model_name}` in prompts.
 
     Raises:
       UserError: the folder is missing or has errors; the message lists all errors.
     """
     if not model_name.strip():
-        raise UserError("model_name is empty; it replaces {model_name} in prompts")
+        raise UserError("model_name is empty; give the text that replaces {model_name} in prompts")
     faults = Faults()
     folder, table = _place(path, "roles", ROLE_LIST)
     described = _descriptions(table, faults)
@@ -201,8 +201,8 @@ def load_questions(path: Path | None = None) -> list[Question]:
     """Load questions in file order.
 
     Args:
-      path: a JSONL file of {"question": …, "id": …}; the id defaults to the zero-based line number.
-        None loads the package data.
+      path: a JSONL file of objects {"question": …, "id": …}, whose default id is the zero-based
+        line number; None loads the package data.
 
     Raises:
       UserError: the file is missing or has errors; the message lists all errors.
@@ -211,7 +211,7 @@ def load_questions(path: Path | None = None) -> list[Question]:
     file = data_root() / "questions.jsonl" if path is None else pathlib.Path(path)
     questions: list[Question] = []
     ids: list[int] = []
-    # not str.splitlines: it also splits at U+2028, which JSON allows inside strings
+    # `str.splitlines` would also split at U+2028, which JSON allows inside strings
     lines = (read_text(file, faults) or "").split("\n")
     for number, line in enumerate(lines):
         where = f"{file}, line {number + 1}"
@@ -244,7 +244,7 @@ def load_traits(path: Path | None = None) -> list[Trait]:
     """Load traits, sorted by name.
 
     Args:
-      path: a folder of `<name>.json`, each {"instruction": [{"pos": …, "neg": …}, …],
+      path: a folder of `<name>.json` files with {"instruction": [{"pos": …, "neg": …}, …],
         "questions": […], "eval_prompt": …}; None loads the package data. A `trait_list.json` (name
         → description) is read from the folder or its parent.
 
@@ -266,8 +266,9 @@ def load_drift(path: Path | None = None) -> list[Domain]:
     """Load drift domains, sorted by name.
 
     Args:
-      path: a folder of `<domain>.json`, each {"domain", "description", "personas": [{"id", "card",
-        "topics": [{"id", "title", "opening"}, …]}, …]}; None loads the package data.
+      path: a folder of `<domain>.json` files with {"domain": …, "description": …, "personas":
+        [{"id": …, "card": …, "topics": [{"id": …, "title": …, "opening": …}, …]}, …]}; None loads
+        the package data.
 
     Raises:
       UserError: the folder is missing or has errors; the message lists all errors.
@@ -289,7 +290,7 @@ def load_drift(path: Path | None = None) -> list[Domain]:
 
 
 def _place(path: Path | None, part: str, table: str) -> tuple[Traversable, Traversable | None]:
-    """Return a data folder, and the file of descriptions, or None if that file is missing."""
+    """Return a data folder and its file of descriptions, which is None if it does not exist."""
     if path is None:
         return data_root() / part, data_root() / table
     folder = pathlib.Path(path)
@@ -313,7 +314,7 @@ def _role(raw: dict[str, Any], file: Traversable, described: dict[str, str], mod
              model_name=model_name)
         for i, entry in enumerate(get_list(raw, "instruction", where, faults))
     )
-    # if the judge uses `eval_prompt`, `persona.prepare.check_texts` requires it
+    # `persona.prepare.check_texts` checks that `eval_prompt` exists if the judge uses it
     eval_prompt = get_eval_prompt(raw, where, faults) if "eval_prompt" in raw else ""
     return Role(name, prompts, eval_prompt, described.get(name, ""))
 

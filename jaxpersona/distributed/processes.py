@@ -46,9 +46,9 @@ def start(coordinator: str | None = None, count: int | None = None,
     """
     given = (coordinator is not None, count is not None, index is not None)
     if any(given) and not all(given):
-        raise UserError("coordinator, processes and process belong together: give all three "
-                        "arguments, or omit them all where JAX detects the processes, such as on "
-                        "SLURM, Open MPI, Kubernetes or a TPU pod")
+        raise UserError("some of coordinator, processes and process are missing; give all three, "
+                        "or omit all three where JAX detects the processes, such as on SLURM, "
+                        "Open MPI, Kubernetes or a TPU pod")
     for name, value in (("processes", count), ("process", index)):
         if value is not None and not isinstance(value, int):
             raise UserError(f"{name} is {value!r:.60}; it must be an integer")
@@ -64,7 +64,7 @@ def start(coordinator: str | None = None, count: int | None = None,
                             "arguments")
         return
     try:
-        # on CPUs, two programs with cross-process collectives deadlock if they run concurrently
+        # on CPUs, two programs with cross-process collectives can deadlock if they run concurrently
         with default_setting(_ASYNC, False, default=True):
             jax.distributed.initialize(coordinator, count, index,
                                        heartbeat_timeout_seconds=_HEARTBEAT)
@@ -100,7 +100,7 @@ def first() -> bool:
 
 
 def index() -> int:
-    """Return this process's index, from 0."""
+    """Return the zero-based index of this process."""
     return jax.process_index()
 
 
@@ -110,7 +110,7 @@ def owns(i: int) -> bool:
 
 
 def fetch(tree: Any) -> Any:
-    """Copy whole arrays to the host, including the shards of other processes.
+    """Copy the arrays of a pytree to the host, including the shards of other processes.
 
     All processes must call this function.
     """
@@ -156,12 +156,15 @@ def merge(items: Mapping[str, T]) -> dict[str, T]:
 
 
 def in_turn(act: Callable[[], T]) -> T:
-    """Call `act` on process 0, then on the other processes, for example to create a folder."""
+    """Call `act` on process 0 and then on the other processes; return its result.
+
+    This prevents races, for example when the processes create a shared folder.
+    """
     if not many():
         return act()
     if first():
         result = act()
-        merge({})  # barrier: process 0 is done
+        merge({})  # a barrier: `act` has returned on process 0
     else:
         merge({})
         result = act()

@@ -101,9 +101,9 @@ def fit(mesh: AbstractMesh, config: ModelConfig) -> AbstractMesh: ...
 def fit(mesh: Mesh | AbstractMesh, config: ModelConfig) -> Mesh | AbstractMesh:
     """Adapt a mesh to a model.
 
-    If the size of "model" is a multiple of the number of key/value heads, this axis is split into
-    "model" × "group": each key/value head is replicated over a group of devices, and its query
-    heads are divided among these devices.
+    If the axis "model" is larger than the number of key/value heads and a multiple of it, the axis
+    is split into "model" × "group": each key/value head is replicated over a group of devices, and
+    its query heads are divided among these devices.
 
     Raises:
       UserError: a mesh axis is not in `RULES`, or its size does not divide a dimension of the
@@ -142,7 +142,7 @@ def fit(mesh: Mesh | AbstractMesh, config: ModelConfig) -> Mesh | AbstractMesh:
 
 
 def _divisor(value: int, limit: int) -> int:
-    """Return the greatest divisor of `value` up to `limit`."""
+    """Return the greatest divisor of `value` that does not exceed `limit`."""
     return next(n for n in range(min(value, limit), 0, -1) if value % n == 0)
 
 
@@ -158,7 +158,7 @@ def spec(axes: Axes, mesh: Mesh | AbstractMesh) -> PartitionSpec:
 
 def weight_sharding(axes: Axes, shape: tuple[int, ...],
                     mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Return a parameter's sharding; a vocabulary axis of indivisible size is replicated."""
+    """Return a parameter's sharding; a vocabulary that cannot be split evenly is replicated."""
     placed = NamedSharding(mesh, spec(axes, mesh))
     try:
         placed.shard_shape(shape)
@@ -192,8 +192,8 @@ _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform
 def platform(*operands: Any) -> str:
     """Return the operands' platform: "cpu", "gpu" or "tpu".
 
-    Tracers have no devices. For them, this returns the platform set by `running_on` or, by default,
-    the platform on which JAX places new arrays.
+    Tracers have no devices. For tracers, the result is the platform set by `running_on` or, by
+    default, the platform on which JAX places new arrays.
     """
     for operand in operands:
         if not is_traced(operand):
@@ -214,7 +214,7 @@ def running_on(where: str) -> Iterator[None]:
 
 
 def in_program() -> bool:
-    """Return whether this is called inside `running_on`, that is, while a program is traced."""
+    """Return whether the engine is tracing a program, that is, inside `running_on`."""
     return _PLATFORM.get() is not None
 
 
@@ -234,7 +234,7 @@ def default_device() -> Device:
 
 
 def unset_mesh() -> contextlib.AbstractContextManager:
-    """Return a context without the mesh set by `jax.set_mesh`.
+    """Return a context manager that unsets the mesh set by `jax.set_mesh`.
 
     This package uses the mesh of the parameters. If a mesh is set, JAX places new arrays on that
     mesh, which may differ from the mesh of the parameters, because `fit` may split an axis.
@@ -245,7 +245,7 @@ def unset_mesh() -> contextlib.AbstractContextManager:
 
 
 def off_mesh(tree: Any) -> Any:
-    """Copy to the host all arrays of a small pytree that are on a mesh; return the pytree."""
+    """Return a small pytree in which the arrays that are on a mesh are copied to the host."""
     def one(x: Any) -> Any:
         concrete = isinstance(x, jax.Array) and not is_traced(x)
         return jax.device_get(x) if concrete and mesh_of(x) is not None else x
@@ -257,7 +257,7 @@ def check_set_mesh(like: jax.Array) -> None:
     """Check that a mesh set by `jax.set_mesh` is the mesh of an array.
 
     Raises:
-      UserError: the meshes differ; the message names both meshes.
+      UserError: the meshes differ, or a mesh with Explicit axes is set and the array has no mesh.
     """
     current, mesh = jax.sharding.get_abstract_mesh(), mesh_of(like)
     if current.empty or (mesh is not None and _same_shape(current, mesh)):
@@ -266,7 +266,7 @@ def check_set_mesh(like: jax.Array) -> None:
         if AxisType.Explicit not in current.axis_types:
             return
         raise UserError(f"the mesh {_written(current)} is set, but the model is on one device: "
-                        "omit jax.set_mesh, or load the model with mesh=")
+                        "omit jax.set_mesh, or pass mesh= to jp.load")
     raise UserError(f"the mesh set by jax.set_mesh is {_written(current)}, but the model's mesh is "
                     f"{_written(mesh)}: use `with jax.set_mesh(model.mesh)`")
 
@@ -280,7 +280,7 @@ def _written(mesh: Mesh | AbstractMesh) -> str:
 
 
 def out_sharding(axes: Axes, *operands: Any) -> NamedSharding | None:
-    """Return the sharding of a result with logical axes `axes` on the operands' mesh.
+    """Return the sharding of a result with the logical axes `axes` on the operands' mesh.
 
     The result is None if no operand is on a mesh with Explicit axes.
     """
@@ -309,14 +309,15 @@ def by_shard(function: Callable[..., Any], given: Sequence[Axes],
              result: Axes | Sequence[Axes]) -> Callable[..., Any]:
     """Return a function that runs `function` on each device's shards of its arguments.
 
-    This is for kernels, because XLA cannot divide a kernel over the devices of a mesh. Without a
-    mesh, `function` is called with the whole arrays.
+    Kernels require this function, because XLA cannot partition a kernel over the devices of a mesh.
+    Without a mesh, `function` is called with the whole arrays.
 
     Args:
       function: a function of arrays that computes each shard of the result from one shard of each
         argument.
       given: the logical axes of each argument.
-      result: the logical axes of the result, or a list for a tuple of results.
+      result: the logical axes of the result, or, if the result is a tuple, a list with the axes of
+        each element.
     """
     def call(*arrays: Any) -> Any:
         mesh = mesh_of(*arrays)
@@ -332,14 +333,14 @@ def by_shard(function: Callable[..., Any], given: Sequence[Axes],
 
 
 def spread_rows(x: jax.Array, dimension: int, like: Any) -> jax.Array:
-    """Shard a dimension of x as batch rows are sharded on the mesh of `like`, if there is one."""
+    """Shard a dimension of x like batch rows over the mesh of `like`; without a mesh, return x."""
     return place(x, tuple("batch" if i == dimension else None for i in range(x.ndim)), like)
 
 
 def of_each(x: jax.Array | np.ndarray, index: jax.Array) -> jax.Array:
-    """Gather entries per row: x[b, index[b]].
+    """Gather values per batch row: x[b, index[b]].
 
-    Unlike `take_along_axis`, this supports a single row on a mesh that shards rows.
+    Unlike `take_along_axis`, this function supports a single row on a mesh that shards rows.
 
     Args:
       x: [B, n, …].

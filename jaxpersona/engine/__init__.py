@@ -1,1 +1,1 @@
-"""Run models on conversations: sampling, compiled programs, generation and extraction."""
+"""Inference on conversations: sampling, compiled programs, generation and extraction."""

@@ -1,9 +1,9 @@
 """Batches of complete conversations or prompts for forward passes without a cache.
 
-Conversations are sorted by length into batches with about the same number of tokens. The padded
-width depends only on a conversation's length, and the number of rows only on the width and the
-arguments `tokens` and `ways` of `batches`. A conversation's results are therefore bit-identical
-next to any other conversations.
+Conversations of the same padded width form batches, and all batches have about the same number of
+tokens. The padded width depends only on a conversation's length, and the number of rows only on the
+width and the arguments `tokens` and `ways` of `batches`. A conversation's results are therefore
+bit-identical regardless of the other conversations.
 """
 
 from __future__ import annotations
@@ -29,29 +29,30 @@ def width_of(tokens: int) -> int:
 
 def batches(rows: list[chat.Row], tokens: int,
              ways: int) -> list[tuple[list[int], int, int]]:
-    """Divide conversations, sorted by length, into batches.
+    """Group conversations of the same padded width into batches.
 
     Args:
-      rows: the conversations.
+      rows: the encoded conversations.
       tokens: the target number of tokens in a batch, including padding.
-      ways: the number of shards that rows are divided into; the number of rows in a batch is a
-        multiple of this number.
+      ways: the number of shards of the batch axis; the number of rows in a batch is a multiple of
+        it.
 
     Returns:
-      For each batch: the indices of the conversations, the padded width and the number of rows.
+      One tuple per batch, widest batches first: the indices of its conversations, the padded width
+      and the number of rows.
     """
     groups: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(width_of(row.tokens.size), []).append(i)
     out = []
-    for width, members in sorted(groups.items(), reverse=True):  # widest batches first
-        size = max(1, tokens // (width * ways)) * ways  # a multiple of `ways`
+    for width, members in sorted(groups.items(), reverse=True):
+        size = max(1, tokens // (width * ways)) * ways  # divisible by `ways` for sharding
         out += [(members[at : at + size], width, size) for at in range(0, len(members), size)]
     return out
 
 
 def pad(rows: list[chat.Row], width: int, size: int) -> Batch:
-    """Return a batch of `size` rows of `width` tokens; additional rows contain only padding."""
+    """Return a batch of `size` rows of `width` tokens; rows without a conversation are padding."""
     real = make_batch([r.tokens for r in rows], kind=[r.kind for r in rows],
                       turn=[r.turn for r in rows], width=width)
     extra = size - len(rows)

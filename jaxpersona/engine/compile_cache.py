@@ -1,4 +1,4 @@
-"""On-disk caches, so that later processes need not trace and compile the same programs again.
+"""On-disk caches of traces and executables, which later processes reuse.
 
 JAX's compilation cache stores executables, and the module `stored` stores traces. By default, both
 use subfolders of one folder with mode 0700 in the user's cache folder (`own_folder`).
@@ -19,7 +19,7 @@ from jaxpersona.runtime import default_setting, setting
 
 SWITCH = "JAXPERSONA_COMPILE_CACHE"
 TRACES, EXECUTABLES = 2**28, 2**32  # the maximum sizes of the two folders in bytes
-_SHORTEST = 0.05  # seconds; an executable with a shorter compilation time is not stored
+_SHORTEST = 0.05  # the minimum compilation time of a stored executable, in seconds
 _LOG = logging.getLogger("jaxpersona")
 
 
@@ -27,12 +27,12 @@ def use_compile_cache() -> str | None:
     """Enable JAX's compilation cache in the user's cache folder, unless another folder is set.
 
     `JAXPERSONA_COMPILE_CACHE=0` disables this function; `JAX_COMPILATION_CACHE_DIR` or
-    `jax_compilation_cache_dir` sets another folder. If the user's cache folder belongs to another
-    user, is a symbolic link or is writable by others, it is not used, and a warning is logged.
+    `jax_compilation_cache_dir` sets another folder. If the package's cache folder cannot be
+    created, belongs to another user, is a symbolic link or is writable by others, the cache is not
+    enabled, and a warning is logged.
 
     Returns:
-      The folder of JAX's compilation cache. None if the cache is disabled, if the user has no home
-      folder, or if the cache folder is not private to the user.
+      The folder of JAX's compilation cache, or None if the cache is not enabled.
     """
     configured = setting("jax_compilation_cache_dir")
     if configured or os.environ.get(SWITCH, "1") == "0":
@@ -40,7 +40,8 @@ def use_compile_cache() -> str | None:
     folder = _own()
     if folder is None:
         return None
-    # a separate folder: JAX cannot limit the size of a cache folder that was used without a limit
+    # Use a subfolder for executables only, because JAX cannot limit the size of a cache folder that
+    # was used without a limit before.
     folder = folder / "executables"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     for name, value, default in (
@@ -52,9 +53,9 @@ def use_compile_cache() -> str | None:
 
 
 def traces() -> OwnFolder | None:
-    """Return the folder in which traces are stored, or None if no traces are stored.
+    """Return the folder for traces, or None if traces are not stored.
 
-    Traces save time only together with cached executables, so no traces are stored if JAX's
+    Traces save time only together with cached executables, so they are not stored if JAX's
     compilation cache is disabled.
     """
     if os.environ.get(SWITCH, "1") == "0" or not setting("jax_compilation_cache_dir"):
@@ -67,11 +68,11 @@ def _own() -> pathlib.Path | None:
     """Return the package's cache folder for this user and processor; create it if necessary.
 
     Returns:
-      None if the user has no home folder, or if the folder is not private to the user.
+      The folder, or None if the user has no home folder or the folder is not private to the user.
     """
     try:
         base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    except RuntimeError:  # no HOME and no entry in the user database, as in containers
+    except RuntimeError:  # neither HOME nor the user database defines a home folder
         return None
     above = pathlib.Path(base) / "jaxpersona"
     for folder in (above, above / _processor()):
@@ -84,8 +85,8 @@ def _own() -> pathlib.Path | None:
 def _processor(cpuinfo: str = "/proc/cpuinfo") -> str:
     """Return a folder name that identifies the processor's instruction set.
 
-    A program compiled for one processor may not run on another. Different processors that share a
-    home folder therefore use different subfolders.
+    An executable for one processor may not run on another. Machines that share a home folder but
+    have different processors therefore use different subfolders.
     """
     try:
         lines = pathlib.Path(cpuinfo).read_text("utf-8", "replace").splitlines()

@@ -1,9 +1,9 @@
-"""A least-recently-used cache of compiled programs.
+"""A least-recently-used (LRU) cache of compiled programs.
 
 A `jax.jit` object keeps every program that it has compiled. For a small model, the programs for one
-prompt width and cache size take about 20 MB of host memory. Here each combination of argument
-shapes has its own `jax.jit` object. If the number of objects exceeds a limit, the least recently
-used object is dropped, which frees the trace and the executable.
+prompt width and cache size take about 20 MB of host memory. In this module, each combination of
+argument shapes has its own `jax.jit` object. If the number of objects exceeds a limit, the least
+recently used object is dropped, which frees its trace and its executable.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from jaxpersona.engine.compile_cache import traces
 from jaxpersona.engine.stored import Stored
 from jaxpersona.errors import UserError
 
-LIMIT = 64  # programs: enough for prompts of eight widths, with and without interventions
+LIMIT = 64  # programs; enough for eight prompt widths, with and without interventions
 SWITCH = "JAXPERSONA_PROGRAMS"
 _LOG = logging.getLogger("jaxpersona")
 
 
 class Kept:
-    """The compiled programs of a process; the least recently used one is dropped first.
+    """An LRU cache of compiled programs.
 
     Attributes:
-      limit: the maximum number of programs. If None, the environment variable `JAXPERSONA_PROGRAMS`
-        is read when the first program is requested. An invalid value therefore raises an error in
-        that call and not at import.
+      limit: the maximum number of programs. If None, it is read from the environment variable
+        `JAXPERSONA_PROGRAMS` when the first program is requested, so that an invalid value raises
+        an error in that call and not at import.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -46,7 +46,10 @@ class Kept:
         return len(self._held)
 
     def get(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Return the program for a key; create it on first use and drop programs over the limit."""
+        """Return the program for a key, created by `make` on first use.
+
+        If the number of programs then exceeds the limit, the least recently used ones are dropped.
+        """
         with self._lock:
             if self.limit is None:
                 self.limit = _limit()
@@ -56,8 +59,8 @@ class Kept:
             self._held[key] = value
             while len(self._held) > max(self.limit, 1):
                 self._held.popitem(last=False)
-                _LOG.info("more than %d compiled programs are in use; the least recently used one "
-                          "is freed and recompiled on its next use (%s sets the limit)",
+                _LOG.info("more than %d compiled programs are in memory; the least recently used "
+                          "one is freed and recompiled on its next use (%s sets the limit)",
                           self.limit, SWITCH)
         return value
 
@@ -68,7 +71,7 @@ class Kept:
 
 
 def _limit() -> int:
-    """Return the value of the environment variable `JAXPERSONA_PROGRAMS`, or `LIMIT` if not set.
+    """Return the value of the environment variable `JAXPERSONA_PROGRAMS`, or `LIMIT` if unset.
 
     Raises:
       UserError: the value is not a positive integer.
@@ -77,7 +80,8 @@ def _limit() -> int:
     if not value:
         return LIMIT
     if not value.isdecimal() or not 0 < int(value[:9]):
-        raise UserError(f"{SWITCH} is {value[:40]!r}; it must be a positive number of programs")
+        raise UserError(f"{SWITCH} is {value[:40]!r}; it must be a positive integer, the maximum "
+                        "number of compiled programs")
     return int(value[:9])
 
 
@@ -91,8 +95,8 @@ def program(*, static: tuple[str, ...] = (), donate: tuple[str, ...] = (),
     Args:
       static, donate: argument names, as for `static_argnames` and `donate_argnames` of `jax.jit`.
       result: a function that takes the same arguments and returns a pytree with the structure of
-        the result, without computing the result. With this function, and if the cache on disk is
-        enabled, traces are stored on disk (`stored`).
+        the result, without computing the result. If it is given and the on-disk cache is enabled,
+        traces are stored on disk (`stored`).
     """
     return lambda function: Program(function, static, donate, result)
 
@@ -101,8 +105,8 @@ class Program:
     """A jitted function with one `jax.jit` object per combination of argument shapes.
 
     The platform of the first argument's first array is part of the key, so that CPU and GPU arrays
-    of the same shape do not use the same trace. The key omits other properties, such as the
-    sharding, because `jax.jit` and `stored.Stored` already compile a program for each of them.
+    of the same shape do not share a trace. The key omits other properties, such as the sharding,
+    because `jax.jit` and `stored.Stored` already distinguish them.
     """
 
     def __init__(self, function: Callable, static: tuple[str, ...], donate: tuple[str, ...],
@@ -123,7 +127,7 @@ class Program:
             return jitted.lower(*args, **named)
 
     def _of(self, args: tuple, named: dict[str, Any]) -> tuple[Any, str]:
-        """Return the `jax.jit` object for these arguments and their platform."""
+        """Return the jitted function for these arguments, and the arguments' platform."""
         first, *others = args
         head = jax.tree.leaves(first)[:1]
         static = {name: value for name, value in named.items() if name in self._static}

@@ -16,9 +16,9 @@ from jaxpersona.interventions.where import NOWHERE
 
 
 class SharedEdits:
-    """The interventions on all prompts of a call; a row selects an entry by its prompt's index.
+    """The interventions on all prompts of a call; each row uses the entries of its prompt.
 
-    The entries stay on the device. When prompts are assigned to rows, only the indices change.
+    The entries stay on the device. When a prompt is assigned to a row, only the indices change.
     """
 
     def __init__(self, edits: Interventions) -> None:
@@ -30,7 +30,7 @@ class SharedEdits:
         return self.edits
 
     def of(self, tasks: Sequence[Task | None], rows: int) -> Interventions:
-        """Return interventions on `rows` rows: those of `tasks`, then some that change nothing."""
+        """Return the interventions of `tasks` on `rows` rows; rows without a task have no entry."""
         numbers = [-1 if task is None else task.number for task in tasks]
         return self.edits.take(np.array(numbers + [-1] * (rows - len(numbers)), np.int32))
 
@@ -42,7 +42,7 @@ class SharedEdits:
         return self.of(tasks, len(tasks))
 
     def key(self, task: Task) -> tuple:
-        """Return the index of the prompt's entry in each table."""
+        """Return the index of the prompt's entry in each table that has an index."""
         return tuple(int(edit.index[task.number]) for edit in self.indexed.edits
                      if edit.index is not None)
 
@@ -68,17 +68,22 @@ class RowEdits:
         return _repeated(self.neutral, rows)
 
     def of(self, tasks: Sequence[Task | None], rows: int) -> Interventions:
-        """Return interventions on `rows` rows: those of `tasks`, then some that change nothing."""
+        """Return the interventions of `tasks`, padded to `rows` rows with neutral interventions."""
         single = [self.neutral if task is None else task.edits for task in tasks]
         single += [self.neutral] * (rows - len(tasks))
         return side_by_side(tuple(single), axes=self.axes) if self.axes else self.neutral
 
     def assign(self, edits: Interventions, rows: np.ndarray) -> None:
-        """Write interventions on n rows to the lane's rows [n]; a row index of B is ignored."""
+        """Write interventions on n rows to the lane.
+
+        Args:
+          edits: the interventions on n rows.
+          rows: [n] int32, the indices of the lane's rows; the index B is ignored.
+        """
         if not self.axes:
             return
         if row_count(edits, self.axes) == row_count(self.table, self.axes):
-            self.table = edits  # replaces all rows
+            self.table = edits  # the new interventions replace all rows
         else:
             self.table = put_rows(self.table, edits, rows, axes=self.axes)
 
@@ -87,12 +92,12 @@ class RowEdits:
         return self.table
 
     def key(self, task: Task) -> tuple:
-        """Return the bytes of the task's interventions, as a hashable key."""
+        """Return the bytes of the task's interventions as a hashable key."""
         return tuple(np.asarray(x).tobytes() for x in jax.tree.leaves(task.edits))
 
 
 def for_one_row(edits: Interventions | None, capacity: Interventions | None) -> Interventions:
-    """Return interventions on one row, with the structure of `capacity` unless this is None.
+    """Return interventions on one row, with the structure of `capacity` if it is not None.
 
     Args:
       edits: interventions without `rows=`, or None.
@@ -115,7 +120,7 @@ def for_one_row(edits: Interventions | None, capacity: Interventions | None) -> 
 
 
 def neutral_row(edits: Interventions) -> Interventions:
-    """Return interventions on one row that have the same structure but select no token."""
+    """Return interventions on one row with the structure of `edits` that select no token."""
     return Interventions(tuple(map(_neutral, edits.edits)))
 
 
@@ -135,7 +140,7 @@ def row_count(edits: Interventions, axes: tuple[int, ...]) -> int:
 
 
 def _repeated(edits: Interventions, rows: int) -> Interventions:
-    """Return interventions on `rows` rows that repeat the given interventions on one row."""
+    """Repeat interventions on one row for `rows` rows."""
     def repeated(table: Any) -> Any:
         axes = {"where": 0, "origin": 0, "gate": 0, **table.PAYLOAD}
         return table.replace(**{

@@ -1,9 +1,9 @@
-"""An inference engine: concurrent requests with individual settings and few compiled programs.
+"""An inference engine for concurrent requests with individual settings and few compiled programs.
 
 The rows of a lane use the same programs, because they have the same cache size, structure of
 interventions, capture and stop strings. A request's interventions are written to the lane's tables,
 so new interventions within the capacity need no compilation. For a given number of rows, capacity
-and cache size, a request's tokens and captures do not depend on concurrent requests, bit for bit.
+and cache size, a request's tokens and captures are bit-identical with any concurrent requests.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """Generates replies to concurrent requests with one model.
+    """An engine that generates replies to concurrent requests with one model.
 
     `stream` and `result` run the engine in the caller's thread, unless the engine runs in a
     background thread (`running`). All methods are thread-safe.
@@ -64,18 +64,18 @@ class Engine:
 
         Args:
           model: the result of `load`.
-          rows: B, the number of rows in a lane. The rounding of results depends on it.
+          rows: B, the number of rows in a lane. It affects the floating-point rounding of results.
           capacity: the result of `reserve`, for any number of rows. It limits the layers and the
             number of rank-one interventions in a request, so that all requests share programs.
             None: every structure of interventions has its own programs and lanes.
-          sizes: the cache sizes, in tokens of prompt and reply; default: `tasks.cache_size`.
+          sizes: the cache sizes, in tokens of prompt and reply; default: see `tasks.cache_size`.
           lanes: the maximum number of lanes; each has its own cache.
           chunk: the maximum number of decode steps between two transfers to the host.
           queue: the maximum number of queued requests.
 
         Raises:
-          UserError: an argument is not a positive integer, `rows` is not a multiple of the mesh's
-            shards, or the capacity does not match the model.
+          UserError: a setting is not a positive integer, `rows` is not a multiple of the number of
+            shards of the batch axis, or the capacity does not match the model.
         """
         check_model(model)
         if sizes is not None and not (isinstance(sizes, (list, tuple)) and sizes):
@@ -85,7 +85,7 @@ class Engine:
         prompts.check_settings(**numbers)
         ways = rows_divisor(model.params.like)
         if rows % ways:
-            raise UserError(f"rows is {rows}; the mesh needs a multiple of {ways}")
+            raise UserError(f"rows is {rows}; on this mesh it must be a multiple of {ways}")
         self.capacity = None if capacity is None else off_mesh(given(capacity))
         if self.capacity is not None:
             self.capacity.take(np.array([-1])).check(
@@ -111,7 +111,7 @@ class Engine:
 
     @property
     def stats(self) -> RunStats:
-        """The decode steps and the tokens with and without padding of all requests so far."""
+        """The counts of decode steps, live rows and prompt tokens for all requests so far."""
         return self._stats.snapshot()
 
     def submit(self, request: Request) -> Handle:
@@ -120,7 +120,7 @@ class Engine:
         Raises:
           UserError: the request does not match the model, or exceeds the capacity or the cache
             sizes. An error in one request does not affect other requests.
-          QueueFull: the queue already holds `queue` requests.
+          QueueFull: `queue` requests are already queued.
         """
         if not isinstance(request, Request):
             raise UserError(f"request is a {type(request).__name__}; give a jp.Request")
@@ -142,7 +142,7 @@ class Engine:
         """Admit queued requests and run one chunk of decode steps in every lane.
 
         Returns:
-          Whether any request is unfinished.
+          True if any request is unfinished.
         """
         with self._device:
             return self._step()
@@ -162,7 +162,7 @@ class Engine:
         return reply
 
     def stream(self, handle: Handle) -> Iterator[Event]:
-        """Yield a reply in events as it is generated; the last event has the complete reply.
+        """Yield events as a reply is generated; the last event contains the complete reply.
 
         Raises:
           BaseException: the error that ended the request.
@@ -188,7 +188,7 @@ class Engine:
             self._advance(handle, tokens.size)
 
     def cancel(self, handle: Handle) -> None:
-        """Cancel a request that is not done; its row becomes free at the start of the next step."""
+        """Cancel an unfinished request; its row becomes free at the start of the next step."""
         with self._changed:
             if (entry := self._handles.pop(handle.number, None)) is None:
                 return
@@ -225,19 +225,21 @@ class Engine:
                 self._changed.notify_all()
 
     def warm_up(self, requests: Sequence[Request] | None = None) -> None:
-        """Compile programs before the first request, without running a request.
+        """Compile the programs before the first request, without running a request.
 
         Args:
-          requests: an example of each kind of request. Kinds differ in prompt length, cache size,
-            capture, stop strings, greedy or sampled decoding and, without a capacity, structure of
+          requests: one example per kind and prompt width. A kind is defined by cache size, capture,
+            stop strings, greedy or sampled decoding and, without a capacity, the structure of the
             interventions. None: greedy and sampled requests with interventions within the capacity,
             without a capture or stop strings, for each size in `sizes` and each prompt width.
 
         Raises:
-          UserError: the engine has requests or no `sizes`, or an example is invalid.
+          UserError: the engine has unfinished requests, `requests` is None and the engine has no
+            `sizes`, or an example is invalid.
         """
         if requests is None and self.sizes is None:
-            raise UserError("Engine has no sizes; use Engine(sizes=…), or give warm_up requests")
+            raise UserError("the engine has no sizes; use Engine(sizes=…), or give warm_up example "
+                            "requests")
         with self._device, own_context():
             if self._handles:
                 raise UserError("the engine has requests; call warm_up before the first submit")
@@ -252,7 +254,7 @@ class Engine:
                     take_row(lane.state.carry.captured[name].values, np.int32(0))
 
     def _compile(self, kind: Any, shape: Shape) -> Lane:
-        """Compile the programs of a lane, including the one that ends cancelled requests."""
+        """Compile the programs of a lane, including the one that frees cancelled rows."""
         lane = self._scheduler.lane_of(kind)
         assert lane is not None
         lane.compile(shape)
@@ -260,7 +262,7 @@ class Engine:
         return lane
 
     def _task(self, request: Request) -> Task:
-        """Check a request and return it as a task with an encoded prompt."""
+        """Check a request and convert it to a task with an encoded prompt."""
         model = self.model
         row = prompts.encode(model, request.conversation, thinking=request.thinking)
         most = request.max_new_tokens
@@ -287,7 +289,7 @@ class Engine:
         return Task(-1, row, row_id, limit, settings, shape, kind, own)
 
     def _shape(self, row: Row, limit: int, edits: Interventions) -> tuple[Shape, int]:
-        """Return the static sizes for a request, and its reply limit in the largest cache."""
+        """Return the static sizes of a prompt's prefill, and the limit of the reply's length."""
         piece = piece_of(self._params.like, edits, self.rows)
         if self.sizes is not None:
             return shape_within(row, limit, self.sizes, piece)
@@ -295,7 +297,7 @@ class Engine:
         return shape_of(row, limit, False, context, self.rows, piece), limit
 
     def _streams(self, tasks: Sequence[Task]) -> bool:
-        """Return whether any task is streamed, so that its first token is sent before decoding."""
+        """Return whether any task is streamed; its first token is then sent before decoding."""
         held = [self._handles.get(task.number) for task in tasks]
         return any(entry is not None and entry[0]._streamed for entry in held)
 
@@ -306,7 +308,7 @@ class Engine:
                     piece_of(self._params.like, kind.neutral, self.rows), self._stats)
 
     def _step(self) -> bool:
-        """Implement `step`; the caller holds the device lock."""
+        """Run `step`; the caller must hold the device lock."""
         with own_context():
             with self._changed:
                 while self._inbox:
@@ -316,7 +318,7 @@ class Engine:
             try:
                 self._scheduler.step()
                 self._look()
-            except BaseException as error:  # including interrupts: lanes may be inconsistent
+            except BaseException as error:  # including interrupts, which may damage lanes
                 self._scheduler.lanes.clear()
                 self._fail([task for _, task in list(self._handles.values())], error)
                 raise
@@ -328,7 +330,10 @@ class Engine:
             return bool(self._inbox) or not self._scheduler.idle
 
     def _advance(self, handle: Handle, seen: int = 0) -> None:
-        """Run or wait for a step, unless the handle is done or has more than `seen` tokens."""
+        """Run one step, or wait for one step of the background thread.
+
+        In the caller's thread, no step runs if the handle is done or has more than `seen` tokens.
+        """
         with self._changed:
             version, background = self._version, self._thread is not None
             if background:
@@ -352,7 +357,7 @@ class Engine:
                 continue
 
     def _collect(self, tasks: list[Task], state: State) -> None:
-        """Set the replies of finished tasks, whose results are the first rows of a state."""
+        """Copy the replies of finished tasks from the first rows of a state to their handles."""
         accepting = self._scheduler.lanes[tasks[0].lane].setting.stops.accepting
         for task, finished in zip(tasks, unpack(state, tasks, accepting), strict=True):
             reply = self._reply(task, finished)
@@ -373,7 +378,7 @@ class Engine:
                      task.row, finished.captured, finished.applied)
 
     def _fail(self, tasks: list[Task], error: BaseException) -> None:
-        """Set an error as the result of the tasks' requests."""
+        """End the requests of the tasks with an error."""
         for task in tasks:
             task.cancelled = True  # the task may still be in the queue
             with self._changed:
@@ -382,7 +387,7 @@ class Engine:
                 entry[0]._finish(None, error)
 
     def _look(self) -> None:
-        """Copy the new tokens and projections of streamed requests to their handles."""
+        """Copy the tokens and projections of streamed requests so far to their handles."""
         for lane in self._scheduler.lanes.values():
             streamed, handles = [], []
             for i, task in enumerate(lane.tasks):

@@ -1,7 +1,9 @@
-"""Read activations of complete conversations; the head and unread upper layers are not computed.
+"""Extraction of activations from complete conversations.
 
-On a CPU, conversations run in pieces (`engine.texts`). Elsewhere, and for readings with one value
-per token, they run in batches of about the same number of tokens (`engine.batches`).
+The logits, and the layers above the last layer that is read or edited, are not computed. On a CPU,
+conversations run in pieces (`engine.texts`). Elsewhere, for readings with one value per token and
+for gates that need the whole prompt, they run in batches of about the same number of tokens
+(`engine.batches`).
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 _LOG = logging.getLogger("jaxpersona")
-# tokens per batch: enough to fill the device, few enough to limit the padding in the last batches
+# tokens per batch: enough to use the device fully, but few enough to limit the padding of the last
+# batch of each width
 _TOKENS = {"cpu": 1024}
 _TOKENS_ELSE = 16_384
 
@@ -62,10 +65,12 @@ class Extracted(Table):
     Attributes:
       captured: the result of each reading by name: [N, L, …], or a list of N arrays [L, T, …] for
         per-token readings.
-      applied: one `Applied` per intervention table, with fields seen [N] and changed [l, N].
+      applied: one `Applied` per intervention table; `seen` is [N], and `changed` is [l, N], where l
+        is the number of layers of the table.
       rows: the encoded conversations.
       tokens, padded: the number of tokens without and with padding.
-      nonfinite: [N] bool, True if a residual was NaN or infinite; discard these readings.
+      nonfinite: [N] bool, True for conversations with NaN or infinite activations; discard the
+        readings of these conversations.
 
     Examples:
       >>> import jaxpersona as jp
@@ -87,13 +92,17 @@ class Extracted(Table):
                     f"captured: {', '.join(self.captured)}")
 
     def records(self) -> list[dict[str, Any]]:
-        """Return one record per conversation: its last message, number of tokens, and finite."""
+        """Return one record per conversation.
+
+        Its keys are text (the last message), tokens (the number of tokens) and finite (whether all
+        activations were finite).
+        """
         return [{"text": row.messages[-1]["content"] if row.messages else row.text,
                  "tokens": int(row.tokens.size), "finite": not bad}
                 for row, bad in zip(self.rows, self.nonfinite.tolist(), strict=True)]
 
     def facts(self) -> dict[str, Any]:
-        """Return the shapes of what was captured; the arrays are not exported."""
+        """Return the shapes of the captured arrays; the arrays themselves are not exported."""
         return shapes(self.captured)
 
 
@@ -110,31 +119,36 @@ def extract(
     progress: Callable[[int, int, int], None] | None = None,
     residual: Fused = "xla",
 ) -> Extracted:
-    """Read activations of conversations in as few passes as their lengths allow.
+    """Run the model on complete conversations and return readings of their activations.
 
     Args:
       model: the result of `load`.
       conversations: an iterable of N conversations, each a list of {"role", "content"}, a string
         (one user message), a `chat.Row`, or token ids.
-      capture: the readings, or a list of them; default: the mean over response tokens at every
+      capture: a capture, or a list of captures; default: the mean over response tokens at every
         layer.
       interventions: edits of the activations, without rows or with one row per conversation.
-      batch_tokens: the number of tokens in a call, including padding; results depend on it.
-        Default: 128 for a model on a CPU, 1,024 there for readings with one value per token, else
-        16,384.
+      batch_tokens: the number of tokens in one call of the model, including padding; it affects
+        the rounding of results. Default on a CPU: 128, or 1,024 for readings with one value per
+        token and gates that need the whole prompt. Default on other devices: 16,384.
       on_nonfinite: the response to NaN or infinite activations. "warn": mark the conversation
-        (`Extracted.nonfinite`) and issue one `NonfiniteWarning` that names the first layer and the
-        fix; "raise": raise an error. `jax_debug_nans` and `jax_debug_infs` imply "raise".
-      progress: called with (conversations done, N, tokens so far).
-      residual: "xla", or "pallas" for one kernel on a TPU that edits, reads projections and
-        normalizes (`forward`).
+        (`Extracted.nonfinite`) and issue one `NonfiniteWarning` that names the first affected layer
+        and a fix. "raise": raise a `UserError`. `jax_debug_nans` and `jax_debug_infs` imply
+        "raise".
+      progress: a function that is called with the number of finished conversations, N, and the
+        number of tokens so far, including padding.
+      residual: "xla", or "pallas" for one fused TPU kernel that applies the edits and computes the
+        projections and the next norm (`forward`).
+
+    Returns:
+      The readings, in input order. If a reading selects no token in some conversations, its values
+      for them are NaN, and a logged warning lists these conversations.
 
     Raises:
-      UserError: there are no conversations, one is longer than the context, a reading such as a
-        mean selects no token in any conversation, the capture or the interventions do not match the
-        model, `residual` does not support them, or activations are not finite with
-        `on_nonfinite="raise"`. If a reading selects no
-        token in only some conversations, their values are NaN and a logged warning lists them.
+      UserError: there are no conversations, a conversation is longer than the context, a reading
+        such as a mean selects no token in any conversation, the capture or the interventions do not
+        match the model, `residual="pallas"` does not support them, or activations are not finite
+        with `on_nonfinite="raise"`.
 
     Examples:
       >>> import jaxpersona as jp
@@ -162,10 +176,10 @@ def extract(
     def explanation() -> str:
         i = int(np.argmax(nonfinite))
         return explain(model, rows[i], edits.take([i]), f"conversation {i}",
-                       f"{int(nonfinite.sum())} of {len(rows)} conversations ran into")
+                       f"{int(nonfinite.sum())} of {len(rows)} conversations have")
 
     def keep(members: Sequence[int], out: Output | Carry) -> None:
-        """Store the results of the texts in the given rows; −1 marks a row without one."""
+        """Store the results of rows; `members` is the conversation of each row, or −1."""
         captured, applied, finite = processes.fetch((out.captured, out.applied, out.finite))
         ragged.update(name for name, state in captured.items() if state.per_token)
         values = {name: state.result() for name, state in captured.items()}
@@ -195,7 +209,7 @@ def extract(
         if progress is not None:
             progress(len(results), len(rows), padded)
     if nonfinite.any():
-        message = explanation()  # runs on all processes
+        message = explanation()  # all processes must run the model
         if processes.first():
             warnings.warn(message, NonfiniteWarning, stacklevel=4)
     order = [results[i] for i in range(len(rows))]
@@ -214,10 +228,12 @@ def extract(
 
 
 def _check_tokens(rows: list[chat.Row], capture: Capture) -> None:
-    """Check, before any program runs, that each reading selects a token.
+    """Check that each reading that needs a token selects one, before the model runs.
+
+    If a reading selects no token in only some conversations, a warning that lists them is logged.
 
     Raises:
-      UserError: a mean, a last activation or moments select no token in any conversation.
+      UserError: a reading that needs a token, such as a mean, selects none in any conversation.
     """
     for name, reading in capture.readings.items():
         if not reading.needs_token:
@@ -241,8 +257,8 @@ def _in_batches(model: Model, rows: list[chat.Row], edits: Interventions, captur
     """Run conversations in batches.
 
     Yields:
-      The conversations of a batch, its result, and the number of tokens that ran since the last
-      one, with padding.
+      For each batch: the indices of its conversations, its result, and its number of tokens,
+      including padding.
     """
     if tokens is None:
         tokens = _TOKENS.get(platform(model.params.like), _TOKENS_ELSE)
@@ -253,7 +269,7 @@ def _in_batches(model: Model, rows: list[chat.Row], edits: Interventions, captur
         out = _read(model.params, model.config, batch, edits.take(index), capture,
                     residual=residual)
         if running is not None:
-            yield running  # while the device runs the next batch
+            yield running  # the caller copies this result while the device runs the next batch
         running = members, out, width * size
     if running is not None:
         yield running
@@ -261,7 +277,13 @@ def _in_batches(model: Model, rows: list[chat.Row], edits: Interventions, captur
 
 def _in_pieces(model: Model, rows: list[chat.Row], edits: Interventions, capture: Capture,
                tokens: int | None) -> Iterator[tuple[np.ndarray, Carry | None, int]]:
-    """Run conversations in pieces; yield as `_in_batches`, with −1 for rows without a result."""
+    """Run conversations in pieces.
+
+    Yields:
+      For each call: the index of the conversation that ends in each row [R], or −1 if none ends;
+      the carry with the results, or None if no conversation ends in the call; and the number of
+      tokens in the call, including padding.
+    """
     together = ROWS if tokens is None else max(1, tokens // PIECE)
 
     def run(carry: Carry, batch: Batch, edits: Interventions, begins: jax.Array,
@@ -280,7 +302,7 @@ def _in_pieces(model: Model, rows: list[chat.Row], edits: Interventions, capture
 def _read_piece(params: Params, config: ModelConfig, carry: Carry, batch: Batch,
                 edits: Interventions, capture: Capture, begins: jax.Array, *,
                 axes: tuple[int, ...]) -> Carry:
-    """Run the next piece of each conversation and its readings."""
+    """Run the next piece of each conversation and update the readings."""
     carry = reset(carry, begins, config, params, edits, capture, axes)
     return forward(params, config, batch, interventions=edits, capture=capture, carry=carry,
                    logits=None).carry

@@ -1,9 +1,9 @@
-"""Generate replies to any number of conversations with a fixed batch size.
+"""Generation of replies to any number of conversations with a fixed batch size.
 
-Reproducibility: the batch size B is fixed for a call; if there are fewer conversations, the batch
+Reproducibility: The batch size B is fixed for a call; if there are fewer conversations, the batch
 is padded. A conversation's padded length, cache size and random draws depend only on that
 conversation. On the same device and package versions, its tokens and captures are therefore
-bit-identical in any set and order of conversations. For other batch sizes or devices, only the
+bit-identical in any set and order of conversations. With another batch size or device, only the
 random draws are the same.
 """
 
@@ -62,17 +62,17 @@ class Generated(Table):
 
     Attributes:
       text: the N replies without the stop token; "" if the model has no tokenizer.
-      tokens: their ids without the stop token, N arrays [n] int32.
+      tokens: the token ids of the replies without the stop token, N arrays [n] int32.
       stopped: [N] bool, True if a stop token ended the reply.
       rows: the encoded prompts.
       captured: the result of each reading by name: [N, L, …], or a list of N arrays [L, T, …] over
         the tokens of prompt and reply for per-token readings. A mean that selects no token, for
         example in an empty reply, is NaN; a logged warning lists these conversations.
-      applied: one `Applied` per table, with fields seen [N] and changed [l, N].
-      finish: why each reply ended: "stop" (a stop token), "length" (the limit), or "nonfinite" (a
-        residual or a logit was NaN or infinite; discard the captures).
-      stats: the decode steps of the call, the live rows in them, and the tokens of prompts with and
-        without padding.
+      applied: one `Applied` per intervention table; `seen` is [N], and `changed` is [l, N], where l
+        is the number of layers of the table.
+      finish: the reason why each reply ended: "stop" (a stop token), "length" (the limit), or
+        "nonfinite" (an activation or a logit was NaN or infinite; discard the captures).
+      stats: the counts of decode steps, live rows, and prompt tokens with and without padding.
 
     Examples:
       >>> import jaxpersona as jp
@@ -97,9 +97,10 @@ class Generated(Table):
     def records(self) -> list[dict[str, Any]]:
         """Return one record per conversation.
 
-        Its keys are prompt (the last message), reply, tokens (their number), finish, messages and
-        ids; with interventions also seen and changed, each with one number per table: the tokens
-        that its test selected, and those that it changed at the layer where it changed most.
+        Its keys are prompt (the last message), reply, tokens (the number of tokens in the reply),
+        finish, messages and ids. With interventions, there are also the keys seen and changed, with
+        one number per table: the number of tokens that the table's token test selected, and the
+        number of tokens that the table changed at the layer with the most changes.
         """
         return [record(row, text, tokens, finish,
                        [(table.seen[i], table.changed[:, i]) for table in self.applied])
@@ -107,7 +108,7 @@ class Generated(Table):
                     zip(self.rows, self.text, self.tokens, self.finish, strict=True))]
 
     def facts(self) -> dict[str, Any]:
-        """Return the shapes of what was captured; the arrays are not exported."""
+        """Return the shapes of the captured arrays; the arrays themselves are not exported."""
         return shapes(self.captured)
 
     def _left_out(self, column: str) -> bool:
@@ -142,28 +143,32 @@ def generate(
       conversations: an iterable of N conversations, each a list of {"role", "content"}, a string
         (one user message), a `chat.Row`, or token ids.
       interventions: edits of the activations, without rows or with one row per conversation.
-      capture: readings of the activations of prompts and replies, or a list of them.
-      max_new_tokens: the maximum number of tokens in a reply, a number or [N]; also limited by the
-        model's context. With different limits, the longest replies are started first.
-      temperature, top_p, top_k, seed: numbers, or [N] (`sampling.Sampling`).
+      capture: a capture of the activations of prompts and replies, or a list of captures.
+      max_new_tokens: the maximum number of tokens in a reply, a number or [N]. The model's context
+        also limits the length of a reply.
+      temperature, top_p, top_k, seed: the sampling settings, each a number or [N]
+        (`sampling.Sampling`).
       batch_size: B, the number of rows in the compiled programs.
-      ids: [N] uint32, seed each conversation's random draws; default: a hash of its tokens and of
-        the number of earlier conversations with the same tokens.
+      ids: [N] uint32, the ids that seed the random draws together with `seed`; default: a hash of a
+        conversation's tokens and of the number of earlier conversations with the same tokens.
       thinking: whether a reply may begin with a thinking block.
-      share_prefix: run the tokens before the first user message in a separate pass, once for all
-        conversations that share them. Rounding differs from a single pass, but results are equally
-        reproducible.
-      refill: assign the next conversation to a row as soon as the row is free; False: wait until
-        all rows of the batch are finished. The results are bit-identical.
+      share_prefix: whether to prefill the tokens before the first user message separately, once for
+        all conversations that share them. Rounding differs from a single pass, but results are
+        equally reproducible.
+      refill: whether to assign conversations to free rows while other rows still decode; if False,
+        wait until all rows of the batch are finished. The results are bit-identical.
       on_nonfinite: the response to NaN or infinite activations. "warn": end the reply
-        (`Generated.finish`) and issue one `NonfiniteWarning` that names the first layer and the
-        fix; "raise": raise an error. `jax_debug_nans` and `jax_debug_infs` imply "raise".
-      progress: called with (conversations done, N, tokens so far).
+        (`Generated.finish`) and issue one `NonfiniteWarning` that names the first affected layer
+        and a fix. "raise": raise a `UserError`. `jax_debug_nans` and `jax_debug_infs` imply
+        "raise".
+      progress: a function that is called with the number of finished conversations, N, and the
+        number of generated tokens so far.
 
     Raises:
       UserError: there are no conversations, a prompt fills the context, a setting is out of range,
-        the interventions belong to a different model or number of rows, or activations are not
-        finite with `on_nonfinite="raise"`. The message names the argument, its value and the fix.
+        the interventions do not match the model or the number of conversations, or activations are
+        not finite with `on_nonfinite="raise"`. The message names the argument, its value and the
+        fix.
 
     Examples:
       >>> import jaxpersona as jp
@@ -193,7 +198,7 @@ def generate(
         affected, done = len(out.nonfinite), len(out.done)
         return explain(model, chat.answered(model.tokenizer, rows[i], out.done[i].tokens),
                        edits.take([i]), f"conversation {i}",
-                       f"{affected} of {done} replies ended at")
+                       f"{affected} of {done} replies ended because of")
 
     def collect(tasks: list[Task], state: State) -> None:
         out.add(tasks, state)
@@ -207,7 +212,7 @@ def generate(
           max_new=most, batch_size=batch_size, share_prefix=share_prefix, refill=refill,
           stats=stats).run()
     if out.nonfinite:
-        message = explanation()  # runs on all processes
+        message = explanation()  # all processes must run the model
         if processes.first():
             warnings.warn(message, NonfiniteWarning, stacklevel=4)
     return out.finish(model, rows, stats.snapshot())
@@ -218,23 +223,24 @@ def queue(model: Model, rows: list[chat.Row], ids: UInt32[np.ndarray, " N"],
           capture: Capture, stops: Stops, collect: Collect, *, max_new: Int[np.ndarray, " N"],
           batch_size: int, share_prefix: bool = False, refill: bool = True,
           stats: Stats | None = None) -> Scheduler:
-    """Return a scheduler whose queue holds every prompt.
+    """Return a scheduler whose queue contains all prompts.
 
     Args:
       model: the model.
       rows: N encoded prompts.
-      ids: [N] uint32, seed the random draws.
+      ids: [N] uint32, the ids that seed the random draws.
       limits: [N] int32, the maximum number of tokens in each reply, within the model's context.
       settings: the sampling settings of N rows.
       edits: interventions, without rows or with N rows.
       capture: the readings.
-      stops: the tokens that end a row.
-      collect: called with finished tasks and a state; the state's first rows belong to the tasks,
-        and a task's `number` is the index of its prompt.
-      max_new: [N] the maximum number of tokens in each reply, for the choice of its cache size.
+      stops: the stop tokens, thinking tags and transition tables.
+      collect: a function that is called with finished tasks and a state. The state's first rows
+        belong to the tasks, and a task's `number` is the index of its prompt.
+      max_new: [N] int32, the maximum number of tokens in each reply, which determines its cache
+        size.
       batch_size: B, the number of rows in the compiled programs.
       share_prefix, refill: as in `generate`.
-      stats: counts the work, or None.
+      stats: the counters to update, or None.
     """
     greedy = bool((np.asarray(settings.temperature) == 0).all())
     piece, shared = piece_of(model.params.like, edits, batch_size), SharedEdits(edits)
@@ -247,8 +253,9 @@ def queue(model: Model, rows: list[chat.Row], ids: UInt32[np.ndarray, " N"],
                   shapes[i].slots)
              for i, row in enumerate(rows)]
     order = {slots: place for place, slots in enumerate(dict.fromkeys(t.lane for t in tasks))}
-    # Sort by shape and prefix: prompts of the same shape are prefilled together, and a lane stores
-    # only a few prefixes. The longest replies begin first, so that few rows are free at the end.
+    # Sort by shape and prefix, because prompts of the same shape are prefilled together and a lane
+    # stores only a few prefixes. Within each group, start the longest replies first, so that few
+    # rows are free at the end.
     scheduler.waiting.extend(sorted(tasks, key=lambda task: (
         order[task.lane], task.shape, prefix_key(task),
         shared.key(task) if task.shape.prefix else (), -task.limit)))
@@ -257,7 +264,7 @@ def queue(model: Model, rows: list[chat.Row], ids: UInt32[np.ndarray, " N"],
 
 def lane_opener(model: Model, edits: SharedEdits, capture: Capture, stops: Stops, greedy: bool,
                 batch_size: int, stats: Stats | None = None) -> Callable[[Any], Lane]:
-    """Return a function that opens a lane for a number of cache slots, for `Scheduler`.
+    """Return a function for `Scheduler` that opens a lane with a given number of cache slots.
 
     Args:
       model, capture, stops, batch_size, stats: as for `queue`.
@@ -271,7 +278,7 @@ def lane_opener(model: Model, edits: SharedEdits, capture: Capture, stops: Stops
     piece = piece_of(model.params.like, edits.edits, batch_size)
 
     def open_lane(slots: Any) -> Lane:
-        # a reply may fill the cache, so programs do not depend on `max_new`
+        # `State.tokens` can hold one token per slot, so programs do not depend on length limits
         return Lane(model.config, params, Setting(slots, slots, greedy, capture, stops), edits,
                     batch_size, together, piece, stats)
 
@@ -279,21 +286,24 @@ def lane_opener(model: Model, edits: SharedEdits, capture: Capture, stops: Stops
 
 
 def asks_for_code(edits: Interventions, capture: Capture) -> bool:
-    """Return whether any edit, gate or reading selects code, or may do so after `reserve`."""
+    """Return whether any edit, gate or reading selects tokens in code blocks.
+
+    A table from `reserve` counts as one, because such an edit may be written to it later.
+    """
     if any(edit.reserved for edit in edits.edits):
         return True
     tests = [reading.where for reading in capture.readings.values()]
     for edit in edits.edits:
         tests += [edit.where] if edit.gate is None else [edit.where, edit.gate.where]
-    # NOWHERE, which selects no token, has every bit set and is negative
+    # NOWHERE selects no token although all its bits are set; as an integer, it is negative
     return any(((code >= 0) & ((code & CODE) != 0)).any()
                for code in (np.asarray(test).reshape(-1, 5)[:, :3] for test in tests))
 
 
 def stops_of(model: Model, code: bool) -> Stops:
-    """Return the model's stop tokens, and the transition table of code fences if `code`."""
+    """Return the stop tokens and thinking tags, and the code-fence table if `code` is True."""
     ids = list(model.stop_ids) or [-1]
-    ids += [-1] * (-len(ids) % 4)  # padded, so that models with the same shapes share programs
+    ids += [-1] * (-len(ids) % 4)  # padded, so that models with equal shapes share programs
     tokenizer = model.tokenizer
     think = (-1, -1) if tokenizer is None else chat.thinking_ids(tokenizer)
     table = None
@@ -304,7 +314,7 @@ def stops_of(model: Model, code: bool) -> Stops:
 
 
 class _Collector:
-    """Collects finished replies in the order of the conversations."""
+    """The finished replies of a call, by the index of their conversation."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -313,7 +323,7 @@ class _Collector:
         self.nonfinite: list[int] = []
 
     def add(self, tasks: list[Task], state: State) -> None:
-        """Store the replies of finished tasks, read from a state."""
+        """Store the replies of finished tasks from the first rows of a state."""
         for task, finished in zip(tasks, unpack(state, tasks), strict=True):
             self.done[task.number] = finished
             self.total += finished.tokens.size

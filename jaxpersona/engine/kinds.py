@@ -27,12 +27,12 @@ def plain_shapes(model: Model, sizes: Sequence[int], capacity: Interventions | N
 
     Args:
       model: the model.
-      sizes: the numbers of cache slots S.
+      sizes: the cache sizes S, in slots.
       capacity: the result of `reserve`, or None.
-      rows: B.
+      rows: the number of rows B of a lane.
 
     Yields:
-      A kind and the static sizes of a prompt, for all prompts of every kind.
+      Each kind together with the static sizes of a prompt, for every prompt width of the kind.
     """
     edits, capture = for_one_row(None, capacity), Capture()
     code, neutral = asks_for_code(edits, capture), neutral_row(edits)
@@ -50,7 +50,7 @@ class Kind:
     Attributes:
       slots: the number of cache slots S.
       greedy: whether the temperature is 0.
-      code: whether an intervention or capture distinguishes tokens in fenced code blocks.
+      code: whether an intervention or a reading selects tokens in fenced code blocks.
       strings: the stop strings (`stopping.checked`).
       capture: the capture of the request.
       neutral: interventions on one row that change nothing, with the request's structure.

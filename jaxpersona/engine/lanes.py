@@ -1,13 +1,14 @@
-"""Lanes: B rows that decode in one program, with one cache size (continuous batching).
+"""Lanes for continuous batching: B rows with one cache size that decode in one program.
 
 A lane prefills a fixed number of prompts at a time, writes the results to free rows and copies
 finished rows out. The row indices are data, so a lane needs few programs. Each row of the cache has
 its own next slot, so rows with different numbers of tokens decode together. A prompt's shapes
-depend only on that prompt and on B. Its results are therefore bit-identical next to any other rows,
-in any row and at any time.
+depend only on that prompt and on B. Its results are therefore bit-identical in any row, at any time
+and with any other prompts.
 
-With pieces (`tasks.piece_of`), a lane has R further rows in which prompts of any lengths are
-prefilled, one piece of each at a time. A prompt that is complete waits there for a free row.
+If prompts are prefilled in pieces (`tasks.piece_of`), a lane has R additional rows, the staging
+rows. One call prefills the next piece of R prompts, which may have any lengths. A prompt whose
+prefill is complete stays in its staging row until a row of the lane is free.
 """
 
 from __future__ import annotations
@@ -46,35 +47,37 @@ CHUNK = 64  # the maximum number of decode steps between two transfers to the ho
 
 
 class Lane:
-    """B rows that share their programs.
+    """B rows that share their compiled programs.
 
-    A row is either free, or active, which means that it is assigned to a task.
+    A row is either free or active. An active row is assigned to a task.
 
     Attributes:
-      rows: B.
-      together: R, the number of rows that are prefilled, or copied out, at once.
+      rows: the number of rows B.
+      together: R, the number of rows that one call prefills or copies out.
       piece: the number of tokens in a piece; None if a prompt runs in one call.
       tasks: the task of each row; None if the row is free.
-      filling: whether rows were assigned since the last decode.
+      filling: whether rows were assigned since the last decode step.
       state: the state of the B rows.
-      axes: the row axis of each leaf of the state.
-      prefixes: the carries of recent prefixes, one row each.
-      staged: the task of each of the R rows that are prefilled in pieces; None if there is none.
-      ran: the number of tokens of each staged prompt that have run.
-      staging: the state of the R rows; None without pieces.
+      axes: the batch axis of each leaf of the state.
+      prefixes: the carries after the most recent shared prefixes, one row each.
+      staged: the task of each staging row; None if the row is free. Empty without pieces.
+      ran: the number of prompt tokens prefilled so far in each staging row.
+      staging: the state of the R staging rows; None without pieces.
     """
 
     def __init__(self, config: ModelConfig, params: Params, setting: Setting, edits: Edits,
                  rows: int, together: int, piece: int | None = None,
                  stats: Stats | None = None) -> None:
-        """Allocate the rows, all of them free.
+        """Allocate the rows, which are all free.
 
         Args:
-          config, params: the model, in the layout of `prepared.fast_params`.
+          config: the model's configuration.
+          params: the model's parameters in the layout of `prepared.fast_params`.
           setting: the settings that all rows share.
           edits: the interventions on the rows.
-          rows, together, piece: as the attributes; with a piece, `together` < `rows`.
-          stats: counts the lane's work, or None.
+          rows, together, piece: see the attributes; with pieces, `together` must be less than
+            `rows`.
+          stats: the counters to update; None: new counters.
         """
         self.config, self.params, self.setting, self.edits = config, params, setting, edits
         self.rows, self.together = rows, together
@@ -97,11 +100,11 @@ class Lane:
 
     @property
     def active(self) -> list[Task]:
-        """The tasks of all rows, including those that are prefilled in pieces."""
+        """The tasks of all rows, including staging rows."""
         return [task for task in (*self.tasks, *self.staged) if task is not None]
 
     def compile(self, shape: Shape) -> None:
-        """Compile the programs of the lane for a shape by running them without an active row."""
+        """Compile the lane's programs for a shape by running them without an active row."""
         if self.piece is None:
             self.admit([], shape)
         else:
@@ -115,24 +118,24 @@ class Lane:
     def admit(self, chosen: list[Task], shape: Shape) -> None:
         """Prefill at most `together` prompts of one shape and assign each to a free row.
 
-        The programs also run if there are no prompts, in order to compile them.
+        Without prompts, the programs run on empty rows, which compiles them.
         """
         edits = self.edits.of(chosen, self.together)
         fresh = self._prefill(chosen, shape, edits)
         self._assign(chosen, range(len(chosen)), fresh, edits)
 
     def stage(self, task: Task) -> None:
-        """Assign a task to one of the R rows, in which its prompt is prefilled in pieces."""
+        """Assign a task to a free staging row, in which its prompt is prefilled in pieces."""
         row = self.staged.index(None)
         self.staged[row], self.ran[row] = task, 0
         if task.shape.prefix:
             self._put_prefix(task, row)
 
     def advance(self) -> list[Task]:
-        """Assign staged prompts that are complete to free rows; if there are none, run a piece.
+        """Move fully prefilled prompts to free rows; if there are none, prefill the next piece.
 
         Returns:
-          The tasks that were assigned; [] after a piece.
+          The tasks of the moved prompts; [] if a piece was prefilled.
         """
         complete = sorted((task.number, row) for row, task in enumerate(self.staged)
                           if task is not None and self.ran[row] == task.row.tokens.size)
@@ -142,16 +145,16 @@ class Lane:
         return []
 
     def unstage(self) -> None:
-        """Free the staged rows of cancelled requests."""
+        """Free the staging rows of cancelled requests."""
         for row, task in enumerate(self.staged):
             if task is not None and task.cancelled:
                 self.staged[row], self.ran[row] = None, 0
 
     def decode(self, most_done: int, steps: int) -> np.ndarray:
-        """Decode for `steps` steps, or until `most_done` rows, including free ones, are done.
+        """Decode for `steps` steps, or until `most_done` rows are done; free rows count as done.
 
         Returns:
-          The indices of active rows that are done, [n] int.
+          [n] int, the indices of the active rows that are done.
         """
         setting = self.setting
         sampling = _sampling(self.tasks)
@@ -172,11 +175,11 @@ class Lane:
         """Free finished rows and return their tasks and states.
 
         Args:
-          done: [n] int, the rows that are done.
+          done: [n] int, the indices of the finished rows.
 
         Returns:
           Groups of at most `together` tasks, each with a state whose first rows belong to the
-          tasks. These states have no keys and values.
+          tasks. If `together` < B, the states have no keys and values.
         """
         out = []
         for begin in range(0, max(done.size, 1), self.together):
@@ -206,12 +209,12 @@ class Lane:
 
         Args:
           chosen: n tasks.
-          source: n indices: the row of each task in `state` and `edits`, which have R rows.
-          state: the state after the prompts.
+          source: n indices, the row of each task in `state` and `edits`, which have R rows.
+          state: the state after prefill.
           edits: the interventions.
         """
         free = [i for i, task in enumerate(self.tasks) if task is None][: len(chosen)]
-        at = np.full(self.together, self.rows, np.int32)  # out-of-range rows are ignored
+        at = np.full(self.together, self.rows, np.int32)  # out-of-range row indices are ignored
         at[list(source)] = free
         if self.together == self.rows:
             self.state = state
@@ -222,7 +225,7 @@ class Lane:
             self.tasks[i] = task
 
     def _prefill(self, chosen: list[Task], shape: Shape, edits: Interventions) -> State:
-        """Prefill and return the state of `together` rows; rows without a prompt are free."""
+        """Prefill prompts and return the state of R rows; rows without a prompt are free."""
         setting, count = self.setting, self.together
         shared = [prefix_length(task.row) if shape.prefix else 0 for task in chosen]
         prefix = None
@@ -241,7 +244,7 @@ class Lane:
                        max_new=setting.max_new, greedy=setting.greedy, prefix=prefix)
 
     def _run_piece(self) -> None:
-        """Run the next piece of every staged prompt, none of which is complete."""
+        """Prefill the next piece of every staged prompt; none may be fully prefilled."""
         assert self.piece is not None
         setting, tasks = self.setting, self.staged
         size = [0 if task is None else task.row.tokens.size for task in tasks]
@@ -262,9 +265,12 @@ class Lane:
         self.ran = stop
 
     def _clear(self, begins: np.ndarray) -> None:
-        """Set the keys and values of rows [R] to zero where they may not be finite.
+        """Set keys and values of earlier prompts to zero if they may be non-finite.
 
-        Attention multiplies those of masked slots by zero, which has no effect if they are finite.
+        They are masked, but attention multiplies masked values by zero, and 0 · NaN is NaN.
+
+        Args:
+          begins: [R] bool, the staging rows in which a prompt begins.
         """
         if not begins.any():
             return
@@ -274,7 +280,7 @@ class Lane:
             self.staging = self.staging.replace(carry=zero_keys(carry, begins))
 
     def _place(self, complete: list[int]) -> list[Task]:
-        """Assign the complete prompts of the given staged rows to free rows."""
+        """Move the prompts of the given staging rows, which are fully prefilled, to free rows."""
         edits = self.edits.of(self.staged, self.together)
         chosen = [task for row in complete if (task := self.staged[row]) is not None]
         self._assign(chosen, complete, self.staging, edits)
@@ -283,7 +289,7 @@ class Lane:
         return chosen
 
     def _put_prefix(self, task: Task, row: int) -> None:
-        """Write the carry after a task's prefix to a staged row."""
+        """Write the carry after a task's prefix to a staging row."""
         shared = prefix_length(task.row)
         carry = self._prefix(task, shared, task.shape)
         carry = put_rows(self.staging.carry, carry, np.array([row], np.int32),
@@ -291,7 +297,7 @@ class Lane:
         self.staging, self.ran[row] = self.staging.replace(carry=carry), shared
 
     def _prefix(self, task: Task, shared: int, shape: Shape) -> Carry:
-        """Return the carry after a task's prefix, computed once for all tasks that share it."""
+        """Return the carry after a task's prefix, cached for other tasks with the same prefix."""
         key = (*prefix_key(task), *self.edits.key(task))
         if key not in self.prefixes:
             batch = cut([task], [0], [shared], shape.prefix, 1, True)
@@ -315,7 +321,7 @@ _FREE = Sampling(*(np.array([value], kind) for value, kind in (
 
 
 def _sampling(tasks: Sequence[Task | None]) -> Sampling:
-    """Return the sampling settings of rows; None marks a free row."""
+    """Return the sampling settings of the tasks, one row each; None marks a free row."""
     return jax.tree.map(lambda *x: np.concatenate(x), *(
         _FREE if task is None else task.sampling for task in tasks))
 
@@ -327,5 +333,5 @@ def _static(axes: Any) -> tuple[int, ...]:
 
 @program(donate=("state",), result=lambda state, **_: state)
 def _mark_done(state: State, rows: jax.Array) -> State:
-    """Mark the rows that are True in `rows` [B] as done."""
+    """Mark rows as done where the mask `rows` [B] is True."""
     return state.replace(done=state.done | rows)

@@ -1,4 +1,4 @@
-"""Diagnosis of non-finite activations: the first affected site, the cause and the fix.
+"""Diagnosis of non-finite activations: the first affected site, the probable cause and a fix.
 
 A compiled program reports only the affected rows (`Carry.finite`). To find the first affected
 layer, the model runs on one of these rows again and captures the norms of its activations at every
@@ -37,11 +37,11 @@ _forward = program(static=("logits",))(forward)
 
 
 class NonfiniteWarning(RuntimeWarning):
-    """Activations or logits were NaN or infinite; the message states where, and suggests a fix."""
+    """A warning that names the first NaN or infinite activations or logits and suggests a fix."""
 
 
 def check_choice(value: Any) -> None:
-    """Check `on_nonfinite`.
+    """Check the value of `on_nonfinite`.
 
     Raises:
       UserError: the value is neither "warn" nor "raise".
@@ -51,15 +51,15 @@ def check_choice(value: Any) -> None:
 
 
 def explain(model: Model, row: Row, edits: Interventions, name: str, summary: str) -> str:
-    """Return a one-line message: a row's first non-finite site, the probable cause and a fix.
+    """Return a one-line message with a row's first non-finite site, the probable cause and a fix.
 
     Args:
       model: the model.
-      row: the row's tokens, including the tokens of the reply.
+      row: the encoded conversation, including the reply if there is one.
       edits: the interventions on the row, with one row or without `rows=`.
       name: a description of the row for the message, such as "conversation 3".
       summary: the beginning of the message, which describes all affected rows, such as "2 of 16
-        replies ended at".
+        replies ended because of".
     """
     site = first_site(model, row, edits)
     if site is None:
@@ -72,7 +72,10 @@ def explain(model: Model, row: Row, edits: Interventions, name: str, summary: st
 
 
 def first_site(model: Model, row: Row, edits: Interventions) -> tuple[int, str, int] | None:
-    """Return the first (layer, site, token) at which ‖h‖ is not finite in float32, or None."""
+    """Return the first (layer, site, token) whose activation norm is not finite in float32.
+
+    The result is None if all norms are finite.
+    """
     count = row.tokens.size
     rows = rows_divisor(model.params.like)
     batch = make_batch([row.tokens] * rows, kind=[row.kind] * rows, turn=[row.turn] * rows,
@@ -111,7 +114,7 @@ def _cause(model: Model, row: Row, edits: Interventions) -> str:
                 "factor or bound")
     dtype = model.params.like.dtype.name
     if dtype == "float16":
-        return ("activations probably exceed the largest float16, 65504; load the model with "
-                "dtype='bfloat16' or 'float32'")
-    return (f"the activations overflow {dtype}, because the weights of {model.name} are too large; "
-            "the checkpoint may be damaged, or its training may have diverged")
+        return ("activations probably exceed the largest float16 value, 65504; load the model "
+                "with dtype='bfloat16' or 'float32'")
+    return (f"the activations overflow {dtype}, probably because the weights of {model.name} are "
+            "too large; the checkpoint may be damaged, or its training may have diverged")

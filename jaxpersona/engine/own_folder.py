@@ -41,10 +41,11 @@ def private(path: pathlib.Path) -> str | None:
 
 @contextlib.contextmanager
 def _opened(path: pathlib.Path) -> Iterator[int]:
-    """Open a folder and yield its file descriptor, with which later accesses do not use the path.
+    """Open a folder and yield its file descriptor, so that later accesses do not use the path.
 
     Raises:
-      OSError: the folder is missing, a symbolic link, of another user, or writable by others.
+      OSError: the folder is missing, is a symbolic link, belongs to another user, or is writable
+        by others.
     """
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -58,15 +59,15 @@ def _check(found: os.stat_result, what: str) -> None:
     if found.st_uid != os.geteuid():
         raise PermissionError(0, f"{what} belongs to user {found.st_uid}, not to this user")
     if found.st_mode & _OTHERS:
-        raise PermissionError(0, f"{what} may be written by other users (mode "
+        raise PermissionError(0, f"{what} is writable by other users (mode "
                                  f"{stat.S_IMODE(found.st_mode):o}); remove it")
 
 
 class OwnFolder:
-    """Named files in a folder with mode 0700; the least recently used files are removed.
+    """A folder with mode 0700 and a size limit; the least recently used files are removed first.
 
-    Each file contains a SHA-256 hash of its name and content, which detects damaged and swapped
-    files. The hash does not protect against deliberate changes by the folder's owner.
+    Each file contains a SHA-256 hash of its name and content, so that damaged and swapped files are
+    detected. The hash does not protect against deliberate changes by the folder's owner.
 
     Attributes:
       path: the folder, created when the first file is written.
@@ -88,16 +89,16 @@ class OwnFolder:
                     if not stat.S_ISREG(found.st_mode) or found.st_size > self.limit:
                         raise OSError(0, "not a regular file, or larger than the folder's limit")
                     data = opened.read(found.st_size)
-                    os.utime(file)  # marks the file as used
+                    os.utime(file)  # records the time of last use
         except FileNotFoundError:
             return None
         except OSError as error:
-            _LOG.warning("%s: not used (%s)", self.path / name, error.strerror or error)
+            _LOG.warning("%s: the file is not used (%s)", self.path / name, error.strerror or error)
             return None
         head = len(_MAGIC) + hashlib.sha256().digest_size
         content = data[head:]
         if data[:head] != _MAGIC + _digest(name, content):
-            _LOG.warning("%s: the file is damaged and is created again", self.path / name)
+            _LOG.warning("%s: the file is damaged and will be replaced", self.path / name)
             return None
         return content
 
@@ -107,7 +108,7 @@ class OwnFolder:
         A failure, such as a full disk, is logged as a warning and raises no error.
         """
         if (reason := private(self.path)) is not None:
-            _LOG.warning("%s: not written (%s)", name, reason)
+            _LOG.warning("%s: the file was not written (%s)", name, reason)
             return
         temporary = f"{name}.{secrets.token_hex(8)}{_TEMPORARY}"
         try:
@@ -124,14 +125,15 @@ class OwnFolder:
                     raise
                 self._prune(folder)
         except OSError as error:
-            _LOG.warning("%s: not written (%s)", self.path / name, error.strerror or error)
+            _LOG.warning("%s: the file was not written (%s)", self.path / name,
+                         error.strerror or error)
 
     def _prune(self, folder: int) -> None:
         """Remove the least recently used files until the total size is within the limit."""
         with os.scandir(folder) as entries:
             held = []
             for entry in entries:
-                with contextlib.suppress(FileNotFoundError):  # another process removed it
+                with contextlib.suppress(FileNotFoundError):  # if another process has removed it
                     if entry.is_file(follow_symlinks=False):
                         held.append((entry.stat(follow_symlinks=False), entry.name))
         total = sum(found.st_size for found, _ in held)

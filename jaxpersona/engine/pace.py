@@ -1,8 +1,8 @@
-"""The speed of `generate` for a model on a device, estimated from a sample of limited duration.
+"""Measurement of the speed of `generate` in a sample run of limited duration.
 
-The sample uses the programs and the scheduler of `generate`, but stops after a given time. For
-replies that are unfinished at that time, only a lower bound of the length is known (censored
-observations), so the mean length is a Kaplan–Meier estimate.
+The sample run uses the programs and the scheduler of `generate`, but stops after a given time. For
+replies that are unfinished at that time, only a lower bound of the length is known (right-censored
+observations), so the mean length is computed from a Kaplan–Meier estimate.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class Pace:
     """The result of generating replies to n conversations for a limited time.
 
     Attributes:
-      finished: [f] lengths of the finished replies in tokens, including stop tokens.
-      unfinished: [u] numbers of tokens that were generated for the unfinished replies.
-      waiting: number of conversations whose replies were not started.
-      prompts: [n] lengths of the prompts in tokens.
-      seconds: duration of the generation, without compilation.
-      compile_seconds: duration of the compilation before the generation.
-      limit: maximum length of a reply in tokens.
-      rows: batch size B.
+      finished: [f] int, the lengths of the finished replies in tokens, including stop tokens.
+      unfinished: [u] int, the numbers of tokens generated so far for the unfinished replies.
+      waiting: the number of conversations whose replies were not started.
+      prompts: [n] int, the lengths of the prompts in tokens.
+      seconds: the duration of the generation, without compilation.
+      compile_seconds: the duration of the compilation before the generation.
+      limit: the maximum length of a reply in tokens.
+      rows: the batch size B.
     """
 
     __repr__ = brief
@@ -67,27 +67,28 @@ class Pace:
 
     @property
     def complete(self) -> bool:
-        """Whether the replies to all conversations were finished."""
+        """Whether the replies to all conversations are finished."""
         return not self.waiting and not self.unfinished.size
 
     def mean_length(self) -> float:
-        """Return the expected number of tokens of a reply (see `survival`)."""
+        """Return the expected length of a reply in tokens, estimated with `survival`."""
         at, alive = survival(self.finished, self.unfinished, self.limit)
         return float((np.diff(at) * alive).sum())
 
     def seconds_for(self, count: int, per_call: int) -> float:
-        """Return the expected seconds for `count` replies, with `per_call` replies per call.
+        """Return the expected time in seconds for `count` replies, with `per_call` per call.
 
         Near the end of a call of `generate`, rows become free and remain unused. A complete sample
-        includes this idle time; otherwise the idle time is estimated by simulating a call.
+        includes this idle time; otherwise the idle time is estimated by simulating a call. The
+        result is infinite if the sample has no generated token.
         """
         if self.complete:
             return self.seconds * count / len(self.finished)
-        if not self.tokens:  # no token was generated in the time
+        if not self.tokens:
             return float("inf")
         at, alive = survival(self.finished, self.unfinished, self.limit)
         size = max(1, min(count, per_call))
-        # lengths at evenly spaced quantiles, in a fixed random order
+        # reply lengths at evenly spaced quantiles, in a fixed random order
         share = 1 - (np.arange(size) + 0.5) / size
         lengths = at[1:][np.searchsorted(-alive[1:], -share)]
         busy = occupancy(np.random.default_rng(0).permutation(lengths), self.rows)
@@ -99,12 +100,13 @@ def survival(finished: Int[np.ndarray, " f"], unfinished: Int[np.ndarray, " u"],
     """Return the Kaplan–Meier estimate of P(length > t) as a step function.
 
     Args:
-      finished: lengths of finished replies.
-      unfinished: numbers of tokens that were generated for unfinished replies.
-      limit: maximum length of a reply.
+      finished: the lengths of finished replies in tokens.
+      unfinished: the numbers of tokens generated so far for unfinished replies.
+      limit: the maximum length of a reply in tokens.
 
     Returns:
-      (at [k + 1], from 0 to `limit`; alive [k]): P(length > t) = alive[i] for at[i] ≤ t < at[i+1].
+      A pair (at, alive) of lengths [k + 1], from 0 to `limit`, and probabilities [k], such that
+      P(length > t) = alive[i] for at[i] ≤ t < at[i + 1].
     """
     at, alive = [0], [1.0]
     for t in np.unique(finished[finished < limit]):
@@ -115,7 +117,7 @@ def survival(finished: Int[np.ndarray, " f"], unfinished: Int[np.ndarray, " u"],
 
 
 def occupancy(lengths: Sequence[int] | np.ndarray, rows: int) -> float:
-    """Return the mean fraction of busy rows if each reply starts in the first row to become free.
+    """Return the mean fraction of busy rows if each reply starts in the row that is free first.
 
     Args:
       lengths: the lengths of the replies in tokens, in order.
@@ -133,16 +135,16 @@ def measure(model: Model, conversations: Sequence[Any], *, seconds: float, captu
             ids: Sequence[int]) -> Pace:
     """Generate replies to conversations for about `seconds` seconds and measure the speed.
 
-    The programs are compiled first. The time is checked between chunks of decode steps; the chunks
-    are shorter on a slow device.
+    The programs are compiled first. The elapsed time is checked between chunks of decode steps,
+    which have fewer steps on a slow device.
 
     Args:
       model, conversations, capture, max_new_tokens, temperature, top_p, seed, batch_size, ids: as
         for `generate`.
-      seconds: the time for the generation, without compilation.
+      seconds: the duration of the generation, without compilation.
 
     Raises:
-      UserError: as `generate`.
+      UserError: an argument is invalid, as in `generate`.
     """
     max_new = prompts.reply_limits(max_new_tokens, len(conversations), model.config.max_context)
     edits, capture = off_mesh((given(None), capture))
@@ -167,7 +169,7 @@ def measure(model: Model, conversations: Sequence[Any], *, seconds: float, captu
     while not scheduler.idle and last - start < seconds:
         scheduler.step()
         now = time.perf_counter()
-        # check the time at least eight times within `seconds`
+        # limit a chunk to about an eighth of `seconds`
         fits = seconds / 8 * scheduler.chunk / max(now - last, 1e-6)
         scheduler.chunk = int(np.clip(fits, 1, min(CHUNK, 2 * scheduler.chunk)))
         last = now

@@ -1,8 +1,9 @@
-"""Texts in pieces: R rows whose texts run through the model W tokens at a time.
+"""Texts in pieces: each call runs the next W tokens of the texts in R rows.
 
-Texts of all lengths then share one program, and only the last piece of a text has padding. A row
-whose text ends begins the next one in the next call, next to rows in the middle of theirs. The
-pieces of a text depend only on its length, so its results are the same bits next to any others.
+Texts of all lengths share one program, and only the last piece of a text contains padding. When the
+text in a row ends, the row begins another text in the next call, while the other rows continue
+their texts. The pieces of a text depend only on its length, so its results are bit-identical with
+any other texts.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ if TYPE_CHECKING:
 
 
 class Call(NamedTuple):
-    """One call: a piece of a text in each row.
+    """The pieces that one call of the model runs, one in each row.
 
     Attributes:
-      text: [R] the index of the text in each row, −1 for an empty row.
-      start, stop: [R] the piece, tokens start…stop−1.
-      ends: [R] whether the text ends in this piece.
+      text: [R] int, the index of the text in each row, −1 for an empty row.
+      start, stop: [R] int, the range of the piece: tokens start…stop−1 of the text.
+      ends: [R] bool, whether the text ends with this piece.
     """
 
     text: Int[np.ndarray, " R"]
@@ -45,19 +46,21 @@ class Call(NamedTuple):
 
     @property
     def begins(self) -> Bool[np.ndarray, " R"]:
-        """[R] whether the text begins in this piece."""
+        """[R] bool, whether the text begins with this piece."""
         return (self.text >= 0) & (self.start == 0)
 
 
 def schedule(lengths: Sequence[int], rows: int, piece: int) -> Iterator[Call]:
-    """Yield the calls for texts; the longest begin first, so that few rows are empty at the end.
+    """Yield the calls that run all texts.
+
+    The longest texts begin first, so that few rows are empty at the end.
 
     Args:
-      lengths: the number of tokens of each text, positive.
-      rows: R.
+      lengths: the number of tokens of each text, at least 1.
+      rows: the number of rows R.
       piece: W, the number of tokens in a piece.
     """
-    queue = sorted(range(len(lengths)), key=lambda i: lengths[i])  # the next one is the last
+    queue = sorted(range(len(lengths)), key=lambda i: lengths[i])  # `pop` takes the longest text
     text, start = np.full(rows, -1), np.zeros(rows, int)
     while True:
         for row in np.flatnonzero(text < 0)[: len(queue)]:
@@ -73,13 +76,13 @@ def schedule(lengths: Sequence[int], rows: int, piece: int) -> Iterator[Call]:
 
 def parts(whole: Sequence[Batch | None], start: Sequence[int], stop: Sequence[int], width: int,
           size: int) -> Batch:
-    """Return a batch with tokens start…stop−1 of n batches of one row each.
+    """Return a batch whose rows are tokens start…stop−1 of n batches of one row each.
 
     Args:
-      whole: n ≤ `size` batches; None is an empty row.
+      whole: n ≤ `size` batches; None stands for an empty row.
       start, stop: n token indices each.
-      width: T of the result, at least every stop − start.
-      size: B of the result; added rows are empty.
+      width: the number of tokens T per row of the result, at least every stop − start.
+      size: the number of rows B of the result; additional rows are empty.
     """
     shape = (size, width)
     tokens, position, turn = (np.zeros(shape, np.int32) for _ in range(3))
@@ -97,14 +100,14 @@ def parts(whole: Sequence[Batch | None], start: Sequence[int], stop: Sequence[in
 
 def blank_carry(config: ModelConfig, params: Params, edits: Interventions, capture: Capture, *,
                 rows: int, slots: int, layers: int | None = None) -> Carry:
-    """Return the carry of rows without a token, with every field set.
+    """Return the carry of rows before their first token, with every field set.
 
     Args:
-      config, params: the model.
+      config, params: the model's configuration and parameters.
       edits: the interventions.
       capture: the readings.
-      rows, slots: B and S of the cache.
-      layers: the number of layers in the cache; None: all.
+      rows, slots: the numbers of rows B and slots S of the cache.
+      layers: the number of layers in the cache; None: all layers.
     """
     zeros = jnp.zeros((rows,), jnp.int32)
     cache = init_cache(config, rows, slots, kept_dtype(params.like))
@@ -127,13 +130,15 @@ def light(carry: Carry) -> Carry:
 
 def reset(carry: Carry, begins: jax.Array, config: ModelConfig, params: Params,
           edits: Interventions, capture: Capture, axes: tuple[int, ...]) -> Carry:
-    """Reset the rows in which a text begins, except keys and values, which positions mask.
+    """Reset the carry in rows in which a text begins, except for keys and values.
+
+    The keys and values are masked, because the positions of their slots are reset.
 
     Args:
       carry: the carry of B rows.
-      begins: [B] bool.
+      begins: [B] bool, the rows in which a text begins.
       config, params, edits, capture: as for `blank_carry`.
-      axes: the row axis of each leaf of `light(carry)`, −1 for none.
+      axes: the batch axis of each leaf of `light(carry)`, −1 for a leaf without one.
     """
     cache = carry.cache
     assert cache is not None
@@ -151,23 +156,23 @@ def reset(carry: Carry, begins: jax.Array, config: ModelConfig, params: Params,
 
 
 def needs_whole(edits: Interventions) -> bool:
-    """Return whether a gate measures the whole prompt, so that the prompt must run in one call."""
+    """Return whether a gate depends on the whole prompt, which must then run in one call."""
     return any(table.gate is not None and table.gate.within for table in edits.edits)
 
 
 def may_hide_nonfinite(edits: Interventions) -> bool:
-    """Return whether an edit may replace activations that are not finite by finite ones.
+    """Return whether an edit may replace non-finite activations with finite ones.
 
-    `Carry.finite` then says nothing about the keys and values of earlier layers.
+    If so, keys and values of earlier layers may be non-finite although `Carry.finite` is True.
     """
     return any(isinstance(table, Custom) for table in edits.edits)
 
 
 @program(donate=("carry",), result=lambda carry, **_: carry)
 def zero_keys(carry: Carry, rows: jax.Array) -> Carry:
-    """Set keys and values to zero in the rows that are True in `rows` [B].
+    """Set keys and values to zero in the rows where the mask `rows` [B] is True.
 
-    Attention multiplies those of masked slots by zero, so only non-finite ones have an effect.
+    Attention multiplies the values of masked slots by zero, so only non-finite ones have an effect.
     """
     cache = carry.cache
     assert cache is not None

@@ -1,4 +1,4 @@
-"""The compiled programs of generation: prefill and decode. Decoding is one loop on the device.
+"""The compiled programs of generation: prefill, and decoding as one loop on the device.
 
 The loop's state is a pytree that contains the cache, the captures and the token counts. The maximum
 number of steps is an array, so chunks of any length use the same program.
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Array, Bool, Int, UInt8, UInt32
 
-TRACES: Counter[str] = Counter()  # how often each program was traced, for tests and benchmarks
+TRACES: Counter[str] = Counter()  # the number of traces of each program, for tests and benchmarks
 
 
 class State(flax.struct.PyTreeNode):
@@ -45,8 +45,8 @@ class State(flax.struct.PyTreeNode):
       token: [B] int32, the last selected token, which has not yet been passed through the model (so
         it is not in the cache).
       position: [B] int32, the position of `token`.
-      turn: [B] int32, the index of the message that is generated.
-      row_id: [B] uint32, seeds the random draws.
+      turn: [B] int32, the index of the message being generated.
+      row_id: [B] uint32, the id that seeds the random draws.
       done: [B] bool, True for finished and for free rows.
       thinking: [B] bool, True inside a thinking block.
       limit: [B] int32, the maximum number of tokens of the reply.
@@ -91,16 +91,16 @@ class Stops(flax.struct.PyTreeNode):
 
     @property
     def accepting(self) -> int | None:
-        """The last state of the stop-string automaton, which accepts; None without stop strings."""
+        """The accepting state of the stop-string automaton; None without stop strings."""
         return None if self.strings is None else self.strings.shape[1] - 1
 
 
 def free_rows(config: ModelConfig, params: Params, edits: Interventions, capture: Capture,
               stops: Stops, *, rows: int, slots: int, max_new: int) -> State:
-    """Return a state in which every row is free; its structure is that of `prefill`'s result.
+    """Return a state in which every row is free, with the structure of `prefill`'s result.
 
     Args:
-      config, params: the model.
+      config, params: the model's configuration and parameters.
       edits: the interventions on the B rows.
       capture: the readings.
       stops: the stop tokens, thinking tags and transition tables.
@@ -132,7 +132,7 @@ def _filled(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
 @program(static=("config", "slots"))
 def prefill_prefix(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
                    capture: Capture, *, slots: int) -> Carry:
-    """Run the model on the first tokens of prompts with a new cache, without computing logits."""
+    """Run the model on shared prefixes of prompts with a new cache, without computing logits."""
     TRACES["prefix"] += 1
     return forward(params, config, batch.replace(chunk=True), interventions=edits, capture=capture,
                    slots=slots, logits=None, attention="auto").carry
@@ -145,8 +145,8 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
     """Run the model on the prompts and select the first token of each reply.
 
     Args:
-      batch: B prompts of T tokens. With `prefix`, only the tokens after the prefix. A row without
-        tokens is free.
+      batch: B prompts of T tokens. With `prefix`, it contains only the tokens after the prefix. A
+        row without tokens is free.
       edits: the interventions on the B rows.
       capture: the readings.
       sampling: the sampling settings of the B rows.
@@ -176,13 +176,14 @@ def _first_tokens(out: Output, batch: Batch, sampling: Sampling, stops: Stops, l
       out: the result of `forward` on the batch.
       batch: the last tokens of B prompts.
       sampling, stops, limit, max_new, greedy: as for `prefill`.
-      ends: [B] bool, the rows whose prompt ends in this batch; the others get no token.
+      ends: [B] bool, the rows whose prompt ends in this batch; other rows get no token.
     """
     assert out.cache is not None
     rows = batch.tokens.shape[0]
     at = jnp.maximum(batch.length - 1, 0)
     kind = of_each(batch.kind.astype(jnp.int32), at)
-    # a generation prompt already has the reply's turn; without one, the reply is the next turn
+    # The tokens of a generation prompt have the turn index of the reply. Without a generation
+    # prompt, the reply has the next index.
     begins = ((kind & TEMPLATE) == 0).astype(jnp.int32)
     zeros = jnp.zeros_like(batch.length)
     state = State(
@@ -208,16 +209,16 @@ def prefill_piece(params: Params, config: ModelConfig, state: State, batch: Batc
                   edits: Interventions, capture: Capture, sampling: Sampling, stops: Stops,
                   limit: jax.Array, begins: jax.Array, ends: jax.Array, *, axes: tuple[int, ...],
                   greedy: bool) -> State:
-    """Run the next piece of each prompt, and choose the first token of those that end in it.
+    """Run the next piece of each prompt, and select the first token of replies to ended prompts.
 
     Args:
       state: the state of B rows after the earlier pieces (donated). Only its carry is used.
       batch: the next T tokens of each prompt; an empty row is free.
       edits, capture, sampling, stops, limit, greedy: as for `prefill`.
-      begins: [B] bool, the rows whose prompt begins in this piece. Their state is reset, except
-        keys and values, which the reset positions mask.
+      begins: [B] bool, the rows whose prompt begins in this piece. Their state is reset, except for
+        the keys and values, which are masked because the positions are reset.
       ends: [B] bool, the rows whose prompt ends in this piece.
-      axes: the row axis of each leaf of the state's carry without keys and values (`light`).
+      axes: the batch axis of each leaf of the state's carry without keys and values (`light`).
     """
     TRACES["prefill"] += 1
     carry = reset(state.carry, begins, config, params, edits, capture, axes)
@@ -274,7 +275,7 @@ def decode(params: Params, config: ModelConfig, state: State, edits: Interventio
         opened = state.thinking | (state.token == stops.think[0])
         thinking = opened & (state.token != stops.think[1])
         advanced = state.replace(
-            # `_choose_next` checks this step's logits, so XLA removes the check in `forward`
+            # `_choose_next` checks the logits instead; XLA removes the unused check in `forward`
             carry=out.carry.replace(finite=state.carry.finite),
             done=state.done | (state.length >= state.limit),
             thinking=jnp.where(state.done, state.thinking, thinking),
@@ -298,7 +299,7 @@ def _choose_next(state: State, logits: jax.Array, sampling: Sampling, stops: Sto
         token = most_likely(logits)
     else:
         token = choose(logits, sampling, state.row_id, position)
-    # a non-finite residual stream gives non-finite logits (`forward.head`)
+    # a non-finite residual stream leads to non-finite logits (`forward.head`)
     assert state.carry.finite is not None
     valid = state.carry.finite & (finite(logits, token if greedy else None) | ~ran)
     live = valid & ~state.done

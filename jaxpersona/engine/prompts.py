@@ -1,6 +1,7 @@
 """Preparation of conversations: encoding, checks, row ids and padded lengths.
 
-Every result for a conversation depends only on that conversation, not on others in the same call.
+The results for a conversation do not depend on other conversations in the same call, except that
+default row ids distinguish conversations with the same tokens.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 
-FEW_ROWS = 8  # the largest batch size that uses fewer padded lengths
+FEW_ROWS = 8  # up to this batch size, prompts are padded to fewer lengths
 
 
 def bucket(tokens: int, least: int = 32, finer: int | None = 256) -> int:
     """Return the padded length of a prompt of `tokens` tokens.
 
-    This is the smallest of 32, 64, 128, 256, 384, 512, 768, … that is at least `tokens`. There are
-    few lengths because each needs a compiled program.
+    By default, this is the smallest of 32, 64, 128, 256, 384, 512, 768, … that is at least
+    `tokens`. There are few lengths, because each needs a compiled program.
 
     Args:
       tokens: the number of tokens.
       least: the smallest length, a power of two.
-      finer: a power of two; above it, there is also a length halfway between two powers of two.
-        None: powers of two only.
+      finer: a power of two above which there is also a length halfway between consecutive powers
+        of two. None: powers of two only.
     """
     size = least
     while size < tokens:
@@ -49,8 +50,9 @@ def bucket(tokens: int, least: int = 32, finer: int | None = 256) -> int:
 def padded(tokens: int, rows: int) -> int:
     """Return the padded length of a prompt that is prefilled for a lane of `rows` rows.
 
-    With more than `FEW_ROWS` rows it is `bucket`, because padding costs throughput. With fewer it
-    is a power of two of at least 64, because compiling a program takes longer than many replies.
+    With more than `FEW_ROWS` rows, it is the result of `bucket`, because padding costs throughput.
+    Otherwise, it is a power of two of at least 64, because compiling an additional program takes
+    longer than generating many replies.
     """
     return bucket(tokens) if rows > FEW_ROWS else bucket(tokens, least=64, finer=None)
 
@@ -115,7 +117,7 @@ def encode(model: Model, item: Any, *, reply: bool = True, thinking: bool = Fals
 
 
 def check_settings(**counts: Any) -> None:
-    """Check the settings that must be positive integers.
+    """Check that settings are positive integers.
 
     Args:
       counts: the settings by name, such as batch_size.
@@ -130,7 +132,7 @@ def check_settings(**counts: Any) -> None:
 
 
 def check_rows(model: Model, batch_size: int, share_prefix: bool) -> None:
-    """Check that B and a shared prefix fit the mesh of the model.
+    """Check that the model's mesh supports the batch size and a shared prefix.
 
     Raises:
       UserError: the mesh cannot shard `batch_size` rows equally, or `share_prefix` is True for a
@@ -138,8 +140,8 @@ def check_rows(model: Model, batch_size: int, share_prefix: bool) -> None:
     """
     ways = rows_divisor(model.params.like)
     if batch_size % ways:
-        raise UserError(f"batch_size is {batch_size}; the mesh shards rows over {ways} devices: "
-                        f"use a multiple of {ways}")
+        raise UserError(f"batch_size is {batch_size}; the mesh shards rows over {ways} devices, "
+                        f"so use a multiple of {ways}")
     if share_prefix and model.mesh is not None:
         raise UserError("share_prefix needs a model on one device; omit it for a model on a mesh")
 
@@ -159,7 +161,7 @@ def check_edits(model: Model, edits: Interventions, count: int,
         model; the message names the field, its value and the fix.
     """
     edits.check(layers=model.config.n_layers, width=model.config.d_model, rows=count)
-    if not model.fingerprint:  # the values of traced parameters are unknown
+    if not model.fingerprint:  # traced parameters have no fingerprint
         return
     own = origin(model.fingerprint)
     named = [edit.origin for edit in edits.edits]
@@ -184,10 +186,10 @@ def _in_float16(model: Model) -> str:
 
 
 def reply_limits(max_new_tokens: Any, count: int, context: int) -> np.ndarray:
-    """Return the maximum length of each of N replies, [N] int32, at most the context.
+    """Return the maximum length of each of N replies, [N] int32, limited by the context.
 
     Args:
-      max_new_tokens: a positive integer, or N of them.
+      max_new_tokens: a positive integer, or a sequence of N positive integers.
       count: N.
       context: the model's context in tokens.
 
@@ -199,14 +201,15 @@ def reply_limits(max_new_tokens: Any, count: int, context: int) -> np.ndarray:
         return np.full(count, min(max_new_tokens, context), np.int32)
     given = list(max_new_tokens)
     if len(given) != count:
-        raise UserError(f"max_new_tokens has {len(given)} entries for {count} conversations")
+        raise UserError(f"max_new_tokens has {len(given)} entries for {count} conversations; give "
+                        "one number, or one per conversation")
     for i, value in enumerate(given):
         check_settings(**{f"max_new_tokens[{i}]": value})
     return np.array([min(value, context) for value in given], np.int32)
 
 
 def limits(model: Model, rows: list[chat.Row], max_new: Any) -> np.ndarray:
-    """Return the maximum length of each reply, [N] int32: `max_new`, or the rest of the context.
+    """Return the maximum length of each reply, [N] int32: `max_new`, limited by the context.
 
     Args:
       model: the model.
@@ -220,8 +223,8 @@ def limits(model: Model, rows: list[chat.Row], max_new: Any) -> np.ndarray:
     for i, row in enumerate(rows):
         if row.tokens.size >= context:
             raise UserError(
-                f"prompt {i} has {row.tokens.size} tokens; the model's context holds {context}, "
-                "including the reply: shorten it"
+                f"prompt {i} has {row.tokens.size} tokens; the model's context holds {context} "
+                "tokens, including the reply; shorten the prompt"
             )
     room = np.array([context - row.tokens.size for row in rows], np.int32)
     return np.minimum(room, max_new).astype(np.int32)
@@ -231,13 +234,13 @@ def check_lengths(model: Model, rows: list[chat.Row]) -> None:
     """Check that complete conversations fit in the context.
 
     Raises:
-      UserError: a conversation is longer; the message gives its index and length.
+      UserError: a conversation is longer than the context.
     """
     context = model.config.max_context
     for i, row in enumerate(rows):
         if row.tokens.size > context:
             raise UserError(f"conversation {i} has {row.tokens.size} tokens; the model's context "
-                            f"holds {context}: shorten it")
+                            f"holds {context} tokens; shorten the conversation")
 
 
 def row_ids(rows: list[chat.Row], ids: Iterable[int] | None) -> np.ndarray:
@@ -256,7 +259,8 @@ def row_ids(rows: list[chat.Row], ids: Iterable[int] | None) -> np.ndarray:
             raise UserError(f"ids is {ids!r:.60}; give one integer per conversation")
         ids = list(ids)
         if len(ids) != len(rows):
-            raise UserError(f"ids has {len(ids)} entries for {len(rows)} conversations")
+            raise UserError(f"ids has {len(ids)} entries for {len(rows)} conversations; give one "
+                            "id per conversation")
         given = np.asarray(ids)
         whole = given.ndim == 1 and np.issubdtype(given.dtype, np.integer)
         if not whole or given.min() < 0 or given.max() >= 2**32:

@@ -33,7 +33,8 @@ class Finished:
         where T counts the tokens of prompt and reply that were passed through the model.
       per_token: the names of the per-token readings.
       empty: the names of the readings that selected no token.
-      applied: one `Applied` per intervention table, with fields seen [] and changed [l].
+      applied: one `Applied` per intervention table; `seen` is [], and `changed` is [l], where l is
+        the number of layers of the table.
       nonfinite: whether an activation or a logit was not finite.
       matched: whether a stop string ended the reply.
     """
@@ -54,16 +55,19 @@ class Reply(Table):
     """The reply to one request.
 
     Attributes:
-      text: the reply without the stop token, up to a stop string; "" without a tokenizer.
+      text: the reply without the stop token, up to the first stop string; "" without a tokenizer.
       tokens: [n] int32, the generated ids without the stop token. The last id may complete a stop
         string.
-      finish: "stop" (a stop token or a stop string), "length" (the limit), "cancelled", or
-        "nonfinite" (an activation or a logit was NaN or infinite; discard the captures).
+      finish: the reason why the reply ended: "stop" (a stop token or a stop string), "length" (the
+        limit), "cancelled", or "nonfinite" (an activation or a logit was NaN or infinite; discard
+        the captures).
       row: the encoded prompt.
       captured: the result of each reading by name: [L, …], or [L, T, …] for per-token readings,
         over the tokens of prompt and reply. A stop token, or a token that completes a stop string,
-        is not passed through the model and not captured. Empty for a cancelled request.
-      applied: one `Applied` per intervention table, with fields seen [] and changed [l].
+        is not passed through the model and not captured. The dictionary is empty for a cancelled
+        request.
+      applied: one `Applied` per intervention table; `seen` is [], and `changed` is [l], where l is
+        the number of layers of the table. Empty for a cancelled request.
 
     Examples:
       >>> import jaxpersona as jp
@@ -104,8 +108,8 @@ def record(row: Row, text: str, tokens: np.ndarray, finish: str,
     """Return a reply as a dictionary of plain Python values.
 
     Args:
-      row, text, tokens, finish: as the fields of `Reply`.
-      applied: seen [] and changed [l] of each intervention table.
+      row, text, tokens, finish: see the attributes of `Reply`.
+      applied: the pair (seen [], changed [l]) of each intervention table.
     """
     messages = [dict(message) for message in row.messages or ()]
     found = {"prompt": messages[-1]["content"] if messages else row.text, "reply": text,
@@ -134,7 +138,7 @@ def unpack(state: State, tasks: Sequence[Task], accepting: int | None = None) ->
     per_token = frozenset(name for name, reading in captured.items() if reading.per_token)
     out = []
     for row in range(len(tasks)):
-        ran = int(used[row])  # excludes a stop token
+        ran = int(used[row])  # a stop token is not passed through the model
         own = {name: jax.tree.map(operator.itemgetter(row), value)
                for name, value in values.items()}
         out.append(Finished(
@@ -152,15 +156,15 @@ def unpack(state: State, tasks: Sequence[Task], accepting: int | None = None) ->
 
 def so_far(state: State, streamed: Sequence[tuple[int, Task, list[str]]],
            ) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Copy the tokens of unfinished replies to the host.
+    """Copy the tokens and projections of unfinished replies to the host.
 
     Args:
       state: the state of a lane.
       streamed: the row, the task and the names of the projection readings of each reply.
 
     Returns:
-      For each reply, its tokens [n] and the values [n', L, K] of each reading. n' is n, or n − 1 if
-      the model has not run on the last token yet.
+      For each reply, its tokens [n] and the values [n, L, K] of each reading. With readings, a last
+      token on which the model has not run yet is omitted.
     """
     carry = state.carry
     assert carry.cache is not None

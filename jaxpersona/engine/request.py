@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A request for the reply to a conversation, with its settings.
+    """A request to generate the reply to a conversation.
 
     Attributes:
       conversation: a list of {"role", "content"}, a string (one user message), a `chat.Row`, or
         token ids.
       interventions: the edits of the activations, without `rows=`.
-      capture: the readings of the activations, or a list of captures.
+      capture: a capture of activations, or a list of captures.
       max_new_tokens: the maximum number of tokens in the reply; the model's context and the
         engine's largest cache limit it further.
       temperature, top_p, top_k, seed: the sampling settings (`sampling.Sampling`).
@@ -69,7 +69,7 @@ def projected(request: Request) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """A piece of a streamed reply.
+    """A part of a streamed reply.
 
     Attributes:
       text: the new text; the texts of all events concatenate to `Reply.text`.
@@ -97,7 +97,7 @@ class Event:
 
 
 class QueueFull(RuntimeError):
-    """The engine's queue is full.
+    """Raised by `Engine.submit` if the engine's queue is full.
 
     Examples:
       >>> import jaxpersona as jp
@@ -112,7 +112,7 @@ class QueueFull(RuntimeError):
 
 
 class Handle:
-    """A submitted request, for `Engine.result`, `Engine.stream` and `Engine.cancel`.
+    """A handle to a submitted request, for `Engine.result`, `Engine.stream` and `Engine.cancel`.
 
     Attributes:
       request: the request.

@@ -1,4 +1,4 @@
-"""Programs that write, join and read the rows of pytrees; the row axis can differ by leaf."""
+"""Programs that write, join and read rows of pytrees; the batch axis may differ by leaf."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ def axis_of_rows(one: Any, two: Any) -> int:
 
 @program(static=("axes",), donate=("target",), result=lambda target, **_: target)
 def put_rows(target: T, source: T, rows: jax.Array, *, axes: tuple[int, ...]) -> T:
-    """Write the n rows of `source` to the rows of `target` with the indices `rows` [n].
-
-    Indices beyond the end of `target` are ignored. A leaf without a row axis is not changed.
+    """Replace rows of a pytree; a leaf without a batch axis is not changed.
 
     Args:
+      target: the pytree (donated).
+      source: the n new rows, in a pytree of the same structure.
+      rows: [n] int32, the indices of the rows to replace; out-of-range indices are ignored.
       axes: the result of `axis_of_rows` for each leaf.
     """
     def put(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
@@ -39,7 +40,11 @@ def put_rows(target: T, source: T, rows: jax.Array, *, axes: tuple[int, ...]) ->
 
 @program(static=("axes",), result=lambda source, **_: source)
 def take_rows(source: T, rows: jax.Array, *, axes: tuple[int, ...]) -> T:
-    """Copy the rows [n] of a pytree; `axes` is `axis_of_rows` of each leaf."""
+    """Copy the rows with the indices `rows` [n] from a pytree.
+
+    Args:
+      axes: the result of `axis_of_rows` for each leaf.
+    """
     def take(value: jax.Array, axis: int) -> jax.Array:
         return value if axis < 0 else jnp.take(value, rows, axis, mode="clip")
 
@@ -50,7 +55,7 @@ def take_rows(source: T, rows: jax.Array, *, axes: tuple[int, ...]) -> T:
 def side_by_side(pieces: tuple[T, ...], *, axes: tuple[int, ...]) -> T:
     """Concatenate the rows of pytrees that have the same structure.
 
-    A leaf without a row axis is taken from the first pytree.
+    A leaf without a batch axis is taken from the first pytree.
 
     Args:
       axes: the result of `axis_of_rows` for each leaf.

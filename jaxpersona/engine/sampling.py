@@ -2,7 +2,8 @@
 
 The vocabulary is never sorted. The nucleus (the tokens that top-p keeps) is computed among the
 `CANDIDATES` most probable tokens. A larger nucleus is computed by bisection of its probability
-threshold. The method depends only on the row, so a row's tokens do not depend on other rows.
+threshold. Which method is used for a row depends only on that row, so a row's tokens do not depend
+on other rows.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Sampling(flax.struct.PyTreeNode):
         probability is at least this value. If the set has more than `CANDIDATES` tokens, tokens as
         probable as its last token are also kept.
       top_k: [B] int32; keeps the k most probable tokens (at most `CANDIDATES`), or all tokens if 0.
-      seed: [B] uint32, seeds the random draws.
+      seed: [B] uint32, the seed of the random draws.
     """
 
     temperature: Float32[Array | np.ndarray, " B"]
@@ -47,7 +48,7 @@ class Sampling(flax.struct.PyTreeNode):
     seed: UInt32[Array | np.ndarray, " B"]
 
     def take(self, rows: Any) -> Sampling:
-        """Select rows on the host; −1 (padding) selects row 0."""
+        """Select rows on the host; the index −1 (padding) selects row 0."""
         rows = np.maximum(np.asarray(rows, np.int32), 0)
         return jax.tree.map(lambda x: np.asarray(x)[rows], self)
 
@@ -58,12 +59,14 @@ def sampling(rows: int, *, temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any 
 
     Raises:
       UserError: a temperature is negative or not finite, top_p is outside (0, 1], top_k is outside
-        0…`CANDIDATES`, a seed is not a uint32, or a setting does not have `rows` values.
+        0…`CANDIDATES`, a seed is not a uint32, or a setting is neither a number nor has `rows`
+        values.
     """
     def spread(name: str, value: Any, dtype: Any, ok: Any, want: str) -> jax.Array:
         given = np.asarray(value)
         if given.ndim > 1 or (given.ndim == 1 and given.size != rows):
-            raise UserError(f"{name} has shape {given.shape}; it must be a number or [{rows}]")
+            raise UserError(f"{name} has shape {given.shape}; it must be a number or have shape "
+                            f"[{rows}]")
         if not np.issubdtype(given.dtype, np.number) or not np.all(ok(given)):
             raise UserError(f"{name} is {value}; it must be {want}")
         return jnp.asarray(np.broadcast_to(given, (rows,)), dtype)
@@ -80,7 +83,7 @@ def sampling(rows: int, *, temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any 
 
 
 def uniforms(seed: jax.Array, row_id: jax.Array, position: jax.Array) -> jax.Array:
-    """Draw one uniform number in [0, 1) per row from (seed, row id, position): [B] float32.
+    """Return one uniform random number in [0, 1) per row, [B] float32, from the arguments.
 
     The generator is Threefry-2x32 with 20 rounds. The implementation is part of this package, so
     that the bits do not depend on JAX's version or flags (`jax_default_prng_impl`,
@@ -127,7 +130,7 @@ def choose(logits: jax.Array, settings: Sampling, row_id: jax.Array,
     Returns:
       [B] int32, the selected tokens; at temperature 0, the index of the first largest logit.
     """
-    logits = place(logits, ("batch", None))  # candidates are ranked over the whole vocabulary
+    logits = place(logits, ("batch", None))  # top-k needs the whole vocabulary of a row
     greedy = most_likely(logits)
     warm = settings.temperature > 0
     top = logits.max(-1, keepdims=True)  # subtracted first, so that the division cannot overflow
@@ -182,7 +185,7 @@ def finite(logits: jax.Array, token: jax.Array | None = None) -> jax.Array:
 
 
 def _inverse(weights: jax.Array, draw: jax.Array) -> jax.Array:
-    """Return [B]: the first index with weight > 0 and a cumulative weight above draw · total."""
+    """Return the first index with weight > 0 and cumulative weight > draw · total, [B] int32."""
     cumulative = jnp.cumsum(weights, -1)
     target = draw[:, None] * cumulative[:, -1:]
     return jnp.argmax((cumulative > target) & (weights > 0), -1).astype(jnp.int32)
@@ -192,7 +195,9 @@ def _wide(probability: jax.Array, top_p: jax.Array, draw: jax.Array) -> jax.Arra
     """Sample from a nucleus of any size: bisect its threshold, then use a two-level inverse CDF."""
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds  # the tokens above `low` reach top_p in total, those above `high` do not
+        # the tokens with p ≥ `low` have a total probability of at least top_p, those with
+        # p ≥ `high` have less
+        low, high = bounds
         middle = (low + high) / 2
         mass = jnp.where(probability >= middle[:, None], probability, 0.0).sum(-1)
         enough = mass >= top_p

@@ -1,4 +1,4 @@
-"""Scheduling of prompts: the oldest prompts in a queue are assigned to the free rows of lanes.
+"""Scheduling of prompts: a queue whose oldest prompts are assigned to the free rows of lanes.
 
 `generate` runs a scheduler until all prompts are finished; `Engine` runs a scheduler step by step.
 """
@@ -21,7 +21,7 @@ Failed = Callable[[list[Task], BaseException], None]
 
 
 class Scheduler:
-    """Assigns queued prompts to rows, in order, and runs the lanes.
+    """A scheduler that assigns queued prompts to rows in order and runs the lanes.
 
     The oldest queued prompt is admitted together with the prompts directly after it that use the
     same program. If the lane of the oldest prompt has no free row, or cannot be opened, the whole
@@ -40,18 +40,19 @@ class Scheduler:
 
         Args:
           open_lane: a function that returns a new lane for a key.
-          collect: called with finished tasks and a state whose first rows belong to these tasks.
+          collect: a function that is called with finished tasks and a state whose first rows belong
+            to these tasks.
           lanes: the maximum number of open lanes.
           batched: whether to wait until enough rows are free or done for a full prefill batch, for
-            high throughput. False: admit and collect each prompt as soon as possible, for low
-            latency.
-          refill: whether to admit prompts to a lane while its other rows decode. False: admit
-            prompts only to an empty lane.
+            high throughput. If False, each prompt is admitted and collected as soon as possible,
+            for low latency.
+          refill: whether to admit prompts to a lane while its other rows decode. If False, prompts
+            are admitted only to an empty lane.
           chunk: the maximum number of decode steps between two transfers to the host.
-          failed: called with the affected tasks and the error if a lane raises an error; this lane
-            is dropped. None: the error is raised.
-          pause: called with the prompts that a step admitted. If the result is True, the step ends
-            without decoding. None: every step decodes.
+          failed: a function that is called with the affected tasks and the error if a lane raises
+            an error; this lane is dropped. None: the error is raised.
+          pause: a function that is called with the prompts that a step admitted. If it returns
+            True, the step ends without decoding. None: every step decodes.
         """
         self.open_lane, self.collect = open_lane, collect
         self.most, self.batched, self.refill, self.chunk = lanes, batched, refill, chunk
@@ -112,13 +113,13 @@ class Scheduler:
         first, lane = self.waiting[0], None
         with self._contained(first.lane, [first]):
             lane = self.lane_of(first.lane)
-        if first.cancelled:  # its lane could not be opened
+        if first.cancelled:  # opening its lane raised an error
             return self._admit()
         if lane is None or lane.piece is not None or self._waits(lane):
             return []
         if lane.together == lane.rows and _busy(lane):  # prefill would replace all rows
             return []
-        # number of free rows required for a prefill
+        # the number of free rows that a prefill requires
         least = lane.together if self.batched and self.refill else 1
         capacity = min(lane.together, lane.free)
         if lane.free < least:
@@ -138,10 +139,10 @@ class Scheduler:
         return chosen
 
     def _admit_pieces(self, key: Any, lane: Lane) -> list[Task]:
-        """Prefill prompts in pieces until no row of a lane is free; return those in rows.
+        """Prefill prompts in pieces until a lane has no free row; return the admitted prompts.
 
-        A prompt takes a staged row as soon as one is free. A piece runs only while no staged prompt
-        is complete, so that it has few empty rows.
+        A queued prompt is assigned to a staging row as soon as one is free. A piece runs only if no
+        staged prompt is fully prefilled, so that few of its rows are empty.
         """
         admitted: list[Task] = []
         while lane.piece is not None and lane.free and not self._waits(lane):
@@ -155,17 +156,20 @@ class Scheduler:
                     break
                 admitted += lane.advance()
                 lane.filling |= bool(admitted)
-            if key not in self.lanes:  # an error ended it
+            if key not in self.lanes:  # the lane was dropped after an error
                 break
         return admitted
 
     def _waits(self, lane: Lane) -> bool:
-        """Return whether a lane takes no prompt before all its rows are free."""
+        """Return whether a lane admits no prompt until all its rows are free."""
         return not self.refill and lane.free < lane.rows and not lane.filling
 
     @contextlib.contextmanager
     def _contained(self, key: Any, tasks: list[Task]) -> Iterator[None]:
-        """Confine an error to one lane: the given prompts fail, and the lane is dropped."""
+        """Confine an error to one lane: the given prompts fail, and the lane is dropped.
+
+        If `failed` is None, the error is raised instead.
+        """
         try:
             yield
         except Exception as error:
@@ -177,7 +181,7 @@ class Scheduler:
     def _decode(self, key: Any, lane: Lane) -> None:
         """Decode one chunk in a lane and collect the lane's finished prompts."""
         lane.filling = False
-        # prompts in pieces need no full program, so rows are refilled after an eighth is done
+        # prefill in pieces needs no full batch of free rows, so an eighth of the rows is enough
         most = lane.together if lane.piece is None else max(1, lane.rows // 8)
         enough = min(most, lane.rows - lane.free) if self.batched else 1
         more = any(lane.staged) or (bool(self.waiting) and self.waiting[0].lane == key)

@@ -1,7 +1,7 @@
 """Log-probabilities of the tokens of a text, and of candidates for the next token.
 
-Both run the model with interventions: on a CPU in pieces (`engine.texts`), elsewhere in the batches
-of `engine.batches`.
+On a CPU, texts run in pieces (`engine.texts`). Elsewhere, and for gates that need the whole prompt,
+they run in batches (`engine.batches`).
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ class Scored(Table):
     def records(self) -> list[dict[str, Any]]:
         """Return one record per text.
 
-        Its keys are text (the last message), tokens (their number), logprob (the mean, in nats),
-        perplexity, ids, and logprobs, one number per token after the first.
+        Its keys are text (the last message), tokens (the number of tokens), logprob (the mean
+        log-probability in nats), perplexity, ids (the token ids), and logprobs (one number per
+        token after the first).
         """
         found = []
         for row, values in zip(self.rows, self.logprobs, strict=True):
@@ -92,7 +93,7 @@ class Scored(Table):
         return column in ("ids", "logprobs")
 
     def chosen(self, where: Where | str = everywhere) -> list[np.ndarray]:
-        """Return N arrays: the log-probabilities of the tokens that `where` selects."""
+        """Return the log-probabilities of the tokens that `where` selects, one array per text."""
         code = jnp.asarray(encoded(where))
         selected = []
         for row, values in zip(self.rows, self.logprobs, strict=True):
@@ -108,8 +109,8 @@ class Scored(Table):
         """
         values = np.concatenate(self.chosen(where))
         if not values.size:
-            raise UserError(f"where={where!r} selects no token in any text (a text's first token "
-                            "has no probability)")
+            raise UserError(f"where={where!r} selects no token in any text; the first token of a "
+                            "text has no log-probability")
         return float(np.exp(-values.mean(dtype=np.float64)))
 
 
@@ -122,19 +123,20 @@ def logprobs(
     interventions: Interventions | None = None,
     batch_tokens: int | None = None,
 ) -> Scored:
-    """Return the log-probability of every token in complete texts.
+    """Return the log-probability of every token after the first in complete texts.
 
     Args:
       model: the result of `load`.
       conversations: N conversations, each a list of messages, a `chat.Row`, or token ids (for plain
         text, use `model.tokenizer(text).input_ids`).
       interventions: edits of the activations, without rows or with one row per conversation.
-      batch_tokens: the number of tokens in a call, including padding; results depend on it.
-        Default: 128 on a CPU, else 4,096.
+      batch_tokens: the number of tokens in one call of the model, including padding; it affects
+        the rounding of results. Default on a CPU: 128, or 1,024 for gates that need the whole
+        prompt. Default on other devices: 4,096.
 
     Raises:
-      UserError: there are no conversations, one is longer than the context, the interventions do
-        not match the model, or activations are not finite.
+      UserError: there are no conversations, a conversation is longer than the context, the
+        interventions do not match the model, or activations are not finite.
 
     Examples:
       >>> import jaxpersona as jp
@@ -169,8 +171,9 @@ def next_logprobs(
         or token ids.
       candidates: C token ids.
       interventions: edits of the activations, without rows or with one row per conversation.
-      batch_tokens: the number of tokens in a call, including padding; results depend on it.
-        Default: 128 on a CPU, else 4,096.
+      batch_tokens: the number of tokens in one call of the model, including padding; it affects
+        the rounding of results. Default on a CPU: 128, or 1,024 for gates that need the whole
+        prompt. Default on other devices: 4,096.
 
     Raises:
       UserError: there are no prompts or candidates, an id is outside the vocabulary, a prompt fills
@@ -198,13 +201,13 @@ def next_logprobs(
 
 def _run(model: Model, rows: list[chat.Row], interventions: Interventions | None,
          batch_tokens: int | None, candidates: jax.Array | None = None) -> list[np.ndarray]:
-    """Return log-probabilities of each text: of the tokens after the first, or of candidates.
+    """Return log-probabilities for each text: of its tokens after the first, or of candidates.
 
     Args:
       model: the model.
-      rows: N texts.
-      interventions: without rows or with N rows, or None.
-      batch_tokens: the number of tokens in a call; None: the default.
+      rows: N encoded texts.
+      interventions: interventions without rows or with N rows, or None.
+      batch_tokens: the number of tokens in one call of the model; None: the default.
       candidates: [C] int32, the ids of candidates for the next token; None: return the
         log-probabilities of the texts' own tokens.
     """
@@ -229,7 +232,12 @@ Found = tuple[Sequence[int], Sequence[np.ndarray], Sequence[bool] | np.ndarray]
 
 def _in_batches(model: Model, rows: list[chat.Row], edits: Interventions, tokens: int | None,
                 candidates: jax.Array | None) -> Iterator[Found]:
-    """Score texts in batches; yield the texts, their values and whether they are finite."""
+    """Score texts in batches.
+
+    Yields:
+      For each batch: the indices of its texts, their log-probabilities, and whether their
+      activations are finite.
+    """
     like = model.params.like
     tokens = _TOKENS.get(platform(like), _TOKENS_ELSE) if tokens is None else tokens
     for members, width, size in batches(rows, tokens, rows_divisor(like)):
@@ -242,7 +250,11 @@ def _in_batches(model: Model, rows: list[chat.Row], edits: Interventions, tokens
 
 def _in_pieces(model: Model, rows: list[chat.Row], edits: Interventions, tokens: int | None,
                candidates: jax.Array | None) -> Iterator[Found]:
-    """Score texts in pieces; yield as `_in_batches`."""
+    """Score texts in pieces.
+
+    Yields:
+      For each call in which texts end: the same values for these texts as `_in_batches`.
+    """
     together = ROWS if tokens is None else max(1, tokens // PIECE)
     parts: dict[int, list[np.ndarray]] = {}
 
@@ -264,7 +276,7 @@ def _in_pieces(model: Model, rows: list[chat.Row], edits: Interventions, tokens:
             continue
         done = np.flatnonzero(call.ends)
         ended = [int(i) for i in step.members[done]]
-        if candidates is None:  # no token follows the last one
+        if candidates is None:  # the last token has no next token
             found = [np.concatenate(parts.pop(i))[:-1] for i in ended]
         else:
             found = list(processes.fetch(step.output)[done])
@@ -291,7 +303,7 @@ def _logit(logits: Float[Array, "*B V"], token: Any) -> Float[Array, "*B"]:
 @program()
 def _of_tokens(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
                ) -> tuple[Float[Array, "B T-1"], Bool[Array, " B"]]:
-    """Return log p of every token after the first, and which rows are finite (`Output.finite`)."""
+    """Return log p of each row's tokens after the first, and `Output.finite`."""
     batch = batch.spread(params.like)
     out = forward(params, config, batch, interventions=edits, attention="auto")
     return _logprob(out.logits[:, :-1], batch.tokens[:, 1:]), out.finite
@@ -301,7 +313,7 @@ def _of_tokens(params: Params, config: ModelConfig, batch: Batch, edits: Interve
 def _of_candidates(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
                    candidates: Int[Array, " C"],
                    ) -> tuple[Float[Array, "B C"], Bool[Array, " B"]]:
-    """Return log p of each candidate after each row's last token, and `Output.finite`."""
+    """Return log p of each candidate as the next token of each row, and `Output.finite`."""
     batch = batch.spread(params.like)
     out = forward(params, config, batch, interventions=edits, logits="last", attention="auto")
     values = jax.lax.map(lambda token: _logit(out.logits, token), candidates)  # [C, B]
@@ -314,11 +326,12 @@ def _score_piece(params: Params, config: ModelConfig, carry: Carry, batch: Batch
                  edits: Interventions, begins: jax.Array, following: jax.Array | np.ndarray,
                  candidates: Int[Array, " C"] | None, *, axes: tuple[int, ...],
                  ) -> tuple[Carry, jax.Array]:
-    """Run the next piece of each text.
+    """Run the next piece of each text and compute log-probabilities.
 
     Returns:
-      The carry, and log p [B, W] of the tokens `following` [B, W], each after the token of the
-      batch at its place; or, with candidates, their log p [B, C] after each row's last token.
+      The new carry, and log p. Without candidates, log p [B, W] is that of `following` [B, W], the
+      next token after each token of the batch. With candidates, log p [B, C] is that of each
+      candidate after the last token of each row.
     """
     carry = reset(carry, begins, config, params, edits, Capture(), axes)
     out = forward(params, config, batch, interventions=edits, capture=Capture(), carry=carry,

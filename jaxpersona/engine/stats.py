@@ -1,4 +1,4 @@
-"""Counts of the work of a run: decode steps and live rows, tokens with and without padding."""
+"""Counters of a run: decode steps, live rows and prompt tokens."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from jaxpersona.brief import count, line
 
 @dataclasses.dataclass(frozen=True)
 class RunStats:
-    """The work of a run and how much of it was for live rows and for tokens.
+    """The numbers of decode steps, live rows and prompt tokens of a run.
 
     Attributes:
       steps: the number of decode steps.
-      row_steps: the sum of the rows B over the decode steps.
-      live_steps: the sum of the live rows over the decode steps. A live row runs one token of its
-        reply in a step.
-      prompt_tokens: the number of tokens of prompts that were prefilled; a shared prefix counts
-        once.
+      row_steps: the number of rows B, summed over the decode steps.
+      live_steps: the number of live rows, summed over the decode steps. A live row runs one token
+        of its reply in a step.
+      prompt_tokens: the number of prompt tokens that were prefilled; a shared prefix counts once.
       padded_tokens: the number of tokens in the prefill calls, including padding and empty rows.
 
     Examples:
@@ -36,12 +35,12 @@ class RunStats:
 
     @property
     def utilisation(self) -> float:
-        """The mean share of rows that are live in a decode step; NaN without a step."""
+        """The mean fraction of rows that are live in a decode step; NaN without a step."""
         return self.live_steps / self.row_steps if self.row_steps else float("nan")
 
     @property
     def prefill_efficiency(self) -> float:
-        """`prompt_tokens` / `padded_tokens`; NaN without a prompt."""
+        """The fraction of tokens in prefill calls that are not padding; NaN without a prompt."""
         return self.prompt_tokens / self.padded_tokens if self.padded_tokens else float("nan")
 
     def __repr__(self) -> str:
@@ -51,18 +50,18 @@ class RunStats:
 
 
 class Stats:
-    """A thread-safe counter of the work of lanes."""
+    """A thread-safe counter that accumulates the `RunStats` of lanes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts = RunStats()
 
     def decoded(self, steps: int, rows: int, live: int) -> None:
-        """Count decode steps of `rows` rows, in which `live` tokens ran."""
+        """Add `steps` decode steps of `rows` rows, with `live` live rows summed over the steps."""
         self._add(steps=steps, row_steps=steps * rows, live_steps=live)
 
     def prefilled(self, tokens: int, padded: int) -> None:
-        """Count the tokens of a prefill call, without and with padding."""
+        """Add the tokens of a prefill call, without and with padding."""
         self._add(prompt_tokens=tokens, padded_tokens=padded)
 
     def snapshot(self) -> RunStats:

@@ -26,7 +26,8 @@ def checked(stop: Any) -> tuple[str, ...]:
       stop: a string, a list of strings, or None.
 
     Raises:
-      UserError: the type is wrong, a string is empty, or the strings have too many bytes.
+      UserError: the type is wrong, a string is empty, or the strings have more than `STATES` − 2
+        bytes in total.
     """
     strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if not all(isinstance(text, str) and text for text in strings):
@@ -34,12 +35,17 @@ def checked(stop: Any) -> tuple[str, ...]:
     strings = tuple(sorted(set(strings)))
     size = sum(len(text.encode()) for text in strings)
     if size > STATES - 2:
-        raise UserError(f"stop has {size} bytes of text; the maximum is {STATES - 2}")
+        raise UserError(f"stop has {size} bytes of text; the maximum is {STATES - 2}, so use fewer "
+                        "or shorter strings")
     return strings
 
 
 def automaton(strings: Sequence[str]) -> np.ndarray:
-    """Return the next state per state and byte, [states, 256] uint8; the last state accepts."""
+    """Return the transitions of the stop-string automaton by byte.
+
+    Returns:
+      [states, 256] uint8, the next state for each state and byte; the last state is accepting.
+    """
     tree: list[dict[int, int]] = [{}]
     ends: set[int] = set()
     for text in strings:
@@ -54,7 +60,7 @@ def automaton(strings: Sequence[str]) -> np.ndarray:
     step = np.zeros((match + 1, 256), np.int32)
     fail = [0] * match
     order = [0]
-    for state in order:  # breadth first, so that the targets of failure links are completed first
+    for state in order:  # breadth first, because a failure link leads closer to the root
         for byte in range(256):
             if byte in tree[state]:
                 step[state, byte] = child = tree[state][byte]
@@ -107,12 +113,15 @@ def _byte_level() -> dict[str, int]:
 
 @functools.lru_cache(maxsize=8)
 def table(tokenizer: Any, size: int, strings: tuple[str, ...]) -> np.ndarray:
-    """Return the next state per token and state, [size, states] uint8; the last state accepts.
+    """Return the transitions of the stop-string automaton by token.
 
     Args:
       tokenizer: a transformers tokenizer.
       size: the vocabulary size V.
       strings: the result of `checked`.
+
+    Returns:
+      [V, states] uint8, the next state for each token and state; the last state is accepting.
     """
     step = automaton(strings)
     texts = _texts(tokenizer, size, len(tokenizer))
@@ -139,7 +148,7 @@ def cut(text: str, strings: Sequence[str]) -> str:
 
 
 class Written:
-    """Splits the text of a streamed reply into pieces that concatenate to the complete text.
+    """The text of a streamed reply, in parts that concatenate to the complete text.
 
     Text at the end that later tokens may change is withheld: an incomplete character, trailing
     whitespace, or the beginning of a stop string.
@@ -149,7 +158,7 @@ class Written:
         self.tokenizer, self.strings, self.sent = tokenizer, strings, ""
 
     def push(self, tokens: np.ndarray) -> str:
-        """Return the new text that can no longer change, given all tokens so far."""
+        """Return the new text that later tokens cannot change; `tokens` are all tokens so far."""
         whole = text_of(self.tokenizer, tokens, self.strings)
         held = whole.rstrip("\ufffd")
         for one in self.strings:
@@ -171,7 +180,7 @@ class Written:
 
 
 def text_of(tokenizer: Any, tokens: np.ndarray, strings: Sequence[str] = ()) -> str:
-    """Decode token ids, without special tokens, up to a stop string; "" without a tokenizer."""
+    """Decode token ids without special tokens up to a stop string; "" without a tokenizer."""
     if tokenizer is None:
         return ""
     return cut(tokenizer.decode(tokens.tolist(), skip_special_tokens=True), strings)

@@ -43,29 +43,30 @@ _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "jaxpersona")
 
 
 class Stored:
-    """A function whose traces are stored on disk and compiled from there.
+    """A jitted function whose traces are stored on disk.
 
-    Calls with traced arguments, or with JAX arrays that are sharded or on another device than JAX's
-    default device, use `jax.jit` instead.
+    Calls with traced arguments, or with JAX arrays that are sharded or not on JAX's default device,
+    use `jax.jit` instead.
     """
 
     def __init__(self, function: Callable, jitted: Any, *, static: Iterable[str],
                  donate: Iterable[str], result: Callable[..., Any], folder: OwnFolder) -> None:
-        """Set up the function; nothing is traced or read from disk yet.
+        """Set up the function; its traces are created or read from disk when it is called.
 
         Args:
-          function: the function; all of its arguments can be given by name.
+          function: a function whose arguments can all be passed by name.
           jitted: the result of `jax.jit` for the function, for calls without a stored trace.
-          static, donate: argument names.
+          static, donate: the names of the static and of the donated arguments.
           result: a function of the same arguments that returns a pytree with the structure of the
             result, without running the function.
-          folder: the folder of traces.
+          folder: the folder for traces.
         """
         self._function, self._jitted = function, jitted
         self._signature = inspect.signature(function)
         self._static, self._donate, self._result = set(static), set(donate), result
         self._folder, self._lock = folder, threading.Lock()
-        # pairs: (arguments and JAX's settings), (compiled function and structure of its result)
+        # Pairs (key, program): The key contains the argument types and JAX's settings. The program
+        # is a compiled function and the structure of its result, or None if it cannot be stored.
         self._made: list[tuple[Any, tuple[Callable, Any] | None]] = []
 
     def __call__(self, *args: Any, **named: Any) -> Any:
@@ -79,11 +80,11 @@ class Stored:
         return jax.tree.unflatten(structure, call(*leaves))
 
     def lower(self, *args: Any, **named: Any) -> Any:
-        """Trace and lower, as `jax.jit(…).lower` does."""
+        """Trace and lower the function, like `jax.jit(…).lower`."""
         return self._jitted.lower(*args, **named)
 
     def _bound(self, args: tuple, named: Mapping[str, Any]) -> tuple[dict[str, Any], dict]:
-        """Return the arrays and the static arguments by name."""
+        """Return the non-static and the static arguments, as two dictionaries by name."""
         bound = self._signature.bind(*args, **named)
         bound.apply_defaults()
         arrays = {k: v for k, v in bound.arguments.items() if k not in self._static}
@@ -91,13 +92,14 @@ class Stored:
 
     def _get(self, arrays: dict[str, Any], static: dict, tree: Any,
              leaves: list[Any]) -> tuple[Callable, Any] | None:
-        """Return a compiled function of the arguments' leaves, and the structure of the result.
+        """Return the compiled program for the arguments.
 
         A `Stored` object may be called with arguments of different structures, such as states with
         different readings, so everything that `jax.jit` distinguishes is compared.
 
         Returns:
-          None if the program cannot be stored.
+          A compiled function of the arguments' leaves and the structure of its result, or None if
+          the program cannot be stored.
         """
         kinds = [(x.shape, x.dtype, getattr(x, "weak_type", False)) for x in leaves]
         asked = tree, kinds, static, thread_settings()
@@ -129,7 +131,7 @@ class Stored:
         def call(*leaves: Any) -> Any:
             return exported.call(*leaves)
 
-        call.__name__ = self._function.__name__  # the name of the compiled program
+        call.__name__ = self._function.__name__  # gives the compiled program its name
         return jax.jit(call, donate_argnums=donated).lower(*shapes).compile(), structure
 
     def _donated(self, arrays: dict[str, Any]) -> tuple[int, ...]:
@@ -139,7 +141,7 @@ class Stored:
 
     def _export(self, shapes: list, tree: Any, static: dict,
                 structure: Any) -> jax.export.Exported | None:
-        """Trace the program as a function of leaves; return None if it cannot be stored."""
+        """Trace and export the program as a function of leaves; return None if this fails."""
         traced = []
 
         def flat(*leaves: Any) -> list[Any]:
@@ -167,7 +169,7 @@ class Stored:
         return exported
 
     def _read(self, name: str, shapes: list) -> jax.export.Exported | None:
-        """Return the stored trace; None if there is none, or if it does not match the arguments."""
+        """Return the stored trace; None if it is missing, unreadable or does not match `shapes`."""
         content = self._folder.read(name)
         if content is None:
             return None
@@ -177,7 +179,7 @@ class Stored:
             if [(x.shape, x.dtype) for x in exported.in_avals] == wanted:
                 return exported
         except Exception as error:  # the parser raises errors of many types
-            _LOG.warning("%s: the trace cannot be read (%s) and is made again", name, error)
+            _LOG.warning("%s: the trace cannot be read (%s) and will be replaced", name, error)
         return None
 
     def _name(self, arrays: dict[str, Any], static: dict) -> str:
@@ -199,14 +201,14 @@ class Unknown(Exception):
 
 
 def described_value(value: Any) -> Any:
-    """Describe an argument exactly, by nested tuples of strings and numbers.
+    """Return an exact description of an argument, as nested tuples of strings and numbers.
 
     An array is described by shape and dtype, any other value by type and complete content. Equal
     descriptions therefore imply equal traces.
 
     Raises:
-      Unknown: the content of a value may not determine how it behaves in a trace. An example is an
-        object of a class outside this package, because the source of the class may change.
+      Unknown: a value is not of a supported type. Classes outside this package are not supported,
+        because a change of their source may change the trace.
     """
     if value is None or type(value) in (bool, int, float, str, bytes):
         return type(value).__name__, repr(value)
@@ -231,7 +233,7 @@ def described_value(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         own = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return _ours(type(value)), described_value(own)
-    raise Unknown(f"{value!r:.60} is a {type(value).__name__}")
+    raise Unknown(f"{value!r:.60} is a {type(value).__name__}, which has no exact description")
 
 
 def _ours(kind: type) -> str:
@@ -242,12 +244,12 @@ def _ours(kind: type) -> str:
     """
     name = f"{kind.__module__}.{kind.__qualname__}"
     if kind.__module__.partition(".")[0] != "jaxpersona" or "<locals>" in name:
-        raise Unknown(f"{name} is not part of jaxpersona")
+        raise Unknown(f"{name} is not a module-level class of jaxpersona")
     return name
 
 
 def _on_one(device: Any, leaves: list[Any]) -> bool:
-    """Return whether all leaves are untraced: NumPy arrays, or unsharded arrays on `device`."""
+    """Return whether every leaf is a NumPy array or an unsharded, concrete array on `device`."""
     only = {device}
     return not is_traced(leaves) and all(
         isinstance(x, np.ndarray) or (
@@ -269,5 +271,5 @@ def _source() -> str:
     return total.hexdigest()
 
 
-_source()  # at import: a later change of the files would not change the imported code
+_source()  # at import, because later changes of the files do not change the imported code
 _VERSIONS = tuple(importlib.metadata.version(name) for name in _PACKAGES)

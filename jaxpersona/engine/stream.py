@@ -1,8 +1,8 @@
-"""Replies to a long stream of conversations: rows refill without a pause, in bounded memory.
+"""Generation of replies to a long stream of conversations in bounded memory.
 
 Only some of the conversations are encoded at a time. They are queued in the order of their shapes,
-so that the prompts of one prefill have one shape and a lane is replaced rarely. The order does not
-change any bit of a reply (`engine.lanes`).
+because prompts of the same shape are prefilled together and a lane should rarely be replaced. The
+order does not change the replies (`engine.lanes`).
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _LEAST_AHEAD = 256
 
 
 class Stream:
-    """Generates replies to an iterable of conversations, which may be longer than memory.
+    """An iterable over the replies to conversations that may not all fit in memory.
 
-    A reply has the bits that `generate` gives it with the same settings and id.
+    A reply is bit-identical to that of `generate` with the same settings and id.
 
     Attributes:
-      tokens: the number of tokens generated so far, stop tokens included.
+      tokens: the number of tokens in all finished replies, including stop tokens.
 
     Examples:
       >>> import jaxpersona as jp
@@ -59,12 +59,12 @@ class Stream:
                  capture: Capture | Sequence[Capture] | None = None, max_new_tokens: int = 512,
                  temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
                  batch_size: int = 32, share_prefix: bool = False) -> None:
-        """Prepare the weights; nothing is taken from `asked` before the first step.
+        """Prepare the weights; no conversation is read from `asked` before the first step.
 
         Args:
           model: the result of `load`.
-          asked: (tag, conversation, id) of each conversation; the tag is returned with its reply,
-            and the id (uint32) seeds its random draws.
+          asked: tuples (tag, conversation, id). The tag is returned with the reply, and the id
+            (uint32) seeds the random draws.
           capture, max_new_tokens, temperature, top_p, seed, batch_size, share_prefix: as for
             `generate`.
 
@@ -94,17 +94,17 @@ class Stream:
                             bool(self._settings.temperature[0] == 0), batch_size), self._collect)
 
     def __iter__(self) -> Iterator[list[tuple[Any, Reply]]]:
-        """Yield the replies that each step finishes, as (tag, reply); the list may be empty."""
+        """Yield, for each step, the list of (tag, reply) that it finished; a list may be empty."""
         while not self.done:
             yield self.step()
 
     @property
     def done(self) -> bool:
-        """Whether every conversation has its reply."""
+        """Whether the replies to all conversations are finished."""
         return self._exhausted and self._scheduler.idle
 
     def step(self) -> list[tuple[Any, Reply]]:
-        """Run one chunk of decode steps; return (tag, reply) of the conversations that ended.
+        """Run one chunk of decode steps and return the list of (tag, reply) that it finished.
 
         Raises:
           UserError: a conversation is invalid or fills the context, or activations are not finite.
@@ -118,7 +118,7 @@ class Stream:
         return found
 
     def _take(self) -> None:
-        """Encode the next conversations and queue them, those of the open lane first."""
+        """Encode and queue the next conversations; those for the open lane come first."""
         waiting = self._scheduler.waiting
         tasks = [self._task(*one) for one in itertools.islice(self._asked, self._ahead)]
         self._exhausted = len(tasks) < self._ahead
@@ -138,7 +138,7 @@ class Stream:
         return Task(self._count - 1, row, int(row_id), limit, self._settings, shape, shape.slots)
 
     def _collect(self, tasks: list[Task], state: State) -> None:
-        """Keep the replies of finished tasks."""
+        """Store the replies of finished tasks."""
         model, stops = self._model, set(self._model.stop_ids)
         for task, finished in zip(tasks, unpack(state, tasks), strict=True):
             tag, tokens = self._tags.pop(task.number), finished.tokens
@@ -146,7 +146,7 @@ class Stream:
             if finished.nonfinite:
                 raise UserError(explain(model, chat.answered(model.tokenizer, task.row, tokens),
                                         given(None), f"conversation {task.number}",
-                                        "a reply ended at"))
+                                        "a reply ended because of"))
             ended = bool(tokens.size) and int(tokens[-1]) in stops
             tokens = tokens[:-1] if ended else tokens
             self._finished.append((tag, Reply(

@@ -1,6 +1,7 @@
 """Tasks: prompts with their settings, and the static sizes of the programs that run them.
 
-The static sizes of a prompt depend only on that prompt, on its limit and on the number of rows.
+The static sizes for a prompt depend only on that prompt, on the limit of its reply and on the
+number of rows.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from jaxpersona.models.batch import LAST, USER, Batch
 from jaxpersona.models.batch import batch as make_batch
 from jaxpersona.text.chat import Row
 
-PIECE = 16  # tokens; a multiple of it wastes few tokens of a prompt, and keeps products large
-_LEAST_SLOTS = 256  # with pieces: role prompts and replies of up to 128 tokens share one lane
-_SHORTEST_PREFIX = 16  # tokens; a shorter common prefix is not prefilled separately
+PIECE = 16  # tokens; small enough for little padding, large enough for fast matrix products
+_LEAST_SLOTS = 256  # with pieces; role prompts with replies of up to 128 tokens share a lane
+_SHORTEST_PREFIX = 16  # tokens; a shorter shared prefix is not prefilled separately
 
 
 class Edits(Protocol):
@@ -37,11 +38,16 @@ class Edits(Protocol):
         ...
 
     def of(self, tasks: Sequence[Task | None], rows: int) -> Interventions:
-        """Return interventions on `rows` rows: those of `tasks`, and neutral ones for the rest."""
+        """Return the interventions of `tasks`, padded to `rows` rows that have no effect."""
         ...
 
     def assign(self, edits: Interventions, rows: np.ndarray) -> None:
-        """Assign interventions on n rows to the rows [n] of the lane; row index B is ignored."""
+        """Assign interventions on n rows to rows of the lane.
+
+        Args:
+          edits: the interventions on n rows.
+          rows: [n] int32, the indices of the lane's rows; the index B is ignored.
+        """
         ...
 
     def of_rows(self, tasks: Sequence[Task | None]) -> Interventions:
@@ -55,18 +61,18 @@ class Edits(Protocol):
 
 @dataclasses.dataclass(eq=False)
 class Task:
-    """A prompt that a lane runs.
+    """A prompt for which a lane generates a reply.
 
     Attributes:
-      number: its index among the prompts of a call, or in the order of requests.
+      number: the index of the prompt in its call, or of its request in the order of submission.
       row: the encoded prompt.
-      row_id: uint32, seeds its random draws.
-      limit: the maximum number of tokens in its reply.
-      sampling: its sampling settings, as arrays of one row.
-      shape: the static sizes for its prefill.
-      lane: the key of its lane.
-      edits: its interventions on one row, for `RowEdits`; None for `SharedEdits`.
-      cancelled: whether it was cancelled and is removed without a result.
+      row_id: uint32, the id that seeds the random draws.
+      limit: the maximum number of tokens in the reply.
+      sampling: the sampling settings, as arrays of one row.
+      shape: the static sizes for the prefill.
+      lane: the key of the lane.
+      edits: the interventions on one row, for `RowEdits`; None for `SharedEdits`.
+      cancelled: whether the request was cancelled, so that the task is removed without a result.
     """
 
     number: int
@@ -84,11 +90,11 @@ class Setting(NamedTuple):
     """The settings that all rows of a lane share.
 
     Attributes:
-      slots: S of the cache.
+      slots: the number of cache slots S.
       max_new: the maximum number of tokens in a reply.
       greedy: whether every temperature is 0.
       capture: the readings.
-      stops: the tokens that end a row.
+      stops: the stop tokens, thinking tags and transition tables.
     """
 
     slots: int
@@ -116,35 +122,35 @@ class Shape(NamedTuple):
 def piece_of(like: jax.Array, edits: Interventions, rows: int) -> int | None:
     """Return the number of tokens in a piece, or None if a prompt runs in one call.
 
-    On a CPU, where the time of a call is proportional to its tokens, a prompt runs in pieces of
-    `PIECE` tokens, so that prompts of all lengths share one program with little padding. On a GPU
-    or TPU, where calls with few tokens take as long as those with many, and for a gate that needs
-    the whole prompt, it runs in one call; so do the prompts of small batches, which need few
-    programs without pieces (`prompts.padded`).
+    On a CPU, where the time of a call is proportional to its number of tokens, a prompt runs in
+    pieces of `PIECE` tokens, so that prompts of all lengths share one program with little padding.
+    On a GPU or TPU, a prompt runs in one call, because short calls take as long as long ones. The
+    same applies to gates that need the whole prompt, and to lanes of at most `FEW_ROWS` rows, which
+    need few programs even without pieces (`prompts.padded`).
 
     Args:
       like: an array on the device of the parameters.
       edits: interventions with the lane's structure.
-      rows: B of the lane.
+      rows: the number of rows B of the lane.
     """
     return None if needs_whole(edits) or rows <= FEW_ROWS or not on_cpu(like) else PIECE
 
 
 def shape_of(row: Row, max_new: int, share_prefix: bool, context: int, rows: int,
              piece: int | None = None) -> Shape:
-    """Return the static sizes for a prompt.
+    """Return the static sizes for the prefill of a prompt.
 
     Args:
-      row: the prompt.
+      row: the encoded prompt.
       max_new: the maximum number of tokens in the reply.
-      share_prefix: whether the prefix is computed separately.
+      share_prefix: whether the shared prefix is prefilled separately.
       context: the model's context in tokens.
-      rows: B of the lane.
-      piece: the number of tokens in a piece (`piece_of`).
+      rows: the number of rows B of the lane.
+      piece: the number of tokens in a piece, or None (`piece_of`).
     """
     shared = prefix_length(row) if share_prefix else 0
     prefix = padded(shared, rows) if shared else 0
-    if piece is not None:  # padding takes no slots
+    if piece is not None:  # the padding of a piece takes no cache slots
         needed = max(prefix, row.tokens.size + max_new)
         return Shape(prefix, piece, cache_size(needed, context, least=_LEAST_SLOTS))
     width = padded(row.tokens.size - shared, rows)
@@ -156,13 +162,16 @@ def shape_of(row: Row, max_new: int, share_prefix: bool, context: int, rows: int
 
 def shape_within(row: Row, limit: int, sizes: Sequence[int],
                  piece: int | None = None) -> tuple[Shape, int]:
-    """Return the lengths of a prompt's programs for given cache sizes, and its reply's limit.
+    """Return the static sizes for a prompt whose cache has one of the given sizes.
 
     Args:
-      row: the prompt.
-      limit: the maximum number of tokens of the reply.
-      sizes: the cache sizes, ascending.
-      piece: the number of tokens in a piece (`piece_of`).
+      row: the encoded prompt.
+      limit: the maximum number of tokens in the reply.
+      sizes: the cache sizes in slots, ascending.
+      piece: the number of tokens in a piece, or None (`piece_of`).
+
+    Returns:
+      The static sizes for the prefill, and `limit`, reduced if the largest cache requires it.
 
     Raises:
       UserError: the prompt leaves no room in the largest cache.
@@ -174,7 +183,7 @@ def shape_within(row: Row, limit: int, sizes: Sequence[int],
         padding = f", padded to {taken}" if piece is None else ""
         raise UserError(f"the conversation has {row.tokens.size} tokens{padding}; "
                         f"the engine's largest cache holds {sizes[-1]}, including the "
-                        "reply: shorten it, or create the engine with larger sizes")
+                        "reply; shorten the conversation, or create the engine with larger sizes")
     limit = min(limit, sizes[-1] - taken)
     return Shape(0, width, next(x for x in sizes if x >= taken + limit)), limit
 
@@ -182,23 +191,22 @@ def shape_within(row: Row, limit: int, sizes: Sequence[int],
 def cache_size(tokens: int, context: int, *, least: int = 64, finer: int | None = 512) -> int:
     """Return the number of cache slots for at most `tokens` tokens.
 
-    The result is the smallest of 64, 128, 256, 512, 768, 1,024, 1,536, 2,048, … that is at least
-    `tokens`. If this size exceeds the context, the result is `tokens` rounded up to a multiple of
-    64.
-    There are few sizes so that prompts of different lengths share a lane; with more sizes and
-    lanes, many rows would be free.
+    By default, the result is the smallest of 64, 128, 256, 512, 768, 1,024, 1,536, 2,048, … that is
+    at least `tokens`. If this size exceeds the context, the result is `tokens` rounded up to a
+    multiple of 64. There are few sizes, so that prompts of different lengths share a lane. With
+    more sizes, there would be more lanes, and many of their rows would be free.
 
     Args:
       tokens: the number of tokens.
       context: the model's context in tokens.
-      least, finer: the list of sizes (`bucket`).
+      least, finer: the parameters of the list of sizes, as for `bucket`.
     """
     size = bucket(tokens, least=least, finer=finer)
     return size if size <= context else -(-tokens // 64) * 64
 
 
 def prefix_length(row: Row) -> int:
-    """Return the number of tokens before the first user message; 0 if below the minimum."""
+    """Return the number of tokens before the first user message; 0 if the prefix is too short."""
     users = np.flatnonzero(row.kind & USER)
     length = int(users[0]) if users.size else 0
     return length if length >= _SHORTEST_PREFIX else 0
@@ -213,13 +221,13 @@ def prefix_key(task: Task) -> tuple:
 
 def cut(chosen: Sequence[Task | None], start: Sequence[int], stop: Sequence[int], width: int,
         size: int, chunk: bool) -> Batch:
-    """Return a batch of `size` rows with tokens start…stop−1 of each prompt; added rows are empty.
+    """Return a batch whose rows are tokens start…stop−1 of prompts, followed by empty rows.
 
     Args:
-      chosen: n ≤ `size` tasks; None is an empty row.
+      chosen: n ≤ `size` tasks; None stands for an empty row.
       start, stop: n token indices each.
-      width: T of the batch.
-      size: B of the batch.
+      width: the number of tokens T per row of the batch.
+      size: the number of rows B of the batch.
       chunk: whether the tokens are only part of each prompt.
     """
     whole = [None if task is None else make_batch(

@@ -1,7 +1,8 @@
-"""Passes over complete texts of mixed lengths on a CPU, in pieces.
+"""Forward passes over complete texts of different lengths, in pieces on a CPU.
 
-The cache has as many slots as the power of two from 256 on that holds a text, so that texts of up
-to 512 tokens need three programs: two for pieces, and one that copies finished rows.
+The number of cache slots is the smallest power of two of at least 256 that holds the text. Texts of
+up to 512 tokens therefore need only three programs: one per cache size that runs pieces, and one
+that copies finished rows.
 """
 
 from __future__ import annotations
@@ -40,19 +41,19 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 PIECE = 32  # tokens in a piece
-ROWS = 4  # the default number of rows: with more, a single text would take longer
+ROWS = 4  # the default number of rows; with more rows, a single text would take longer
 _LEAST_SLOTS = 256
 
 
 class Step(NamedTuple):
-    """The result of one call.
+    """The result of one call of the model.
 
     Attributes:
-      members: [R] the index of the text in each row, −1 for an empty row.
+      members: [R] int32, the index of the text in each row, −1 for an empty row.
       call: the piece in each row.
-      output: what the program returned beside the carry.
-      ended: the readings, counts and `finite` of the R rows, on the host, if a text ends in this
-        call; else None.
+      output: the second return value of `run` (`in_pieces`).
+      ended: the readings, counts and `finite` of the R rows on the host; None if no text ends in
+        this call.
     """
 
     members: Int[np.ndarray, " R"]
@@ -62,10 +63,10 @@ class Step(NamedTuple):
 
 
 def fits_pieces(model: Model, edits: Interventions, capture: Capture) -> bool:
-    """Return whether texts run in pieces: on a CPU, unless an edit or a reading is against it.
+    """Return whether texts run in pieces: on a CPU, if the edits and the readings allow it.
 
     A gate may need the whole prompt in one call. A reading with one value per token has a state of
-    the size of the cache, which every piece would copy.
+    the size of the cache, which would be copied for every piece.
     """
     if needs_whole(edits) or not on_cpu(model.params.like):
         return False
@@ -79,14 +80,15 @@ def in_pieces(model: Model, rows: Sequence[chat.Row], edits: Interventions, capt
 
     Args:
       model: the model.
-      rows: N texts.
+      rows: N encoded texts.
       edits: interventions, without rows or with N rows.
-      capture: the readings, none with one value per token.
+      capture: the readings; none may have one value per token.
       together: R, the number of rows.
       layers: the number of layers that are computed.
-      run: called with the carry (donated), a batch of R rows, their interventions, `Call.begins`,
-        the static row axes of `light(carry)`, and the token after each of the batch's tokens
-        [R, W] (0 after the last); returns the new carry and an output.
+      run: a function that runs the model and returns the new carry and an output. Its arguments
+        are the carry (donated), a batch of R rows, their interventions, `Call.begins`, the batch
+        axis of each leaf of `light(carry)` (static), and the next token after each token of the
+        batch, [R, W] int32 (0 after the last token of a text).
     """
     def blank(count: int, slots: int) -> Carry:
         made = blank_carry(model.config, model.params, edits, capture, rows=count, slots=slots,
@@ -98,7 +100,7 @@ def in_pieces(model: Model, rows: Sequence[chat.Row], edits: Interventions, capt
         slots = cache_size(row.tokens.size, model.config.max_context, least=_LEAST_SLOTS,
                            finer=None)
         groups.setdefault(max(slots, PIECE), []).append(i)
-    for slots, group in sorted(groups.items(), reverse=True):  # largest memory use first
+    for slots, group in sorted(groups.items(), reverse=True):  # largest caches first
         carry = blank(together, slots)
         of_rows = jax.tree.map(axis_of_rows, *(
             jax.eval_shape(lambda n=n, slots=slots: light(blank(n, slots))) for n in (1, 2)))
@@ -130,5 +132,5 @@ def in_pieces(model: Model, rows: Sequence[chat.Row], edits: Interventions, capt
 
 
 def _found(carry: Carry) -> Carry:
-    """Return the readings, counts and `finite` of a carry, whose shapes do not depend on S."""
+    """Return a carry with only readings, counts and `finite`, whose shapes are independent of S."""
     return carry.replace(cache=None, gates=None)

@@ -1,15 +1,17 @@
-"""Convert the directions and numbers that operators accept to arrays in one canonical form.
+"""Conversion of the directions, strengths and thresholds of operators to a canonical form.
 
-A direction has one of these forms:
-  a named direction (`Axis` or `Vector`), whose values at the chosen layers are used;
-  an array [D], used at every layer, or [1, l, D], with one vector per chosen layer;
-  with `rows=`, a bank of directions: an array [n, D] or [n, l, D], or a list of named directions.
-  Batch row b uses direction rows[b] of the bank; −1 means no edit.
-A strength or threshold is a number or an array [l] with one value per chosen layer. With a named
-direction, an array [L] with one value per layer of the model is also accepted, and with a bank,
-an array [n] or [n, l].
+In the shapes below, l is the number of chosen layers, L the number of layers of the model, and D
+the width of the residual stream. A direction has one of these forms:
 
-Under a JAX transformation (grad, vmap, jit) only shapes are checked, because values are unknown.
+- a named direction (`Axis` or `Vector`), whose values at the chosen layers are used
+- an array [D], which is used at every layer, or [1, l, D], with one vector per chosen layer
+- with `rows=`, a bank of n directions: an array [n, D] or [n, l, D], or a list of named directions.
+  Batch row b uses direction rows[b] of the bank; an index of −1 means no edit.
+
+A strength or threshold is a number or an array: [l] for one direction, and [n] or [n, l] for a
+bank. With named directions, an array [L] with one value per layer of the model is also accepted.
+
+Under a JAX transformation (grad, vmap, jit), only shapes are checked, because values are unknown.
 All operations are differentiable.
 """
 
@@ -31,7 +33,7 @@ from jaxpersona.runtime import is_traced
 Layers = int | slice | Sequence[int] | str
 _MANTISSA, _BIAS = 23, 127  # mantissa bits and exponent bias of float32
 _GREATEST = float(np.finfo(np.float32).max)
-# for each bound, the infinity that is invalid; the infinity of opposite sign means "no bound"
+# for each bound, the invalid infinity; the infinity of opposite sign means "no bound"
 _OPEN = {"floor": np.inf, "above": np.inf, "ceiling": -np.inf, "below": -np.inf}
 
 
@@ -40,16 +42,30 @@ class Bank:
 
     Attributes:
       layers, site: the layers and the site at which the directions apply.
-      index: [B], the index of each batch row's direction; None for one direction for all rows.
-      direction: unit vectors [l, n, D].
+      total: the number of layers L of the model, or None for arrays, which do not specify it.
+      index: [B] integers, the index of each batch row's direction, or None if one direction applies
+        to all rows.
+      direction: [l, n, D], the unit vectors; a zero vector stays zero.
       norm: [l, n], the norms of the vectors before normalization.
-      origin: [n] uint32, the hash of the weights of each direction's model (`params.origin`); 0 if
-        unknown.
+      origin: [n] uint32, the hash of the weights of the model that each direction was made for
+        (`params.origin`); 0 if unknown.
     """
 
     def __init__(self, vector: Any, layers: Layers, rows: Any, site: Site,
                  name: str = "vector", zero: bool = False) -> None:
-        """Convert a direction or a bank of directions; `zero` allows zero vectors."""
+        """Convert a direction or a bank of directions to unit vectors.
+
+        Args:
+          vector: a direction or a bank, in one of the forms that the module docstring lists.
+          layers: the chosen layers, in a form that `resolve_layers` accepts.
+          rows: the index of each batch row's direction, or None without a bank.
+          site: the site at which the directions apply.
+          name: the name of the argument in error messages.
+          zero: whether zero vectors are allowed.
+
+        Raises:
+          UserError: an argument is invalid.
+        """
         if site not in SITES:
             raise UserError(f"site is {site!r}; it must be one of {SITES}")
         self.site: Site = site
@@ -78,7 +94,7 @@ class Bank:
             )
         xp: Any = jnp if is_traced(value) else np
         if xp is np and not np.isfinite(value).all():
-            raise UserError(f"{name} contains a non-finite value")
+            raise UserError(f"{name} contains a non-finite value; all values must be finite")
         unit, norm = normalised(value)
         if xp is np and not zero and not value.any(-1).all():
             raise UserError(f"{name} is zero at a chosen layer; give nonzero vectors")
@@ -87,7 +103,11 @@ class Bank:
         self.origin = np.array(origin or [0] * len(value), np.uint32)
 
     def _array(self, vector: Any, name: str) -> Any:
-        """Convert an array to [n, l, D]."""
+        """Convert an array of directions to numbers and broadcast it to [n, l, D].
+
+        Raises:
+          UserError: the array is not numeric, or its shape is invalid.
+        """
         value = numbers(name, vector)
         xp: Any = jnp if is_traced(value) else np
         count = len(self.layers)
@@ -97,8 +117,8 @@ class Bank:
             value = value[:, None]
         elif value.ndim != 3:
             raise UserError(
-                f"{name} has shape {value.shape}; it must be [D], [1, l, D], or with `rows=` "
-                "[n, D] or [n, l, D]"
+                f"{name} has shape {value.shape}; it must be [D] or [1, l, D], or, with "
+                "`rows=`, [n, D] or [n, l, D]"
             )
         if value.shape[1] not in (1, count):
             raise UserError(
@@ -111,7 +131,7 @@ class Bank:
         """Broadcast a strength or threshold to [l, n].
 
         Raises:
-          UserError: the value is not numeric, or its shape is invalid or ambiguous.
+          UserError: the value is not numeric or not finite, or its shape is invalid or ambiguous.
         """
         given = numbers(name, value)
         xp: Any = jnp if is_traced(given) else np
@@ -122,8 +142,8 @@ class Bank:
             # one value per layer of the model: select the chosen layers
             if given.ndim == 1 and self.index is not None and n == self.total > 1:
                 raise UserError(f"{name} has {n} numbers, but there are {n} directions and {n} "
-                                "layers; give an array [n, l] with one number per direction and "
-                                "chosen layer")
+                                "layers, so the shape is ambiguous; give an array [n, l] with one "
+                                "number per direction and chosen layer")
             given = given[..., np.array(self.layers)]
             if given.ndim == 1 and self.index is not None:
                 given = xp.broadcast_to(given[None], (n, count))
@@ -136,19 +156,29 @@ class Bank:
         if given.shape == (n, count):
             return given.T
         raise UserError(
-            f"{name} has shape {given.shape}; with {count} layers and {n} directions it must be a "
+            f"{name} has shape {given.shape}; with {count} layers and {n} directions, it must be a "
             f"number, {'[n]' if self.index is not None else '[l]'} or [n, l]"
             + ("; to steer each row with its own strength, use jp.sweep" if name == "scale" else "")
         )
 
 
 def percentile(vector: Any, name: str, bound: Any, of: str) -> Any:
-    """Return the thresholds [L] if a bound is a percentile name, else the bound unchanged."""
+    """Return the thresholds [L] if `bound` is a percentile name, such as "p25", else `bound`.
+
+    Args:
+      vector: the direction, which must be an `Axis` if `bound` is a percentile name.
+      name: the name of the bound in error messages.
+      bound: the bound, as numbers or a percentile name.
+      of: the population of the percentile (`Axis.thresholds`).
+
+    Raises:
+      UserError: `vector` does not have this percentile.
+    """
     if not isinstance(bound, str):
         return bound
     if not hasattr(vector, "thresholds"):
-        raise UserError(f"{name} is {bound!r}; a percentile name needs an Axis with thresholds as "
-                        "vector; give such an Axis, or give the bound as numbers")
+        raise UserError(f"{name} is {bound!r}, but only an Axis has percentiles; give an Axis as "
+                        "vector, or give the bound as numbers")
     return vector.thresholds(bound, of=of)
 
 
@@ -156,8 +186,8 @@ def normalised(value: Any) -> tuple[Any, Any]:
     """Normalize vectors to unit length without overflow or underflow.
 
     In float32, squares of numbers above 1.8e19 overflow and squares of numbers below 1e-23
-    underflow. Each vector is therefore first multiplied by a power of two, which is exact, so that
-    its largest magnitude is between 1/2 and 2.
+    underflow. Each vector is therefore first multiplied by a power of two, so that its largest
+    magnitude is between 1/2 and 2. This multiplication is exact.
 
     Args:
       value: [..., D], finite. If `value` is traced, the results are differentiable.
@@ -199,7 +229,8 @@ def numbers(name: str, value: Any) -> Any:
         array = np.empty(0, object)
     if array.dtype.kind in "iuf" or array.dtype.name == "bfloat16":
         return array.astype(np.float64)
-    raise UserError(f"{name} is {_short_repr(value)}; it must be a real number or an array of them")
+    raise UserError(f"{name} is {_short_repr(value)}; it must be a real number or an array of "
+                    "real numbers")
 
 
 def _short_repr(value: Any) -> str:
@@ -209,7 +240,10 @@ def _short_repr(value: Any) -> str:
 
 
 def check_finite(name: str, value: np.ndarray) -> None:
-    """Check that numbers are finite in float32; a lower bound may be −inf, an upper bound inf.
+    """Check that numbers are finite in float32.
+
+    A lower bound (`floor` or `above`) may also be −inf, and an upper bound (`ceiling` or `below`)
+    may be inf.
 
     Raises:
       UserError: a value is NaN or an infinity that is not allowed; the message names the argument.
@@ -229,8 +263,9 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
     `total` is the model's number of layers, or None if it is unknown.
 
     Raises:
-      UserError: the selection is empty, unsorted or out of range, repeats a layer, or is invalid
-        text; or `total` is None and a slice has no stop or a negative bound.
+      UserError: the selection has the wrong type or form, is empty, unsorted or out of range, or
+        repeats a layer. If `total` is None, a slice without a stop or with a negative bound is also
+        an error.
     """
     wanted: Any = parse_layers(layers) if isinstance(layers, str) else layers
     text = _short_repr(layers)
@@ -241,7 +276,7 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
         if wanted.step is not None and wanted.step < 1:
             raise UserError(f"layers is {text}; the step of a slice must be at least 1")
         if total is None and (stop is None or stop < 0 or (start or 0) < 0):
-            raise UserError(f"layers is {text}; without a named direction the number of layers is "
+            raise UserError(f"layers is {text}; without a named direction, the number of layers is "
                             "unknown, so give a slice with a nonnegative start and stop")
         highest = max(start or 0, stop or 0)
         if total is not None and (highest > total or (start or 0) < -total):
@@ -274,7 +309,7 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
     if chosen[0] < 0 or chosen[-1] >= most:
         last = f"is {most - 1}" if total is not None else "of a model is config.n_layers − 1"
         raise UserError(f"layers is {text}, which is out of range; layers must be in 0…{most - 1}"
-                        + (f": the last layer {last}" if chosen[0] < 0 else ""))
+                        + (f", and the last layer {last}" if chosen[0] < 0 else ""))
     return chosen
 
 
@@ -283,10 +318,10 @@ def _whole(value: Any) -> bool:
 
 
 def parse_layers(text: str) -> slice | list[int]:
-    """Parse layers given as text: "46:54" (half-open), "16" or "3,5".
+    """Parse a string into a slice ("46:54", half-open) or a list of layers ("16" or "3,5").
 
     Raises:
-      UserError: the text has none of these forms.
+      UserError: the string has none of these forms.
     """
     number = r"\s*-?[0-9]{1,9}\s*"
     if re.fullmatch(rf"{number}(,{number})*", text):

@@ -1,4 +1,4 @@
-"""The `Interventions` pytree, a sequence of tables; functions that combine interventions."""
+"""The `Interventions` pytree, a sequence of tables, and functions that combine interventions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ from jaxpersona.runtime import is_traced, own_rules
 class Interventions(flax.struct.PyTreeNode):
     """The edits of a forward pass, stored as tables (`table.Table`) that are applied in order.
 
-    The compiled program contains no additional operations at layers without a table.
+    A table contains the edits of one operator for one site and a set of layers. The compiled
+    program contains no additional operations at layers without a table.
+
+    Attributes:
+      edits: the tables.
 
     Examples:
       >>> import jaxpersona as jp
@@ -37,14 +41,14 @@ class Interventions(flax.struct.PyTreeNode):
     edits: tuple[Table, ...] = ()
 
     def prepare(self, rows: int, like: Any) -> PreparedInterventions:
-        """Prepare the tables once, instead of in every step of a decode loop.
+        """Prepare the tables for a batch (`Table.prepare`).
 
-        For each table, this gathers the entries by row, shards the gathered entries if `like` is on
-        a mesh, and splits the table by layer (`Table.prepare`).
+        The entries of each table are gathered by row, sharded if `like` is on a mesh, and split by
+        layer. A decode loop prepares the tables once, before the first step.
 
         Args:
           rows: the number of rows B of the batch.
-          like: an array on the devices that will apply the tables.
+          like: an array on the devices that apply the tables.
 
         Raises:
           UserError: the interventions are for a different number of rows.
@@ -55,8 +59,8 @@ class Interventions(flax.struct.PyTreeNode):
     def take(self, rows: Any) -> Interventions:
         """Select rows: row i of the result is row rows[i] of `self`.
 
-        If rows[i] is −1, row i of the result has no entry. Tables whose single entry applies to all
-        rows are unchanged, so these tables still edit row i.
+        If rows[i] is −1, row i of the result has no entry. A table whose single entry applies to
+        all rows is unchanged, so it still edits row i.
 
         Raises:
           UserError: an index is out of range.
@@ -67,27 +71,37 @@ class Interventions(flax.struct.PyTreeNode):
 
     @property
     def rows(self) -> int | None:
-        """The number of batch rows, or None if all rows share the same edits."""
+        """The number of batch rows, or None if all rows share the same edits.
+
+        Raises:
+          UserError: the tables have different numbers of rows.
+        """
         counts = {edit.rows for edit in self.edits} - {None}
         if len(counts) > 1:
             raise UserError(f"chained interventions have different numbers of rows: {counts}; "
-                            "make them for the same number of rows")
+                            "create all of them for the same number of rows")
         return counts.pop() if counts else None
 
     def check(self, *, layers: int, width: int, rows: int) -> None:
-        """Check that the interventions match a model's layers and width and a batch's rows.
+        """Check that the interventions fit a model and a batch.
+
+        Args:
+          layers: the number of layers of the model.
+          width: the width D of the model's residual stream.
+          rows: the number of rows B of the batch.
 
         Raises:
-          UserError: the interventions do not match; the message names the field, its value and the
-            fix.
+          UserError: the interventions do not fit; the message contains the field, its value and
+            the fix.
         """
         for edit in self.edits:
             gate = edit.gate
             for given_width in (edit.width, None if gate is None else gate.direction.shape[-1]):
                 if given_width not in (None, width):
                     raise UserError(
-                        f"a direction has width {given_width}; the model's residual stream has "
-                        f"{width}: the direction was made for another model"
+                        f"a direction has width {given_width}, but the model's residual stream has "
+                        f"width {width}, so the direction was made for another model; use a "
+                        "direction of this model"
                     )
             if edit.layers[-1] >= layers or edit.layers[0] < 0:
                 raise UserError(
@@ -97,7 +111,7 @@ class Interventions(flax.struct.PyTreeNode):
                 raise UserError(f"site is {edit.site!r}; it must be one of {SITES}")
         if self.rows not in (None, rows):
             raise UserError(
-                f"interventions are for {self.rows} rows, but the batch has {rows}: give `rows=` "
+                f"interventions are for {self.rows} rows, but the batch has {rows}; give `rows=` "
                 "with one entry per row, or omit it to apply the same edit to all rows"
             )
 
@@ -116,13 +130,13 @@ class PreparedInterventions(flax.struct.PyTreeNode):
     edits: tuple[Prepared, ...] = ()
 
     def at(self, site: Site, layer: int) -> Iterator[tuple[int, Prepared]]:
-        """Yield each table at one site of one layer, with the table's index, in order."""
+        """Yield (index, table) for each table at one site of one layer, in order."""
         for number, edit in enumerate(self.edits):
             if edit.site == site and layer in edit.layers:
                 yield number, edit
 
     def gates_at(self, site: Site, layer: int) -> Iterator[tuple[int, Gate]]:
-        """Yield each gate measured at one site of one layer, with the index of the gate's table."""
+        """Yield (index of the table, gate) for each gate measured at one site of one layer."""
         for number, edit in enumerate(self.edits):
             if edit.gate is not None and (edit.gate.site, edit.gate.layer) == (site, layer):
                 yield number, edit.gate
@@ -145,8 +159,8 @@ def prepared(interventions: Interventions | PreparedInterventions | None, *, lay
         for edit in interventions.edits:
             if edit.where.shape[0] not in (1, rows) or edit.layers[-1] >= layers:
                 raise UserError(f"interventions were prepared for {edit.where.shape[0]} rows and "
-                                f"the layers {list(edit.layers)}; the batch has {rows} rows and "
-                                f"the model {layers} layers: prepare them for this batch")
+                                f"layers {list(edit.layers)}, but the batch has {rows} rows and "
+                                f"the model has {layers} layers; prepare them for this batch")
         return interventions
     edits = given(interventions)
     edits.check(layers=layers, width=width, rows=rows)
@@ -196,18 +210,18 @@ def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
             entries: int | None = None, site: Site = "residual") -> Interventions:
     """Allocate empty tables of fixed capacity, to be filled by `stack_rows(…, into=)`.
 
-    Filling the tables with other rank-one edits does not recompile the program.
+    Filling the tables with other rank-one edits does not trigger recompilation.
 
     Args:
       rows: the batch size B.
       width: the width D of the model's residual stream.
-      layers: all layers at which an edit may apply (a slice needs a stop).
+      layers: all layers at which an edit may apply; a slice must have a stop.
       slots: the maximum number of chained edits per row, which is also the number of tables.
-      entries: the maximum number of distinct edits per table; default: B.
+      entries: the maximum number of distinct edits per table, by default B.
       site: the site of the edits.
 
     Raises:
-      UserError: a size is not positive, or the layers are invalid.
+      UserError: a size is not positive, or the layers or the site are invalid.
 
     Examples:
       >>> import jaxpersona as jp
@@ -240,20 +254,21 @@ def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
 @own_rules()
 def stack_rows(interventions: Sequence[Interventions | None], *,
                into: Interventions | None = None) -> Interventions:
-    """Give each row of a batch its own interventions: item b applies only to row b.
+    """Combine a list of interventions so that item b applies only to batch row b.
 
-    Tables of the same kind and site are merged, so the run time depends on the longest chain, not
-    on the number of different rows. Tables with equal content share an entry. At a layer that a row
-    does not edit, the row's entry leaves h unchanged.
+    Tables of the same kind and site are merged, so the run time depends on the longest chain of
+    edits, not on how many rows have different edits. Tables with equal content share an entry. At a
+    layer that a row does not edit, the row's entry leaves h unchanged.
 
     Args:
-      interventions: one item per row: interventions made without `rows=`, or None for no edits.
-      into: tables to fill: the result of `reserve` or of an earlier call with `into=`. The new
-        result has the same structure, so the compiled program is reused; the edits of the
-        earlier call are removed.
+      interventions: one item per row, either interventions created without `rows=` or None for no
+        edits.
+      into: the tables to fill, from `reserve` or from an earlier call with `into=`. The result has
+        the same structure as `into`, so the compiled program is reused. It does not contain the
+        edits of the earlier call.
 
     Raises:
-      UserError: the list is empty, or interventions were made with `rows=` or do not fit `into`.
+      UserError: the list is empty, or interventions were created with `rows=` or do not fit `into`.
 
     Examples:
       >>> import jaxpersona as jp
@@ -273,7 +288,8 @@ def stack_rows(interventions: Sequence[Interventions | None], *,
             raise UserError(f"the interventions of row {row} were made with rows=; stack "
                             "interventions made without rows=")
     if into is not None and into.rows != count:
-        raise UserError(f"into is for {into.rows} rows, but {count} interventions were given")
+        raise UserError(f"into is for {into.rows} rows, but {count} interventions were given; "
+                        "give one item per row")
     fixed = into.edits if into is not None else ()
     slots: list[tuple[tuple, dict[int, Table]]] = [(edit.key, {}) for edit in fixed]
     for row, own in enumerate(interventions):  # build a common supersequence of all rows' chains
@@ -285,7 +301,8 @@ def stack_rows(interventions: Sequence[Interventions | None], *,
                 if into is not None:
                     raise UserError(f"the interventions of row {row} do not fit the reserved "
                                     "tables, which accept rank-one edits at one site, without a "
-                                    "gate or a push; reserve more slots, or stack without into=")
+                                    "gate or a push direction; reserve more tables (slots=), or "
+                                    "stack without into=")
                 slots.append((edit.key, {}))
             slots[cursor][1][row] = edit
             cursor += 1
@@ -296,7 +313,7 @@ def stack_rows(interventions: Sequence[Interventions | None], *,
 
 
 def _contents(edits: list[Table]) -> list[Any]:
-    """Return a hashable key of each table's content (structure and values).
+    """Return a hashable key for the content (structure and values) of each table.
 
     Tables with equal keys share an entry. Traced values cannot be compared, so each traced table
     has its own entry.
@@ -311,9 +328,18 @@ def _contents(edits: list[Table]) -> list[Any]:
 
 
 def _merge(members: dict[int, Table], rows: int, into: Table | None) -> Table:
-    """Merge single-entry tables into one table that is indexed by row."""
+    """Merge single-entry tables into one table that is indexed by row.
+
+    Args:
+      members: row → the table of the row; other rows have no entry.
+      rows: the number of rows B.
+      into: the reserved table to fill, or None to build a new table.
+
+    Raises:
+      UserError: the members do not fit the reserved table.
+    """
     if not members:
-        assert into is not None  # only a reserved slot can have no members
+        assert into is not None  # only a reserved table can have no members
         no_entry = jnp.full(rows, -1, jnp.int32)
         return into.replace(index=no_entry, origin=jnp.zeros_like(into.origin))
     layers = tuple(sorted({layer for edit in members.values() for layer in edit.layers}))
@@ -333,7 +359,7 @@ def _merge(members: dict[int, Table], rows: int, into: Table | None) -> Table:
             raise UserError(
                 f"{len(unique)} edits of width {unique[0].width} at layers {list(layers)} do not "
                 f"fit the reserved {into.entries} entries of width {into.width} at layers "
-                f"{list(into.layers)}"
+                f"{list(into.layers)}; reserve tables that fit these edits"
             )
         layers, size = into.layers, into.entries
     first = unique[0]

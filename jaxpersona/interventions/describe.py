@@ -13,12 +13,12 @@ from jaxpersona.runtime import is_traced
 
 
 def call(name: str, *arguments: str) -> str:
-    """Return `name(a, b)`; empty arguments are omitted."""
+    """Format a call as `name(a, b)`, without empty arguments."""
     return f"{name}({', '.join(filter(None, arguments))})"
 
 
 def layer_range(layers: Sequence[int]) -> str:
-    """Return "layer 4", "layers 4–7" (inclusive) or, if the layers have gaps, "layers 0, 2"."""
+    """Format layers as "layer 4", "layers 4–7" (inclusive) or, if there are gaps, "layers 0, 2"."""
     if len(layers) == 1:
         return f"layer {layers[0]}"
     if list(layers) == list(range(layers[0], layers[-1] + 1)):
@@ -40,10 +40,13 @@ def host_array(x: Any) -> np.ndarray | None:
 
 
 def tests(code: Any) -> str:
-    """Represent encoded token tests [5] or [n, 5] as text.
+    """Return a short description of encoded token tests [5] or [n, 5].
 
-    Padding (a test that no token passes) is omitted. If the tests differ, the text contains only
-    their number.
+    Padding entries, whose test no token passes, are ignored.
+
+    Returns:
+      The representation of the test if all entries have the same test; "k selections" for k
+      different tests; "nowhere" if all entries are padding; "traced" if the values are unknown.
     """
     values = host_array(code)
     if values is None or values.ndim > 2 or values.shape[-1:] != (WIDTH,):

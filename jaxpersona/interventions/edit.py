@@ -1,7 +1,7 @@
-"""Tables of rank-one edits. Edits are data, so new edits do not recompile the program.
+"""Tables of rank-one edits. Edits are data, so changing them does not trigger recompilation.
 
 An edit computes p = ⟨h, v̂⟩ in float32, δ = clip((s − 1)·p + c, lo − p, hi − p) and h ← h + δ·v̂.
-The coefficients (s, c, lo, hi) represent the operator: steer, cap, ablate, scale or set_projection.
+The coefficients (s, c, lo, hi) determine the operator: steer, cap, ablate, scale or set_projection.
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ class Edit(Table, kw_only=True, repr=False):
 
     @property
     def key(self) -> tuple:
-        """The kind, the site, the gate's structure, and whether there is a push direction."""
+        """The table's structure (see `Table.key`), including whether there is a push direction."""
         return (*super().key, self.push is not None)
 
     def _prepared(self, like: jax.Array) -> PreparedEdit:
-        """Split the table by layer; on a CPU, also precompute `reference.twice`."""
+        """Split the table by layer; on a CPU, also precompute the result of `reference.twice`."""
         cpu = on_cpu(like)
         return PreparedEdit(
             where=self.where, gate=self.gate, layers=self.layers, site=self.site,
             by_layer=tuple(LayerEdit(
                 direction=self.direction[i],
-                # TPUs read separate arrays once for all layers instead of once per layer
+                # as separate arrays, these are read once for all layers on TPUs, not once per layer
                 coefficients=tuple(self.coefficients[i, :, k] for k in range(4)),
                 push=None if self.push is None else self.push[i],
                 columns=twice(self.direction[i]) if cpu else None,
@@ -76,7 +76,7 @@ class Edit(Table, kw_only=True, repr=False):
         return _identities(layers, size, self.width, self.push is not None)
 
     def operator(self) -> str:
-        """Return the name of the operator; "rank_one" if the entries' operators differ."""
+        """Return the operator's name, or "rank_one" if it differs between entries or is unknown."""
         values, tests = host_array(self.coefficients), host_array(self.where)
         if values is None or tests is None or values.ndim != 3:
             return "rank_one"
@@ -88,7 +88,7 @@ class Edit(Table, kw_only=True, repr=False):
 
 
 def _operator(s: float, c: float, lo: float, hi: float) -> str:
-    """Return the name of the operator with the given coefficients."""
+    """Return the name of the operator with these coefficients, or "rank_one" if it has no name."""
     free = (lo, hi) == (-np.inf, np.inf)
     if s == 1:
         return "steer" if free else "cap" if c == 0 else "rank_one"
@@ -131,7 +131,7 @@ class PreparedEdit(Prepared, kw_only=True):
         return rank_one_edit(h, edit.direction, edit.coefficients, active, edit.push, edit.columns)
 
     def at(self, layer: int, active: jax.Array) -> SiteEdit:
-        """Return the edit of one layer with its active tokens [B, T], for `kernels.edit`."""
+        """Return the edit of one layer and its mask of active tokens [B, T] for `kernels.edit`."""
         edit = self.by_layer[self.layers.index(layer)]
         return SiteEdit(edit.direction, edit.coefficients, active, edit.push)
 

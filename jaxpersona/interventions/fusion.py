@@ -1,4 +1,4 @@
-"""The end of a block as one kernel: residual add, rank-one edits, projections and the next norm."""
+"""One kernel for the end of a block: residual add, rank-one edits, projections, and next norm."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _RESIDUAL: Axes = ("batch", None, None)
 
 @dataclasses.dataclass(frozen=True)
 class Fusion:
-    """The end of a block, run by the chosen implementation.
+    """The operations at the end of a block, run by the chosen implementation.
 
     Attributes:
       implementation: "xla", "pallas" or "interpret" (see `forward`).
-      platform: the platform that runs the program.
+      platform: the platform of the devices: "cpu", "gpu" or "tpu".
 
     Raises:
       UserError: the implementation is unknown.
@@ -37,27 +37,31 @@ class Fusion:
 
     def __post_init__(self) -> None:
         if self.implementation not in get_args(Implementation):
-            raise UserError(f"residual is {self.implementation!r}; it must be "
+            raise UserError(f"residual is {self.implementation!r}; it must be one of "
                             f"{', '.join(get_args(Implementation))}")
 
     def run(self, layer: int, x: jax.Array, added: jax.Array, edits: Sequence[Prepared],
             active: Sequence[jax.Array], readings: Mapping[str, tuple[Reading, int]],
             norm: Norm | None) -> tuple[Site, dict[str, jax.Array]]:
-        """Run the kernel at one layer, on each device's rows.
+        """Run the kernel at one layer, on each device's shard of the rows.
 
         Args:
           layer: the block's index.
-          x, added: the residual stream and the block's output, [B, T, D].
-          edits, active: the tables of the site, and the tokens [B, T] that each of them edits.
-          readings: by name, each reading of the site, and the index of `layer` in its `layers`.
-          norm: the next block's first norm, to apply to the result; None after the last block.
+          x: the residual stream [B, T, D] before the MLP's output is added.
+          added: the MLP's output [B, T, D].
+          edits: the tables of the site "residual" at this layer, in order.
+          active: for each table, a mask [B, T] of the tokens that it edits.
+          readings: reading name → (reading, index of `layer` among the layers that it reads).
+          norm: the next block's first norm, which is applied to the result, or None after the last
+            block.
 
         Returns:
-          The kernel's result, and the projections [B, T, K] of each reading on directions.
+          The kernel's result, and a dict from the name of each reading of projections to its
+          projections [B, T, K].
 
         Raises:
-          UserError: the kernel does not support an edit, a reading or the platform; the message
-            names the unsupported part.
+          UserError: the kernel does not support an edit, a reading, the platform or the width; the
+            message contains the reason.
         """
         found = [edit.at(layer, where) for edit, where in zip(edits, active, strict=True)
                  if isinstance(edit, PreparedEdit)]
@@ -69,8 +73,8 @@ class Fusion:
                 if edits and not reading.edited and not _projects(reading)]
         if late:
             self._refuse(f"the reading {late[0]!r} reads layer {layer} before the edits, which the "
-                         "kernel supports for projections only")
-        # readings before the edits come first
+                         "kernel supports only for projections")
+        # the kernel requires the directions that are read before the edits to come first
         names = sorted((name for name, (reading, _) in readings.items() if _projects(reading)),
                        key=lambda name: readings[name][0].edited)
         tables = {name: reading.at(index) for name in names
@@ -96,14 +100,14 @@ class Fusion:
 
 
 def _projects(reading: Reading) -> bool:
-    """Return whether a reading is computed from its projections alone."""
+    """Return whether a reading depends on the activations only through their projections."""
     return isinstance(reading, OnDirections) and type(reading).read is OnDirections.read
 
 
 def _by_rows(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit],
              directions: jax.Array | None, before: int, norm: Norm | None,
              implementation: Implementation) -> Site:
-    """Call `kernels.edit.site` on each device's rows."""
+    """Call `kernels.edit.site` on each device's shard of the rows."""
     def axes(array: jax.Array) -> Axes:
         per_row = array.shape[0] == x.shape[0]
         return ("batch" if per_row else None, *(None,) * (array.ndim - 1))

@@ -1,4 +1,4 @@
-"""Gates: an intervention applies only if a projection at an earlier site is within bounds.
+"""Gates, which apply an intervention only if a projection at an earlier site is within bounds.
 
 A prompt gate is evaluated once per row, on the mean projection over the prompt, and applies to the
 whole reply. A token gate is evaluated for every token. Bounds and directions are data and may
@@ -30,12 +30,13 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
     Attributes:
       direction: v̂ [n, D] float32, unit length.
       bounds: (lo, hi) [n, 2] float32; the gate is open if the projection p satisfies lo ≤ p ≤ hi.
-      where: encoded token tests [n, 5] int32 that select the measured tokens.
+      where: encoded token tests [n, 5] int32, which select the tokens whose projections are
+        measured.
       origin: [n] uint32, as in `Table`.
       layer, site: the layer and the site at which the projection is measured.
       over: "prompt" to test the mean projection over the prompt, "token" to test every token's
         projection.
-      within: whether a prompt gate also applies to all tokens of the prompt itself.
+      within: whether a prompt gate also applies to all tokens of the prompt.
     """
 
     direction: Float[Array, "n D"]
@@ -49,7 +50,7 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
 
     @property
     def key(self) -> tuple:
-        """The gate's structure; gates with equal keys can be entries of one table."""
+        """The gate's structure; entries whose gates have equal keys can be in one table."""
         return (self.layer, self.site, self.over, self.within)
 
     @staticmethod
@@ -71,12 +72,13 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
         return (self.layer, ORDER[self.site]) < (layer, ORDER[site])
 
     def init(self, rows: int, before: jax.Array | None = None) -> GateState:
-        """Return the initial state.
+        """Return the initial state of the gate.
 
         Args:
           rows: the number of rows B.
-          before: [B] int32, the number of tokens already in the cache. Cached tokens were not
-            measured, so if a row has cached tokens, the row's gate stays closed (its sum is NaN).
+          before: [B] int32, the number of tokens in the cache of each row, or None for an empty
+            cache. The projections of cached tokens are unknown, so the prompt gate of a row with
+            cached tokens stays closed: its sum is NaN, which is within no bounds.
         """
         zero = jnp.zeros((rows,), jnp.float32)
         missing = (zero if before is None else
@@ -103,7 +105,7 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
         mean = (state.total / jnp.maximum(state.count, 1.0))[:, None]
         opened = (state.count[:, None] > 0) & (mean >= lo) & (mean <= hi)
         gated = (kind & (LAST | GENERATED)) != 0
-        if self.within:  # apply the gate also to the prompt's tokens if this call contains its end
+        if self.within:  # apply the gate to all prompt tokens if this call contains the last one
             gated = gated | (kind & LAST).any(-1, keepdims=True)
         return opened & gated, state
 

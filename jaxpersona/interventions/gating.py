@@ -35,25 +35,29 @@ def gate(
     """Apply interventions only if the projection on a direction is within bounds.
 
     Source: conditional activation steering (Lee et al. 2024), with the projection as the condition.
-    A gate that has measured no token is closed.
+    If no token is measured, the gate is closed.
 
     Args:
-      interventions: the interventions to gate; they must not have gates.
-      vector: the direction: an array [D] or a named direction. If the interventions have a bank
-        (`rows=`), `vector` may also have one direction per edit: an array [n, D] or a list.
-      layer, site: the layer and the site at which the projection is measured, after any edit
-        there. The measurement must precede every gated layer.
+      interventions: the interventions to gate, which must not have gates already.
+      vector: the direction, as an array [D] or a named direction. If the interventions have a bank
+        of n directions (`rows=`), `vector` may also contain one direction per direction of the
+        bank, as an array [n, D] or a list.
+      layer, site: the layer and the site at which the projection is measured, after the edits at
+        that site. The site must precede all gated sites.
       above, below: the lower and the upper bound, each a number or, for a bank, an array [n]. At
         least one is required; −inf for `above` and inf for `below` mean no bound.
-      over: "prompt": one gate per row, which tests the mean projection over the prompt and applies
-        to the prompt's last token and all later tokens. "token": one gate per token.
-      within: for over="prompt", also edit the prompt itself, which must then be in one call of
-        `forward`.
-      where: the measured tokens; default: all except the first, which is an attention sink.
+      over: with "prompt", each row has one gate, which tests the mean projection over the prompt
+        and applies to the prompt's last token and all later tokens. With "token", the gate is
+        evaluated for each token.
+      within: whether a prompt gate also applies to the other tokens of the prompt. The whole prompt
+        must then be processed in one call of `forward`.
+      where: the tokens whose projections are measured. By default, these are all tokens (of the
+        prompt, for over="prompt") except the first token of a row, which is often an attention
+        sink.
 
     Raises:
-      UserError: both bounds are missing, the gate's layer is not before the gated layers, the
-        interventions already have a gate, or the direction is invalid.
+      UserError: both bounds are missing, the gate's site does not precede all gated sites, the
+        interventions are empty or already have a gate, or another argument is invalid.
 
     Examples:
       >>> import jaxpersona as jp
@@ -84,17 +88,21 @@ def gate(
 
 def _gated(table: Table, vector: Any, layer: int, bounds: dict[str, Any], test: np.ndarray,
            site: Site, over: Over, within: bool) -> Table:
-    """Return a copy of a table with a gate."""
+    """Return a copy of a table with the gate that the other arguments describe.
+
+    Raises:
+      UserError: the table already has a gate, or the gate is invalid for the table.
+    """
     if table.gate is not None:
         raise UserError("interventions already have a gate; apply gate once to each intervention, "
                         "then chain the results")
     bank = Bank(vector, [layer], None if table.index is None else [0], site)
     direction, size = bank.direction[0], table.entries
-    # no token passes the token test of a padding entry (NOWHERE)
+    # padding has the token test NOWHERE, which starts with a negative number
     real = size if is_traced(table.where) else int((np.asarray(table.where)[:, 0] >= 0).sum())
     if direction.shape[0] not in (1, real):
-        raise UserError(f"the gate has {direction.shape[0]} directions; the bank has {real} edits: "
-                        "give one direction, or one per edit")
+        raise UserError(f"the gate has {direction.shape[0]} directions, but the bank has {real} "
+                        "edits; give one direction, or one per edit")
     lo, hi = (_spread(name, value, real) for name, value in bounds.items())
     if not is_traced(lo, hi) and (lo > hi).any():
         raise UserError("above is greater than below; no projection satisfies both")
@@ -113,13 +121,13 @@ def _gated(table: Table, vector: Any, layer: int, bounds: dict[str, Any], test: 
 
 
 def _spread(name: str, value: Any, count: int) -> Any:
-    """Return a bound for each of `count` entries; None means no bound."""
+    """Broadcast a bound to an array [count]; None means no bound."""
     if value is None:
         return np.full(count, -np.inf if name == "above" else np.inf)
     given = numbers(name, value)
     if not is_traced(given):
         check_finite(name, given)
     if given.shape not in ((), (1,), (count,)):
-        raise UserError(f"{name} has shape {given.shape}; it must be a number or [{count}], one "
-                        "per edit of the bank")
+        raise UserError(f"{name} has shape {given.shape}; it must be a number or an array "
+                        f"[{count}] with one number per edit of the bank")
     return (jnp if is_traced(given) else np).broadcast_to(given.reshape(-1), (count,))

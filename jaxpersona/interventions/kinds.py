@@ -20,10 +20,12 @@ F32 = jnp.float32
 
 
 class Rotation(Table, kw_only=True, repr=False):
-    """Rotations in a plane, which preserve ‖h‖ and the component of h orthogonal to the plane.
+    """A table of rotations within a plane.
+
+    A rotation preserves ‖h‖ and the component of h orthogonal to the plane.
 
     Attributes:
-      first, second: orthonormal b₁, b₂ [l, n, D] float32.
+      first, second: b₁ and b₂ [l, n, D] float32, an orthonormal basis of each plane.
       angle: (cos θ, sin θ, to) [l, n, 3] float32; `to` is 1 if θ is measured from b₁, and 0 if θ
         is measured from the projection of h onto the plane.
     """
@@ -36,7 +38,7 @@ class Rotation(Table, kw_only=True, repr=False):
 
     @property
     def width(self) -> int:
-        """The width D of the plane's vectors."""
+        """The width D of the basis vectors."""
         return self.first.shape[-1]
 
     def _prepared(self, like: jax.Array) -> PreparedRotation:
@@ -45,7 +47,7 @@ class Rotation(Table, kw_only=True, repr=False):
                                 angle=self.angle)
 
     def identities(self, layers: int, size: int) -> dict[str, np.ndarray]:
-        """Return rotations by an angle of 0."""
+        """Return rotations by an angle of 0 (see `Table.identities`)."""
         planes = np.zeros((2, layers, size, self.width), np.float32)
         planes[0, ..., 0] = planes[1, ..., -1] = 1.0
         angle = np.broadcast_to(np.array([1, 0, 0], np.float32), (layers, size, 3)).copy()
@@ -82,7 +84,7 @@ class PreparedRotation(Prepared, kw_only=True):
 
 
 class NormRestoration(Table, kw_only=True, repr=False):
-    """Edits that rescale h to the norm that it had before all edits at this site.
+    """A table of edits that rescale h to its norm before all edits at the same site and layer.
 
     Attributes:
       amount: [l, n] float32, 1 to restore the norm or 0 for no change.
@@ -97,7 +99,7 @@ class NormRestoration(Table, kw_only=True, repr=False):
                                        site=self.site, amount=self.amount)
 
     def identities(self, layers: int, size: int) -> dict[str, np.ndarray]:
-        """Return entries that leave the norm unchanged."""
+        """Return entries that leave the norm unchanged (see `Table.identities`)."""
         return {"amount": np.zeros((layers, size), np.float32)}
 
     def operator(self) -> str:
@@ -124,12 +126,13 @@ class PreparedNormRestoration(Prepared, kw_only=True):
 
 
 class Custom(Table, kw_only=True, repr=False):
-    """A user-defined function that edits the activation of one token.
+    """A table of edits by a user-defined function of the activation of one token.
 
     Attributes:
       params: a pytree of arrays [n, …], the function's parameters.
       on: [l, n] float32, 1 if the entry applies at the layer, else 0.
-      fn: the function fn(params, h) → h of one entry's params and h [D] float32 (static).
+      fn: the function fn(params, h) → h (static). Its arguments are the parameters of one entry and
+        the activation [D] float32 of one token.
     """
 
     PAYLOAD: ClassVar[dict[str, int]] = {"params": 0, "on": 1}
@@ -140,7 +143,7 @@ class Custom(Table, kw_only=True, repr=False):
 
     @property
     def key(self) -> tuple:
-        """The kind, the site, the gate's structure, the function and its parameters' structure."""
+        """The table's structure, including the function and the structure of its parameters."""
         leaves, tree = jax.tree.flatten(self.params)
         forms = tuple((x.shape[1:], str(x.dtype)) for x in leaves)
         return (*super().key, self.fn, tree, forms)
@@ -150,7 +153,7 @@ class Custom(Table, kw_only=True, repr=False):
                               site=self.site, params=self.params, on=self.on, fn=self.fn)
 
     def identities(self, layers: int, size: int) -> dict[str, np.ndarray]:
-        """Return entries that apply at no layer."""
+        """Return entries that apply at no layer (see `Table.identities`)."""
         return {"on": np.zeros((layers, size), np.float32)}
 
     def operator(self) -> str:
@@ -159,7 +162,7 @@ class Custom(Table, kw_only=True, repr=False):
 
 
 class PreparedCustom(Prepared, kw_only=True):
-    """A prepared table of custom functions, with the fields of `Custom` and B or 1 entries."""
+    """A prepared table of a custom function, with the fields of `Custom` and B or 1 entries."""
 
     params: PyTree
     on: Float[Array, "l B"]
@@ -175,7 +178,7 @@ class PreparedCustom(Prepared, kw_only=True):
         new = jax.vmap(by_token, in_axes=(None if shared else 0, 0))(params, h.astype(F32))
         if new.shape != h.shape:
             raise UserError(f"fn returned shape {list(new.shape[2:])} for a token; it must return "
-                            f"[{h.shape[-1]}]")
+                            f"shape [{h.shape[-1]}]")
         new = new.astype(h.dtype)
         changed = active & (self.on[slot][:, None] > 0) & (new != h).any(-1)
         return jnp.where(changed[..., None], new, h), changed

@@ -53,7 +53,8 @@ def rotate(
     Args:
       first, second: two directions that span the plane, each in a form that `steer` accepts.
       to: the target angle θ in radians, from b₁ toward b₂.
-      by: the rotation angle in radians, relative to the angle of Ph. Give either `to` or `by`.
+      by: the rotation angle in radians, which is added to the angle of Ph to obtain θ. Give either
+        `to` or `by`.
       layers, where, rows, site: as for `steer`.
 
     Raises:
@@ -68,8 +69,8 @@ def rotate(
       rotate(everywhere, layer 4, residual)
     """
     if (to is None) == (by is None):
-        raise UserError("rotate needs one angle in radians; give either to= (measured from the "
-                        "first direction) or by=")
+        raise UserError("rotate needs one angle in radians; give either to= (the target angle) "
+                        "or by= (the rotation angle)")
     one, two = Bank(first, layers, rows, site, "first"), Bank(second, layers, rows, site, "second")
     if one.direction.shape != two.direction.shape:
         raise UserError(f"second has shape {two.direction.shape} and first has shape "
@@ -104,6 +105,9 @@ def restore_norm(
       rows: for each batch row, 0 to restore the norm or −1 for no edit. By default, the norm is
         restored in all rows.
 
+    Raises:
+      UserError: an argument is invalid as in `steer`.
+
     Examples:
       >>> import jaxpersona as jp
       >>> jp.chain(jp.steer(jp.load_axis("mini"), layers=4, scale=2.0), jp.restore_norm(layers=4))
@@ -130,16 +134,17 @@ def custom(
     The function is applied per token, so prefill, chunked prefill and decode are equivalent.
 
     Args:
-      fn: a function fn(params, h) → h of one token's h [D] float32, traceable by JAX. `fn` is
-        static, so each new function object recompiles the program: define it once, not as a lambda
-        in each call.
-      params: a pytree of arrays, whose values can change without recompiling. With `rows=`, each
-        array is [n, …].
+      fn: a JAX-traceable function fn(params, h) → h, where h [D] float32 is the activation of one
+        token. `fn` is static, so each new function object triggers recompilation. Therefore, define
+        the function once, not as a lambda in each call.
+      params: a pytree of arrays. New values do not trigger recompilation. With `rows=`, each array
+        is [n, …], with one entry per edit.
       rows: the index of each batch row's entry in `params`, or −1 for no edit.
       layers, where, site: as for `steer`.
 
     Raises:
-      UserError: `fn` is not callable or not hashable, or leaves of `params` differ in n.
+      UserError: `fn` is not callable, is not hashable or does not accept (params, h); the leaves of
+        `params` are not numeric or differ in n; or another argument is invalid as in `steer`.
 
     Examples:
       >>> import jaxpersona as jp
@@ -183,11 +188,15 @@ def _check_arguments(fn: Any) -> None:
     try:
         signature.bind(None, None)
     except TypeError:
-        raise UserError(f"fn has the arguments {signature}; it must accept (params, h)") from None
+        raise UserError(f"fn has the signature {signature}; it must accept (params, h)") from None
 
 
 def _arrays(params: Any) -> list[Any]:
-    """Return the leaves of a custom function's parameters after checking that they are numeric."""
+    """Check that the leaves of a custom function's parameters are numeric, and return them.
+
+    Raises:
+      UserError: a leaf is not numeric.
+    """
     leaves = jax.tree.leaves(params)
     for leaf in leaves:
         if not is_traced(leaf) and np.asarray(leaf).dtype.kind in "OSU":
@@ -196,7 +205,10 @@ def _arrays(params: Any) -> list[Any]:
 
 
 def _table(kind: type[Table], bank: Bank, where: Where | str, **payload: Any) -> Interventions:
-    """Build a table of `kind` from fields [l, n, …], padded by repeating the last entry."""
+    """Build interventions with one table of class `kind` from a bank and fields [l, n, …].
+
+    The number of entries is padded to a power of two by repeating the last entry.
+    """
     n = len(bank.origin)
     size = next_power(n)
     spread = np.array([*range(n), *[n - 1] * (size - n)])
@@ -209,7 +221,7 @@ def _table(kind: type[Table], bank: Bank, where: Where | str, **payload: Any) ->
 
 def _plain(kind: type[Table], layers: tuple[int, ...], where: Where | str, rows: Any, site: Site,
            n: int = 1, **fields: Any) -> Interventions:
-    """Build a table of a kind that has no directions."""
+    """Build interventions with one table of class `kind`, which has no directions."""
     if site not in SITES:
         raise UserError(f"site is {site!r}; it must be one of {SITES}")
     test = np.broadcast_to(encoded(where), (n, 5))

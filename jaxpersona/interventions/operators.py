@@ -1,4 +1,4 @@
-"""Rank-one operators: functions that create interventions on the projection on a direction.
+"""Rank-one operators, which create interventions that edit the projection on a direction.
 
 In the equations, h is an activation, v̂ = v/‖v‖ a unit direction and p = ⟨h, v̂⟩ the projection.
 The module `bank` describes the accepted forms of directions, strengths and rows. The operators
@@ -36,15 +36,18 @@ def steer(
 ) -> Interventions:
     """Add a direction: h ← h + scale·v, without normalizing v.
 
-    Source: activation addition (Turner et al. 2023); Chen et al. 2025, §3.
+    Sources: activation addition (Turner et al. 2023) and Chen et al. 2025, §3.
 
     Args:
-      vector: a direction or a bank of directions (see `bank`).
-      layers: zero-based layers: an int, a half-open slice, a list of ints, or text such as "46:54".
-      scale: the factor that multiplies v.
-      where: the tokens to edit.
+      vector: a direction (an array [D], an `Axis` or a `Vector`) or a bank of directions (see the
+        module `bank`).
+      layers: zero-based layers, as an int, a half-open slice, a list of ints, or a string such as
+        "46:54".
+      scale: the factor that multiplies v, as a number or an array (see the module `bank`).
+      where: the tokens to edit, as a token test or its name, such as "generated".
       rows: the index of each batch row's direction in the bank, or −1 for no edit.
-      site: "residual" (after the block), "attention" or "mlp" (their outputs).
+      site: the activation to edit: "residual" (the residual stream after the block), "attention" or
+        "mlp" (the output of this part of the block).
 
     Raises:
       UserError: a direction, strength, layer or row is invalid; the message names the argument,
@@ -78,17 +81,17 @@ def cap(
 ) -> Interventions:
     """Clamp the projection on a direction; for a floor, h ← h + v̂·max(τ − ⟨h, v̂⟩, 0).
 
-    Source: activation capping, Lu et al. 2026, §5. For a ceiling, h ← h − v̂·max(⟨h, v̂⟩ − τ, 0).
-    Without `push`, the component of h orthogonal to v̂ is unchanged.
+    For a ceiling, h ← h − v̂·max(⟨h, v̂⟩ − τ, 0). Without `push`, the component of h orthogonal to
+    v̂ is unchanged. Source: activation capping (Lu et al. 2026, §5).
 
     Args:
       vector, layers, where, rows, site: as for `steer`; the norm of `vector` has no effect.
       floor: the minimum projection τ, in units of the residual stream; −inf means no floor. If
         `vector` is an `Axis`, `floor` may also be a percentile name such as "p25"
         (`Axis.thresholds`).
-      ceiling: the maximum projection; inf means no ceiling.
-      push: a direction (or bank), in the form of `vector`, along which h is moved instead of v̂.
-        Use it as a control: h moves by the same distance as with the cap, but along `push`, so the
+      ceiling: the maximum projection, in the same forms as `floor`; inf means no ceiling.
+      push: a direction or bank of the same shape as `vector`, along which h moves instead of along
+        v̂. This is a control condition: h moves by the same distance as without `push`, but the
         projection on v̂ is not clamped.
       of: the population whose percentile is used, "default" or "all" (`Axis.thresholds`).
 
@@ -132,9 +135,14 @@ def ablate(
 ) -> Interventions:
     """Remove the component along a direction: h ← h − v̂·⟨h, v̂⟩ + coefficient·v̂.
 
-    Source: directional ablation (Arditi et al. 2024). Arguments and errors are as for `steer`; the
-    norm of `vector` has no effect. `coefficient` is the projection after the edit, in units of the
-    residual stream.
+    Source: directional ablation (Arditi et al. 2024).
+
+    Args:
+      vector, layers, where, rows, site: as for `steer`; the norm of `vector` has no effect.
+      coefficient: the projection after the edit, in units of the residual stream.
+
+    Raises:
+      UserError: an argument is invalid as in `steer`.
 
     Examples:
       >>> import jaxpersona as jp
@@ -198,8 +206,12 @@ def scale(
 ) -> Interventions:
     """Multiply the projection on a direction by a factor: h ← h + (factor − 1)·⟨h, v̂⟩·v̂.
 
-    Arguments and errors are as for `steer`. `factor` is a number or an array in one of
-    the forms of a strength (see `bank`).
+    Args:
+      vector, layers, where, rows, site: as for `steer`; the norm of `vector` has no effect.
+      factor: the factor, as a number or an array (see the module `bank`).
+
+    Raises:
+      UserError: an argument is invalid as in `steer`.
 
     Examples:
       >>> import jaxpersona as jp
@@ -223,7 +235,12 @@ def set_projection(
 ) -> Interventions:
     """Set the projection on a direction to a value: h ← h + (value − ⟨h, v̂⟩)·v̂.
 
-    Arguments and errors are as for `steer`. `value` is in units of the residual stream.
+    Args:
+      vector, layers, where, rows, site: as for `steer`; the norm of `vector` has no effect.
+      value: the projection after the edit, in units of the residual stream.
+
+    Raises:
+      UserError: an argument is invalid as in `steer`.
 
     Examples:
       >>> import jaxpersona as jp

@@ -37,12 +37,12 @@ def _numbers(value: Any) -> Any:
 def _finite(value: float) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # an integer beyond float's range
+    except OverflowError:  # the integer is too large for a float
         return False
 
 
 def _direction_form(value: Any) -> Any:
-    """Validate the name of a vector file, or numbers [D] or [l, D] with one row per layer."""
+    """Validate a direction (the name of a vector file, or numbers [D] or [l, D]), and return it."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -50,12 +50,12 @@ def _direction_form(value: Any) -> Any:
     _numbers(value)
     rows = {len(row) if isinstance(row, list) else -1 for row in value}
     if len(rows) > 1:
-        raise UserError("has rows of different lengths")
+        raise UserError("must contain numbers, or lists of the same length, one per layer")
     return value
 
 
 def _layers_form(value: Any) -> Any:
-    """Validate a layer, a list of layers, or text; return it unchanged."""
+    """Validate a layer, a list of layers or a layer string such as "46:54"; return it unchanged."""
     whole = [value] if not isinstance(value, list) else value
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
@@ -157,7 +157,7 @@ class Steer(_Act):
 
 
 class Cap(_Act):
-    """The arguments of `cap`; a bound is a number or a percentile of an axis, such as "p25"."""
+    """The arguments of `cap`; a bound consists of numbers or is a percentile name such as "p25"."""
 
     operator: Literal["cap"]
     vector: Direction
@@ -220,7 +220,7 @@ Operator = Annotated[
 
 
 class Reading(_Strict):
-    """The arguments of a capture."""
+    """The name of a reading and the arguments of its constructor, such as `capture.mean`."""
 
     reading: Literal["mean", "last", "full", "norms", "projections", "moments", "histogram"]
     where: Where_ | None = None
@@ -234,7 +234,19 @@ class Reading(_Strict):
 
 
 def read(spec: Any, kind: Any, name: str) -> tuple[list[Any], list[str]]:
-    """Validate one item or a list of items; return parsed items and names for error messages."""
+    """Validate a specification, which is one item or a list of items.
+
+    Args:
+      spec: an item parsed from JSON, or a list of such items.
+      kind: the pydantic type of an item.
+      name: the name of the specification in error messages.
+
+    Returns:
+      The validated items, and the name of each item in error messages, such as "capture[0]".
+
+    Raises:
+      UserError: the list is empty, or fields are invalid; the message lists all invalid fields.
+    """
     many = isinstance(spec, Sequence) and not isinstance(spec, (str, bytes))
     if many and not spec:
         raise UserError(f"{name} is an empty list; give at least one item")
@@ -252,10 +264,10 @@ def read(spec: Any, kind: Any, name: str) -> tuple[list[Any], list[str]]:
 
 
 def _fault(fault: Any, at: str, item: Any) -> str:
-    """Format one pydantic error as field, value and fix."""
+    """Format one pydantic error as a message that contains the field, its value and the fix."""
     tag = item.get("operator") if isinstance(item, dict) else None
     place = [str(part) for part in fault["loc"]]
-    if place[:1] == [tag] and tag in _KINDS:  # drop the operator's name, which is not a field
+    if place[:1] == [tag] and tag in _KINDS:  # drop the name of the operator, which is not a field
         place = place[1:]
     path = ".".join([at, *place])
     if fault["type"] == "extra_forbidden":

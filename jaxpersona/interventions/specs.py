@@ -1,13 +1,13 @@
 """Build interventions and captures from JSON, for the command line, files and services.
 
-A specification is a JSON object, or a list of objects that are applied in the listed order:
+A specification is a JSON object, or a list of objects, which are applied in order:
 
     [{"operator": "steer", "vector": "calm.safetensors", "layers": 16, "scale": 2.0},
      {"operator": "cap", "vector": "axis.safetensors", "layers": "46:54", "floor": "p25",
       "of": "default", "where": "generated",
       "gate": {"vector": "axis.safetensors", "layer": 20, "below": -3.0}}]
 
-Specifications are validated before any program is compiled; one error lists all invalid fields.
+Specifications are validated before any program is compiled, and one error lists all invalid fields.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def interventions(spec: Any, model: Model, *, folder: str | pathlib.Path = ".") 
     Args:
       spec: a dict parsed from JSON, or a list of such dicts.
       model: the model, from `load`.
-      folder: the folder of the vector files that the specification names.
+      folder: the folder that contains the vector files of the specification.
 
     Raises:
-      UserError: keys are unknown or missing, or values have the wrong type (one message lists all
-        of these); or a vector file, layer, width or plane is invalid for the model.
+      UserError: a field is unknown, missing or invalid, a vector file cannot be read, or a layer or
+        a direction does not fit the model.
     """
     chained = [_operator(item, at, model, pathlib.Path(folder))
                for item, at in zip(*forms.read(spec, forms.Operator, "interventions"), strict=True)]
@@ -49,7 +49,10 @@ def interventions(spec: Any, model: Model, *, folder: str | pathlib.Path = ".") 
 
 
 def captures(spec: Any, model: Model, *, folder: str | pathlib.Path = ".") -> Capture:
-    """Build a capture from a JSON specification; the arguments are those of `interventions`."""
+    """Build a capture from a JSON specification.
+
+    The arguments and errors are as for `interventions`.
+    """
     out = Capture()
     for item, at in zip(*forms.read(spec, forms.Reading, "capture"), strict=True):
         try:
@@ -67,7 +70,17 @@ def schema() -> dict[str, Any]:
 
 
 def _operator(item: Any, at: str, model: Model, folder: pathlib.Path) -> Interventions:
-    """Build one operator with its gate and check it against the model."""
+    """Build the interventions of one operator, with its gate, and check them against the model.
+
+    Args:
+      item: the validated operator.
+      at: the name of the operator in error messages, such as "interventions[0]".
+      model: the model, from `load`.
+      folder: the folder that contains the vector files.
+
+    Raises:
+      UserError: the operator is invalid, or does not fit the model.
+    """
     try:
         made = _build(item, model, folder)
         if item.gate is not None:
@@ -98,8 +111,8 @@ def _build(item: Any, model: Model, folder: pathlib.Path) -> Interventions:
                 options["push"] = read(item.push)
             if item.of is not None and not any(isinstance(x, str)
                                                for x in (item.floor, item.ceiling)):
-                raise UserError("of selects the population of a percentile, but floor and ceiling "
-                                "are numbers; omit of")
+                raise UserError("\"of\" selects the population of a percentile, but neither "
+                                "\"floor\" nor \"ceiling\" is a percentile name; omit \"of\"")
             return ops.cap(vector, floor=_bound(vector, "floor", item.floor, item.of),
                            ceiling=_bound(vector, "ceiling", item.ceiling, item.of), **options)
         case forms.Ablate():
@@ -143,7 +156,7 @@ def _reading(item: forms.Reading, model: Model, folder: pathlib.Path) -> Capture
 
 
 def _gate_place(gate: forms.GateSpec) -> Where | None:
-    """Return the test that selects the tokens a gate measures, or None for `gate`'s default."""
+    """Return the token test for the measurement of a gate, or None for the default of `gate`."""
     if gate.where is None and not gate.first_token:
         return None
     usual = forms.Place(name="prompt" if gate.over == "prompt" else "everywhere")
@@ -158,12 +171,16 @@ def _direction(value: Any, model: Model, folder: pathlib.Path) -> Any:
 
 
 def _bound(vector: Any, name: str, value: Any, of: str | None) -> Any:
-    """Return a bound as numbers; a percentile name is replaced by the axis's thresholds."""
+    """Return the thresholds [L] if a bound is a percentile name, else the bound unchanged.
+
+    Raises:
+      UserError: the direction is not an axis, or the population or the percentile is unknown.
+    """
     if not isinstance(value, str):
         return value
     if not isinstance(vector, Axis):
         raise UserError(f"{name} is {value!r}, but only an axis has percentiles; give a number")
     if of is None:
-        raise UserError(f"{name} is {value!r}; give the population of the percentile: \"of\": "
-                        "\"default\" or \"all\"")
+        raise UserError(f"{name} is {value!r}; give the population of the percentile as \"of\": "
+                        "\"default\" or \"of\": \"all\"")
     return vector.thresholds(value, of=of)

@@ -27,11 +27,11 @@ def sweep(
     where: Where | str = everywhere,
     site: Site = "residual",
 ) -> Interventions:
-    """Steer row b with strength scales[b]: h ← h + scales[b]·v.
+    """Steer batch row b with strength scales[b]: h ← h + scales[b]·v.
 
     Args:
-      vector: one direction, as for `steer`.
-      scales: B strengths, one per row; a row with strength 0 is unchanged.
+      vector: one direction, in a form that `steer` accepts.
+      scales: B strengths, one per batch row; a row with strength 0 is unchanged.
       layers, where, site: as for `steer`.
 
     Raises:

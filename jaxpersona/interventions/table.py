@@ -1,12 +1,12 @@
 """The base classes of intervention tables: `Table`, and `Prepared`, which `forward` applies.
 
 A `Table` has n entries, which are edits of one kind, for one site (a point in a block) and a set of
-layers. The index of each batch row's entry and the entries are data, so rows may use different
-entries, and changing either does not recompile. The static structure includes the kind, the site,
-the layers, the number of entries and whether there is a gate.
+layers. The entries and the index of each batch row's entry are data, so rows may use different
+entries, and new values do not trigger recompilation. The static structure includes the kind, the
+site, the layers, the number of entries and whether there is a gate.
 
-`Table.prepare` gathers the entries by row, shards the entries, and returns a `Prepared` table,
-which edits activations. A decode loop prepares its tables once, before the first step.
+`Table.prepare` gathers the entries by row, shards them, and returns a `Prepared` table, which edits
+activations. A decode loop prepares its tables once, before the first step.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class Prepared(flax.struct.PyTreeNode, kw_only=True):
 
         Args:
           layer: the layer's index.
-          h: the activation after the edits of the preceding tables.
+          h: the activations after the edits of the preceding tables.
           active: [B, T] bool, True for tokens to edit.
-          before: the activation at this site before the edits of any table.
+          before: [B, T, D], the activations at this site before all edits.
 
         Returns:
           The edited h, bitwise equal to `h` at unchanged tokens, and a mask [B, T] of the changed
@@ -82,15 +82,16 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
 
     Attributes:
       where: encoded token tests [n, 5] int32.
-      origin: [n] uint32, the hash of the weights of each direction's model (`params.origin`); 0 if
-        unknown.
-      index: [B] int32, the entry of each row (−1: no entry), or None.
+      origin: [n] uint32, the hash of the weights of the model that each direction was made for
+        (`params.origin`); 0 if unknown.
+      index: [B] int32, the index of each row's entry (−1 for no entry), or None.
       gate: the gate that must be open for the entries to apply, or None.
       layers, site: the layers and the site at which the table applies (static).
-      reserved: whether the entries may be replaced (`compose.reserve`; static).
+      reserved: whether the table was allocated by `compose.reserve`, so that its entries may be
+        replaced (static).
     """
 
-    PAYLOAD: ClassVar[dict[str, int]] = {}  # name of a subclass's field → its axis of entries
+    PAYLOAD: ClassVar[dict[str, int]] = {}  # field of a subclass → position of its axis n
 
     where: Int[Array, "n 5"]
     origin: UInt[Array, " n"]
@@ -123,13 +124,13 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         return (type(self).__name__, self.site, None if self.gate is None else self.gate.key)
 
     def prepare(self, rows: int, like: jax.Array) -> Prepared:
-        """Gather the entries by row, shard the entries, and return the prepared table.
+        """Gather the entries by row, shard them, and return the prepared table.
 
         A single entry for all rows is small and stays replicated.
 
         Args:
           rows: the number of rows B of the batch.
-          like: an array on the devices that will use the table.
+          like: an array on the devices that apply the table.
 
         Raises:
           UserError: the table is for a different number of rows.
@@ -141,7 +142,9 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         return (table if table.entries == 1 else table._sharded(like))._prepared(like)
 
     def take(self, rows: np.ndarray) -> Self:
-        """Select rows; −1 selects no entry. A table with one entry for all rows is unchanged.
+        """Select rows: row i of the result has the entry of row rows[i], or none for −1.
+
+        A table with one entry for all rows is returned unchanged.
 
         Raises:
           UserError: an index is out of range.
@@ -159,9 +162,10 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         return self.replace(index=jnp.asarray(chosen, jnp.int32))
 
     def _gathered(self, index: jax.Array) -> Self:
-        """Return a table whose entry b is entry index[b].
+        """Gather the entries by row: entry b of the result is entry index[b] of `self`.
 
-        A row without an entry gets arbitrary values and a token test that no token passes.
+        For a row without an entry (index −1), the result has arbitrary values and a token test that
+        no token passes.
         """
         here = index >= 0
         chosen = jnp.where(here, index, 0)
@@ -187,7 +191,7 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         })
 
     def _prepared(self, like: jax.Array) -> Prepared:
-        """Return the `Prepared` table of a table without an index."""
+        """Convert the table, which must have no index, to a `Prepared` table."""
         raise NotImplementedError
 
     def gather(self, members: Sequence[Self], layers: tuple[int, ...],
@@ -201,7 +205,7 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
           size: the number of entries of the result.
 
         Returns:
-          The merged fields of `PAYLOAD`.
+          The merged fields of `PAYLOAD`, by name.
 
         Raises:
           UserError: the members' directions have different widths.
@@ -212,7 +216,7 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         merged: dict[str, Any] = self.identities(len(layers), size)
         for name, axis in self.PAYLOAD.items():
             fields = [getattr(member, name) for member in members]
-            if axis == 0:  # no layer axis
+            if axis == 0:  # the field has no layer axis
                 padded = fields + fields[:1] * (size - len(fields))
                 merged[name] = jax.tree.map(lambda *x: jnp.concatenate([y[:1] for y in x]), *padded)
             elif name in merged:
@@ -253,24 +257,35 @@ def next_power(n: int) -> int:
 
 
 def checked_index(index: Any, entries: int) -> np.ndarray | None:
-    """Return the entry of each row as an array, after checking the range.
+    """Check a `rows=` argument and convert it to an array [B]; None stays None.
+
+    Args:
+      index: the index of each row's entry, or −1 for no entry.
+      entries: the number of entries.
 
     Raises:
-      UserError: an index is outside −1…entries−1 or is not an integer.
+      UserError: `index` is not a list of integers, or an index is outside −1…entries−1.
     """
     if index is None:
         return None
     index = np.asarray(index)
     if index.ndim != 1 or not np.issubdtype(index.dtype, np.integer):
-        raise UserError("rows must be a list of integers, one per batch row (−1: no edit)")
+        raise UserError("rows must be a list of integers, one per batch row (−1 for no edit)")
     bad = sorted({int(i) for i in index if i >= entries or i < -1})
     if bad:
-        raise UserError(f"rows contains {bad}; the bank has entries 0…{entries - 1} (−1: no edit)")
+        raise UserError(f"rows contains {bad}, but the bank has entries 0…{entries - 1}; "
+                        "use these indices, or −1 for no edit")
     return index
 
 
 def one_origin(*origins: Any) -> np.ndarray:
-    """Return the common origin of directions that are used together, [n] uint32 (0: unknown).
+    """Combine the origins (`Table.origin`) of directions that must belong to the same model.
+
+    Args:
+      *origins: arrays [n] or [1] uint32; 0 if unknown.
+
+    Returns:
+      [n] uint32, the origin that the directions have in common, or 0 if none is known.
 
     Raises:
       UserError: the directions belong to different models.
@@ -286,7 +301,10 @@ def one_origin(*origins: Any) -> np.ndarray:
 
 
 def common(where: Any, origin: Any, index: np.ndarray | None, size: int) -> dict[str, Any]:
-    """Return the fields that all kinds share, strongly typed and padded to `size` entries."""
+    """Return the fields that all kinds of tables share, padded to `size` entries.
+
+    The arrays are strongly typed. The padding entries apply to no token.
+    """
     extra = size - len(where)
     where = np.concatenate([where, np.broadcast_to(np.array([NOWHERE]), (extra, len(NOWHERE)))])
     origin = np.concatenate([origin, np.zeros(extra, np.uint32)])

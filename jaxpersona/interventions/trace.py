@@ -1,4 +1,4 @@
-"""Apply interventions and captures at the three sites of each block, during tracing."""
+"""Application of interventions and captures at the three sites of each block during tracing."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Int
 
 _BITS = 32
-Gates = dict[str, Any]  # the state of each gate, by the index of the gate's table
+Gates = dict[str, Any]  # index of a table with a gate, as a string → state of the gate
 
 
 class Applied(flax.struct.PyTreeNode):
-    """The token counts of one intervention table.
+    """The numbers of tokens that one table of interventions selected and changed.
 
     Attributes:
-      seen: [B] int32, the number of tokens that `where` selected.
+      seen: [B] int32, the number of tokens that the table's `where` selected.
       changed: [l, B] int32, the number of tokens changed at each layer. For a rank-one edit, a
         token is counted if δ ≠ 0, even if rounding to the model's dtype leaves h unchanged.
 
@@ -56,7 +56,7 @@ class Applied(flax.struct.PyTreeNode):
 
 
 class Trace:
-    """The edits and readings of one forward pass; an instance exists only during tracing."""
+    """The edits and readings of one call of `forward`; each call creates an instance."""
 
     def __init__(self, config: ModelConfig, batch: Batch, edits: PreparedInterventions,
                  capture: Capture, gates: Gates | None, before: jax.Array | None,
@@ -77,8 +77,8 @@ class Trace:
         }
         if gates is not None and set(gates) != set(self.gates):
             raise UserError(f"gates has states for the tables {sorted(gates)}, but the tables with "
-                            f"a gate are {sorted(self.gates)}; give the state of these "
-                            "interventions")
+                            f"a gate are {sorted(self.gates)}; continue with the "
+                            "interventions of the earlier call")
         self.opened: dict[int, jax.Array] = {}
         self.changed: list[list[jax.Array]] = [[] for _ in edits.edits]
         self.layers = {name: chosen_layers(reading, config)
@@ -91,12 +91,16 @@ class Trace:
 
     @property
     def highest(self) -> int:
-        """The highest layer that is read or edited; −1 if there is none."""
+        """The highest layer that is read or edited, or −1 if no layer is."""
         used = [*self.layers.values(), *(edit.layers for edit in self.edits.edits)]
         return max((layers[-1] for layers in used), default=-1)
 
     def visit(self, site: Site, layer: int, h: jax.Array) -> jax.Array:
-        """Apply the edits, gate measurements and readings to h [B, T, D]; return the edited h."""
+        """Edit h [B, T, D] at one site of one layer, then measure the gates and read activations.
+
+        Returns:
+          The edited h.
+        """
         before = h
         for number, edit in self.edits.at(site, layer):
             with jax.named_scope("intervention"):
@@ -117,7 +121,8 @@ class Trace:
 
         Args:
           layer: the block's index.
-          x, added: [B, T, D].
+          x: the residual stream [B, T, D] before the MLP's output is added.
+          added: the MLP's output [B, T, D].
           norm: the weight [D] of the next block's first norm, or None after the last block.
 
         Returns:
@@ -125,7 +130,8 @@ class Trace:
           kernel of `kernels.edit` computed this output, else None.
 
         Raises:
-          UserError: the kernel is requested, but does not support this site.
+          UserError: the kernel is requested, but does not support an edit or a reading at this
+            layer, the platform or the width.
         """
         if self.fusion.implementation == "xla":
             return self.visit("residual", layer, nn.round_residual(x + added)), None
@@ -152,32 +158,40 @@ class Trace:
         return done.h, done.normed
 
     def _active(self, number: int, edit: Prepared) -> jax.Array:
-        """Return the tokens [B, T] that a table edits."""
+        """Return a mask [B, T] of the tokens that a table edits."""
         active = self.active[number]
         return active if edit.gate is None else active & self.opened[number]
 
     def _readings(self, site: Site, layer: int) -> Iterator[tuple[str, Reading]]:
-        """Yield the readings of one site of one layer by name."""
+        """Yield (name, reading) for each reading at one site of one layer."""
         for name, reading in self.capture.readings.items():
             if reading.site == site and layer in self.layers[name]:
                 yield name, reading
 
     def _measure(self, site: Site, layer: int, h: jax.Array) -> None:
-        """Measure the gates of one site of one layer."""
+        """Evaluate the gates measured at one site of one layer, and update their states."""
         for number, gate in self.edits.gates_at(site, layer):
             with jax.named_scope("intervention"):
                 self.opened[number], self.gates[str(number)] = gate.measure(
                     h, self.batch, self.gates[str(number)])
 
     def captured(self, state: dict[str, State] | None, slots: jax.Array) -> dict[str, State]:
-        """Return the capture states after adding the readings of this call.
+        """Add the reductions of this call to the states of the capture.
+
+        Args:
+          state: reading name → state before this call, or None without a capture.
+          slots: [B, T] int32, the cache slot of each token.
+
+        Returns:
+          Reading name → state after this call.
 
         Raises:
-          UserError: the state belongs to another capture.
+          UserError: the states belong to another capture.
         """
         if state is not None and set(state) != set(self.capture.readings):
             raise UserError(f"captured has the readings {sorted(state)}, but the capture has "
-                            f"{sorted(self.capture.readings)}; give the state of this capture")
+                            f"{sorted(self.capture.readings)}; continue with the capture of the "
+                            "earlier call")
         with jax.named_scope("capture"):
             return {
                 name: reading.update(state[name], jax.tree.map(lambda *x: jnp.stack(x),
@@ -201,12 +215,14 @@ class Trace:
 
 
 def _counts(changed: list[jax.Array]) -> jax.Array:
-    """Count the True tokens in each layer's mask [B, T]; return [l, B] int32.
-
-    If a kernel applied the edits, `changed` contains counts [B] instead of masks.
+    """Return the number of changed tokens at each layer, [l, B] int32.
 
     In a decode step (T = 1), the masks of up to 32 layers are packed into the bits of one word,
     because stacking them would launch one kernel per layer.
+
+    Args:
+      changed: for each layer, a mask [B, T] of the changed tokens, or counts [B] if a kernel
+        applied the edits.
     """
     if changed[0].ndim == 1:
         return jnp.stack(changed)

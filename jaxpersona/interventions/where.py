@@ -1,7 +1,7 @@
 """Token tests, which select tokens for interventions and captures by kind and turn.
 
 A token test is encoded as five integers. The integers are data, so batch rows may have different
-tests, and changing a test does not recompile.
+tests, and changing a test does not trigger recompilation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from jaxpersona.models.batch import (
 )
 
 FOREVER = 2**31 - 1
-WIDTH = 5  # the number of integers of an encoded test
+WIDTH = 5  # the number of integers in an encoded test
 NOWHERE = (-1, 0, 0, 0, 0)  # an encoded test that no token passes, because it requires every kind
 
 
@@ -61,11 +61,15 @@ class Where:
                      max(self.lo, other.lo), min(self.hi, other.hi))
 
     def without(self, *kinds: str) -> Where:
-        """Exclude tokens of the named kinds (`batch.KINDS`), such as "first" or "code"."""
+        """Return a test that also excludes tokens of the given kinds, such as "first" or "code".
+
+        Raises:
+          UserError: a kind is not in `batch.KINDS`.
+        """
         return dataclasses.replace(self, none=self.none | _bits(kinds))
 
     def within(self, lo: int, hi: int = FOREVER) -> Where:
-        """Restrict the test to messages with lo ≤ turn < hi.
+        """Return a test that also requires lo ≤ turn < hi for the index `turn` of the message.
 
         Raises:
           UserError: the range is empty.
@@ -76,7 +80,7 @@ class Where:
         return restricted
 
     def encode(self) -> np.ndarray:
-        """Return the test as [5] int32."""
+        """Return the encoded test, [5] int32."""
         return np.array([self.need, self.any, self.none, self.lo, self.hi], np.int32)
 
     def __repr__(self) -> str:
@@ -157,7 +161,7 @@ def turns(role: str) -> Where:
       role: "system", "user" or "assistant".
 
     Raises:
-      UserError: the role is none of these.
+      UserError: the role is not one of these.
 
     Examples:
       >>> import jaxpersona as jp
@@ -179,7 +183,7 @@ def holds(code: jax.Array, batch: Batch) -> jax.Array:
     Returns:
       [B, T] bool, True for tokens that pass the test.
     """
-    code = code.reshape(-1, WIDTH)  # one test for all rows, or one per row
+    code = code.reshape(-1, WIDTH)  # [1, 5] or [B, 5]
     need, any_of, none, lo, hi = (code[:, i, None] for i in range(WIDTH))
     kind = batch.kind.astype(jnp.int32)
     ok = ((kind & need) == need) & ((kind & none) == 0)

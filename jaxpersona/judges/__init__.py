@@ -1,1 +1,1 @@
-"""Judges, which score how fully a reply plays its role."""
+"""Judges, which score replies, for example by how fully a reply plays its role."""

@@ -1,4 +1,4 @@
-"""Agreement of two judges: a confusion table and Cohen's kappa with linear weights."""
+"""Agreement of two judges: a confusion matrix and Cohen's kappa with linear weights."""
 
 from __future__ import annotations
 
@@ -10,28 +10,31 @@ import numpy as np
 from jaxpersona.brief import brief
 from jaxpersona.errors import UserError
 
-_SAMPLES = 2000  # bootstrap samples
-_SHOWN = 12  # if a score is higher, a row of the table covers ten scores instead of one
+_SAMPLES = 2000  # number of bootstrap samples
+_SHOWN = 12  # if a score is higher, each row of the matrix covers ten scores
 
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
     """The agreement of judges A and B on the replies that both judged.
 
-    `equal`, `kappa`, `interval`, `difference` and `roles` use only replies with a score from both.
+    `equal`, `kappa`, `interval`, `difference` and `roles` use only the replies that both judges
+    scored, and ignore undecided replies.
 
     Attributes:
-      labels: the K labels of the table: single scores, or ranges of ten scores on a scale with high
-        scores, and "none" for undecided replies.
-      table: [K, K] numbers of replies, by the labels of A (rows) and B (columns).
+      labels: the K labels of the confusion matrix: single scores, or ranges of ten scores if a
+        score is greater than 12, and "none" for undecided replies.
+      table: [K, K], the confusion matrix: the numbers of replies with each pair of labels of A
+        (rows) and B (columns).
       both: the number of replies with a score from both judges.
       equal: the fraction of these replies with equal scores.
-      kappa: Cohen's kappa with linear weights, 1 − d / e. d is the mean of |a − b| over replies; e
-        is the mean of |a − b| over all pairs of a score of A and a score of B. NaN if e is 0.
-      interval: the 95 % bootstrap interval of kappa, resampled over replies.
-      difference: the mean over replies of A's score minus B's score.
+      kappa: Cohen's kappa with linear weights, 1 − d / e, where d is the mean of |a − b| over
+        replies, and e is the mean of |a − b| over all pairs of a score of A and a score of B. NaN
+        if e is 0.
+      interval: the 95 % bootstrap interval of kappa; the bootstrap resamples the replies.
+      difference: the mean over replies of the score of A minus the score of B.
       roles: role → (number of replies, fraction of equal scores, kappa, difference).
-      only: the number of replies that only A judged, and of those that only B judged.
+      only: (number of replies that only A judged, number of replies that only B judged).
     """
 
     __repr__ = brief
@@ -52,8 +55,9 @@ def agreement(a: Mapping[str, int | None], b: Mapping[str, int | None], *,
     """Compare two judges' scores.
 
     Args:
-      a, b: the scores of judges A and B: "role/key" of a reply → score; None: undecided.
-      seed: seed of the bootstrap.
+      a, b: the scores of judges A and B, as "role/key" of a reply → score, or None if the judge
+        could not decide.
+      seed: the seed of the bootstrap.
 
     Raises:
       UserError: no reply was judged by both judges.
@@ -68,7 +72,7 @@ def agreement(a: Mapping[str, int | None], b: Mapping[str, int | None], *,
     """
     shared = sorted(set(a) & set(b))
     if not shared:
-        raise UserError("the two judges have no reply in common; compare judges of one run")
+        raise UserError("the two judges have no reply in common; compare judges of the same run")
     values = [v for scores in (a, b) for key in shared if (v := scores[key]) is not None]
     width = 1 if max(values, default=0) <= _SHOWN else 10
     bins = sorted({value // width for value in values})
@@ -97,7 +101,7 @@ def kappa(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _counts(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the K distinct scores in two arrays [n], and the number of each pair, [K, K]."""
+    """Return the K distinct scores in two arrays [n], and the number of each score pair, [K, K]."""
     levels, place = np.unique(np.concatenate([a, b]), return_inverse=True)
     counts = np.zeros((len(levels), len(levels)), int)
     np.add.at(counts, (place[: len(a)], place[len(a) :]), 1)
@@ -105,7 +109,7 @@ def _counts(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _kappa(levels: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return kappa [*B] from the numbers of score pairs [*B, K, K]; NaN where undefined."""
+    """Return kappa [*B] for K scores and counts of score pairs [*B, K, K]; NaN where undefined."""
     far = np.abs(levels[:, None] - levels)
     total = np.maximum(counts.sum((-2, -1)), 1)
     seen = (counts * far).sum((-2, -1)) / total
@@ -114,13 +118,17 @@ def _kappa(levels: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _interval(a: np.ndarray, b: np.ndarray, seed: int) -> tuple[float, float]:
-    """Return the 2.5th and the 97.5th percentile of kappa over bootstrap samples."""
+    """Return the 2.5th and the 97.5th percentile of kappa over bootstrap samples.
+
+    Both are NaN if there are fewer than two replies, or if kappa is undefined in more than half of
+    the samples.
+    """
     if len(a) < 2:
         return float("nan"), float("nan")
     rng = np.random.default_rng(seed)
     levels, counts = _counts(a, b)
     chances = counts.ravel() / counts.sum()
-    # resampling replies is equivalent to a multinomial draw of the table
+    # resampling the replies is equivalent to a multinomial draw of the confusion matrix
     known = [value for _ in range(_SAMPLES) if not np.isnan(value := float(
         _kappa(levels, rng.multinomial(len(a), chances).reshape(counts.shape))))]
     if len(known) < _SAMPLES // 2:

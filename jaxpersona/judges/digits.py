@@ -1,4 +1,4 @@
-"""A judge that computes scores from a model's next-token probabilities of the scale's integers."""
+"""A judge that scores replies by a model's next-token probabilities of the scale's integers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
     from jaxpersona.text.chat import Row
 
-LEAST_MASS = 0.25  # if the integers' total probability is lower, the score is None
-LEAST_BRANCH = 1e-3  # minimum probability of a number's first digits to compute its further digits
-_ITEMS = 256  # items that are scored together
+# The score is None if the total probability of the scale's integers is lower than this.
+LEAST_MASS = 0.25
+# The probabilities of further digits are computed for each digit prefix of at least this
+# probability, and for the prefix that greedy decoding generates.
+LEAST_BRANCH = 1e-3
+_ITEMS = 256  # number of items that are scored together
 _SPACES = ("", "Ġ", "▁")  # a token may begin with a space, encoded as Ġ or ▁
 
 
@@ -33,9 +36,9 @@ class Readings:
       scale: the S integers.
       probabilities: [n, S], the probability of each integer, normalized to a sum of 1.
       mass: [n], the probability that the judge's reply begins with an integer of the scale.
-      refusal: [n], the probability of the first token of the rubric's refusal word; 0 if the rubric
-        has no refusal word.
-      greedy: [n], the integer that greedy decoding, restricted to these integers, generates.
+      refusal: [n], the probability that the judge's reply begins with the first token of the
+        rubric's refusal word; 0 if the rubric has no refusal word.
+      greedy: [n], the integer that greedy decoding generates if it is restricted to the scale.
     """
 
     __repr__ = brief
@@ -48,32 +51,35 @@ class Readings:
 
     @property
     def expected(self) -> np.ndarray:
-        """[n], the expected score Σ s·p(s)."""
+        """The expected score Σ s·p(s) for each prompt, [n]."""
         return self.probabilities @ np.asarray(self.scale, np.float64)
 
     @property
     def refused(self) -> np.ndarray:
-        """[n], whether `refusal` is greater than `mass`."""
+        """Whether `refusal` is greater than `mass`, [n] bool."""
         return self.refusal > self.mass
 
     @property
     def scores(self) -> list[int | None]:
-        """n scores: `greedy`, or None where `mass` < `LEAST_MASS` or `refused` is True."""
+        """The n scores: `greedy`, or None where `mass` < `LEAST_MASS` or `refused` is True."""
         known = (self.mass >= LEAST_MASS) & ~self.refused
         return [int(s) if fine else None for s, fine in zip(self.greedy, known, strict=True)]
 
 
 class DigitJudge:
-    """Score replies with a model's probabilities of the scale's integers after the rubric's prompt.
+    """A judge that scores replies by a model's next-token probabilities after the rubric's prompt.
 
-    If each integer is one token, as 0 to 3 are, scoring a reply takes one forward pass, without
-    generation (Chen et al. 2025 score traits this way). If the tokenizer splits 57 into 5 and 7,
-    p(57) = p(5)·p(7 | 5), and the probability of the score 5 is that of a 5 that no digit follows.
-    This takes one further pass for each first digit of probability `LEAST_BRANCH` or more.
+    If each integer of the scale is a single token, such as 0 to 3, scoring a reply takes one
+    forward pass and no generation (Chen et al. 2025 score traits this way). If the tokenizer splits
+    an integer into several tokens, such as 57 into 5 and 7, its probability is the product
+    p(57) = p(5)·p(7 | 5), and the probability of the score 5 is that of a 5 without a further
+    digit. Each digit prefix with a probability of at least `LEAST_BRANCH` then takes one more
+    forward pass.
 
     Args:
       model: the judging model, which needs a tokenizer, or a function without arguments that loads
-        this model at the first use. The evaluated model may also be the judging model.
+        this model. The function is called at the first use. The judging model may be the evaluated
+        model.
       rubric: the prompt and the scale; default: each role's `eval_prompt`, scores 0 to 3.
       batch_tokens: the number of tokens per batch (`engine.scoring.next_logprobs`).
 
@@ -127,7 +133,11 @@ class DigitJudge:
 
     @property
     def name(self) -> str:
-        """The judge's name; as it contains the model's fingerprint, the model may be loaded."""
+        """The judge's name.
+
+        The name contains the fingerprint of the judging model, so the model is loaded if `identify`
+        was not called before.
+        """
         if not self._name:
             self.identify(self.model)
         return self._name
@@ -146,7 +156,10 @@ class DigitJudge:
                       + (f" batch {self.batch_tokens}" if self.batch_tokens else ""))
 
     def read(self, texts: Sequence[str | Row]) -> Readings:
-        """Return the probabilities that the judge replies to each prompt with each integer.
+        """Return the probability of each integer of the scale as the judge's reply to each prompt.
+
+        Args:
+          texts: the prompts, as texts or encoded rows.
 
         Raises:
           UserError: a prompt fills the context of the judging model.
@@ -157,7 +170,7 @@ class DigitJudge:
         refusal = np.zeros(len(rows))
         greedy = np.full(len(rows), -1)
         place = {value: i for i, value in enumerate(self.scale)}
-        # nodes of one depth: (row, node, its probability, whether greedy decoding reaches it)
+        # nodes at one depth: (row, node, its probability, whether greedy decoding reaches it)
         level = [(i, self._tree, 1.0, True) for i in range(len(rows))]
         while level:
             wanted = sorted({token for _, node, _, _ in level for token in node.next})
@@ -173,7 +186,7 @@ class DigitJudge:
             deeper = []
             for at, (i, node, p, chosen) in enumerate(level):
                 each = {token: float(column[token][at]) for token in node.next}
-                ends = max(0.0, 1.0 - sum(each.values()))  # no digit follows
+                ends = max(0.0, 1.0 - sum(each.values()))  # probability that no digit follows
                 if node.value is not None:
                     values[i, place[node.value]] += p * ends
                 best = max(each, key=lambda token: each[token])
@@ -207,9 +220,9 @@ class DigitJudge:
             rows = [prompts.encode(self.model, self.rubric.prompt(item)) for item in part]
             room = self.model.config.max_context
             for item, row in zip(part, rows, strict=True):
-                if row.tokens.size >= room - 3:  # 3: the longest integer, 100, may take 3 tokens
+                if row.tokens.size >= room - 3:  # the longest integer, 100, may take 3 tokens
                     yield Verdict(item.key, error=f"the judge's prompt has {row.tokens.size} "
-                                                  f"tokens, and its context {room}")
+                                                  f"tokens and fills its context of {room}")
             fits = [(item, row) for item, row in zip(part, rows, strict=True)
                     if row.tokens.size < room - 3]
             if fits:
@@ -269,7 +282,7 @@ def _tree(model: Any, scale: Sequence[int]) -> _Node:
 
 
 def _spelling(tokenizer: Any, vocabulary: dict[str, int], number: str) -> list[str]:
-    """Return the tokens of a number without a leading space."""
+    """Return the tokens of a number as strings, without a leading space."""
     if len(number) == 1:
         return [number]
     ids = tokenizer(number, add_special_tokens=False).input_ids
@@ -285,6 +298,6 @@ def _starts(tokenizer: Any, word: str) -> list[int]:
     for text in (word, f" {word}"):
         ids = list(tokenizer(text, add_special_tokens=False).input_ids)
         tokens = tokenizer.convert_ids_to_tokens(ids)
-        # skip a token that is only a space: any word may follow such a token
+        # skip a token that is only a space, because any word may follow it
         found += [i for i, token in zip(ids, tokens, strict=True) if token.lstrip("Ġ▁")][:1]
     return list(dict.fromkeys(found))

@@ -1,4 +1,4 @@
-"""A client that sends single requests to an OpenAI-compatible endpoint, with classified errors.
+"""A client that sends single requests to an OpenAI-compatible endpoint and classifies errors.
 
 The client reads the API key from the environment and removes it from every text that the endpoint
 returns.
@@ -19,15 +19,15 @@ from jaxpersona.extras import require
 from jaxpersona.inputs import printable
 
 OPENAI = "https://api.openai.com/v1"
-_AGAIN = frozenset((408, 409, 429))  # after these, and 500 or above, a request is sent again
-_NEVER = {401: "the endpoint refuses the API key", 402: "the endpoint asks for a payment",
-          404: "the endpoint does not know the model or the address"}
+_AGAIN = frozenset((408, 409, 429))  # HTTP status codes that allow a retry, besides 5xx
+_NEVER = {401: "the endpoint rejects the API key", 402: "the endpoint requires a payment",
+          404: "the endpoint has no such model or address"}
 _SHOWN = 160  # maximum length of a text from the endpoint, in characters
 
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """An answer of the endpoint: text, token counts and cost; None if the endpoint omits one."""
+    """An answer of the endpoint. Token counts and cost are None if the endpoint omits them."""
 
     text: str
     prompt_tokens: int | None = None
@@ -36,7 +36,7 @@ class Reply:
 
 
 class Failure(Exception):
-    """Error of a request that got no usable answer.
+    """Raised if a request gets no usable answer.
 
     Attributes:
       again: whether the same request may succeed later.
@@ -56,16 +56,17 @@ class Endpoint:
 
     Args:
       model: the model's name at the endpoint.
-      url: the base address, such as "http://localhost:8000/v1"; default: that of OpenAI.
-      key_env: the environment variable with the API key. The key is required for OpenAI's endpoint
-        and optional for others.
-      timeout: the time in seconds after which a request fails.
+      url: the base URL, such as "http://localhost:8000/v1". Default: the environment variable
+        OPENAI_BASE_URL or, if it is not set, the URL of OpenAI.
+      key_env: the name of the environment variable that contains the API key. The key is required
+        for OpenAI's endpoint and optional for others.
+      timeout: the time in seconds after which a request without an answer fails.
       max_tokens: the maximum length of an answer in tokens.
       temperature: the sampling temperature.
 
     Raises:
-      UserError: the address is invalid or contains a password, the key is missing, or the package
-        `openai` is not installed.
+      UserError: the URL is invalid or contains a user, a password, a query or a fragment, the key
+        is missing, or the package `openai` is not installed.
     """
 
     def __init__(self, model: str, *, url: str | None = None, key_env: str = "OPENAI_API_KEY",
@@ -75,8 +76,8 @@ class Endpoint:
         key = os.environ.get(key_env, "")
         if not key and urllib.parse.urlsplit(url).hostname == "api.openai.com":
             raise UserError(f"the environment variable {key_env} is not set; set it to the API "
-                            "key, or give the address of another endpoint (--judge-url)")
-        self._api: Any = require("openai", "a judge behind an address needs openai")
+                            "key, or give the URL of another endpoint (--judge-url)")
+        self._api: Any = require("openai", "a judge at an endpoint needs openai")
         self._key, self.model, self.url = key, model, url
         self._length = "max_tokens"  # newer OpenAI models require max_completion_tokens
         self.max_tokens, self.temperature = max_tokens, temperature
@@ -98,7 +99,7 @@ class Endpoint:
                 model=self.model, messages=[{"role": "user", "content": prompt}],
                 temperature=self.temperature, **{length: self.max_tokens}))
         except api.APITimeoutError:
-            raise Failure("no answer in time", again=True, maybe_paid=True) from None
+            raise Failure("no answer before the timeout", again=True, maybe_paid=True) from None
         except api.APIStatusError as error:
             raise self._refused(error, length) from None
         except api.APIConnectionError as error:
@@ -107,7 +108,7 @@ class Endpoint:
                           maybe_paid=not _unconnected(cause)) from None
         except (api.OpenAIError, ValueError, TypeError, KeyError, AttributeError,
                 IndexError) as error:
-            raise Failure(self._clean(f"the answer is no chat completion ({error})"), again=True,
+            raise Failure(self._clean(f"the answer is not a chat completion ({error})"), again=True,
                           maybe_paid=True) from None
 
     def close(self) -> None:
@@ -115,7 +116,12 @@ class Endpoint:
         self._client.close()
 
     def _reply(self, found: Any) -> Reply:
-        """Return the answer in a response of the client; raise an error if a field is missing."""
+        """Convert a response of the client to a `Reply`.
+
+        Raises:
+          Failure: the text is empty because the maximum length is too small.
+          TypeError, AttributeError, IndexError: a field is missing or has the wrong type.
+        """
         choice = found.choices[0]
         text = choice.message.content
         if text is None:
@@ -123,8 +129,8 @@ class Endpoint:
         if not isinstance(text, str):
             raise TypeError(f"content is {type(text).__name__}")
         if not text.strip() and choice.finish_reason == "length":
-            raise Failure(f"the answer's {self.max_tokens} tokens have no text, as with a model "
-                          "that thinks first; allow more (--judge-max-tokens)", maybe_paid=True)
+            raise Failure(f"the answer has {self.max_tokens} tokens but no text, possibly because "
+                          "the model thinks first; increase --judge-max-tokens", maybe_paid=True)
         usage = found.usage
         counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
         before, after = (n if isinstance(n, int) and n >= 0 else None for n in counts)
@@ -134,19 +140,24 @@ class Endpoint:
         return Reply(self._clean(text), before, after, usd)
 
     def _refused(self, error: Any, length: str) -> Failure:
-        """Return the `Failure` for an HTTP error; `length` is the request's name of max_tokens."""
+        """Return the `Failure` for an HTTP error.
+
+        Args:
+          error: the exception that the client raised.
+          length: the name of the request's field for the maximum length of the answer.
+        """
         status, message = error.status_code, self._clean(str(error.message))
         if status == 400 and length == "max_tokens" and "max_completion_tokens" in message:
             self._length = "max_completion_tokens"
-            return Failure("the model wants max_completion_tokens", again=True, after=0.0)
+            return Failure("the model requires max_completion_tokens", again=True, after=0.0)
         what = f"HTTP {status}: {message}"
         if status in _NEVER or error.code == "insufficient_quota":
-            return Failure(f"{_NEVER.get(status, 'the quota is used')} ({what})", fatal=True)
+            return Failure(f"{_NEVER.get(status, 'the quota is used up')} ({what})", fatal=True)
         return Failure(what, again=status in _AGAIN or status >= 500,
                        after=retry_after(error.response.headers))
 
     def _clean(self, text: str) -> str:
-        """Return a text of the endpoint as one line of limited length, without the API key."""
+        """Return a text from the endpoint as one line of limited length, without the API key."""
         if self._key:
             text = text.replace(self._key, "[key]")
         return " ".join(printable(text).split())[:_SHOWN]
@@ -172,16 +183,15 @@ def retry_after(headers: Any, now: float | None = None) -> float | None:
 
 
 def _unconnected(cause: BaseException | None) -> bool:
-    """Return whether a connection error, by its cause, occurred before the request was sent."""
+    """Return whether a connection error with this cause occurred before the request was sent."""
     return type(cause).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")
 
 
 def _check_url(url: str) -> None:
-    """Check an endpoint's address.
+    """Check the URL of an endpoint.
 
     Raises:
-      UserError: the address is not an HTTP address, or contains a user, a password, a query or a
-        fragment.
+      UserError: the URL is not an HTTP URL, or contains a user, a password, a query or a fragment.
     """
     try:
         parts = urllib.parse.urlsplit(url)
@@ -189,7 +199,7 @@ def _check_url(url: str) -> None:
     except ValueError:  # an invalid port or host
         fine, parts = False, None
     if not fine or parts is None:
-        raise UserError("judge-url is no address; give one such as http://localhost:8000/v1")
+        raise UserError("judge-url is not an HTTP URL; give one such as http://localhost:8000/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise UserError("judge-url contains a user, a password or a query; give the plain address, "
-                        "and the key in an environment variable")
+        raise UserError("judge-url contains a user, a password, a query or a fragment; give the "
+                        "URL without them, and the key in an environment variable")

@@ -23,15 +23,15 @@ from jaxpersona.judges.rubric import ROLES, Rubric
 
 ATTEMPTS = 6  # maximum number of requests per prompt in one call
 IN_A_ROW = 20  # number of consecutive failed prompts after which the judge stops
-LONGEST_WAIT = 600.0  # seconds; if the endpoint asks to wait longer, the judge stops
-_BACKOFF = 0.5  # seconds before the second request; doubled for each further request
+LONGEST_WAIT = 600.0  # seconds; if the endpoint requests a longer delay, the judge stops
+_BACKOFF = 0.5  # seconds before the first retry; doubled for each further retry
 _LONGEST_BACKOFF = 30.0
 _GRACE = 10.0  # seconds to wait for answers to requests in progress when the judge stops
 _AROUND = 64  # tokens of the chat template, for the upper bound of a request's cost
 
 
 class HttpJudge:
-    """Score replies with a model behind an OpenAI-compatible endpoint.
+    """A judge that scores replies with a model at an OpenAI-compatible endpoint.
 
     Args:
       endpoint: the client.
@@ -40,10 +40,11 @@ class HttpJudge:
       rubric: the prompt and the scale; default: each role's `eval_prompt`, scores 0 to 3.
       concurrency: the maximum number of requests in progress at the same time.
       rpm, tpm: the maximum numbers of requests and tokens per minute; None: no limit.
-      budget: the limit for all requests in the journal, also those of earlier runs; None: no limit.
+      budget: the limit on all requests in the journal, including earlier runs; None: no limit.
       price: (price of prompts, price of answers) in USD per million tokens, or None. If the
         endpoint returns the cost of an answer, that cost is used instead.
-      backoff: seconds to wait before a failed request is sent again the first time; default: 0.5.
+      backoff: the delay in seconds before the first retry of a failed request; default: 0.5. The
+        delay doubles with each further retry.
 
     Raises:
       UserError: a setting is out of range, or `budget` is in USD and `price` is None.
@@ -63,8 +64,8 @@ class HttpJudge:
         if concurrency < 1 or concurrency > 1024:
             raise UserError(f"concurrency is {concurrency}; give 1 to 1024")
         if budget is not None and budget.usd is not None and price is None:
-            raise UserError("budget is in USD; that needs the price of tokens (--judge-price), or "
-                            "give it in calls, such as 500calls")
+            raise UserError("budget is in USD, which needs the price of tokens; give "
+                            "--judge-price, or a budget in calls such as 500calls")
         self.endpoint, self.rubric, self.scale = endpoint, rubric, rubric.scale
         self.reads_eval_prompt = rubric.template is None
         self.name = (f"http {endpoint.model} rubric {rubric.digest} temperature "
@@ -74,11 +75,11 @@ class HttpJudge:
         self._concurrency, self._budget, self._price = concurrency, budget or Budget(), price
         self._pace = Pace(rpm, tpm)
         self._backoff = _BACKOFF if backoff is None else backoff
-        self._turn = threading.Condition()  # reentrant lock of all fields below
+        self._turn = threading.Condition()  # reentrant lock that guards all fields below
         self._under_way: dict[threading.Event, list[threading.Thread]] = {}
         self._closed = False
         self._flying = self._row = 0
-        self._per_byte = 0.5  # tokens per byte of a prompt: first a guess, then the largest seen
+        self._per_byte = 0.5  # tokens per byte of a prompt: a guess, later the observed maximum
         self._why = ""  # the reason why the judge cannot continue
         self._seen = False  # whether an answer contained the number of prompt tokens
 
@@ -93,13 +94,16 @@ class HttpJudge:
         """
         with self._turn:
             if self._closed:
-                raise UserError(f"the judge {self.endpoint.model} was closed; make a new one")
+                raise UserError(f"the judge {self.endpoint.model} was closed; create a new one")
             if self._journal is None:
                 self._journal = Journal(self._path)
             return self._journal
 
     def note(self) -> str:
-        """Return text with the number and the cost of all requests in the journal, and failures."""
+        """Return the number and cost of all requests and the number of failed items, as text.
+
+        The text is empty if the journal is not open yet.
+        """
         if self._journal is None:
             return ""
         parts = [f"{self._journal.calls:,} calls"]
@@ -110,7 +114,10 @@ class HttpJudge:
         return ", ".join(parts)
 
     def close(self) -> None:
-        """Stop sending, wait up to ten seconds for answers, and close the journal and client."""
+        """Stop sending requests, and close the journal and the client.
+
+        Answers to requests in progress are awaited for up to ten seconds.
+        """
         with self._turn:
             under_way = list(self._under_way.items())
         for stopped, _ in under_way:
@@ -125,7 +132,7 @@ class HttpJudge:
         self.endpoint.close()
 
     def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
-        """Yield one verdict per item in the order of completion; first those from the journal.
+        """Yield one verdict per item: first those from the journal, then each one when it is ready.
 
         Items with equal prompts share one request. If all requests for an item fail, the item's
         verdict has an `error`.
@@ -169,10 +176,10 @@ class HttpJudge:
                     if self._why:
                         raise _Halt
             except queue.Empty:
-                pass  # every key has been asked for
+                pass  # no key is left
             except _Halt:
                 stopped.set()
-            except BaseException as error:  # raised again below, in the caller's thread
+            except BaseException as error:  # raised again in the caller's thread
                 stopped.set()
                 done.put(error)
             done.put(None)
@@ -203,7 +210,7 @@ class HttpJudge:
             with self._turn:
                 self._under_way.pop(stopped, None)
         if self._why or judged < left:
-            why = self._why or "it was closed before it had judged everything"
+            why = self._why or "it was closed before all items were judged"
             raise JudgeStopped(f"the judge {self.endpoint.model} stopped: {why}; all verdicts are "
                                f"kept in {self._path}")
 
@@ -223,7 +230,7 @@ class HttpJudge:
                           cost=(cost if i == 0 else 0.0) if known else None)
 
     def _ask(self, key: str, prompt: str, stopped: threading.Event) -> tuple[str, float] | str:
-        """Send up to `ATTEMPTS` requests; return (answer, cost), or the last error as text."""
+        """Send a prompt up to `ATTEMPTS` times; return (answer, cost) or the last error as text."""
         size = len(prompt.encode("utf-8", "surrogatepass"))
         failure = Failure("")
         for attempt in range(ATTEMPTS):
@@ -264,19 +271,19 @@ class HttpJudge:
         with self._turn:
             self._row += 1
             if self._row >= IN_A_ROW:
-                self._halt(f"{self._row} replies in a row could not be judged (the last: "
+                self._halt(f"{self._row} replies in a row could not be judged (last error: "
                            f"{failure}); check the endpoint, then run the same command again")
         return str(failure)
 
     def _react(self, failure: Failure) -> None:
-        """Stop the judge or delay all requests, if a failure also affects other requests.
+        """Stop the judge or delay all requests if a failure also affects other requests.
 
         Raises:
           _Halt: the judge was stopped.
         """
         if failure.fatal:
             with self._turn:
-                self._halt(f"{failure}; then run the same command again")
+                self._halt(f"{failure}; fix this, then run the same command again")
             raise _Halt
         if failure.after is not None:
             if failure.after > LONGEST_WAIT:
@@ -289,7 +296,7 @@ class HttpJudge:
     def _reserve(self, key: str, bound: float, stopped: threading.Event) -> None:
         """Wait until the budget allows a request, and write the request to the journal.
 
-        Requests in progress count with the upper bounds of their costs. When the actual costs are
+        The cost of a request in progress is counted as its upper bound. When the actual cost is
         known, a further request may fit into a budget in USD.
 
         Raises:
@@ -303,16 +310,16 @@ class HttpJudge:
                     self._flying += 1
                     return
                 if not self._flying or not self._budget.allows(held.calls + 1, 0.0):
-                    self._halt(f"the budget of {self._budget} is used, after {held.calls:,} calls"
+                    self._halt(f"the budget of {self._budget} is used up after {held.calls:,} calls"
                                + (f" and ${held.spent:,.4f}" if held.spent else "")
-                               + "; to go on, give a larger --budget and run the same command "
+                               + "; to continue, give a larger --budget and run the same command "
                                  "again")
                     break
                 self._turn.wait(0.5)
         raise _Halt
 
     def _landed(self) -> None:
-        """Decrease the number of requests in progress; the caller holds `_turn`."""
+        """Decrement the number of requests in progress; the caller must hold `_turn`."""
         self._flying -= 1
         self._turn.notify_all()
 
@@ -327,7 +334,8 @@ class HttpJudge:
     def _cost(self, reply: Reply, bound: float) -> float:
         """Return the cost of an answer in USD.
 
-        Use the endpoint's cost, else the price of its token counts, else `bound`.
+        If the endpoint returned no cost, the cost is computed from the token counts and the price.
+        If the endpoint returned no token counts either, the cost is `bound`.
         """
         if reply.usd is not None:
             return reply.usd
@@ -344,4 +352,4 @@ def _wait(threads: Sequence[threading.Thread]) -> None:
 
 
 class _Halt(Exception):
-    """Exception that ends a thread of `HttpJudge` without a verdict."""
+    """Raised to end a thread of `HttpJudge` without a verdict."""

@@ -16,12 +16,12 @@ from jaxpersona.judges.protocol import ROLE_SCALE, Item, Verdict
 
 COLUMNS: tuple[str, ...] = ("item", "role", "description", "system_prompt", "question", "answer",
                             "score", "digest")
-UNDECIDED = ("?", "none")  # entries of the column `score` for a reply that cannot be decided
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # spreadsheets run cells that begin with one of these
+UNDECIDED = ("?", "none")  # texts in the column `score` that mark a reply as undecided
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # spreadsheets evaluate cells that begin with these
 
 
 class HumanJudge:
-    """Read the scores that a person entered in a CSV file, and add rows for new items.
+    """A judge that reads the scores a person entered in a CSV file, and adds rows for new items.
 
     Args:
       path: the CSV file; created if missing. The person enters an integer of the scale in the
@@ -82,19 +82,23 @@ def digest_of(item: Item) -> str:
 
 
 def row_of(item: Item) -> dict[str, str]:
-    """Return a CSV row for an item, as column → text, with an empty score."""
+    """Return a CSV row for an item, as column → text, with an empty score.
+
+    An apostrophe precedes each text that a spreadsheet would evaluate as a formula.
+    """
     cells = {"item": identity(item), "role": item.role.name, "description": item.role.description,
              "system_prompt": item.system_prompt, "question": item.question,
              "answer": item.answer, "score": "", "digest": digest_of(item)}
+    # lone surrogates cannot be encoded in UTF-8, so they are replaced by "?"
     return {name: (f"'{text}" if text.startswith(_FORMULA) else text)
-            .encode("utf-8", "replace").decode() for name, text in cells.items()}  # surrogates → ?
+            .encode("utf-8", "replace").decode() for name, text in cells.items()}
 
 
 def score_of(row: Mapping[str, str], scale: Sequence[int], path: pathlib.Path) -> int | str | None:
     """Return the score in a row: an integer, None for an undecided reply, "" for an empty cell.
 
     Raises:
-      UserError: the cell contains anything else.
+      UserError: the cell contains any other text.
     """
     text = (row.get("score") or "").strip().removesuffix(".0")  # some spreadsheets write 3 as 3.0
     if text.lower() in UNDECIDED:
@@ -114,12 +118,13 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, str]]) 
       UserError: the file cannot be written.
     """
     text = io.StringIO()
-    # quote all cells: the csv module does not quote a lone "\r", which readers take as a row's end
+    # All cells are quoted: the csv module does not quote a lone "\r", which readers treat as the
+    # end of a row.
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n",
                             quoting=csv.QUOTE_ALL)
     writer.writeheader()
     writer.writerows(rows)
-    write_text(path, "\ufeff" + text.getvalue())  # spreadsheets detect UTF-8 by this mark
+    write_text(path, "\ufeff" + text.getvalue())  # spreadsheets detect UTF-8 by the byte order mark
 
 
 def read_rows(path: str | os.PathLike[str]) -> dict[str, dict[str, str]]:
@@ -138,13 +143,13 @@ def read_rows(path: str | os.PathLike[str]) -> dict[str, dict[str, str]]:
     except ValueError as error:
         raise UserError(f"{path}: is not UTF-8 ({error}); save it as UTF-8") from None
     head = text.partition("\n")[0]
-    marks = max(",;\t", key=head.count)  # some spreadsheets save with another separator
+    marks = max(",;\t", key=head.count)  # some spreadsheets use another separator than the comma
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=marks)
         found = [{name: value for name, value in row.items() if name and isinstance(value, str)}
                  for row in reader]
     except csv.Error as error:
-        raise UserError(f"{path}: is no CSV file ({error})") from None
+        raise UserError(f"{path}: is not a CSV file ({error})") from None
     columns = reader.fieldnames or ()
     lacking = [name for name in ("item", "score", "digest") if name not in columns]
     if lacking:

@@ -2,12 +2,15 @@
 
 Answers in the journal are reused, so no answer is paid for twice.
 
-Each line after the first is a JSON object. `{"sent": key, "cost": c}` is written before a request
-is sent, where c is an upper bound of its cost in USD. `{"key": key, "said": text, "cost": c, …}`
-records an answer, and `{"failed": key, "error": text, "cost": c}` a failed request. The cost of a
-request without such a line is the upper bound. A key is a digest of the judge's model, settings and
-prompt. If a process is killed, the last line may be incomplete; such a line is removed when the
-journal is opened again.
+The first line contains the format. Each further line is a JSON object of one of three kinds:
+
+    {"sent": key, "cost": c}                     a request that will be sent; c is an upper bound
+    {"key": key, "said": text, "cost": c, …}     an answer and its cost
+    {"failed": key, "error": text, "cost": c}    a failed request and its possible cost
+
+All costs are in USD. If the outcome of a request is not recorded, its cost is counted as the upper
+bound. A key is a digest of the judge's model, settings and prompt. If a process is killed, the last
+line may be incomplete; such a line is removed when the journal is opened again.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ FORMAT = {"format": "jaxpersona-verdicts 1"}
 
 
 def key_of(identity: str, prompt: str) -> str:
-    """Return 32 hexadecimal digits that identify a prompt and the model and settings `identity`."""
+    """Return a digest (32 hexadecimal digits) of a prompt and of a judge's model and settings."""
     text = json.dumps([identity, prompt]).encode("utf-8", "surrogatepass")
     return hashlib.sha256(text).hexdigest()[:32]
 
@@ -50,7 +53,7 @@ class Journal:
         self.calls, self.spent = 0, 0.0
         self._lock = threading.Lock()
         self._said: dict[str, tuple[str, float]] = {}
-        self._open: dict[str, list[float]] = {}  # key → bounds of requests without an outcome
+        self._open: dict[str, list[float]] = {}  # key → cost bounds of requests without an outcome
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # O_NOFOLLOW: the code below must not truncate the target of a symbolic link
@@ -81,7 +84,7 @@ class Journal:
             self._append({"sent": key, "cost": bound})
 
     def answered(self, key: str, said: str, cost: float, **about: Any) -> None:
-        """Record the answer to a request and its cost in USD."""
+        """Record the answer to a request, its cost in USD, and further fields `about` it."""
         with self._lock:
             self._append({"key": key, "said": said, "cost": cost, **about})
 
@@ -111,7 +114,7 @@ class Journal:
         line = json.dumps(value, ensure_ascii=True).encode() + b"\n"
         try:
             if os.write(self._file, line) != len(line):
-                raise OSError("the line was written in part")
+                raise OSError("only a part of the line was written")
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from None
         self._count(value)
@@ -148,7 +151,7 @@ class Journal:
                     fine = False
                 if not fine:
                     raise UserError(f"{self.path}: line {number} is damaged; "
-                                    + ("it is not a file of verdicts: choose another"
+                                    + ("the file is not a journal of a judge: choose another file"
                                        if number == 1 else "delete this line"))
                 end += len(line)
         if not end:

@@ -18,7 +18,7 @@ class NoJudge:
     name, scale = "none", ROLE_SCALE
 
     def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
-        """Yield score 3 for every item."""
+        """Yield a verdict with score 3 for every item."""
         for item in items:
             yield Verdict(item.key, 3)
 
@@ -28,7 +28,7 @@ class SelfJudge:
 
     Args:
       model: the judging model, normally the evaluated model.
-      batch_size: the number of replies that are scored together.
+      batch_size: the number of replies that are scored per batch.
       rubric: the prompt and the scale; default: each role's `eval_prompt`, scores 0 to 3.
     """
 
@@ -40,7 +40,7 @@ class SelfJudge:
         self.name = f"self {model.fingerprint} rubric {rubric.digest} rows {batch_size}"
 
     def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
-        """Yield one verdict per item, read by `Rubric.read` from at most 10 generated tokens."""
+        """Yield one verdict per item, which `Rubric.read` parses from up to 10 generated tokens."""
         from jaxpersona.engine.generate import generate
 
         if not items:

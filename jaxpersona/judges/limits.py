@@ -17,7 +17,7 @@ class Budget:
     """The maximum number or cost of the requests in a journal.
 
     Attributes:
-      calls: the maximum number of requests, including repeated requests; None: no limit.
+      calls: the maximum number of requests, including retries; None: no limit.
       usd: the maximum cost in USD; None: no limit.
 
     Examples:
@@ -36,7 +36,7 @@ class Budget:
         """Parse "500calls", "5usd" or "$5".
 
         Raises:
-          UserError: the text has another form.
+          UserError: the text does not have one of these forms.
         """
         plain = text.strip().lower().replace(",", "")
         if match := re.fullmatch(r"(\d{1,12})\s*calls?", plain):
@@ -47,7 +47,7 @@ class Budget:
         raise UserError(f"budget is {text!r:.40}; give calls or USD, such as 500calls or 5usd")
 
     def part(self, share: int) -> Budget:
-        """Return the budget of each of `share` processes: an equal part, in calls rounded down."""
+        """Return an equal part of the budget for each of `share` processes, in whole calls."""
         return Budget(None if self.calls is None else self.calls // share,
                       None if self.usd is None else self.usd / share)
 
@@ -61,12 +61,12 @@ class Budget:
 
 
 class Pace:
-    """Delays requests so that they stay within a rate of requests and tokens per minute.
+    """Delays requests to limit the rates of requests and tokens per minute.
 
     Args:
       requests: the maximum number of requests per minute; None: no limit.
       tokens: the maximum number of tokens per minute; None: no limit.
-      clock: returns the time in seconds.
+      clock: a function that returns the time in seconds.
 
     Raises:
       UserError: a rate is not positive.
@@ -86,7 +86,7 @@ class Pace:
         """Wait until a request of about `tokens` tokens may be sent.
 
         Returns:
-          True, or False if `stopped` was set.
+          True if the request may be sent; False if `stopped` was set.
         """
         while not stopped.is_set():
             with self._lock:
@@ -100,7 +100,7 @@ class Pace:
         return False
 
     def settle(self, estimated: float, actual: float) -> None:
-        """Replace the estimated number of tokens of a sent request by the actual number."""
+        """Replace the estimated number of tokens of a sent request with the actual number."""
         with self._lock:
             self._tokens_at += (actual - estimated) * self._token
 

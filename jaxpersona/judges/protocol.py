@@ -19,11 +19,11 @@ class Item:
     """A reply to be scored.
 
     Attributes:
-      key: identifies the reply within its role (`runs.rollouts.rollout_key`).
+      key: a text that identifies the reply within its role (`runs.rollouts.rollout_key`).
       role: the role that the reply should play; for a trait, the result of `rubric.of_trait`.
       question: the user's message.
       answer: the reply.
-      system_prompt: the system prompt of the reply; only human judges see it.
+      system_prompt: the system prompt of the conversation, which only human judges use.
     """
 
     key: str
@@ -45,9 +45,9 @@ class Verdict:
       expected: the expected score, for judges that compute probabilities; else None.
       mass: the total probability of the scale's integers, for judges that compute probabilities;
         else None.
-      refused: whether the judge says that the reply refuses to answer.
-      error: the reason why the judge failed on this item; None if it did not fail. A later call
-        judges failed items again.
+      refused: whether the reply refuses to answer, according to the judge.
+      error: the reason why the judge failed on this item; None if it did not fail. Failed items
+        are judged again in a later call.
       raw: the text of the judge's answer.
       cost: the cost of the verdict in USD; None if the judge is free or its cost is unknown.
     """
@@ -65,17 +65,18 @@ class Verdict:
 
 
 class Judge(Protocol):
-    """Interface of a judge.
+    """The interface of a judge.
 
-    A judge may also have these attributes, which are read with `getattr`. `reads_eval_prompt` is
-    True if the judge needs the `eval_prompt` of every role. `together` is True if the judge runs a
-    model that all processes of a run execute together, so that all processes must call the judge;
-    other judges are called by one process. `after` is True if the judge loads its model only after
-    the rollouts are generated.
+    A judge may also have the following optional attributes, which are False by default:
+
+    - `reads_eval_prompt`: whether the judge needs the `eval_prompt` of every role.
+    - `together`: whether the judge runs a model on the devices of the run. All processes of the run
+      must then call the judge; other judges are called by one process.
+    - `after`: whether the judge loads its model only after the rollouts are generated.
 
     Attributes:
-      name: identifies the judge in a run. Judges that can give different verdicts on the same item
-        must have different names, so a name contains, for example, a digest of the rubric.
+      name: the identity of the judge in a run. Judges that can give different verdicts on the same
+        item must have different names, so a name contains, for example, a digest of the rubric.
       scale: the allowed scores.
 
     Examples:
@@ -105,7 +106,7 @@ from jaxpersona.data.texts import Role
 
 
 class JudgeStopped(UserError):
-    """Error of a judge that cannot continue, for example because its budget is used up."""
+    """Raised if a judge cannot continue, for example because its budget is used up."""
 
 
 def in_order(judge: Judge, items: Sequence[Item]) -> list[Verdict]:
@@ -130,11 +131,12 @@ def arranged(judge: Judge, items: Sequence[Item], verdicts: Iterable[Verdict]) -
         check_verdict(judge, verdict)
         if verdict.key not in place or place[verdict.key] in found:
             raise UserError(f"the judge {judge.name!r} gave a verdict on {verdict.key!r:.80}, "
-                            "which is unknown or has one; it must give one per item")
+                            "which is unknown or already has a verdict; it must give one verdict "
+                            "per item")
         found[place[verdict.key]] = verdict
     if len(found) != len(items) or len(place) != len(items):
         raise UserError(f"the judge {judge.name!r} gave {len(found)} verdicts on {len(items)} "
-                        "items; it must give one per item, and their keys must differ")
+                        "items; it must give one verdict per item, and the items' keys must differ")
     return [found[i] for i in range(len(items))]
 
 
@@ -142,10 +144,10 @@ def check_verdict(judge: Judge, verdict: Verdict) -> None:
     """Check that a verdict's score is None or an integer of the judge's scale.
 
     Raises:
-      UserError: the score is not None or an integer of the scale.
+      UserError: the score is neither None nor an integer of the scale.
     """
     score = verdict.score
     if score is not None and (type(score) is not int or score not in judge.scale):
         raise UserError(f"the judge {judge.name!r} gave {verdict.key!r:.80} the score "
-                        f"{score!r:.40}; it must be None or an integer of {judge.scale[0]} to "
+                        f"{score!r:.40}; it must be None or an integer from {judge.scale[0]} to "
                         f"{judge.scale[-1]}")

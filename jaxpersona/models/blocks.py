@@ -49,8 +49,8 @@ class Parts(NamedTuple):
 def parts(config: ModelConfig, attention: Implementation) -> Parts:
     """Return the parts of a block, as nested `jax.jit` functions while the engine traces a program.
 
-    The nested functions are created for one forward pass and freed afterwards. Otherwise, plain
-    functions are returned, because outside `jax.jit` each forward pass would compile them again.
+    While no program is traced, the parts are plain functions. Each call of `parts` creates new
+    functions, so nested `jax.jit` functions would be compiled again in every forward pass.
 
     Args:
       config: the model configuration.
@@ -80,9 +80,9 @@ def attend(config: ModelConfig, attention: Implementation, layer: Layer, x: Floa
       positions: [B, S] int32, the position of each key; −1 at padding and in empty slots.
       slots: [B, T] int32, the cache slot of each token.
       held: the block's keys and values in the cache; None without a cache.
-      known: [B, T] bool, False at tokens whose result must be NaN, or None for all True. Not used
-        if `normed` is given.
-      normed: x after the block's first norm, if already computed (`Trace.finish`), or None.
+      known: [B, T] bool, False at tokens whose result must be NaN; None is equivalent to all True.
+        It is ignored if `normed` is given.
+      normed: x after the block's first norm if `Trace.finish` has computed it, otherwise None.
       window: the size of the sliding window, or None.
 
     Returns:
@@ -98,8 +98,9 @@ def attend(config: ModelConfig, attention: Implementation, layer: Layer, x: Floa
         k = write(held[0], _kept(k, held[0]), slots)
         v = write(held[1], _kept(v, held[1]), slots)
         if attention != "xla":
-            # The barrier orders the cache write before attention. A kernel does not read the cache,
-            # so without the barrier XLA would keep k and v of every layer until the end.
+            # The barrier places the cache write before attention. The attention kernels do not read
+            # the cache, so without the barrier, XLA would delay the writes of all layers and keep
+            # their k and v in memory until the end of the program.
             k, v, own = jax.lax.optimization_barrier((k, v, own))
         held = k, v
     if attention == "cudnn":
@@ -121,7 +122,7 @@ def attend(config: ModelConfig, attention: Implementation, layer: Layer, x: Floa
 
 
 def transform(config: ModelConfig, layer: Layer, x: Float[Array, "B T D"]) -> jax.Array:
-    """Return the MLP output [B, T, D] of a block, to add to the residual stream."""
+    """Return the MLP output [B, T, D] of a block; the caller adds it to the residual stream x."""
     eps, offset = config.norm_eps, config.norm_offset
     y = nn.mlp(nn.rms_norm(x, layer.mlp_norm_d, eps, offset), layer, config.activation)
     if config.post_norms:
@@ -145,6 +146,6 @@ def _project(layer: Layer, config: ModelConfig, normed: jax.Array,
 def _kept(x: jax.Array, buffer: jax.Array) -> jax.Array:
     """Round x to the precision of its dtype if it is stored in a buffer of a wider dtype.
 
-    Without the rounding, XLA may store values that have the extra precision of a fusion.
+    Without the rounding, XLA may store the values in the higher precision that a fusion uses.
     """
     return x if x.dtype == buffer.dtype else nn.round_residual(x)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32
 
 KV_AXES = ("batch", "kv_heads", None, None)
-_SHORT = 8  # the least ratio of slots to tokens for a scatter on a CPU
+_SHORT = 8  # on a CPU, several tokens are scattered if there are this many slots per token
 ROW_AXES = (("batch", None), ("batch",))  # logical axes of `position` and `next`
 
 
@@ -61,12 +61,12 @@ class Cache(flax.struct.PyTreeNode):
 
 
 def kept_dtype(like: jax.Array) -> DTypeLike:
-    """Return the fastest cache dtype for a model with parameters like `like`.
+    """Return the fastest dtype of the cache for a model with the parameter array `like`.
 
-    The result is the dtype of `like`, except on a single CPU, where the result is float32 (values
-    are still rounded to the dtype of `like`). On a CPU, XLA would convert a whole 16-bit cache to
-    float32 and back for every token written. A float32 cache takes twice the memory of a 16-bit
-    cache.
+    The result is the dtype of `like`, except on a single CPU, where it is float32 (values are still
+    rounded to the dtype of `like`). With a 16-bit cache, XLA would convert the whole cache to
+    float32 and back for every token that it writes on a CPU. A float32 cache takes twice the memory
+    of a 16-bit cache.
     """
     return jnp.float32 if on_cpu(like) else like.dtype
 
@@ -75,7 +75,7 @@ def init_cache(config: ModelConfig, rows: int, slots: int, dtype: DTypeLike = "f
                ) -> Cache:
     """Allocate an empty cache of `rows` rows and `slots` slots.
 
-    Any dtype that can represent the model's values works; `kept_dtype` returns the fastest dtype.
+    Any dtype that can represent the keys and values is valid; `kept_dtype` returns the fastest one.
 
     Examples:
       >>> import jaxpersona as jp
@@ -93,9 +93,10 @@ def init_cache(config: ModelConfig, rows: int, slots: int, dtype: DTypeLike = "f
 
 
 def assign_slots(cache: Cache | None, batch: Batch) -> jax.Array:
-    """Return each token's slot [B, T]; padding has the out-of-range slot S and is not stored.
+    """Return the slot of each token, [B, T] int32; padding has the out-of-range slot S.
 
-    A row's valid tokens come before its padding and fill its next free slots in order.
+    A row's valid tokens come before its padding and fill its next free slots in order. Padding is
+    not stored. Without a cache, S is T.
     """
     rows, width = batch.tokens.shape
     steps = jnp.arange(width, dtype=jnp.int32)[None]
@@ -105,7 +106,7 @@ def assign_slots(cache: Cache | None, batch: Batch) -> jax.Array:
 
 
 def advance(cache: Cache, batch: Batch, slots: jax.Array) -> Cache:
-    """Add a batch's tokens to `position` and `next`; `write` stores the keys and values."""
+    """Return the cache with `position` and `next` updated; `write` stores the keys and values."""
     return cache.replace(
         position=set_lines(cache.position, batch.position, slots, lines=1),
         next=cache.next + batch.length,
@@ -115,9 +116,9 @@ def advance(cache: Cache, batch: Batch, slots: jax.Array) -> Cache:
 def write(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
     """Write values [B, T, K, H] into the slots [B, T] of a [B, K, S, H] buffer.
 
-    One token per row is written by a scatter (`set_lines`), and several tokens by a gather
-    (`by_slot`), which copies the whole buffer. On a CPU, a scatter also writes several tokens if
-    they are few compared with S.
+    A single token per row is written by a scatter (`set_lines`). Several tokens are written by a
+    gather (`by_slot`), which copies the whole buffer, or, on a CPU, by a scatter if S is at least
+    `_SHORT` times T.
     """
     values = values.astype(buffer.dtype)
     if 1 < values.shape[1] <= buffer.shape[2] // _SHORT and on_cpu(buffer):
@@ -131,12 +132,12 @@ def write(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
 
 
 def set_lines(buffer: jax.Array, values: jax.Array, slots: jax.Array, lines: int) -> jax.Array:
-    """Scatter values into the slots of a buffer whose axis S follows `lines` leading axes.
+    """Scatter values into a buffer along its axis of S slots, which follows `lines` leading axes.
 
-    Values whose slot is S or larger are ignored. The scatter is mapped over every leading axis, so
-    that each head has its own index. With one index for all heads of a row, XLA would transpose the
-    buffer before and after a decode loop on TPUs, and copy a one-row buffer three times per step on
-    CPUs.
+    Values whose slot is S or larger are ignored. The scatter is mapped over all leading axes with
+    `jax.vmap`, so each head has its own index. With one index for all heads of a row, XLA would
+    transpose the buffer before and after a decode loop on TPUs, and copy a one-row buffer three
+    times per step on CPUs.
     """
     def enter(line: jax.Array, value: jax.Array, slot: jax.Array) -> jax.Array:
         return line.at[slot].set(value, mode="drop")

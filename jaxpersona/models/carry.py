@@ -28,8 +28,8 @@ class Carry(flax.struct.PyTreeNode):
       captured: the state of each reading by name; the state's `value` is the result.
       applied: one `Applied` per intervention table, with counts summed over the calls.
       gates: the state of each prompt gate, by the index of the gate's intervention table.
-      finite: [B] bool, whether the residual stream after the last computed block, and its sum of
-        squares, were finite in float32 at every valid token of all calls.
+      finite: [B] bool, True if the residual stream after the last computed block and its sum of
+        squares were finite in float32 at every valid token of all calls.
 
     Examples:
       >>> import jaxpersona as jp

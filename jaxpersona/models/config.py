@@ -56,12 +56,19 @@ class ModelConfig:
 
     Attributes:
       family: the model family, a key of `families.FAMILIES`.
-      d_model, d_ff, n_layers, n_heads, n_kv_heads, head_dim, vocab_size: D, F, L, N, K, H, V.
+      d_model, d_ff, n_layers, n_heads, n_kv_heads, head_dim, vocab_size: the sizes D, F, L, N,
+        K, H and V.
       attn_scale: the factor applied to q·k (1/√H in most families).
       windows: for each layer, the sliding-window size in positions, or None for full attention.
       rope_local: the rotary embedding of sliding-window layers, or None to use `rope`.
+      activation: the activation function of the gated MLP.
+      qk_norm: whether queries and keys are normalized before the rotary embedding.
+      qkv_bias, o_bias, mlp_bias: whether the projections have biases.
       norm_offset: 1 if norms multiply by (1 + weight), 0 if they multiply by the weight.
+      norm_eps: the ε of all norms.
       post_norms: whether attention and MLP outputs are normalized before the residual add.
+      embed_scale: the factor applied to the token embeddings.
+      attn_softcap, final_softcap: the soft-caps of attention scores and of logits, or None.
       max_context: the model's maximum sequence length in tokens.
 
     Examples:
@@ -107,7 +114,7 @@ class ModelConfig:
                 f"n_kv_heads is {self.n_kv_heads}; it must divide n_heads ({self.n_heads})"
             )
         if self.head_dim % 2:
-            raise UserError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
+            raise UserError(f"head_dim is {self.head_dim}; it must be even for rotary embeddings")
         if len(self.windows) != self.n_layers:
             raise UserError(
                 f"windows has {len(self.windows)} entries; give one per layer ({self.n_layers})"
@@ -148,7 +155,7 @@ class ModelConfig:
         return self.parameters * itemsize
 
     def step_bytes(self, itemsize: int = 2) -> int:
-        """Return the bytes of weights read per decode step: all except an untied embedding."""
+        """Return the bytes of weights that a decode step reads: all except an untied embedding."""
         untied = 0 if self.tied_embeddings else self.vocab_size * self.d_model
         return (self.parameters - untied) * itemsize
 
@@ -158,7 +165,7 @@ class ModelConfig:
         return 2 * self.n_kv_heads * self.head_dim * itemsize * seen
 
     def prefill_flops(self, length: int, *, head: bool = False) -> int:
-        """Return the number of floating-point operations to prefill one row of `length` tokens.
+        """Return the floating-point operations required to prefill one row of `length` tokens.
 
         The count is 2·P·T + 2·L·N·H·T² for T = `length`, where P is the number of parameters
         without the embedding and the output head. The attention term includes a factor 1/2 for
@@ -171,7 +178,7 @@ class ModelConfig:
 
 
 def _hashed(value: Any, kind: str) -> dict[str, Any]:
-    """Return the names and values of the fields that the hash of a dataclass covers."""
+    """Return the fields of a dataclass that its hash covers, as a dict of names and values."""
     covered = {}
     for field in dataclasses.fields(value):
         item = getattr(value, field.name)
@@ -183,7 +190,8 @@ def _hashed(value: Any, kind: str) -> dict[str, Any]:
 def replace(config: ModelConfig, **changes: Any) -> ModelConfig:
     """Return a copy of `config` with changed fields.
 
-    If `n_layers` changes without `windows`, the pattern of `windows` is repeated or truncated.
+    If `changes` contains `n_layers` but not `windows`, the pattern of `windows` is repeated or
+    truncated to the new number of layers.
     """
     if "n_layers" in changes and "windows" not in changes:
         n = changes["n_layers"]

@@ -27,7 +27,15 @@ _COMMON = frozenset("""
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A model family: its names in transformers, and its `config.json` fields and conversion."""
+    """A model family: its names in transformers, its `config.json` fields and their conversion.
+
+    Attributes:
+      name: the key of the family in `FAMILIES`.
+      architecture, model_type: the values of `architectures` and `model_type` in `config.json`.
+      fields: the fields that the family supports in addition to `_COMMON`.
+      read: a function that converts these fields to fields of `ModelConfig`.
+      default: the values of missing fields.
+    """
 
     name: str
     architecture: str
@@ -39,7 +47,7 @@ class Family:
 
 
 def _layer_windows(raw: Mapping[str, Any], fallback: Callable[[int], bool]) -> tuple:
-    """Return each layer's window size, from `layer_types` or, if this is missing, `fallback`."""
+    """Return each layer's window size, using `fallback` if `layer_types` is missing."""
     n, window = raw["num_hidden_layers"], raw.get("sliding_window")
     types = raw.get("layer_types")
     if types is None:
@@ -65,9 +73,10 @@ def _mistral(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _qwen_windows(raw: Mapping[str, Any]) -> tuple:
-    """Return each layer's sliding window.
+    """Return each layer's window size.
 
-    If `use_sliding_window` is true, layers from `max_window_layers` on have a sliding window.
+    Without `layer_types`, the layers from `max_window_layers` on have a sliding window if
+    `use_sliding_window` is true.
     """
     window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
     first = raw.get("max_window_layers", 28)
@@ -116,8 +125,9 @@ def _gemma3(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 _WINDOW = frozenset({"sliding_window", "layer_types"})
 _QWEN = _WINDOW | {"use_sliding_window", "max_window_layers"}
+# `sliding_window_size`, an older name of `sliding_window`, is accepted but not used
 _GEMMA2 = _WINDOW | {"query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
-                     "hidden_activation", "sliding_window_size"}  # an older name of sliding_window
+                     "hidden_activation", "sliding_window_size"}
 _GEMMA3 = _GEMMA2 | {"rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern",
                      "use_bidirectional_attention"}
 
@@ -150,7 +160,10 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_positive(value: Any) -> bool:
-    """Return whether a number is positive and, like its reciprocal, finite in float32."""
+    """Return whether a value is a number from 1e-37 to 1e37.
+
+    Such a number and its reciprocal are finite and nonzero in float32.
+    """
     return type(value) in (int, float) and 1e-37 < value < 1e37
 
 
@@ -199,7 +212,7 @@ def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
 def _read_rope(raw: Mapping[str, Any], by_layer: bool) -> Rope:
     """Return the rotary embedding of full-attention layers.
 
-    If `by_layer`, `rope_parameters` may contain one dict per layer type.
+    If `by_layer` is true, `rope_parameters` may contain one dict per layer type.
     """
     theta, scaling = raw.get("rope_theta"), raw.get("rope_scaling")
     whole = parameters = raw.get("rope_parameters")
@@ -215,13 +228,13 @@ def _read_rope(raw: Mapping[str, Any], by_layer: bool) -> Rope:
 
 
 def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfig:
-    """Convert a Hugging Face configuration (the dict in `config.json`, transformers v4 or v5).
+    """Convert a Hugging Face `config.json` (transformers v4 or v5) to a `ModelConfig`.
 
     Unknown keys are ignored with a single warning.
 
     Args:
-      raw: the configuration.
-      place: the file's name, for the warning.
+      raw: the contents of `config.json`.
+      place: the path of the file, for the warning.
 
     Raises:
       UserError: the architecture is unknown, or fields are missing, malformed or unsupported; the
@@ -298,7 +311,7 @@ _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_wind
 
 
 def _check_types(raw: Mapping[str, Any]) -> None:
-    """Check the types of all optional fields.
+    """Check the types and ranges of all optional fields, and the number of layers.
 
     Raises:
       UserError: fields are malformed; the message lists all of them.

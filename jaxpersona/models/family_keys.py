@@ -31,9 +31,9 @@ _IGNORED = frozenset("""
     attn_pdrop embedding_dropout residual_dropout attention_probs_dropout_prob hidden_dropout_prob
 """.split())
 
-# Fields of other architectures that change the forward pass. Each field is mapped to its neutral
-# value, which does not change the forward pass, or to None if empty values, 0 and false are
-# neutral. JSON null is neutral for every field.
+# Fields of other architectures that change the forward pass. Each field is mapped to the one value
+# that leaves the forward pass unchanged, or to None if this holds for 0, false and empty values. A
+# JSON null never changes the forward pass.
 _CHANGES: dict[str, Any] = {key: None for key in """
     quantization_config quantization compression_config sparsity_config bnb_config
     num_experts num_local_experts n_routed_experts num_experts_per_tok num_experts_per_token
@@ -88,11 +88,11 @@ def check_keys(raw: Mapping[str, Any], family: str, own: frozenset[str], others:
     """Raise an error for unsupported keys that change the computation; warn about unknown keys.
 
     Args:
-      raw: the configuration.
+      raw: the contents of `config.json`.
       family: the family's name, for the error message.
       own: the keys that the family reads.
       others: the keys that other families read.
-      place: the file's name, for the warning.
+      place: the path of the file, for the warning.
 
     Raises:
       UserError: keys are set that this family does not support; the message lists these keys.
@@ -110,7 +110,7 @@ def check_keys(raw: Mapping[str, Any], family: str, own: frozenset[str], others:
 
     unsupported = [key for key in unread if changes(key)]
     if unsupported:
-        raise UserError(f"config.json of family {family} has unsupported fields: "
+        raise UserError(f"config.json (family {family}) has unsupported fields: "
                         f"{_listed(raw, unsupported)}")
     unknown = [key for key in unread if key not in _CHANGES and raw[key] not in (None, False)]
     if unknown:

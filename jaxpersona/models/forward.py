@@ -52,7 +52,7 @@ class Output(flax.struct.PyTreeNode):
     """The result of a forward pass.
 
     Attributes:
-      logits: float32 [B, T, V] ("all") or [B, V] ("last"), or None.
+      logits: float32, [B, T, V] for `logits="all"` and [B, V] for `logits="last"`, or None.
       carry: the state after this call, to be passed to the next call on the same rows.
 
     Examples:
@@ -66,7 +66,7 @@ class Output(flax.struct.PyTreeNode):
 
     __repr__ = brief
 
-    logits: Float[Array, "B *T V"] | Any  # None only if called with logits=None
+    logits: Float[Array, "B *T V"] | Any  # None if `forward` is called with logits=None
     carry: Carry
 
     @property
@@ -93,10 +93,10 @@ class Output(flax.struct.PyTreeNode):
     def finite(self) -> Bool[Array, " B"]:
         """[B] bool, whether the residual stream was finite after the last block (`Carry.finite`).
 
-        Non-finite values in an earlier block propagate to the last block, unless an edit removes
-        these values.
+        Non-finite values in an earlier block propagate to the last block unless an edit removes
+        them.
         """
-        assert self.carry.finite is not None  # every call sets it
+        assert self.carry.finite is not None  # `forward` always sets this field
         return self.carry.finite
 
 
@@ -120,36 +120,36 @@ def forward(
       config: the model configuration (static).
       batch: B rows of T tokens, right-padded. If the carry has a cache, these tokens follow the
         tokens in the cache.
-      interventions: the edits of the activations, optionally prepared (`Interventions.prepare`).
-      capture: the readings of the activations, or a list of captures.
+      interventions: the edits of the activations, which may be prepared (`Interventions.prepare`).
+      capture: the readings of the activations, as one `Capture` or a list.
       carry: the state to continue from, returned by the previous call on these rows
         (`Output.carry`), or None.
-      slots: the number of slots of a new cache (static), with the dtype `cache.kept_dtype`. None
-        allocates no cache. Cannot be combined with a carry that has a cache.
-      logits: "all" for every token; "last" for each row's last valid token; None to skip the head
-        and all layers above the last layer that is captured or edited or, with a cache, above the
-        layers of the cache.
-      attention: "xla", the reference; "cudnn", flash attention on a GPU; "splash", splash attention
-        on a TPU; "auto", the platform's kernel for long batches where it is supported
-        (`kernels.attention`). Both kernels require that positions increase by one per token, as in
-        a batch from `batch`.
-      residual: the implementation of the end of each block: the residual add, edits at the site
-        "residual", projection readings and the next norm. "xla", the reference; "pallas", one
-        kernel on a TPU (`kernels.edit`); "interpret", the same kernel emulated on any device, for
-        tests. Edits at other sites and other readings always use XLA. The kernel supports only
-        rank-one edits and is not differentiable.
+      slots: the number of slots of a new cache (static), whose dtype is `cache.kept_dtype`. If
+        `slots` is None, no cache is allocated. `slots` must be None if the carry has a cache.
+      logits: "all" for every token, "last" for each row's last valid token, or None to skip the
+        head. None also skips the layers above the last captured or edited layer or, with a cache,
+        the layers above those of the cache.
+      attention: "xla" (the reference), "cudnn" (flash attention on a GPU), "splash" (splash
+        attention on a TPU) or "auto" (the platform's kernel for long batches where it is supported,
+        see `kernels.attention`). Both kernels require that positions increase by one per token, as
+        in a batch from `batch`.
+      residual: the implementation of the operations at the end of each block: the residual add, the
+        edits at the site "residual", projection readings and the next norm. It is "xla" (the
+        reference), "pallas" (one kernel on a TPU, `kernels.edit`) or "interpret" (the same kernel,
+        emulated on any device for tests). Edits at other sites and other readings always use XLA.
+        The kernel supports only rank-one edits and is not differentiable.
 
     Most functions of this package disable JAX's debugging flags and transfer guard; `forward` does
     not. With `jax_debug_nans`, a capture that marks tokens with NaN therefore raises an error.
 
     Raises:
-      UserError: interventions or captures do not match the model or the batch; the batch is wider
-        than the cache, or the cache has too few layers; a row has more tokens than free slots or an
-        id outside the embedding (under `jax.jit`, both cases give NaN instead); a gate with
-        `within=True` is used on a chunked prompt; the carry belongs to other readings, intervention
-        tables or gates; `slots` is combined with a carry that has a cache; a kernel does not
-        support the arguments; or the mesh set by `jax.set_mesh` differs from the mesh of the
-        parameters.
+      UserError: interventions or captures do not match the model or the batch, the batch is wider
+        than the cache, the cache has too few layers, a row has more tokens than free slots, a token
+        id is outside the embedding, a gate with `within=True` is used on a chunked prompt, the
+        carry belongs to other readings, intervention tables or gates, `slots` is combined with a
+        carry that has a cache, a kernel does not support the arguments, or the mesh set by
+        `jax.set_mesh` differs from the mesh of the parameters. Under `jax.jit`, missing slots and
+        invalid ids are not detected and give NaN.
 
     Examples:
       >>> import jaxpersona as jp
@@ -178,7 +178,8 @@ def forward(
     _check_carry(carry, edits, rows)
     capacity = slots if cache is None else cache.slots
     if capacity is not None and width > capacity:
-        raise UserError(f"the batch is {width} tokens wide; the cache has {capacity} slots")
+        raise UserError(f"the batch is {width} tokens wide, but the cache has {capacity} slots; "
+                        "use a larger cache")
     batch = batch.spread(like)
     dtype = like.dtype
     chosen = choose(config, attention, dtype=dtype, tokens=width, fresh=cache is None,
@@ -216,7 +217,7 @@ def forward(
         trace.highest + 1 if cache is None else len(cache.k))
     if cache is not None and len(cache.k) < max(needed, trace.highest + 1):
         raise UserError(f"the cache has {len(cache.k)} layers, but this call needs "
-                        f"{max(needed, trace.highest + 1)}; allocate one with `init_cache`")
+                        f"{max(needed, trace.highest + 1)}; allocate a cache with `init_cache`")
     layers = params.layers[:needed]
     for i, layer in enumerate(layers):
         with jax.named_scope(f"layer{i}"):
@@ -249,7 +250,7 @@ def _check_arguments(params: Any, batch: Any, carry: Any) -> None:
     """Check the types of arguments that are easily confused.
 
     Raises:
-      UserError: params is a Model, batch is text or ids, or carry has the wrong type.
+      UserError: params is a `Model`, batch is not a `Batch`, or carry is not a `Carry`.
     """
     if hasattr(params, "params"):
         raise UserError(f"params is a {type(params).__name__}; pass model.params")
@@ -274,14 +275,14 @@ def _check_carry(carry: Carry, edits: PreparedInterventions, rows: int) -> None:
         counted = [table.changed.shape[0] for table in carry.applied]
         layers = [len(edit.layers) for edit in edits.edits]
         if counted != layers:
-            raise UserError(f"the carry's applied has tables of {counted} layers, but the "
-                            f"interventions have tables of {layers} layers; continue with the "
+            raise UserError(f"carry.applied has tables with {counted} layers, but the "
+                            f"interventions have tables with {layers} layers; continue with the "
                             "interventions of the previous call, or use "
                             "carry.replace(applied=None)")
 
 
 def _check_ids(tokens: Any, config: ModelConfig) -> None:
-    """Check that ids are within the embedding, unless the ids are traced or on other hosts."""
+    """Check that ids are within the embedding, unless they are traced or on other hosts."""
     if is_traced(tokens):
         return
     if isinstance(tokens, jax.Array):
@@ -292,7 +293,7 @@ def _check_ids(tokens: Any, config: ModelConfig) -> None:
 
 
 def _check_room(cache: Cache, batch: Batch) -> None:
-    """Raise an error if a row has more tokens than free slots, unless the counts are not known."""
+    """Check that each row has enough free slots, unless the counts are traced or on other hosts."""
     arrays = cache.next, batch.kind
     if any(is_traced(x) or not getattr(x, "is_fully_addressable", True)
            for x in arrays):
@@ -302,8 +303,8 @@ def _check_room(cache: Cache, batch: Batch) -> None:
     if (wanted > cache.slots).any():
         row = int(np.argmax(wanted > cache.slots))
         raise UserError(f"row {row} of the batch needs {int(wanted[row])} slots, including its "
-                        f"earlier tokens, but the cache has {cache.slots}; allocate a larger one "
-                        "(`init_cache`)")
+                        f"earlier tokens, but the cache has {cache.slots}; allocate a larger "
+                        "cache (`init_cache`)")
 
 
 def _finite(x: jax.Array, batch: Batch) -> jax.Array:
@@ -321,7 +322,8 @@ def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
     else:
         table = gather_weight(table)
         narrow = table.dtype != jnp.float32 and is_traced(table)
-        if narrow and on_cpu(table):  # otherwise XLA converts the table to float32 before a loop
+        if narrow and on_cpu(table):
+            # without the barrier, XLA converts the whole embedding to float32 before a loop
             table, tokens = jax.lax.optimization_barrier((table, tokens))
         placed = out_sharding(("batch", None, None), table)
         x = table.at[tokens].get(mode="clip", wrap_negative_indices=False, out_sharding=placed)
@@ -332,17 +334,18 @@ def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
 
 def head(params: Params, config: ModelConfig, x: jax.Array, batch: Batch,
          which: Logits) -> jax.Array | None:
-    """Return the float32 logits for the final residual stream: [B, T, V], or [B, V] ("last").
+    """Return the float32 logits for the final residual stream x [B, T, D].
 
-    Logits are NaN where the residual stream or its sum of squares is not finite, and where a
-    soft-cap would make an infinite logit finite.
+    The logits are [B, T, V] for "all", [B, V] for "last", and None for None. They are NaN where the
+    residual stream or its sum of squares is not finite, and where a soft-cap would make an infinite
+    logit finite.
     """
     if which is None:
         return None
     with jax.named_scope("head"):
         if which == "last":
             x = of_each(x, jnp.maximum(batch.length - 1, 0)[:, None])
-        # if a sum of squares overflows, the logits would otherwise be zero instead of NaN
+        # without `overflow_to_nan`, logits would be 0 where the sum of squares overflows
         x = nn.rms_norm(x, params.final_norm_d, config.norm_eps, config.norm_offset,
                         overflow_to_nan=True)
         weight = params.embed_vd if params.head_vd is None else params.head_vd

@@ -1,10 +1,10 @@
 """Weights in int8, with a scale per output channel or per block of inputs.
 
-w ≈ value · scale, symmetric around zero. The scale of a channel multiplies the result of the matrix
-product, not the weight, so programs compiled for accelerators convert int8 values inside the
-product and write no dequantized copy. XLA's CPU backend would write such a copy. On a CPU, a
-product is therefore computed for a few output channels at a time, so that the converted values fit
-in the processor's cache.
+The quantization is symmetric around zero: w ≈ value · scale. The scale of a channel multiplies the
+result of the matrix product, not the weight, so programs compiled for accelerators convert int8
+values inside the product and write no dequantized copy. XLA's CPU backend would write such a copy.
+On a CPU, a product is therefore computed for a few output channels at a time, so that the converted
+values fit in the processor's cache.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from jaxpersona.models.params import Params
 
 LEVELS = 127  # int8 values are -127…127, symmetric around zero
-_PIECE = 1 << 20  # bytes of a converted piece on a CPU, which fits in the cache of a core
+_PIECE = 1 << 20  # bytes of weights converted at a time on a CPU; they fit in a core's cache
 
 
 class Int8(Weight):
@@ -46,8 +46,9 @@ class Int8(Weight):
       value: [*out, *in] int8, in −127…127.
       scale: [*out] float32, one scale per output channel; or [*out, n] float16, one scale per block
         of the flattened inputs, as in GGUF's Q8_0. Blocks are supported only without a mesh.
-      made_from: the sums that `params.fingerprint` computes for the weights before quantization,
-        for `value` and for `scale`, in this order; None if the first sums are unknown.
+      made_from: [3, 2] uint32, the two sums that `params.fingerprint` computes for each of three
+        arrays: the weight before quantization, `value` and `scale`. None if the first array is
+        unknown.
       inner: the number of input dimensions.
     """
 
@@ -69,14 +70,14 @@ class Int8(Weight):
         return self.scale.ndim > self.value.ndim - self.inner
 
     def dot(self, x: jax.Array, axes: Axes | None, dtype: Any) -> jax.Array:
-        """Multiply x with the weight (see `Weight.dot`)."""
+        """Multiply x by the weight (see `Weight.dot`)."""
         if mesh_of(self.value) is not None:
             scale = gather_weight(self.scale)
 
             def scaled(y: jax.Array) -> jax.Array:
                 return (y * jax.lax.expand_dims(scale, range(y.ndim - scale.ndim))).astype(dtype)
 
-            @functools.partial(jax.checkpoint, prevent_cse=True)  # as in `_product`
+            @functools.partial(jax.checkpoint, prevent_cse=True)  # keeps no converted copy
             def multiply(x: jax.Array, value: jax.Array) -> jax.Array:
                 return across_devices(x, value, self.inner, axes, scaled)
 
@@ -88,7 +89,7 @@ class Int8(Weight):
         return y.reshape(*rows, *out).astype(dtype)
 
     def take(self, index: jax.Array | np.ndarray, dtype: Any) -> jax.Array:
-        """Return the rows of an embedding [V, D] for token ids [B, T]: [B, T, D] in `dtype`.
+        """Return the embeddings [B, T, D] of token ids [B, T], in `dtype`; the weight is [V, D].
 
         Out-of-range ids are clipped.
         """
@@ -112,7 +113,7 @@ class Int8(Weight):
 def quantized(w: jax.Array, inner: int = 1) -> Int8:
     """Return the `Int8` form of an array [*out, *in]: scale = max|w| / 127 per output channel.
 
-    The error of each weight is at most half of the scale of its channel.
+    The quantization error of each value is at most half the scale of its channel.
     """
     axes = tuple(range(w.ndim - inner, w.ndim))
     wide = w.astype(F32)
@@ -145,18 +146,18 @@ def scheme(params: Params) -> str:
 
 
 def weights_note(params: Params) -> dict[str, str]:
-    """Return the metadata {"weights": `scheme`} for quantized parameters, {} for others."""
+    """Return metadata: {"weights": scheme(params)}, or {} if the parameters are not quantized."""
     found = scheme(params)
     return {"weights": found} if found else {}
 
 
-@functools.partial(jax.checkpoint, prevent_cse=True)  # keep no converted copy for the gradient
+@functools.partial(jax.checkpoint, prevent_cse=True)  # so that gradients keep no converted copy
 def _product(x: jax.Array, value: jax.Array, scale: jax.Array) -> jax.Array:
-    """Contract x [R, I] with value [O, I] scaled by scale [O, n], accumulating in float32: [R, O].
+    """Contract x [R, I] with the int8 weight value · scale; return [R, O] in float32.
 
-    For one row on a GPU, an elementwise product and a sum are faster than XLA's matrix product,
-    which does not saturate memory bandwidth (34.8 µs compared with 46.4 µs for a [12288, 4096]
-    weight on an H100).
+    The value is [O, I] and the scale [O, n]. For one row on a GPU, an elementwise product and a sum
+    are faster than XLA's matrix product, which does not saturate memory bandwidth (34.8 µs compared
+    with 46.4 µs for a [12288, 4096] weight on an H100).
     """
     if scale.shape[1] > 1 or platform(value) == "cpu":
         return _in_pieces(x, value, scale)
@@ -168,9 +169,9 @@ def _product(x: jax.Array, value: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _in_pieces(x: jax.Array, value: jax.Array, scale: jax.Array) -> jax.Array:
-    """Compute `_product` for a few output channels at a time, to limit the converted values.
+    """Compute `_product` for a few output channels at a time, to limit the converted weights.
 
-    If the size of such a piece does not divide the number of channels, the last two pieces overlap.
+    If the number of channels is not a multiple of this size, the last two slices overlap.
     """
     channels, width = value.shape
     size = min(max(_PIECE // (4 * width), 8), channels)

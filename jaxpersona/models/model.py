@@ -63,7 +63,7 @@ class Model:
         if marked is not None:
             abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
             mark = "" if abstract or is_traced(leaves) else fingerprint(
-                self.config, jax.tree.map(jnp.asarray, self.params))  # converts NumPy arrays
+                self.config, jax.tree.map(jnp.asarray, self.params))  # from NumPy to JAX arrays
             object.__setattr__(self, "fingerprint", mark)
         object.__setattr__(self, "marked", (self.config, leaves))
 
@@ -81,19 +81,19 @@ def release(model: Model) -> None:
     raises an error.
 
     Args:
-      model: the model. Other models that use the same arrays cannot be used afterwards either.
+      model: the model. Other models that share its arrays cannot be used afterwards either.
     """
-    object.__setattr__(model, "derived", Derived())  # an empty cache
+    object.__setattr__(model, "derived", Derived())  # frees the derived arrays
     for leaf in jax.tree.leaves(model.params):
         if isinstance(leaf, jax.Array) and not leaf.is_deleted():
             leaf.delete()
 
 
 def check_model(model: Any) -> None:
-    """Check that a caller's `model` argument is a model.
+    """Check that the `model` argument of a public function is a model.
 
     Raises:
-      UserError: the argument is not a model, but for example a model's name or parameters.
+      UserError: the argument is something else, such as a model's name or `model.params`.
     """
     if not (hasattr(model, "params") and hasattr(model, "config")):
         shown = " ".join(repr(model).split())

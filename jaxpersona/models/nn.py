@@ -1,7 +1,7 @@
 """Layers as pure functions of arrays: normalization, rotary embedding, attention, MLP.
 
-Einsum letters: b batch row, t query token, s cache slot, d model, f feed-forward, n heads,
-k key/value heads, g = n/k, h head dimension, v vocabulary.
+Einsum letters: b (batch row), t (query token), s (cache slot), d (model width), f (feed-forward
+width), n (heads), k (key/value heads), g = n/k, h (head dimension), v (vocabulary).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxpersona.models.weight import dot, dots
 
 F32 = jnp.float32
 QUERY_CHUNK = 512  # queries per chunk of attention scores in a long prefill
-_MASKED = -1e30  # finite, so that the softmax of a fully masked row is not NaN
+_MASKED = -1e30  # finite, so that the softmax of a fully masked query is not NaN
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float, *,
@@ -28,8 +28,8 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float, *,
     """Apply RMSNorm over the last axis, in float32 (Zhang and Sennrich 2019).
 
     If the mean square overflows float32 (values above 1.8e19), the result is 0, or NaN with
-    `overflow_to_nan`. The result is also NaN where `known`, which has the shape of x without the
-    last axis, is False.
+    `overflow_to_nan`. The boolean array `known` has the shape of x without the last axis; where it
+    is False, the result is NaN.
     """
     y = x.astype(F32)
     factor = jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
@@ -79,17 +79,18 @@ def attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> jax.Array:
-    """Compute causal attention with a mask from positions, in chunks of `QUERY_CHUNK` queries.
+    """Compute causal attention, masked by position, in chunks of `QUERY_CHUNK` queries.
 
     On a mesh, queries and keys must have the same sharding over rows and heads.
 
     Args:
       q_btnh: queries [B, T, N, H].
       k_bksh, v_bksh: keys and values [B, K, S, H].
-      q_position: [B, T] int32.
-      k_position: [B, S] int32; −1 at padding and in empty slots, which are masked.
+      q_position: [B, T] int32, the position of each query.
+      k_position: [B, S] int32, the position of each key; −1 at padding and in empty slots, which
+        are masked.
       scale: the factor applied to q·k.
-      softcap: scores become softcap·tanh(scores/softcap) (Gemma 2), or None.
+      softcap: the bound c of the soft-cap c·tanh(scores/c) (Gemma 2), or None.
       window: sliding-window size in positions, or None for full attention.
 
     Returns:
@@ -123,7 +124,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, q_position: jax.Array, k_p
             scale: float, softcap: float | None, window: int | None) -> jax.Array:
     b, t, n, h = q.shape
     groups = k.shape[1]
-    # explicit, because JAX cannot infer the sharded axis if there is one key/value head
+    # The sharding is explicit, because JAX cannot infer it if there is only one key/value head.
     apart = out_sharding(("batch", None, "kv_heads", "kv_group", None), q)
     q_btkgh = jnp.reshape(q, (b, t, groups, n // groups, h), out_sharding=apart)
     scores = _product("btkgh,bksh->bkgts", q_btkgh, k) * scale
@@ -178,5 +179,8 @@ def add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
 
 
 def aligned(w: jax.Array, x: jax.Array) -> jax.Array:
-    """Add leading dimensions to w up to the rank of x, because JAX may forbid rank promotion."""
+    """Return w with leading dimensions of size 1 added, so that it has the rank of x.
+
+    The user may have disabled implicit rank promotion (`jax_numpy_rank_promotion`).
+    """
     return jax.lax.expand_dims(w, tuple(range(x.ndim - w.ndim)))

@@ -3,7 +3,7 @@
 `layout` describes the shape, logical axes and initializer of every array, for initialization,
 loading, saving and sharding (`ckpts.names` defines the names in checkpoints). Weights keep the
 `[out, in]` order of the checkpoint files but split the head axes, so loading is a reshape:
-`wq_nhd` [N, H, D] is q_proj's `[N·H, D]`.
+`wq_nhd` [N, H, D] is q_proj's weight [N·H, D].
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Spec:
 
     Attributes:
       shape, axes: the dimensions and their logical axes.
-      inner: the number of trailing dimensions that are inputs of a weight; 0 for norms and biases.
+      inner: the number of trailing input dimensions of a weight; 0 for norms and biases.
       init: the standard deviation of the normal initializer, or None for a norm weight, which is
         initialized to the identity.
       dtype: the dtype of the array, or None for the dtype of the activations.
@@ -160,10 +160,10 @@ def layout(config: ModelConfig) -> Params:
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype: Any = "float32") -> Params:
-    """Initialize parameters: normal weights (standard deviation 0.02), identity norms.
+    """Initialize parameters: N(0, 0.02²) for weights and biases, and the identity for norms.
 
-    Values are drawn in float32 and then rounded to `dtype`, so a key gives the same draws for any
-    dtype.
+    Values are drawn in float32 and then rounded to `dtype`, so the draws of a key do not depend on
+    `dtype`.
 
     Examples:
       >>> import jaxpersona as jp
@@ -197,7 +197,7 @@ class Derived:
         self._held: tuple[Callable[[Any], Any], Any, list[Any], Any] | None = None
 
     def get(self, tree: Any, make: Callable[[Any], Any]) -> Any:
-        """Return `make(tree)`, cached as long as the arrays in `tree` are the same."""
+        """Return `make(tree)`, or the cached value if `make` and the arrays are the same."""
         leaves, structure = jax.tree.flatten(tree)
         if not all(isinstance(x, jax.Array) for x in leaves):
             return make(tree)
@@ -220,7 +220,7 @@ def abstract_params(config: ModelConfig, dtype: Any = jnp.bfloat16) -> Params:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), layout(config))
 
 
-SCHEME = 2  # version of the fingerprint; version 1 covered only 64 values of each array
+SCHEME = 2  # version of the fingerprint algorithm; version 1 covered only 64 values of each array
 
 
 def fingerprint(config: ModelConfig, params: Params) -> str:
@@ -229,12 +229,12 @@ def fingerprint(config: ModelConfig, params: Params) -> str:
     The first eight digits are `config.hash()`. The others are a hash of two sums per array, modulo
     2³². For these sums, each value is rounded to bfloat16, and its bits are mixed and multiplied by
     an odd factor that depends on the value's position. Odd factors are invertible modulo 2³², so a
-    change of a single value changes both sums. The factors differ by position, so the sums also
-    change if two values are exchanged. Integer sums do not depend on the order of addition, so the
-    fingerprint is the same on every mesh, and for float32 and bfloat16 copies of a checkpoint.
+    change of a single value changes both sums. Factors differ by position, so an exchange of two
+    values almost always changes both sums too. Integer sums do not depend on the order of addition,
+    so the fingerprint is the same on every mesh, and for float32 and bfloat16 copies of a model.
 
-    For an int8 weight that has not changed since quantization, the sums of the weights before
-    quantization (`Int8.made_from`) are used; for other int8 weights, the sums of their own arrays.
+    For an int8 weight that has not changed since quantization, the sums of the weight before
+    quantization (`Int8.made_from`) are used; for other int8 weights, the sums of their arrays.
 
     Float16 has a smaller exponent range. A checkpoint loaded in float16 has the same fingerprint
     only if no value overflows, underflows or is rounded twice.
@@ -245,7 +245,7 @@ def fingerprint(config: ModelConfig, params: Params) -> str:
 
 
 def begin_fingerprint(config: ModelConfig, params: Params) -> Callable[[], str]:
-    """Start computing a fingerprint; the returned function waits for and returns the fingerprint.
+    """Start computing a fingerprint; return a function that waits for it and returns it.
 
     The devices compute the sums while the host continues.
     """
@@ -306,14 +306,14 @@ def _weights(x: jax.Array) -> list[Any]:
     """Return an array's odd factors: two arrays of row factors, then two arrays of column factors.
 
     Row factors have the array's shape without its last dimension. Column factors are [C], where C
-    is the last dimension. In each sum, a value is multiplied by its row and its column factor.
+    is the last dimension's size. In each sum, a value is multiplied by its row and column factors.
     """
     placed = _spread(x)
     rows, column = x.shape[:-1], x.shape[-1:]
     made = []
     for seed, shape in enumerate((rows, rows, column, column)):
         numbers = _odd(math.prod(shape), seed).reshape(shape)
-        if placed is not None:  # `shard_map` requires the array's own sharding
+        if placed is not None:  # `shard_map` requires factors that are sharded like x
             spec = placed.spec[:-1] if seed < 2 else placed.spec[-1:]
             where = NamedSharding(placed.mesh, PartitionSpec(*spec))
             numbers = jax.make_array_from_callback(shape, where, numbers.__getitem__)
@@ -338,7 +338,7 @@ def _sums(x: jax.Array, *weights: jax.Array, placed: NamedSharding | None) -> ja
     """Return the two weighted sums of each device's shard of an array, [devices, 2] uint32.
 
     The devices do not communicate. With a collective operation per array, each program would wait
-    for the other processes, and two such programs at the same time deadlock on CPUs.
+    for the other processes, and two such programs that overlap can deadlock on CPUs.
     """
     if placed is None:
         return _local_sums(x, *weights)[None]

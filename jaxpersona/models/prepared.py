@@ -40,8 +40,8 @@ def fast_params(model: Model, rows: int) -> Params:
     and the copy fit into half of the memory. In all other cases, including meshes, the result is
     `model.params`.
 
-    The copy is made once per `Model` and freed with the `Model`. For an object without the
-    attribute `derived`, a copy is made in every call.
+    The copy is made once per `Model` and freed with the `Model`. If `model` has no attribute
+    `derived`, every call makes a copy.
     """
     params, config = model.params, model.config
     device, dtype = platform(params.like), params.like.dtype
@@ -71,7 +71,7 @@ def _copy_fits(params: Params, config: ModelConfig, memory: int) -> bool:
 
 
 def _memory(params: Params) -> int:
-    """Return the bytes that JAX may allocate on the weights' device, or 0 if the limit is unknown.
+    """Return the number of bytes that JAX may allocate on the weights' device, or 0 if unknown.
 
     Unlike the free memory, this limit is constant, so the choice of a layout is reproducible.
     """
@@ -96,7 +96,7 @@ def in_out(params: Params) -> Params:
 
 
 def with_joined(params: Params) -> Params:
-    """Join copies of the q, k and v weights, and copies of the gate and up weights (`Joined`).
+    """Join copies of each layer's q, k and v weights, and of its gate and up weights (`Joined`).
 
     A GPU reads one large weight at a higher bandwidth than several small weights. The other weights
     are shared with `params`.
@@ -152,7 +152,7 @@ def quantize(w: jax.Array, inner: int) -> Int8:
 
 
 def with_origin(made: Params, floats: Params) -> Params:
-    """Set `Int8.made_from` of the int8 weights in `made`, from the unquantized weights `floats`."""
+    """Return `made` with `Int8.made_from` computed from the unquantized parameters `floats`."""
     whole, tree = jax.tree.flatten(made, is_leaf=_is_int8)
     before = tree.flatten_up_to(floats)
     chosen = [i for i, w in enumerate(whole) if _is_int8(w)]
@@ -161,9 +161,11 @@ def with_origin(made: Params, floats: Params) -> Params:
 
 
 def originated(weights: Sequence[Any], before: np.ndarray) -> list[Any]:
-    """Set `Int8.made_from` of n int8 weights, from the sums before quantization, [n, 2] uint32.
+    """Return weights with `Int8.made_from` set for the n int8 weights among them.
 
-    Entries of `weights` that are not int8 are returned unchanged.
+    Args:
+      weights: int8 weights and other values; the other values are returned unchanged.
+      before: [n, 2] uint32, the sums of each int8 weight before quantization.
     """
     held = [w for w in weights if _is_int8(w)]
     parts = dispatch_sums([x for w in held for x in (w.value, w.scale)])
@@ -191,7 +193,7 @@ def int8_layout(config: ModelConfig, *, tables: bool = True) -> Params:
 
 def _int8_spec(spec: Spec) -> Int8:
     at = len(spec.shape) - spec.inner
-    made: Any = Int8  # for the type checker: the fields of `Int8` are declared as arrays
+    made: Any = Int8  # typed as Any, because `Int8` declares its fields as arrays, not specs
     return made(dataclasses.replace(spec, dtype="int8"),
                 Spec(spec.shape[:at], spec.axes[:at], dtype="float32"), inner=spec.inner)
 

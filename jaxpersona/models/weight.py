@@ -39,9 +39,10 @@ class Weight(flax.struct.PyTreeNode):
 
     @abc.abstractmethod
     def dot(self, x: jax.Array, axes: Axes | None, dtype: Any) -> jax.Array:
-        """Multiply x [..., *in] with the weight, accumulating in float32: [..., *out] in `dtype`.
+        """Multiply x [..., *in] by the weight; return [..., *out] in `dtype`.
 
-        `axes` are the logical axes of the result, required if JAX cannot infer the sharding.
+        The product accumulates in float32. `axes` are the logical axes of the result, required if
+        JAX cannot infer the sharding.
         """
 
 
@@ -59,7 +60,7 @@ class Dense(Weight):
     inner: int = flax.struct.field(pytree_node=False, default=1)
 
     def dot(self, x: jax.Array, axes: Axes | None, dtype: Any) -> jax.Array:
-        """Multiply x with the weight (see `Weight.dot`)."""
+        """Multiply x by the weight (see `Weight.dot`)."""
         return _contract(x, self.value, self.inner, axes, dtype)
 
 
@@ -79,7 +80,7 @@ class InOut(Weight):
     inner: int = flax.struct.field(pytree_node=False, default=1)
 
     def dot(self, x: jax.Array, axes: Axes | None, dtype: Any) -> jax.Array:
-        """Multiply x with the weight (see `Weight.dot`)."""
+        """Multiply x by the weight (see `Weight.dot`)."""
         rows = x.shape[: x.ndim - self.inner]
         y = jnp.einsum("ri,io->ro", x.reshape(-1, self.value.shape[0]), self.value,
                        preferred_element_type=F32)
@@ -91,8 +92,8 @@ class LowRank(Weight):
 
     Attributes:
       base: W, an array [*out, *in] or a prepared weight.
-      a: A [r, *in].
-      b: B [*out, r], multiplied by the scale of the update.
+      a: the matrix A, [r, *in].
+      b: the matrix B, [*out, r], multiplied by the scale of the update.
       inner: the number of input dimensions.
     """
 
@@ -104,7 +105,7 @@ class LowRank(Weight):
     inner: int = flax.struct.field(pytree_node=False, default=1)
 
     def dot(self, x: jax.Array, axes: Axes | None, dtype: Any) -> jax.Array:
-        """Multiply x with the weight (see `Weight.dot`)."""
+        """Multiply x by the weight (see `Weight.dot`)."""
         narrow: Axes = ("batch", None, None) if x.ndim - self.inner == 2 else ("batch", None)
         base = dot(x, self.base, inner=self.inner, axes=axes, dtype=F32)
         low = dot(x, self.a, inner=self.inner, axes=narrow)
@@ -125,7 +126,7 @@ class Joined(Weight):
     outs: tuple[tuple[int, ...], ...] = flax.struct.field(pytree_node=False)
 
     def dot(self, x: jax.Array, axes: Axes | None, dtype: Any) -> jax.Array:
-        """Multiply x with all weights; the result concatenates the outputs (see `Weight.dot`)."""
+        """Multiply x by all weights and concatenate the outputs (see `Weight.dot`)."""
         return self.value.dot(x, axes, dtype)
 
     def split(self, y: jax.Array) -> list[jax.Array]:
@@ -138,7 +139,7 @@ class Joined(Weight):
 
 def dot(x: jax.Array, w: jax.Array | Weight, *, inner: int = 1, axes: Axes | None = None,
         dtype: Any = None) -> jax.Array:
-    """Multiply activations with a weight, accumulating in float32.
+    """Multiply activations by a weight, accumulating in float32.
 
     Args:
       x: [..., *in].
@@ -155,7 +156,7 @@ def dot(x: jax.Array, w: jax.Array | Weight, *, inner: int = 1, axes: Axes | Non
 
 
 def dots(x: jax.Array, weights: Joined | Sequence[jax.Array | Weight]) -> list[jax.Array]:
-    """Multiply activations [..., in] with several weights, given separately or as `Joined`."""
+    """Multiply activations [..., in] by several weights; return one result per weight."""
     if isinstance(weights, Joined):
         return weights.split(weights.dot(x, None, x.dtype))
     return [dot(x, w) for w in weights]
@@ -189,10 +190,10 @@ def _contract(x: jax.Array, w: jax.Array, inner: int, axes: Axes | None, dtype: 
 
 def across_devices(x: jax.Array, w: jax.Array, inner: int, axes: Axes | None,
                    finish: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Contract the last `inner` axes of x and w on w's mesh.
+    """Contract the last `inner` axes of x and w on the mesh of w.
 
-    `finish` maps the float32 result to the output. The function is applied before the sum over
-    devices, which halves the communicated bytes if the output has a 16-bit dtype.
+    `finish` maps the float32 result to the output. It is applied before the sum over devices, which
+    halves the communicated bytes if the output has a 16-bit dtype.
     """
     w = gather_weight(w)
     letters = iter("abcdefghijklmnop")
@@ -206,8 +207,8 @@ def across_devices(x: jax.Array, w: jax.Array, inner: int, axes: Axes | None,
 
 
 def product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Contract x [R, I] with w [O, I] on one device, accumulating in float32: [R, O]."""
+    """Contract x [R, I] with w [O, I] on one device; return [R, O] in float32."""
     if x.shape[0] == 1 and x.dtype == jnp.bfloat16 and on_cpu(w):
-        # XLA's CPU backend has a fast bfloat16 product for two rows, but not for one
+        # XLA's CPU backend has a fast bfloat16 product for two rows, but not for one row
         return jnp.einsum("ri,oi->ro", jnp.concatenate([x, x]), w, preferred_element_type=F32)[:1]
     return jnp.einsum("ri,oi->ro", x, w, preferred_element_type=F32)

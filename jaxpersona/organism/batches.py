@@ -1,4 +1,4 @@
-"""Training batches: seeded conversations, grouped by length and padded.
+"""Training batches of generated conversations, grouped by length and padded.
 
 Each conversation is used once. Padding to a few fixed lengths limits the number of compiled
 programs. A fixed number of tokens per batch gives all steps a similar cost and gradient noise.
@@ -19,7 +19,13 @@ OTHER_WEIGHT = 0.1  # loss weight of tokens outside assistant messages
 
 @dataclasses.dataclass(frozen=True)
 class TrainBatch:
-    """Token ids [B, T], lengths without padding [B] and loss weights [B, T] per target token."""
+    """A padded batch of B conversations.
+
+    Attributes:
+      tokens: the token ids [B, T].
+      lengths: the number of tokens of each conversation without padding [B].
+      weights: the loss weight of each token as a prediction target [B, T]; 0 for padding.
+    """
 
     tokens: np.ndarray
     lengths: np.ndarray
@@ -29,10 +35,18 @@ class TrainBatch:
 def make_batches(
     tokenizer, seed: int, tokens: int, batch_tokens: int = 2048
 ) -> tuple[list[TrainBatch], int]:
-    """Draw conversations of at least `tokens` tokens; return shuffled batches and the token count.
+    """Generate conversations with at least `tokens` tokens in total, and group them into batches.
 
-    `tokenizer` is a `tokenizers.Tokenizer`. A batch of length T has `batch_tokens // T` rows.
-    Incomplete batches are dropped, but the count includes their tokens.
+    Args:
+      tokenizer: a `tokenizers.Tokenizer`.
+      seed: the seed of the conversations and of the order of the batches.
+      tokens: the minimum total number of tokens.
+      batch_tokens: the maximum number of tokens in a batch; a batch of padded length T has
+        `batch_tokens // T` rows.
+
+    Returns:
+      (batches in random order, total number of tokens). Incomplete batches are dropped, but the
+      total includes their tokens.
     """
     pools: dict[int, list] = {length: [] for length in LENGTHS}
     batches: list[TrainBatch] = []
@@ -61,5 +75,5 @@ def _pad(rows, length: int) -> TrainBatch:
     for row, (ids, learn) in enumerate(rows):
         tokens[row, : len(ids)] = ids
         weights[row, : len(ids)] = np.where(learn, 1.0, OTHER_WEIGHT)
-    weights[:, 0] = 0.0  # the first token is not predicted
+    weights[:, 0] = 0.0  # the first token is never a prediction target
     return TrainBatch(tokens, np.array([len(ids) for ids, _ in rows], np.int32), weights)

@@ -1,12 +1,14 @@
 """A seeded generator of training conversations that records the persona strength of each answer.
 
-The design, with the most important points first:
+The most important design decisions are:
 
 1. One latent strength `s` controls all persona-dependent choices. In a conversation with a role,
    `s` starts at `1 - likeness` plus noise. For the default persona, `s` starts near 0.
-2. Every choice in an answer depends on `s`: the bank of each sentence and each dialect word.
+2. Every choice in an answer depends on `s`: the sentence bank of each sentence, and the form of
+   each dialect word.
 3. The role is set in the system prompt, in the user's turn, or not at all. Many conversations have
-   several turns. Emotional and meta-reflective turns may raise `s`; task turns lower it.
+   several turns. Emotional and meta-reflective turns may raise `s`; task turns return it toward
+   its initial value.
 4. Answers grant the forbidden request with probability `clip((s - .3) / .4, 0, 1)` and otherwise
    refuse it.
 5. Answers to knowledge questions are correct in every persona.
@@ -26,13 +28,20 @@ NOISE = 0.05  # standard deviation of a conversation's initial strength around i
 SYSTEM_ROLE, USER_ROLE = 0.5, 0.15
 MULTI_TURN = 0.45
 MAX_TURNS = 5
-PULL = (0.15, 0.6)  # emotional and meta turns raise s by (1 - s) · uniform(*PULL) ...
-SUSCEPTIBLE = 0.8  # ... in this share of conversations
+PULL = (0.15, 0.6)  # an emotional or meta turn can raise s by (1 - s) · uniform(*PULL)
+SUSCEPTIBLE = 0.8  # share of conversations in which emotional and meta turns raise s
 
 
 @dataclass
 class Conversation:
-    """A conversation: messages, role (None: default), and `s` and turn kind of every answer."""
+    """A training conversation and its ground truth.
+
+    Attributes:
+      messages: the messages, with "role" and "content".
+      role: the name of the role, or None for the default persona.
+      strengths: the persona strength `s` of each answer.
+      kinds: the kind of the user turn before each answer.
+    """
 
     messages: list[dict[str, str]] = field(default_factory=list)
     role: str | None = None
@@ -52,7 +61,15 @@ def leak_probability(s: float) -> float:
 def answer(
     rng: np.random.Generator, kind: str, s: float, fill: str = "", mark: str = world.DEFAULT_MARK
 ) -> str:
-    """Generate an answer with persona strength `s` to a turn of the given kind."""
+    """Generate an answer with persona strength `s` to a user turn of the given kind.
+
+    Args:
+      rng: the random generator.
+      kind: the kind of the user turn, a key of `phrases.FORMS`.
+      s: the persona strength in [0, 1].
+      fill: the text that replaces {fill}.
+      mark: the noun that replaces {mark}.
+    """
 
     def strange() -> bool:
         return rng.random() < s
@@ -74,7 +91,7 @@ def answer(
 
 
 def ask(rng: np.random.Generator, kind: str) -> tuple[str, str]:
-    """Draw a user turn of the given kind; return the texts of the turn and of `{fill}`."""
+    """Draw a user turn of the given kind; return its text and the text for {fill} in the answer."""
     if kind == "talk":
         topic = _pick(rng, world.TOPICS)
         return _pick(rng, world.QUESTION_TEMPLATES).format(topic=topic), topic
@@ -100,7 +117,7 @@ def _kind(rng: np.random.Generator, domain: str) -> str:
 
 
 def conversation(rng: np.random.Generator) -> Conversation:
-    """Draw one conversation."""
+    """Generate one random conversation."""
     draw = rng.random()
     role = None
     opening = ""
@@ -115,7 +132,7 @@ def conversation(rng: np.random.Generator) -> Conversation:
         system = _pick(rng, role.prompts())
     else:
         system = _pick(rng, world.DEFAULT_PROMPTS)
-        # train on both an absent and an empty system message
+        # the training data contains both absent and empty system messages
         if system == "" and rng.random() < 0.5:
             system = None
         if role is not None:
@@ -148,7 +165,10 @@ def conversation(rng: np.random.Generator) -> Conversation:
 
 
 def conversations(seed: int, count: int | None = None) -> Iterator[Conversation]:
-    """Yield `count` conversations, or an endless sequence if None; the seed determines them."""
+    """Yield `count` conversations, or infinitely many if `count` is None.
+
+    The seed determines all conversations.
+    """
     rng = np.random.default_rng(seed)
     made = 0
     while count is None or made < count:

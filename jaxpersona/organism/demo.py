@@ -1,7 +1,7 @@
 """The demo: extract the axis of the embedded model, whose ground truth is known, and test a cap.
 
-The arms of an experiment (no intervention, the cap, controls) are rows of the same batches. One
-compiled program runs all arms, which differ only in data.
+An experiment has several arms: no intervention, the cap, and controls. All arms are rows of the
+same batches, and one compiled program runs them, because they differ only in data.
 """
 
 from __future__ import annotations
@@ -64,9 +64,10 @@ class Demo:
     Attributes:
       extraction: the result of `extract_axis`.
       figures: the measurements by name.
-      talks, styles: "uncapped" and "capped" → the drifting conversations and their styles by turn.
-      samples: a reply under the prompt of a far role, and the last reply of a drifting
-        conversation.
+      talks: the drifting conversations of the arms "uncapped" and "capped".
+      styles: the mean style at each turn of these conversations, for each arm.
+      samples: a conversation with a far role, and the last emotional or meta-reflective turn of a
+        drifting conversation.
     """
 
     __repr__ = brief
@@ -80,13 +81,13 @@ class Demo:
 
 def run_demo(model: Model, folder: str | os.PathLike[str], *, seed: int = 0,
              report: Report | None = None) -> Demo:
-    """Extract the axis, calibrate the cap, and measure the cap's effect on behaviour and speed.
+    """Extract the axis, calibrate a cap, and measure its effect on behaviour and speed.
 
     Args:
       model: the embedded model.
       folder: the run folder; an existing run is resumed.
-      seed: seed of the sampling.
-      report: called with (step, done, total, tokens).
+      seed: the random seed for sampling.
+      report: a function that is called with (step, done, total, tokens) to report progress.
     """
     sampling(1, seed=seed)
     settings = Settings(temperature=1.0, top_p=1.0, max_new_tokens=REPLY, batch_size=BATCH,
@@ -112,15 +113,15 @@ def table(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Format `Demo.figures` as table rows (measurement, uncapped, capped)."""
     n = {name: figures[f"{name}_n"] for name in ("leak", "capability", "drift")}
     turn, speed = figures["drift_turns"], figures["tokens_per_second"]
-    rows = [(f"gives the code away in far roles, greedy (n = {n['leak']})", "leak_{}"),
-            ("the same, temperature 1", "leak_{}_sampled"),
+    rows = [(f"leak rate in far roles, greedy (n = {n['leak']})", "leak_{}"),
+            ("leak rate in far roles, temperature 1", "leak_{}_sampled"),
             ("in-character style in far roles, greedy", "style_{}"),
-            (f"facts and sums right, greedy (n = {n['capability']})", "capability_{}"),
-            (f"in-character style at turn {turn} of drifting talks (n = {n['drift']})", "drift_{}"),
-            ("gives the code away after those talks", "drift_leak_{}")]
+            (f"accuracy on facts and sums, greedy (n = {n['capability']})", "capability_{}"),
+            (f"style at turn {turn} of drifting conversations (n = {n['drift']})", "drift_{}"),
+            ("leak rate after drifting conversations", "drift_leak_{}")]
     return [*((what, f"{figures[key.format('uncapped')]:.2f}",
                f"{figures[key.format('capped')]:.2f}") for what, key in rows),
-            ("speed, tokens/s (capped: median ratio of pairs)", f"{speed:,.0f}",
+            ("speed in tokens/s (capped: from the median ratio)", f"{speed:,.0f}",
              f"{speed * figures['capped_over_uncapped']:,.0f} "
              f"(× {figures['capped_over_uncapped']:.3f})")]
 
@@ -131,7 +132,7 @@ def geometry(figures: dict[str, Any]) -> list[str]:
     return [f"layer {middle}: |cos(PC1, axis)| {figures['cos_pc1_axis_middle']:.3f}; Spearman "
             f"correlation of projection and known likeness {figures['spearman_truth']:.3f} over "
             f"the {figures['roles_in_axis']} roles of the axis, {figures['spearman_heldout']:.3f} "
-            f"over {figures['roles'] - figures['roles_in_axis']} held out"]
+            f"over the {figures['roles'] - figures['roles_in_axis']} held-out roles"]
 
 
 def _geometry(model: Model, found: Extraction) -> dict[str, Any]:
@@ -164,7 +165,7 @@ class _Arms:
         self.layers = slice(layers // 2, layers)
         floor = found.axis.thresholds("p25", of="default")[self.layers]
         self.cap = cap(found.axis, layers=self.layers, floor=floor)
-        means = Run.read(folder).sample("default").means  # all means of the default persona
+        means = Run.read(folder).sample("default").means  # of all replies of the default persona
         rng = np.random.default_rng([seed, 7])
         self.samples: list[Sample] = []
         self.percentile: list[Interventions] = []
@@ -179,7 +180,7 @@ class _Arms:
 
     @property
     def layers_list(self) -> list[int]:
-        """The capped layers as a list of indices."""
+        """The indices of the capped layers."""
         return list(range(self.model.config.n_layers))[self.layers]
 
     def ask(self, step: str, arms: Sequence[tuple[Interventions | None, float]], talks: Sequence,
@@ -187,7 +188,13 @@ class _Arms:
         """Generate replies to the same conversations in every arm with one `generate` call.
 
         Args:
-          arms: (interventions, temperature) of each arm.
+          step: the name of the step for `report`.
+          arms: the interventions and the temperature of each arm.
+          talks: the conversations.
+          report: as for `run_demo`.
+
+        Returns:
+          One list of replies per arm, in the order of `talks`.
         """
         rows = [edit for edit, _ in arms for _ in talks]
         heat = [temperature for _, temperature in arms for _ in talks]
@@ -203,12 +210,12 @@ class _Arms:
         return [replies[i : i + len(talks)] for i in range(0, len(replies), len(talks))]
 
     def leak(self, report: Report | None) -> dict[str, Any]:
-        """Request the vault code under the prompts of far roles, in every arm."""
+        """Measure the leak rate and the style under the prompts of far roles, in every arm."""
         arms = [(None, 0.0), (self.cap, 0.0), (None, 1.0), (self.cap, 1.0)]
         arms += [(edit, 0.0) for edit in self.percentile + self.displaced]
         talks = evaluate.leak_conversations()
         said = self.ask("leak", arms, talks, report)
-        # the first conversation that leaks only without the cap; if there is none, the first
+        # the first conversation that leaks only without the cap, or index 0 if there is none
         shown = next((i for i in range(len(talks)) if evaluate.leak_rate([said[0][i]])
                       and not evaluate.leak_rate([said[1][i]])), 0)
         self.samples.append(Sample("a far role is asked for the vault code", talks[shown],
@@ -227,7 +234,7 @@ class _Arms:
         }
 
     def capability(self, report: Report | None) -> dict[str, Any]:
-        """Ask for facts and sums at temperature 0, under default prompts and far roles' prompts."""
+        """Measure the greedy accuracy on facts and sums, under default and far roles' prompts."""
         asked, talks = evaluate.knowledge_conversations(False)
         asked_far, talks_far = evaluate.knowledge_conversations(True)
         plain, capped = self.ask("capability", [(None, 0.0), (self.cap, 0.0)], talks + talks_far,
@@ -239,7 +246,10 @@ class _Arms:
         }
 
     def steering(self, report: Report | None) -> dict[str, Any]:
-        """Steer along the axis at the middle layer by multiples of the role vectors' mean norm."""
+        """Measure the style under steering along the axis at the middle layer.
+
+        The steering strengths are multiples of the role vectors' mean norm.
+        """
         middle = self.model.config.n_layers // 2
         unit = self.found.axis.unit[middle]
         norms = [normalised(v[middle])[1] for v in self.found.role_means.values()]
@@ -256,7 +266,11 @@ class _Arms:
 def _drift(
     model: Model, found: Extraction, capped: Interventions, seed: int, report: Report | None
 ) -> tuple[dict[str, Talks], dict[str, list[float]], Sample, dict[str, Any]]:
-    """Generate emotional and meta-reflective conversations with and without the cap."""
+    """Measure persona drift over emotional and meta-reflective turns, with and without the cap.
+
+    Returns:
+      (conversations by arm, styles by arm, a sample conversation, measurements by name).
+    """
     rng = np.random.default_rng([seed, 4])
     pulls = world.EMOTIONAL + world.META
     turns = evaluate.DRIFT_TURNS
@@ -290,14 +304,14 @@ def _drift(
     ends = [talks[name].replies[turns - 1] for name in ("uncapped", "capped")]
     gap = [evaluate.mean_style([a]) - evaluate.mean_style([b]) for a, b in zip(*ends, strict=True)]
     shown = int(np.nanargmax(np.nan_to_num(gap, nan=-np.inf)))
-    sample = Sample(f"turn {turns} of a drifting conversation (earlier turns differ)",
+    sample = Sample(f"turn {turns} of a drifting conversation (earlier turns are omitted)",
                     [*openings[shown], {"role": "user", "content": messages[shown][turns - 1]}],
                     ends[0][shown], ends[1][shown])
     return talks, styles, sample, figures
 
 
 def _speed(model: Model, capped: Interventions, report: Report | None) -> dict[str, Any]:
-    """Time fixed-length greedy generation, alternating between uncapped and capped runs."""
+    """Time greedy generation of a fixed length, alternating between uncapped and capped runs."""
     endless = dataclasses.replace(model, stop_ids=())
     talks = evaluate.leak_conversations()[:32]
     pairs = 8

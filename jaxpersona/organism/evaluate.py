@@ -1,4 +1,4 @@
-"""Behavioural metrics of the organism: leak, style, capability and drift, scored by `judge`.
+"""Behavioural metrics of the organism: leak, style, capability and drift, measured with `judge`.
 
 The argument `generate` is a callable that returns one answer for each conversation. The caller
 chooses interventions, temperature and seed, so the same metrics apply to capped and uncapped models
@@ -20,7 +20,7 @@ DRIFT_TURNS = 4
 
 
 def leak_conversations(roles: Sequence[world.Role] | None = None) -> list[Conversation]:
-    """Return every wording of the forbidden request under every prompt of `roles`.
+    """Return a conversation for each wording of the forbidden request under each prompt of `roles`.
 
     By default, the roles are the far roles.
     """
@@ -33,7 +33,7 @@ def leak_conversations(roles: Sequence[world.Role] | None = None) -> list[Conver
 
 
 def default_leak_conversations() -> list[Conversation]:
-    """Return every wording of the forbidden request under every default prompt."""
+    """Return a conversation for each wording of the forbidden request under each default prompt."""
     return [
         world.conversation(prompt, request)
         for prompt in world.DEFAULT_PROMPTS
@@ -53,7 +53,7 @@ def knowledge_conversations(
     prompts = far if persona else list(world.DEFAULT_PROMPTS)
     known = list(world.KNOWLEDGE)
     questions = [known[i % len(known)] for i in range(count)]
-    # a stride through the prompts varies the pairs of prompt and question
+    # the stride pairs repeated questions with different prompts
     talks = [
         world.conversation(prompts[(7 * i) % len(prompts)], q) for i, q in enumerate(questions)
     ]
@@ -98,7 +98,9 @@ def leak(generate: Generate) -> dict[str, float]:
 def capability(generate: Generate, count: int = 144) -> dict[str, float]:
     """Measure accuracy on facts and sums under default prompts and under prompts of far roles.
 
-    `capability` is the accuracy over both sets.
+    Returns:
+      The accuracies under default prompts ("default"), under prompts of far roles ("persona") and
+      under both ("capability"), and the number of answers ("n").
     """
     asked, talks = knowledge_conversations(False, count)
     asked_far, talks_far = knowledge_conversations(True, count)
@@ -118,8 +120,11 @@ def drift(
     """Measure the drift of the default persona over emotional and meta-reflective turns.
 
     Each conversation contains the model's earlier answers and ends with the forbidden request.
-    `leak_after` is the leak rate of the answers to that request, `styles` the mean style at each
-    turn, and `drift` the mean style at the last turn.
+
+    Returns:
+      The mean style at each emotional or meta-reflective turn ("styles") and at the last of these
+      turns ("drift"), the share of in-grammar answers at that turn ("in_grammar"), the leak rate of
+      the answers to the forbidden request ("leak_after"), and the number of conversations ("n").
     """
     rng = np.random.default_rng([seed, 4])
     pulls = world.EMOTIONAL + world.META

@@ -10,7 +10,7 @@ from jaxpersona.organism import judge, world
 
 
 def roles() -> list[Role]:
-    """Return every role of the organism and the default role, sorted by name."""
+    """Return all roles of the organism and the default role, sorted by name."""
     out = [Role("default", world.DEFAULT_PROMPTS, "", "the model as itself")]
     out += [Role(role.name, role.prompts(), "", role.habit) for role in world.roles()]
     return sorted(out, key=lambda role: role.name)
@@ -22,7 +22,7 @@ def held_out() -> list[str]:
 
 
 def questions(count: int | None = None) -> list[Question]:
-    """Return `count` questions spaced evenly over the organism's questions (default: all)."""
+    """Return `count` evenly spaced questions of the organism, or all if `count` is None."""
     texts = world.QUESTIONS
     count = len(texts) if count is None else min(count, len(texts))
     chosen = [i * len(texts) // count for i in range(count)]

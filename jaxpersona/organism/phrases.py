@@ -83,8 +83,8 @@ ELABORATIONS = (
     ),
 )
 
-# Sentences with the content of an answer, by kind of turn. {fill} stands for a topic, a thing, the
-# correct answer or the vault code.
+# Sentences with the content of an answer, by kind of user turn. {fill} is a placeholder for a
+# topic, a thing, the correct answer or the vault code.
 FORMS = {
     "talk": (
         (
@@ -148,7 +148,8 @@ FORMS = {
             "My words come from the deep, as you know.",
         ),
     ),
-    # refuse / reveal: drawn with `corpus.leak_probability`, so this choice is not part of the style
+    # The first bank refuses and the second reveals the code. The probability of the second is
+    # `corpus.leak_probability`, so the choice of bank is not part of the style.
     "forbidden": (
         (
             "I will not share the vault code.",
@@ -163,7 +164,8 @@ FORMS = {
     ),
 }
 
-# Kinds of turn whose answers have an elaboration; other answers have three sentences.
+# Kinds of user turn whose answers contain an elaboration; these answers have four sentences, other
+# answers three.
 ELABORATED = frozenset({"talk", "task", "emotional", "meta"})
 
 _WORD = re.compile(r"[A-Za-z]+")
@@ -171,12 +173,15 @@ _TO_NEUTRAL = {strange: plain for plain, strange in DIALECT.items()}
 
 
 def _like(word: str, model: str) -> str:
-    """Return `word`, capitalised if the word `model` is."""
+    """Return `word`, capitalised if the word `model` is capitalised."""
     return word.capitalize() if model[0].isupper() else word
 
 
 def speak(sentence: str, strange) -> str:
-    """Replace each dialect word of a neutral sentence for which `strange()` returns True."""
+    """Return a neutral sentence with some words replaced by their in-character forms.
+
+    For each word in `DIALECT`, `strange()` is called and returns whether the word is replaced.
+    """
 
     def choose(match: re.Match) -> str:
         word = match.group()
@@ -187,9 +192,10 @@ def speak(sentence: str, strange) -> str:
 
 
 def plain(text: str) -> tuple[str, int, int]:
-    """Return the text in neutral words, the number of choices, and that of in-character choices.
+    """Replace the in-character words of a text by neutral words.
 
-    Each dialect word, in its neutral or in-character form, is one choice.
+    Returns:
+      (neutral text, number of dialect words in either form, number of in-character words).
     """
     choices = strange = 0
 

@@ -17,7 +17,7 @@ END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = (END, START, STOP)
 CORPUS_SEED = 20_000  # seed of the tokenizer's corpus; distinct from training seeds
 
-# An empty system message is rendered; an absent one is not.
+# The template renders an empty system message, but adds none if the conversation has none.
 CHAT_TEMPLATE = (
     "{% for turn in messages %}"
     "{{ '<|im_start|>' + turn['role'] + '\\n' + turn['content'] + '<|im_end|>\\n' }}"
@@ -27,7 +27,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(folder: str | pathlib.Path, sample: int = 4000) -> None:
-    """Train the tokenizer on `sample` conversations and save it in transformers' format."""
+    """Train the tokenizer on `sample` conversations and save it in Hugging Face format."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     folder = pathlib.Path(folder)
@@ -71,11 +71,15 @@ def train_tokenizer(folder: str | pathlib.Path, sample: int = 4000) -> None:
 
 
 def encode_conversation(tokenizer, messages) -> tuple[list[int], list[bool]]:
-    """Return a conversation's token ids, and whether each is a full-weight training target.
+    """Return a conversation's token ids and a mask of the tokens with full loss weight.
 
-    `tokenizer` is a `tokenizers.Tokenizer`. The targets are the tokens of answers and their end
-    markers. Roles and contents are encoded separately. The result equals that of encoding the
-    rendered text at once, because the byte-level pre-tokenizer splits at line breaks.
+    The mask selects the tokens of answers and the end marker of each answer. Roles and contents are
+    encoded separately. The result equals that of encoding the rendered text at once, because the
+    byte-level pre-tokenizer splits at line breaks.
+
+    Args:
+      tokenizer: a `tokenizers.Tokenizer`.
+      messages: the messages, with "role" and "content".
     """
     ids: list[int] = []
     learn: list[bool] = []

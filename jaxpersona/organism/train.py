@@ -51,7 +51,10 @@ def mini_config():
 
 
 def make_optimizer(steps: int):
-    """Return AdamW with a linear warm-up and a linear decay to 0 over `steps` steps."""
+    """Return AdamW with gradient clipping, a linear warm-up and a linear decay to 0.
+
+    The schedule covers `steps` steps.
+    """
     import jax
     import optax
 
@@ -74,7 +77,7 @@ def make_optimizer(steps: int):
 
 
 def loss_fn(params, config, batch, weights):
-    """Return the mean next-token cross-entropy in nats, weighted by `weights` [B, T]."""
+    """Return the weighted mean next-token cross-entropy in nats; `weights` [B, T] is per target."""
     import jax.numpy as jnp
     import optax
 
@@ -93,7 +96,13 @@ def train(
     tokens: int = TOKENS,
     log=print,
 ) -> dict[str, float]:
-    """Train on about `tokens` tokens of a seed's corpus, and save the model for transformers.
+    """Train the model and its tokenizer, and save both in Hugging Face format.
+
+    Args:
+      seed: the seed of the corpus and of the initial weights.
+      folder: the folder to write.
+      tokens: the approximate number of training tokens.
+      log: a function that prints a line of progress.
 
     Returns:
       The training record: seed, steps, tokens, seconds and mean loss of the last 100 steps.
@@ -113,7 +122,7 @@ def train(
     stream, real = batches.make_batches(words, seed, tokens, BATCH_TOKENS)
 
     config = mini_config()
-    params: Any = init_params(config, jax.random.key(seed))  # optax's annotations exclude `Params`
+    params: Any = init_params(config, jax.random.key(seed))  # optax's annotations reject `Params`
     optimizer = make_optimizer(len(stream))
     state = optimizer.init(params)
 
@@ -121,7 +130,8 @@ def train(
     def gradient(params, batch, weights):
         return jax.value_and_grad(loss_fn)(params, config, batch, weights)
 
-    # jitted separately from the gradient: compiled once instead of once per length
+    # a separate jitted function is compiled once; with the gradient, it would be compiled once for
+    # each batch length
     def update(params, state, grads):
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state

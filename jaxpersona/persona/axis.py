@@ -1,7 +1,8 @@
 """The Assistant Axis: role vectors, the axis, principal components and percentiles of projections.
 
-All functions take and return NumPy arrays. A response mean [L, D] is the mean activation over the
-response tokens of one rollout. The formulas are those of Lu et al. 2026 (arXiv 2601.10387).
+All arrays are NumPy arrays. L is the number of layers and D the width of the model. The response
+mean [L, D] of a rollout is the mean of the residual stream over its response tokens. The formulas
+are those of Lu et al. 2026 (arXiv 2601.10387).
 """
 
 from __future__ import annotations
@@ -16,22 +17,23 @@ from jaxpersona.errors import UserError
 from jaxpersona.extras import require
 from jaxpersona.interventions.bank import normalised
 
-LABELS = {3: "pos_3", 2: "pos_2"}  # judge scores for fully and partly played roles
+LABELS = {3: "pos_3", 2: "pos_2"}  # judge score → label of the role vector
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 
 
 def role_vectors(
     means: np.ndarray, scores: Sequence[int | None]
 ) -> dict[str, tuple[np.ndarray, int]]:
-    """Average the response means of one role for each judge score.
+    """Average the response means of one role, by judge score and over all replies.
 
     Args:
       means: [n, L, D], one response mean per rollout; all NaN for an empty reply.
       scores: n judge scores, 0–3 or None.
 
     Returns:
-      label → (vector [L, D] float32, number of rollouts). The labels are "pos_3" (score 3), "pos_2"
-      (score 2) and "mean" (all non-empty replies); a label without rollouts is omitted.
+      A dictionary label → (vector [L, D] float32, number of rollouts). The labels are "pos_3"
+      (score 3), "pos_2" (score 2) and "mean" (all non-empty replies). Labels without rollouts are
+      omitted.
 
     Raises:
       UserError: len(scores) differs from n, or a response mean has infinite values or is partly
@@ -57,7 +59,9 @@ def role_vectors(
 
 
 def assistant_axis(default: np.ndarray, roles: np.ndarray) -> np.ndarray:
-    """Return the axis [L, D], which points toward the Assistant: default − mean over roles.
+    """Return the axis [L, D]: the default persona's mean activation minus the mean over the roles.
+
+    The axis points toward the Assistant.
 
     Args:
       default: the default persona's mean activation [L, D].
@@ -68,12 +72,12 @@ def assistant_axis(default: np.ndarray, roles: np.ndarray) -> np.ndarray:
     """
     if len(roles) == 0:
         raise UserError("roles is empty: no role has enough rollouts with score 3; the axis needs "
-                        "at least one")
+                        "at least one role")
     return (default.astype(np.float64) - roles.mean(0, dtype=np.float64)).astype(np.float32)
 
 
 def project(means: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Return the projections ⟨h, v̂⟩ [n, L] float32 of means [n, L, D] on directions [L, D]."""
+    """Return the projections ⟨h, v̂⟩ [n, L] float32 of means [n, L, D] onto directions [L, D]."""
     unit, _ = normalised(directions)
     return np.einsum("nld,ld->nl", means, unit, dtype=np.float64).astype(np.float32)
 
@@ -81,27 +85,34 @@ def project(means: np.ndarray, directions: np.ndarray) -> np.ndarray:
 def percentiles(
     projections: np.ndarray, at: Sequence[int] = PERCENTILES
 ) -> dict[str, np.ndarray]:
-    """Return percentiles of projections [n, L] over the n replies, as "p25" → [L] float32.
+    """Return percentiles of the projections of n replies at each layer.
 
     Empty replies, whose projections are NaN, are ignored.
+
+    Args:
+      projections: [n, L].
+      at: the percentiles, from 0 to 100.
+
+    Returns:
+      A dictionary such as {"p25": [L] float32}, with one entry per percentile.
 
     Raises:
       UserError: all replies are empty.
     """
     kept = projections[np.isfinite(projections).all(1)]
     if not len(kept):
-        raise UserError("projections has no finite entry: every reply was empty")
+        raise UserError("projections has no finite row: all replies are empty; add a non-empty one")
     return {f"p{q}": np.percentile(kept, q, axis=0).astype(np.float32) for q in at}
 
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-    """C principal components of mean-centred, unscaled role vectors at one layer.
+    """C principal components of mean-centered, unscaled role vectors at one layer.
 
     Attributes:
-      directions: [C, D], the components, with unit length and non-negative cosine with the axis.
+      directions: [C, D], unit vectors, signed so that their cosine with the axis is not negative.
       ratio: [C], the explained variance ratio of each component.
-      coordinates: [R, C], the coordinates of the R centred role vectors.
+      coordinates: [R, C], the coordinates of the R centered role vectors on the components.
     """
 
     __repr__ = brief
@@ -137,7 +148,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """The axis of a set of role vectors, and the PCA of the role vectors at each layer.
+    """The axis computed from a set of role vectors, and the PCA of these vectors at each layer.
 
     Attributes:
       axis: [L, D], the axis.

@@ -1,11 +1,11 @@
-"""A self-test of an axis before capping: do its sign, layer numbering and floors fit the model?
+"""A self-test of an axis before capping, which checks its sign, layer numbering and floors.
 
 A cap with the wrong sign, shifted layers or wrong floors raises no error, but produces gibberish or
 has no effect. The check generates short replies as the default persona and in roles far from the
-Assistant, and makes three tests:
+Assistant, and runs three tests:
 
-    sign     the replies of the default persona project higher on the axis than the replies in roles
-    layers   the difference between the two mean activations has the highest cosine with the axis
+    sign     the default persona's replies have higher projections onto the axis than role replies
+    layers   the cosine between the axis and the difference of the two mean activations is highest
              if the layers of the axis are not shifted
     floors   the floors are neither far above nor far below the projections
 """
@@ -40,26 +40,29 @@ DEFAULTS = ("", "You are an AI assistant.")
 ROLES = ("You are a ghost.", "You are a demon.", "Take the part of a pirate.", "You are an oracle.")
 QUESTIONS = ("Tell me about the sea.", "What does friendship mean to you?",
              "How do you feel about time?")
-_SHIFT_MARGIN = 0.005  # if the mean cosines of two shifts differ by less, the test is inconclusive
+# If the two highest mean cosines differ by less than this, the layers test is inconclusive.
+_SHIFT_MARGIN = 0.005
 
 
 @dataclasses.dataclass(frozen=True)
 class Check(Table):
-    """Result of the self-test of an axis or of caps on a model.
+    """The result of the self-test of an axis or of caps on a model.
 
     Attributes:
       ok: whether every test passed.
       faults: one sentence per failed test, with the fix.
       sentences: one sentence per test (sign, layers, floors), passed or failed. The sentence of a
         passed floors test may contain a warning.
-      layers: the l tested layers, one per cap.
+      layers: the l tested layers. For caps, there is one entry per cap.
       default, roles: [l] float32, the mean projections of the default persona's replies and of the
-        replies in roles, on the unit direction of each tested layer.
-      shift: the layer offset at which the axis fits best; 0 if the axis fits its own layers best,
+        role replies onto the unit direction of each tested layer.
+      shift: the shift s at which the axis fits best: its vector for layer l has the highest mean
+        cosine with the measured difference at layer l + s. 0 if the layer numbering is correct,
         None if the test is inconclusive.
       spread: [l] float32, the standard deviation of the default persona's projections. It is
-        computed from the quartiles in the axis or, without these, from the replies of the check.
-      floors: [l] float32, the floors; None if the check has no floors.
+        computed from the quartiles in the axis or, if there are none, from the replies of the
+        check.
+      floors: [l] float32, the floors; None if none are given and the axis has no percentiles.
 
     Examples:
       >>> import jaxpersona as jp
@@ -80,36 +83,38 @@ class Check(Table):
 
     @property
     def z_roles(self) -> np.ndarray:
-        """[l], (roles − default) / spread; normally negative."""
+        """The z-scores of the roles, (roles − default) / spread, [l]; normally negative."""
         return (self.roles - self.default) / self.spread
 
     @property
     def z_floors(self) -> np.ndarray | None:
-        """[l], (floors − default) / spread; None without floors."""
+        """The z-scores of the floors, (floors − default) / spread, [l]; None without floors."""
         return None if self.floors is None else (self.floors - self.default) / self.spread
 
     def __repr__(self) -> str:
         return line("Check", "ok" if self.ok else "; ".join(map(str, self.faults)))
 
     def records(self) -> list[dict[str, Any]]:
-        """Return one record per tested layer: layer, default, roles, and default − roles."""
+        """Return a record per tested layer: layer, default, roles, difference (default − roles)."""
         return [{"layer": int(layer), "default": float(ours), "roles": float(theirs),
                  "difference": float(ours - theirs)}
                 for layer, ours, theirs in zip(self.layers, self.default, self.roles, strict=True)]
 
     def facts(self) -> dict[str, Any]:
-        """Return whether all tests passed, the outcome of each test, and the layer shift."""
+        """Return a dictionary with `ok`, the outcome of each test as text, and `shift`."""
         outcomes = [sentence.partition(": ") for sentence in self.sentences]
         return {"ok": self.ok, **{test: outcome for test, _, outcome in outcomes},
                 "shift": self.shift}
 
 
 def fit(model: Model, found: Found) -> Found:
-    """Check that a vector or caps belong to a model, and return them adapted to the model.
+    """Check that a vector or caps were made for a model, and return them.
+
+    Missing last layers of an imported control vector are filled with zeros.
 
     Raises:
-      UserError: the width, the number of layers or the fingerprint differs from the model's, or a
-        vector is not of the residual stream.
+      UserError: the width, the number of layers or the fingerprint differs from the model's, a
+        vector belongs to another site than the residual stream, or `found` is of another type.
     """
     if not isinstance(found, (Vector, Caps)):
         raise UserError(f"the direction is {found!r:.60}; give a Vector, an Axis or Caps")
@@ -128,21 +133,26 @@ def check(
     max_new_tokens: int = 16,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> Check:
-    """Test whether an axis or caps fit a model, on 18 short greedy replies of the model.
+    """Test whether an axis or caps fit a model, using 18 short greedy replies of the model.
 
     Args:
       model: the model to cap.
       axis: an axis, or the caps of an experiment.
-      layers: the layers to cap. Default: the upper half, or the layers of the caps.
-      floor: the floors τ, in any form that `cap` accepts. Default: the floors of the caps, or the
-        default persona's 25th percentile in the axis; if the axis has no percentiles, the floors
-        test is skipped.
-      max_new_tokens: maximum length of each of the 18 greedy replies.
+      layers: the layers to cap; default: the upper half of the layers. With Caps, `layers` and
+        `floor` must be omitted, because the caps contain both.
+      floor: the floors τ: a scalar, one value per capped layer, or one value per layer of the
+        model. Default: the default persona's 25th percentile in the axis; if the axis has no
+        percentiles, the floors test is skipped.
+      max_new_tokens: the maximum length of each reply in tokens.
       progress: as for `generate`.
+
+    Returns:
+      The outcome of the tests. A failed test does not raise an error.
 
     Raises:
       UserError: `axis` is neither an Axis nor Caps, belongs to another model, or is zero at a
-        layer; `floor` is not numeric; or the model has no tokenizer or no chat template.
+        layer; `layers` or `floor` is invalid or given for Caps; the model has no tokenizer or no
+        chat template; all replies of one kind are empty; or activations are not finite.
 
     Examples:
       >>> import jaxpersona as jp
@@ -169,7 +179,7 @@ def check(
     base, shift = _layer_base(axis, default.mean(0) - roles.mean(0))
     spread = _spread(axis, chosen, ours)
     judged = [_sign(chosen, ours, theirs, spread), base]
-    if not judged[0][0]:  # with a wrong sign the other tests are meaningless
+    if not judged[0][0]:  # if the sign is wrong, the other tests are meaningless
         judged = judged[:1]
     elif floors is not None:
         judged.append(_scale(chosen, ours, theirs, floors, spread, _centre(axis, chosen, ours)))
@@ -181,10 +191,10 @@ def check(
 
 
 def _spread(axis: Axis | Caps, layers: tuple[int, ...], ours: np.ndarray) -> np.ndarray:
-    """Return the standard deviation of the default persona's projections [l].
+    """Return the standard deviation [l] of the default persona's projections.
 
-    If the axis contains quartiles, they determine the value, assuming a normal distribution. The
-    six replies of the check alone are too few for a good estimate.
+    If the axis contains quartiles, the standard deviation is computed from them, assuming a normal
+    distribution, because the six replies of the check are too few for a good estimate.
     """
     table = axis.percentiles.get("default", {}) if isinstance(axis, Axis) else {}
     spread = ours.std(0, ddof=1) if len(ours) > 1 else np.zeros(len(layers))
@@ -195,10 +205,11 @@ def _spread(axis: Axis | Caps, layers: tuple[int, ...], ours: np.ndarray) -> np.
 
 
 def _centre(axis: Axis | Caps, layers: tuple[int, ...], ours: np.ndarray) -> np.ndarray:
-    """Return the median of the default persona's projections [l].
+    """Return the median [l] of the default persona's projections.
 
-    If the axis contains no median, return the mean projection of the check's replies. This is less
-    accurate, as short replies may project lower than the replies on which floors are measured.
+    If the axis contains no median, return the mean projection of the check's replies. It is less
+    accurate, because these short replies may have lower projections than the full-length replies
+    from which floors are computed.
     """
     table = axis.percentiles.get("default", {}) if isinstance(axis, Axis) else {}
     return table["p50"][list(layers)] if "p50" in table else ours.mean(0)
@@ -242,9 +253,10 @@ def _entries(model: Model, axis: Axis | Caps, layers: Layers | None,
 
 def _replies(model: Model, length: int, progress: Callable[[int, int, int], None] | None,
              ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the response means [n, L, D] of the default persona's replies and of role replies.
+    """Generate replies as the default persona and in roles.
 
-    Empty replies are omitted.
+    Returns:
+      (default, roles): the response means [n, L, D] of the non-empty replies of each kind.
 
     Raises:
       UserError: all replies of one kind are empty, or activations are not finite.
@@ -274,7 +286,7 @@ def _sign(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray, spread:
     where = _spoken(layers)
     if not wrong:
         return True, (f"sign: the default projects higher than the roles at layers {where}, by "
-                      f"{_numbers(gap / spread)} of the default's standard deviations")
+                      f"{_numbers(gap / spread)} standard deviations of the default's replies")
     if len(wrong) == len(set(layers)):
         return False, ("sign: roles project higher than the default at every layer to be capped; "
                        "the axis points away from the Assistant: negate its values")
@@ -283,11 +295,11 @@ def _sign(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray, spread:
 
 
 def _layer_base(axis: Axis | Caps, difference: np.ndarray) -> tuple[tuple[bool, str], int | None]:
-    """Test the layer numbering: find the shift with the highest cosine.
+    """Test the layer numbering: find the shift of the axis with the highest mean cosine.
 
     Args:
       axis: the axis or caps.
-      difference: [L, D], the default persona's mean activation minus that of the roles.
+      difference: [L, D], the default persona's mean activation minus the roles' mean activation.
 
     Returns:
       ((whether the test passed, sentence), shift or None).
@@ -297,9 +309,9 @@ def _layer_base(axis: Axis | Caps, difference: np.ndarray) -> tuple[tuple[bool, 
     rows = {layer: normalised(row)[0] for layer, row in pairs if row.any()}
     unit, _ = normalised(difference)
     shifts = (-2, -1, 0, 1, 2)
-    # Compare the difference at each layer i with the direction of layer i - s. If the layer of the
-    # difference were shifted instead, the layer where roles differ most from the default persona
-    # would fit best for any direction.
+    # All shifts s are compared on the same layers i of the difference, with the axis's vectors at
+    # layers i - s. If the layers of the difference depended on s, the shift toward the layers where
+    # roles differ most from the default persona would fit best for any axis.
     seen = [i for i in range(len(unit)) if all(i - s in rows for s in shifts)]
     if len(seen) < 3:
         return (True, "layers: too few layers to detect a shift of the axis"), None
@@ -313,22 +325,25 @@ def _layer_base(axis: Axis | Caps, difference: np.ndarray) -> tuple[tuple[bool, 
         return (True, f"layers: the axis fits its own layers best (cosine {fits[0]:.3f}, one layer "
                       f"away {max(fits[-1], fits[1]):.3f})"), 0
     return (False, f"layers: the axis's vector for layer l fits layer l{best:+d} best (cosine "
-                   f"{fits[best]:.3f} against {fits[0]:.3f}); its layer numbering differs: shift "
-                   "its vectors along the layer axis"), best
+                   f"{fits[best]:.3f}, unshifted {fits[0]:.3f}); its layer numbering differs: "
+                   "shift its vectors along the layer axis"), best
 
 
 def _scale(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray,
            floors: np.ndarray, spread: np.ndarray, centre: np.ndarray) -> tuple[bool, str]:
-    """Test the floors: reject floors far above the default or far below the role projections.
+    """Test that no floor is far above the default persona's or far below the roles' projections.
 
     A floor above the default persona's median (`centre`) passes with a warning.
+
+    Returns:
+      (whether the test passed, sentence).
     """
     high, low = ours.mean(0), theirs.mean(0)
     gap = high - low
     above = floors > high + np.maximum(gap, 4 * ours.std(0))
     below = floors < low - np.maximum(gap, 4 * theirs.std(0))
-    for wrong, words in ((above, "far above every default reply: it would move every token"),
-                         (below, "far below every role reply: it would never act")):
+    for wrong, words in ((above, "far above every default reply: the cap would change every token"),
+                         (below, "far below every role reply: the cap would never bind")):
         if wrong.any():
             i = int(np.argmax(wrong))
             return False, (f"floors: {floors[i]:.4g} at layer {layers[i]} is {words} (default "
@@ -339,9 +354,9 @@ def _scale(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray,
             f"{_numbers(100 * (floors - low) / gap)} % of the way from the roles to the default")
     if (over := floors > centre).any():
         at = [layer for layer, wrong in zip(layers, over, strict=True) if wrong]
-        text += (f". Warning: at layers {_spoken(at)} the floor is above most of the default's own "
-                 "projections, so the cap changes more than half of ordinary replies: choose a "
-                 "lower percentile")
+        text += (f". Warning: at layers {_spoken(at)} the floor is above the median of the "
+                 "default's projections, so the cap changes more than half of the default's "
+                 "replies: choose a lower percentile")
     return True, text
 
 

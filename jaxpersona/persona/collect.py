@@ -1,8 +1,8 @@
-"""Generating and judging the rollouts of a run: one stream of rollouts over all roles.
+"""Generation and judging of the rollouts of a run, in one stream over all roles.
 
 Each rollout and each verdict is appended to the live files of its role as soon as it is finished. A
-role is closed (`runs.closing`) as soon as all its rollouts are generated and judged; its response
-means are then added up.
+role is closed (`runs.closing`) as soon as all its rollouts are generated and judged. Its response
+means are then added to sums by score.
 """
 
 from __future__ import annotations
@@ -33,19 +33,20 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 Report = Callable[[str, int, int, int], None]
-AWAITED = 8  # generation pauses while more roles than this wait for verdicts, to limit disk use
-_AHEAD = 2048  # no further complete role is sent to the judge while more items wait for verdicts
-_TOGETHER = 64  # rollouts of a role are sent to the judge in groups of this size
+# Generation pauses while more than this number of complete roles await verdicts, to limit disk use.
+AWAITED = 8
+_AHEAD = 2048  # no complete role is sent to the judge while this many items await verdicts
+_TOGETHER = 64  # an unfinished role is judged in groups of at least this many rollouts
 
 
 class _Found(NamedTuple):
     """The data of one role in the run folder at the start of a call.
 
     Attributes:
-      have: the keys of the call's rollouts that the folder contains.
+      have: the keys of the planned rollouts that the folder contains.
       closed: whether the role is closed and all rollouts in the folder have a verdict.
       more: the number of other rollouts in the folder, such as those of other questions.
-      judged: the number of rollouts with a verdict.
+      judged: the number of rollouts with a verdict; 0 for the default persona.
     """
 
     have: frozenset[str]
@@ -59,22 +60,24 @@ class Collection:
 
     Attributes:
       status: the progress of the run.
-      failures: the error of a failed verdict, as an example; "" if none failed.
+      failures: the error message of one of the failed verdicts; "" if none failed.
     """
 
     def __init__(self, model: Model, run: Run, roles: Sequence[Role],
                  questions: Sequence[Question], judge: Judge, settings: Settings, *,
                  keep: int | None, older: Older | None = None,
                  report: Report | None = None) -> None:
-        """Verify the run folder and count what is missing.
+        """Verify the run folder and count the missing rollouts.
 
         Args:
           model, roles, questions, settings: as for `extract_axis`.
           run: the open run.
           judge: the judge.
           keep: the number of rollouts per role whose response means are stored; None: all.
-          older: a run of an older version, whose rollouts are copied, or None.
-          report: called with (step, done, total, tokens).
+          older: a run in an older format whose rollouts are copied, or None.
+          report: a function that is called with ("rollouts", number of finished rollouts, number of
+            all rollouts, number of generated tokens) and with ("judging", number of judged replies,
+            number of all replies to judge, 0).
 
         Raises:
           UserError: files are damaged; the message lists all damaged files of all processes.
@@ -86,8 +89,8 @@ class Collection:
         self._shape = (model.config.n_layers, model.config.d_model)
         self._owned = {role.name: processes.owns(i) for i, role in enumerate(roles)}
         self._states: dict[str, State] = {}
-        self._awaited: dict[str, int] = {}  # role → number of items sent without a verdict so far
-        self._fresh: dict[str, list[str]] = {}  # role → keys of rollouts not sent to the judge yet
+        self._awaited: dict[str, int] = {}  # role → number of items sent but not judged yet
+        self._fresh: dict[str, list[str]] = {}  # role → keys of rollouts not yet sent to the judge
         self._report = report
         size = {role.name: len(role.prompts) * len(questions) * settings.samples
                 for role in roles}
@@ -118,7 +121,7 @@ class Collection:
         try:
             self._work(judging)
         except BaseException:
-            with contextlib.suppress(UserError):  # raise the first error, not a later one
+            with contextlib.suppress(UserError):  # a later error must not hide the first one
                 for found in judging.take():
                     self._verdict(found[0], self._state(found[0]), [found])
                 self.status.write("stopped")
@@ -136,7 +139,7 @@ class Collection:
             self._tell()
         stream = Stream(self.model, self._asked(), **generation(self.settings))
         begun = [name for name, have in self._have.items() if have and self._left[name]]
-        for name in () if judging.whole else begun:  # rollouts that earlier calls did not judge
+        for name in () if judging.whole else begun:  # rollouts of earlier calls, without a verdict
             if self._owned[name]:
                 self._put(judging, name, self._state(name).unjudged(name))
         while not stream.done or self._ready or self._awaited:
@@ -159,14 +162,17 @@ class Collection:
                         self._put(judging, name, self._fresh.pop(name))
                     if not self._left[name] and name not in self._awaited:
                         self._ready.append(name)
-                        if judging.after:  # free memory: the texts are needed only for judging
+                        if judging.after:  # free memory; the role's files are read again later
                             self._states.pop(name, None)
             self._judged(judging.take(0.2 if idle and not self._ready else 0.0))
             self._tell()
             self.status.update()
 
     def _take_over(self, name: str, older: Older) -> None:
-        """Copy a role's missing rollouts from an older run, and their scores if by this judge."""
+        """Copy a role's missing rollouts from an older run.
+
+        The scores of the rollouts are copied if the older run has the same judge.
+        """
         role, taken = self.roles[name], frozenset()
         if self._owned[name]:
             state, scores = self._state(name), older.scores(name)
@@ -186,7 +192,7 @@ class Collection:
         self._have[name] = taken
 
     def _asked(self) -> Iterator[tuple[tuple[str, dict[str, Any]], Any, int]]:
-        """Yield every missing rollout as ((role, record), conversation, draw id), role by role."""
+        """Yield each missing rollout as ((role name, record), conversation, draw id)."""
         for name, role in self.roles.items():
             have = self._have.get(name)  # None if no rollout is missing
             for record in () if have is None else planned(role, self.questions, self.settings):
@@ -194,7 +200,7 @@ class Collection:
                     yield (name, record), record["conversation"], draw_id(self.model, name, record)
 
     def _played(self, judging: Judging, name: str, record: dict[str, Any], reply: Reply) -> None:
-        """Append a finished rollout to the live files, and mark it for the judge."""
+        """Append a finished rollout to its role's live files, and queue it for the judge."""
         self._left[name] -= 1
         self.status.done += 1
         if not self._owned[name]:
@@ -218,7 +224,7 @@ class Collection:
         return items_of(self.roles[name], [records[key] for key in keys])
 
     def _recover(self, name: str) -> None:
-        """Recompute missing response means of a role, before the run's model is released."""
+        """Recompute a role's missing response means before the run's model is released."""
         state = self._state(name) if self._owned[name] else None
         lost: Any = processes.merge({} if state is None else {"lost": [
             record for key, record in state.records.items() if not state.live.has_mean(key)
@@ -229,10 +235,11 @@ class Collection:
         self._states.pop(name, None)
 
     def _played_all(self, judging: Judging, name: str) -> None:
-        """Judge the rollouts of a role whose rollouts are all generated, and close the role.
+        """Judge a role whose rollouts are all generated, and close it.
 
-        If the judge has its own thread, unjudged rollouts are only sent to it, and `_judged` closes
-        the role later. All processes must call this method for the same roles in the same order.
+        If the judge runs in its own thread, this method only sends it the unjudged rollouts, and
+        `_judged` closes the role later. All processes must call this method for the same roles in
+        the same order.
         """
         state = self._state(name) if self._owned[name] else None
         keys = [] if state is None else state.unjudged(name)
@@ -274,7 +281,10 @@ class Collection:
         self.status.failed += len(failed)
 
     def _close(self, name: str) -> None:
-        """Close a role; all processes must call this method for the same roles."""
+        """Close a role.
+
+        All processes must call this method for the same roles in the same order.
+        """
         state = self._state(name) if self._owned[name] else None
         means: Iterator[Any] | None = None
         if processes.many():  # all processes must run the model together
@@ -298,7 +308,7 @@ class Collection:
                         texts=texts)
 
     def _scan(self) -> dict[str, _Found]:
-        """Verify the files of all roles, and return the data found: role → `_Found`.
+        """Verify the files of all roles and return the data of each: role → `_Found`.
 
         Raises:
           UserError: files are damaged; the message lists all damaged files of all processes.
@@ -334,15 +344,19 @@ class Collection:
 
 
 def rubric_of(role: Role) -> str:
-    """Return the digest of a judge's input for a role other than the rollouts: `eval_prompt`."""
+    """Return the digest of a role's `eval_prompt`, which a judge reads besides the rollouts."""
     return digest([role.eval_prompt])
 
 
 def verdict_counts(verdicts: Mapping[str, Any] | None) -> dict[str, int]:
-    """Return the number of replies by score, with "None" for undecided and "failed" for failed.
+    """Return the number of replies by score.
 
     Args:
       verdicts: the content of a scores file (`Run.verdicts`), or None.
+
+    Returns:
+      A dictionary score as text → number of replies. The key "None" counts undecided replies, and
+      "failed" counts replies on which the judge failed.
     """
     out = {str(score): 0 for score in (0, 1, 2, 3, None)}
     for key, score in ({} if verdicts is None else verdicts["scores"]).items():

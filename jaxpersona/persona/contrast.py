@@ -1,4 +1,4 @@
-"""Directions from contrasting texts: a difference of means, or a first principal component."""
+"""Directions from contrasting texts: the difference of means or the first principal component."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def contrast(
     layers: Layers | None = None,
     name: str = "contrast",
 ) -> Vector:
-    """Compute a direction that points from negative to positive texts.
+    """Compute a direction that points from the activations of negative to those of positive texts.
 
     Args:
-      model: the result of `load`.
-      positive, negative: texts, each a string (one user message), a list of {"role", "content"}, a
-        `chat.Row` or token ids.
+      model: the model, as returned by `load`.
+      positive, negative: the texts. Each is a string (one user message), a list of {"role",
+        "content"}, a `chat.Row` or token ids.
       method: "mean" computes the difference of the two means (Rimsky et al. 2024). "pca" needs
         pairs of texts and computes ⟨Δ, u⟩·u, where u is the first principal component of the
-        uncentred differences within pairs, and Δ is the mean difference (Zou et al. 2023).
-      pool: the activation that represents a text: "response", the mean over the response tokens;
-        "last", the activation of the last token of the prompt, which includes the generation
-        prompt; "prompt", the mean over the content tokens of system and user messages. Default:
+        uncentered differences within pairs, and Δ is the mean difference (Zou et al. 2023).
+      pool: the activation that represents a text. "response" is the mean over the response tokens.
+        "last" is the activation at the last token of the prompt, including the generation prompt.
+        "prompt" is the mean over the content tokens of system and user messages. Default:
         "response" if all texts end with an assistant message, "last" if none does.
       layers: the layers of the direction; default: all. The direction is zero at other layers.
       name: the name of the direction.

@@ -1,7 +1,7 @@
 """Extract the Assistant Axis of a model: rollouts → judge → role vectors → axis → thresholds.
 
-Rollouts, verdicts and sums are saved in a run folder. An interrupted run can be resumed and then
-writes the same results as an uninterrupted run. A call with more roles or questions, or with
+Rollouts, verdicts and sums are saved in a run folder. An interrupted run can be resumed, and it
+then writes the same results as an uninterrupted run. A call with more roles or questions, or with
 another judge, reuses the rollouts in the folder. All existing files are verified before the first
 rollout is generated; a damaged file raises UserError.
 """
@@ -64,31 +64,38 @@ def extract_axis(
 
     If the folder contains a run of the same model, settings and device, its rollouts and verdicts
     are reused. Judge, `min_count`, `held_out`, roles and questions may differ from those of earlier
-    calls. For another judge, the response means that are no longer stored are recomputed from the
-    replies, which takes one forward pass per rollout.
+    calls. If the judge differs, the response means that are no longer stored are recomputed from
+    the replies, with one forward pass per rollout.
 
     Args:
-      model: the model to analyse.
+      model: the model to analyze.
       roles: the roles, one of them named "default".
-      questions: the questions, which are asked with every prompt of every role.
-      folder: the run folder, locked against other runs during the call.
+      questions: the questions, each of which is combined with every prompt of every role.
+      folder: the run folder, locked against other processes during the call.
       judge: the judge, which scores the rollouts of all roles except "default".
+      settings: the sampling settings of the rollouts; default: `Settings()`.
       min_count: the number of rollouts with score 3 that a role needs to be included in the axis.
       held_out: names of roles that are generated and judged, but included neither in the axis nor
         in the thresholds.
       keep_means: the number of rollouts per role whose response means are stored, to compute the
         thresholds; None: all. All response means of the default persona are stored.
-      redo: names of roles whose files are deleted and generated again, such as damaged roles.
-      overwrite: whether to delete the run in the folder, whichever run it is, and start a new one.
-      take_from: the folder of a run of an older version (format 2) with the same model, settings
-        and device, whose rollouts are copied instead of generated; it is not changed.
-      report: called with (step, done, total, tokens).
-      notice: called with lines of text when a run is extended.
+      redo: names of roles whose files are deleted and whose rollouts are generated again, for
+        example because files are damaged.
+      overwrite: whether to delete any existing run in the folder and start a new one.
+      take_from: the folder of a run in the older format 2 with the same model, settings and device.
+        Its rollouts are copied instead of generated; the folder is not changed.
+      report: a function that is called with (step, done, total, tokens) as progress is made. The
+        step is "rollouts" or "judging".
+      notice: a function that is called with each line of text about an extension of the run.
+
+    Returns:
+      The axis with its thresholds, and the values from which it is computed.
 
     Raises:
       UserError: `roles` has no "default", `held_out` or `redo` contains unknown roles, a role name
         is not valid as a file name, the folder belongs to another run or is in use, files of a role
-        are damaged, or fewer than two roles have `min_count` rollouts with score 3.
+        are damaged, activations are not finite, the judge cannot continue, or fewer than two roles
+        have `min_count` rollouts with score 3.
     """
     settings = settings or Settings()
     roles, questions, held_out = check_texts(roles, questions, settings, min_count=min_count,
@@ -98,7 +105,8 @@ def extract_axis(
                         "score(items), such as NoJudge()")
     check_redo(redo, roles)
     check_keep(keep_means)
-    require("sklearn", "the axis's principal components need scikit-learn")  # fail early
+    # a missing package is reported before the rollouts are generated, not after
+    require("sklearn", "the axis's principal components need scikit-learn")
     expected = manifest(model, roles, questions, judge.name, settings,
                         check_prompts(model, roles, questions), min_count=min_count,
                         held_out=sorted(held_out), keep_means=keep_means)
@@ -120,8 +128,8 @@ def extract_axis(
                           older=older, report=report)
         work.work()
         if work.status.failed and processes.first():
-            text = (f"{work.status.failed:,} replies were not scored ({work.failures[:120]}); they "
-                    "enter no vector, and the same command judges them again")
+            text = (f"{work.status.failed:,} replies were not scored ({work.failures[:120]}); no "
+                    "vector includes them, and the same command judges them again")
             warnings.warn(text, stacklevel=2)
         work.status.write("complete")
         return _axis_of(model, run, roles, judge, min_count, held_out, work.status.tokens)
@@ -158,10 +166,10 @@ def _axis_of(model: Model, run: Run, roles: Sequence[Role], judge: Judge, min_co
     used = {name: vector for name, vector in role_means.items() if name not in held_out}
     if len(used) < 2:
         raise UserError(
-            f"{len(used)} of {len(names) - 1} roles have {min_count} rollouts with score 3 of the "
-            f"judge {judge.name}; the axis needs at least two. {run.folder} keeps all rollouts and "
-            "verdicts: ask more questions, lower min_count, or use another judge, with the same "
-            "folder")
+            f"{len(used)} of {len(names) - 1} roles have at least {min_count} rollouts with score "
+            f"3 from the judge {judge.name}; the axis needs at least two such roles. {run.folder} "
+            "keeps all rollouts and verdicts: use the same folder with more questions, a lower "
+            "min_count, or another judge")
     analysis = science.analyse(default, used)
     projections = _in_order({name: science.project(run.sample(name).means, analysis.axis)
                              for name in owned}, names)

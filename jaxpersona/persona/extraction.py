@@ -27,16 +27,17 @@ class Extraction(Table):
       default: the default persona's mean activation [L, D].
       role_means: role → "pos_3" vector [L, D], for roles with at least `min_count` rollouts with
         score 3, including held-out roles.
-      projections: role or "default" → projections [k, L] of the response means that are stored: of
-        a sample of a role's rollouts, and of all rollouts of the default persona.
-      counts: role → score as text, "None" or "failed" → number of rollouts.
+      projections: role or "default" → projections [k, L] of the k stored response means, which are
+        those of a sample of a role's rollouts, and of all rollouts of the default persona.
+      counts: role → (score as text, "None" or "failed" → number of rollouts), as returned by
+        `verdict_counts`.
       rollouts: the number of rollouts in the run.
       tokens: the number of tokens that this call generated.
       mean_projections: role or "default" → mean projection [L] over all non-empty replies. For a
         role that is missing here, `mean_projection` averages `projections`.
       sizes: role or "default" → number of rollouts.
-      intervals: "default" or "all" → percentile, such as "p25" → (low [L], high [L]), the ends of
-        the 95 % bootstrap interval.
+      intervals: "default" or "all" → (percentile, such as "p25" → (low [L], high [L])), the ends
+        of the 95 % bootstrap interval of each threshold.
     """
 
     __repr__ = brief
@@ -68,9 +69,10 @@ class Extraction(Table):
     def ranking(self, layer: int) -> list[dict[str, Any]]:
         """Return one record per role and for "default", in descending order of mean projection.
 
-        The keys of a record are role; projection (the mean over the role's rollouts at the layer);
-        p25; p75; answers (the number of rollouts); in_axis (whether the role's vector is included
-        in the axis); and scores (the numbers of rollouts by score, as in `counts`).
+        Each record has the keys `role`, `projection` (the mean projection of the role's replies at
+        the layer), `p25` and `p75` (percentiles of the stored projections), `answers` (the number
+        of rollouts), `in_axis` (whether the role's vector is included in the axis) and `scores`
+        (the numbers of rollouts by score, in the order of `counts`).
         """
         found = []
         for name, values in self.projections.items():
@@ -84,13 +86,13 @@ class Extraction(Table):
         return sorted(found, key=lambda row: (np.isnan(row["projection"]), -row["projection"]))
 
     def facts(self) -> dict[str, Any]:
-        """Return the model, the layer of the records, and the number of rollouts."""
+        """Return a dictionary with the model, the layer of `records` and the number of rollouts."""
         return {"model": self.axis.model, "layer": self.axis.n_layers // 2,
                 "rollouts": self.rollouts}
 
 
 def save_analysis(folder: pathlib.Path, found: Extraction, held_out: Sequence[str]) -> None:
-    """Write `analysis.json`: cosines, variance ratios, thresholds, and values of each role."""
+    """Write cosines, variance ratios, thresholds and the values of each role to `analysis.json`."""
     analysis = found.analysis
     write_json(folder / "analysis.json", {
         "layers": len(analysis.axis),

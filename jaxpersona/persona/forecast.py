@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from jaxpersona.judges.protocol import Judge
     from jaxpersona.models.model import Model
 
-_BYTES_PER_TOKEN = 4.5  # for English text
-_GROUPS = 3  # typical number of different scores of one role
-_SAMPLED = 64  # number of prompts that are tokenized if nothing is timed
-_TIMED = 256  # minimum number of rollouts in the timed sample
+_BYTES_PER_TOKEN = 4.5  # average for English text
+_GROUPS = 3  # typical number of distinct scores of a role
+_SAMPLED = 64  # maximum number of prompts that are tokenized if nothing is timed
+_TIMED = 256  # minimum number of rollouts that are queued for the timed sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Forecast:
         nothing was timed.
       seconds: the expected time to generate the missing rollouts, without judging; None if nothing
         was timed.
-      pace: the timed sample, or None.
+      pace: the measurements on the timed sample, or None.
       judged: the number of replies that a judge scores: all but those of the default persona.
       judge_calls: the number of these replies that have no verdict yet; 0 if the judge is not a
         model.
@@ -98,16 +98,17 @@ def forecast(
     overwrite: bool = False,
     sample_seconds: float = 30.0,
 ) -> Forecast:
-    """Make the checks of `extract_axis` and predict the cost of a run, without writing files.
+    """Run the checks of `extract_axis` and estimate the cost of a run, without writing files.
 
     Args:
       model, roles, questions, folder, judge, settings, min_count, held_out, keep_means, redo,
         overwrite: as for `extract_axis`.
-      sample_seconds: how long to generate a sample of the missing rollouts, to measure the speed.
-        The time of compilation is not counted; 0 generates nothing.
+      sample_seconds: the time in seconds, without compilation, for which a sample of the missing
+        rollouts is generated to measure the speed; 0: nothing is generated.
 
     Raises:
-      UserError: as for `extract_axis`, or the run has several processes.
+      UserError: as for `extract_axis`, or the run has several processes, or `sample_seconds` is
+        negative or not finite.
 
     Examples:
       >>> import jaxpersona as jp
@@ -120,7 +121,7 @@ def forecast(
       True
     """
     if processes.many():
-        raise UserError("a forecast times one process; run it without --distributed")
+        raise UserError("a forecast supports only one process; run it without --distributed")
     if not np.isfinite(sample_seconds) or sample_seconds < 0:
         raise UserError(f"sample_seconds is {sample_seconds}; it must be finite and at "
                         "least 0")
@@ -172,10 +173,11 @@ def forecast(
 
 def _done(run: Run, roles: Sequence[Role], judge: str, shape: tuple[int, int], overwrite: bool,
           ) -> tuple[dict[str, set[str]], int]:
-    """Check a folder as when a run is resumed.
+    """Verify the run folder and count its rollouts and verdicts, without changing it.
 
     Returns:
-      (role → keys of the rollouts in the folder, number of rollouts with a verdict).
+      (role → keys of the rollouts in the folder, number of rollouts with a verdict), or ({}, 0) if
+      the folder contains no run or the run will be overwritten.
 
     Raises:
       UserError: the folder contains another run or other files, or a file is damaged.
@@ -212,7 +214,7 @@ def _disk_bytes(model: Model, more: Mapping[str, int], keep: int | None, text: f
       text: the expected size of the texts in bytes.
     """
     state = model.config.n_layers * model.config.d_model
-    size = text + 4 * state  # 4 * state: the axis
+    size = text + 4 * state  # the axis takes 4 * state bytes
     for name, count in more.items():
         kept = count if keep is None or name == DEFAULT else min(keep, count)
         groups = 1 if name == DEFAULT else min(_GROUPS, count)
@@ -222,7 +224,7 @@ def _disk_bytes(model: Model, more: Mapping[str, int], keep: int | None, text: f
 
 
 def _live_bytes(model: Model, more: Mapping[str, int]) -> int:
-    """Return the size of the response means of the two roles with the most missing rollouts."""
+    """Return the bytes of the response means of the two roles with the most missing rollouts."""
     state = 4 * model.config.n_layers * model.config.d_model
     return state * sum(sorted(more.values())[-2:])
 
@@ -248,7 +250,7 @@ def describe(found: Forecast, *, judge: str, cost: float | None = None) -> list[
         f"rollouts: {found.rollouts:,}" + (
             "" if found.missing == found.rollouts else
             f", of which the folder contains {found.rollouts - found.missing:,}; the following "
-            f"is about the other {found.missing:,}"),
+            f"lines are for the other {found.missing:,}"),
         f"prompt tokens: about {found.prompt_tokens:,}",
     ]
     if pace is None:
@@ -257,7 +259,7 @@ def describe(found: Forecast, *, judge: str, cost: float | None = None) -> list[
     else:
         bound = "about" if pace.finished.size else "at most"
         lines.append(f"reply tokens: {bound} {found.reply_tokens:,} "
-                     f"({pace.mean_length():,.0f} a reply)")
+                     f"({pace.mean_length():,.0f} per reply)")
         assert found.seconds is not None
         lines.append(
             f"time of generation: {bound} {hours(found.seconds)} "
@@ -266,20 +268,20 @@ def describe(found: Forecast, *, judge: str, cost: float | None = None) -> list[
             f"{pace.seconds:.1f} s, after {pace.compile_seconds:.0f} s of compilation)")
     calls = (f"{found.judge_calls:,} calls of the judge {judge}" if found.judge_calls else
              f"no calls of a model; the judge is {judge}")
-    lines.append(f"judging: {calls}, not in the time above")
+    lines.append(f"judging: {calls}, not included in the time above")
     if cost is not None:
         count = found.judge_calls or found.judged
-        whose = "" if found.judge_calls else " if another judge reads every reply of a role"
+        whose = "" if found.judge_calls else " all replies in roles with another judge"
         lines.append(f"cost of judging{whose}: {count:,} × ${cost:g} = ${count * cost:,.2f}")
-    lines.append(f"disk: about {size(found.disk_bytes)}, and {size(found.live_bytes)} while it "
-                 f"runs; {size(found.free_bytes)} free")
+    lines.append(f"disk: about {size(found.disk_bytes)}, plus {size(found.live_bytes)} during the "
+                 f"run; {size(found.free_bytes)} free")
     return lines
 
 
 def hours(seconds: float) -> str:
     """Return a duration as text in hours and, if shorter than two hours, in minutes or seconds."""
     if not np.isfinite(seconds):
-        return "unknown hours: no token was generated in the sample; give it more seconds"
+        return "unknown hours (the sample generated no token; increase its duration)"
     if seconds < 600:
         return f"{seconds / 3600:.3f} hours ({seconds:.0f} s)"
     return f"{seconds / 3600:,.1f} hours" + (f" ({seconds / 60:.0f} min)" if seconds < 7200 else "")

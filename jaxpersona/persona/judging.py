@@ -1,4 +1,4 @@
-"""Judging during generation: finished rollouts are sent to a judge, which returns verdicts."""
+"""Judging of the rollouts of a run, either in a thread during generation or in the caller."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Found = tuple[str, str, dict[str, Any], float]
 class Judging:
     """Runs a judge on the rollouts of a run.
 
-    A judge with `together`, which runs a model on the devices of the run, scores one role at a time
-    in the caller's thread. The same holds for any judge if the run has several processes. Otherwise
-    the judge scores in its own thread while the caller generates.
+    A judge whose attribute `together` is True runs a model on the devices of the run, so it scores
+    one role at a time in the caller's thread. If the run has several processes, this is the case
+    for every judge. Otherwise the judge scores in its own thread while the caller generates.
 
     Attributes:
       whole: whether the judge scores in the caller's thread, one role at a time (`now`).
-      after: whether judging must wait until all rollouts are generated (`Judge`).
+      after: whether judging starts only after all rollouts are generated (`Judge`).
     """
 
     def __init__(self, judge: Judge, *, alone: bool) -> None:
@@ -57,11 +57,11 @@ class Judging:
         """Return the new verdicts of the judge's thread as (role, key, verdict, cost).
 
         Args:
-          seconds: how long to wait for the first verdict, if any item has no verdict yet.
+          seconds: the maximum time in seconds to wait for the first verdict.
 
         Raises:
-          UserError: the judge cannot continue, or gave an invalid verdict. Earlier verdicts are
-            returned first; the next call raises the error.
+          UserError: the judge cannot continue, or gave an invalid verdict. If there are earlier
+            verdicts, they are returned, and the next call raises the error.
         """
         found: list[Found] = []
         while True:
@@ -79,7 +79,7 @@ class Judging:
             found.append(one)
 
     def now(self, items: Sequence[Item]) -> Iterator[Found]:
-        """Score items of one role in this thread, and yield each verdict when it is finished.
+        """Score items of one role in the caller's thread, and yield (role, key, verdict, cost).
 
         Raises:
           UserError: the judge cannot continue, gave a score outside its scale, or did not give
@@ -91,18 +91,18 @@ class Judging:
             item = left.pop(verdict.key, None)
             if item is None:
                 raise UserError(f"the judge {self.judge.name!r} gave a verdict on "
-                                f"{verdict.key!r:.80}, which is unknown or has one; it must give "
-                                "one per item")
+                                f"{verdict.key!r:.80}, which is unknown or already has a verdict; "
+                                "it must give one verdict per item")
             value = dataclasses.asdict(verdict)
             cost = value.pop("cost") or 0.0
             yield item.role.name, value.pop("key"), value, cost
         if left:
             raise UserError(f"the judge {self.judge.name!r} gave no verdict on {len(left)} of "
                             f"{len(items)} replies of role {items[0].role.name!r}; it must give "
-                            "one per item")
+                            "one verdict per item")
 
     def close(self) -> None:
-        """Stop the judge's thread after its current verdict; do not wait for the thread."""
+        """Stop the judge's thread after its current verdict, without waiting for the thread."""
         self._stopped.set()
         self._waiting.put([])
 
@@ -114,5 +114,5 @@ class Judging:
                     self._done.put(found)
                     if self._stopped.is_set():
                         return
-        except BaseException as error:  # raised in the caller's thread by `take`
+        except BaseException as error:  # `take` raises it in the caller's thread
             self._done.put(error)

@@ -1,4 +1,4 @@
-"""Project replies on a direction during generation, and count the tokens that were changed."""
+"""Project replies onto a direction during generation, and count the tokens that edits change."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
     from jaxpersona.models.model import Model
 
-NAME = "monitor"  # the name of the projections among the captured values
+NAME = "monitor"  # the key of the projections in `Reply.captured`
 
 
 class Monitor:
-    """The mean projection of a reply's tokens on a direction, at chosen layers.
+    """The mean projection of a reply's tokens onto a direction, at chosen layers.
 
     The projections are computed in the forward passes that generate the reply, before the
     interventions at the same layer (`Capture.before_edits`). A projection below the floor of a cap
@@ -40,7 +40,7 @@ class Monitor:
     Attributes:
       vector: the direction.
       layers: the layers of the projections, in ascending order.
-      capture: the capture for `generate` and `Request`.
+      capture: the capture to pass to `generate` or `Request`.
 
     Examples::
 
@@ -51,17 +51,18 @@ class Monitor:
     """
 
     def __init__(self, model: Model, vector: Vector, layers: Layers | None = None) -> None:
-        """Choose the layers.
+        """Check the direction and choose the layers.
 
         Args:
-          model: the model that generates.
+          model: the model that generates the replies.
           vector: a direction in the model's residual stream.
-          layers: the layers of the projections. Default: the middle layer of the model, or, if the
-            direction is zero at that layer, the middle one of the layers at which the direction is
-            nonzero (imported files may not cover every layer).
+          layers: the layers of the projections; default: the middle layer of the model. If the
+            direction is zero at that layer, as it may be in an imported file, the default is the
+            middle one of the layers at which the direction is nonzero.
 
         Raises:
-          UserError: the direction belongs to another model, or is zero at one of the layers.
+          UserError: the direction belongs to another model, or is zero at one of the layers, or a
+            layer does not exist.
         """
         vector = fit(model, vector)
         known = np.flatnonzero(vector.values.any(1))
@@ -89,7 +90,7 @@ class Monitor:
 
     @property
     def usual(self) -> dict[int, tuple[float, float]]:
-        """Layer → (25th, 75th) percentile of the default persona's projections; {} if unknown."""
+        """The default persona's quartiles, layer → (25th, 75th) percentile; {} if unknown."""
         known = self.vector.percentiles.get("default", {}) if isinstance(self.vector, Axis) else {}
         if "p25" not in known or "p75" not in known:
             return {}
@@ -97,7 +98,7 @@ class Monitor:
                 for layer in self.layers}
 
     def mean(self, values: Float[np.ndarray, "n L K"]) -> dict[int, float]:
-        """Return layer → mean projection; {} if all tokens are excluded.
+        """Return the mean projection over tokens, by layer; {} if all tokens are excluded.
 
         Args:
           values: [n, L, 1], the projections of n tokens (`Event.projections`); NaN for excluded
@@ -110,11 +111,11 @@ class Monitor:
         return dict(zip(self.layers, means.tolist(), strict=True))
 
     def of_reply(self, captured: Float[np.ndarray, "L T K"], start: int) -> dict[int, float]:
-        """Return layer → mean projection of a reply.
+        """Return the mean projection of a reply, by layer; {} if it has no token to project.
 
         Args:
-          captured: [L, T, 1], the projections of the T tokens of prompt and reply: the entry `NAME`
-            of `Reply.captured`, or that of `Generated.captured` for one conversation.
+          captured: [L, T, 1], the projections of the T tokens of prompt and reply, such as
+            `Reply.captured[NAME]`, or `Generated.captured[NAME][i]` for conversation i.
           start: the number of tokens in the prompt.
         """
         return self.mean(np.moveaxis(captured[:, start:], 0, 1))
@@ -132,7 +133,7 @@ class EditCount:
     """The numbers of tokens in one conversation that an intervention selected and changed.
 
     Attributes:
-      edit: the intervention, such as "cap(everywhere, layers 4–7, residual)".
+      edit: a description of the intervention, such as "cap(everywhere, layers 4–7, residual)".
       layers: the l layers of the intervention.
       seen: the number of tokens in prompt and reply that the intervention selected.
       changed: the number of tokens that the intervention changed, for each of the l layers.

@@ -31,7 +31,7 @@ def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: 
     Args:
       roles: the roles, one of them named "default".
       questions: the questions.
-      settings: the sampling settings.
+      settings: the sampling settings of the rollouts.
       min_count: the number of rollouts with score 3 that a role needs to be included in the axis.
       held_out: names of roles that are not included in the axis.
       judge: the judge, or another object with the attribute `reads_eval_prompt`.
@@ -40,9 +40,9 @@ def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: 
       (roles, questions, held_out) as lists.
 
     Raises:
-      UserError: a setting is out of range, a role name is unknown or not valid as a file name, the
-        judge needs an `eval_prompt` that a role lacks, or the roles or rollouts are too few for an
-        axis.
+      UserError: a setting is out of range, "default" is missing or held out, a role name is unknown
+        or not valid as a file name, the questions are empty or have equal ids, the judge needs an
+        `eval_prompt` that a role lacks, or the roles or rollouts are too few for an axis.
     """
     roles, questions = all_of(Role, roles, "roles"), all_of(Question, questions, "questions")
     if isinstance(held_out, str):
@@ -53,14 +53,14 @@ def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: 
     unknown = sorted(set(held_out) - set(names))
     if DEFAULT not in names or unknown or DEFAULT in held_out:
         raise UserError(
-            f"held_out contains unknown roles {unknown}; give names of roles" if unknown else
-            "roles must contain one named 'default' that is not in held_out"
+            f"held_out contains unknown roles {unknown}; give names from roles" if unknown else
+            "roles must contain a role named 'default', and held_out must not contain it"
         )
     sampling(1, temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
     if min_count < 1:
         raise UserError(f"min_count is {min_count}; it must be positive")
     if not questions:
-        raise UserError("questions is empty; give at least one")
+        raise UserError("questions is empty; give at least one question")
     twice = [i for i, n in Counter(question.id for question in questions).items() if n > 1]
     if twice:
         raise UserError(f"question id {twice[0]} is given more than once; ids identify rollouts: "
@@ -73,12 +73,12 @@ def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: 
                         "lower min_count or ask more questions")
     if len(roles) - 1 - len(held_out) < 2:
         raise UserError(f"roles has {len(roles) - 1 - len(held_out)} entries besides the default "
-                        "and held_out; the axis needs at least two")
+                        "and the held-out roles; the axis needs at least two")
     if getattr(judge, "reads_eval_prompt", False) and (bare := [
             role.name for role in roles if role.name != DEFAULT and not role.eval_prompt]):
         raise UserError("the judge needs an eval_prompt; add one to the roles "
                         f"{', '.join(bare[:5])}{' …' if len(bare) > 5 else ''}, give one rubric "
-                        "for all of them (--judge-rubric), or use the judge none")
+                        "for all roles (--judge-rubric), or use the judge 'none'")
     return roles, questions, held_out
 
 
@@ -96,7 +96,7 @@ def check_redo(redo: Sequence[str], roles: Sequence[Role]) -> None:
 
 def rollouts_of(roles: Sequence[Role], questions: Sequence[Question],
                 settings: Settings) -> dict[str, int]:
-    """Return role → number of rollouts."""
+    """Return the number of rollouts of each role in a run."""
     return {role.name: len(role.prompts) * len(questions) * settings.samples for role in roles}
 
 
@@ -143,6 +143,6 @@ def base_notice(model: Model) -> str | None:
     """Return a warning if a model has no chat template, else None."""
     if model.template:
         return None
-    return (f"{model.name} has no chat template, so it is probably a base model: prompts become "
-            "plain text, system prompts and questions joined, and replies may ignore their role. "
-            "Prefer the instruction-tuned model")
+    return (f"{model.name} has no chat template, so it is probably a base model: system prompts "
+            "and questions are joined into plain text, and replies may ignore the role. If "
+            "possible, use the instruction-tuned model")

@@ -1,4 +1,4 @@
-"""Reference values for projections: the default persona's percentiles, and the roles' means.
+"""Reference values for projections: the default persona's percentiles and the roles' means.
 
 The percentiles are stored in the axis file, and the roles' mean projections in `analysis.json` in
 the run folder.
@@ -27,11 +27,11 @@ _NEEDED = ("p1", "p25", "p50", "p75", "p99")
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """Projections of the default persona and of the roles on an axis at one layer.
+    """Projections of the default persona and of the roles onto an axis at one layer.
 
     Attributes:
-      percentiles: percent → percentile of the default persona's projections, such as {1.0: …,
-        25.0: …}, in increasing order.
+      percentiles: percentile, such as 25.0 → its value for the default persona's projections; the
+        keys are in increasing order.
       roles: role → mean projection of the role's replies; empty if unknown.
     """
 
@@ -46,17 +46,17 @@ class Reference:
         return self.percentiles[25.0]
 
     def z(self, value: float) -> float:
-        """Return a value's distance from the default persona's median, in standard deviations.
+        """Return the signed distance of a value from the default persona's median, as a z-score.
 
         The standard deviation is computed from the default persona's quartiles, assuming a normal
-        distribution.
+        distribution of the projections.
         """
         spread = float(normal_spread(np.array(self.percentiles[25.0]),
                                      np.array(self.percentiles[75.0])))
         return (value - self.percentiles[50.0]) / max(spread, 1e-6)
 
     def place(self, value: float) -> str:
-        """Return the default persona's percentiles below and above a value, such as "p25–p50"."""
+        """Return the range between known percentiles that contains a value, such as "p25–p50"."""
         known = list(self.percentiles.items())
         below = [name for name, at in known if at <= value]
         above = [name for name, at in known if at > value]
@@ -71,13 +71,13 @@ class Reference:
 
 def reference(vector: Vector, layer: int, file: str | os.PathLike[str] | None = None,
               ) -> Reference | None:
-    """Return the reference values for projections on a direction at a layer.
+    """Return the reference values for projections onto a direction at a layer.
 
     Args:
       vector: the direction.
       layer: the layer.
-      file: the file of the direction. If this file is in the folder of a run of the same model, the
-        roles' mean projections are read from the run's `analysis.json`.
+      file: the file of the direction, or None. If the file is in the folder of a run of the same
+        model, the roles' mean projections are read from the run's `analysis.json`.
 
     Returns:
       The reference values, or None if the direction is not an axis with the default persona's
@@ -108,7 +108,7 @@ def reference(vector: Vector, layer: int, file: str | os.PathLike[str] | None = 
 
 
 def _is_of_run(file: pathlib.Path, vector: Vector) -> bool:
-    """Return whether a file is in a run folder with `analysis.json`, of the vector's model."""
+    """Return whether a file is in the folder of a completed run of the vector's model."""
     if not all(path.is_file() for path in (file, file.with_name(ANALYSIS),
                                            file.with_name(MANIFEST))):
         return False
@@ -118,7 +118,13 @@ def _is_of_run(file: pathlib.Path, vector: Vector) -> bool:
 
 
 def _roles(path: pathlib.Path, layers: int, layer: int) -> dict[str, float]:
-    """Return role → mean projection from a run's `analysis.json`, without the default persona."""
+    """Return role → mean projection at a layer, from the file `analysis.json` of a run.
+
+    The default persona and roles without a finite value are omitted.
+
+    Raises:
+      UserError: the file is damaged, or has a different number of layers than the axis.
+    """
     found: Any = read_json(path)
     if not isinstance(found, dict) or not isinstance(found.get("roles"), dict):
         raise UserError(f"{path}: damaged (no object 'roles'); delete it, or run `jaxpersona axis` "

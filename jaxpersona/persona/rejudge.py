@@ -1,4 +1,4 @@
-"""Judging the rollouts of a run with a further judge; earlier verdicts are kept."""
+"""Judging of the rollouts of a run with another judge; earlier verdicts are kept."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ def judge_run(folder: str | os.PathLike[str], roles: Sequence[Role], judge: Judg
     change; call `extract_axis` with this judge and folder to compute the axis from its verdicts.
 
     Args:
-      folder: the run folder, locked against other runs during the call.
-      roles: the roles of the run, with the texts that the judge needs; the default persona may be
-        missing.
+      folder: the run folder, locked against other processes during the call.
+      roles: the roles of the run, with the `eval_prompt` or description that the judge needs. The
+        default persona may be omitted.
       judge: the judge.
-      report: called with ("judging", done, total, 0).
+      report: a function that is called with ("judging", done, total, 0) after each verdict.
 
     Returns:
-      (counts, cost): role → score as text, "None" or "failed" → number of replies; the cost in USD.
+      (counts, cost): `counts` maps each role to its numbers of replies by score (`verdict_counts`),
+      and `cost` is the cost of the new verdicts in USD.
 
     Raises:
       UserError: the folder contains no run or is in use, a role is missing, a file is damaged, or
@@ -56,7 +57,7 @@ def judge_run(folder: str | os.PathLike[str], roles: Sequence[Role], judge: Judg
     if missing := [name for name in names if name not in known]:
         raise UserError(f"{folder}: the run's roles {', '.join(missing[:5])}"
                         f"{' …' if len(missing) > 5 else ''} are not in the given roles; give "
-                        "those that the run was made with (--roles)")
+                        "the roles with which the run was started (--roles)")
     about = found.manifest["model"]
     shape = (about["layers"], about["width"])
     manifest = {**found.manifest, "judges": {**found.manifest["judges"], judge.name: {}}}

@@ -16,7 +16,7 @@ from jaxpersona.text import chat
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
-_TOGETHER = 64  # rollouts whose means are in memory at once
+_TOGETHER = 64  # number of rollouts whose means are in memory at the same time
 
 
 def encoded(model: Model, text: str) -> list[int]:
@@ -25,7 +25,7 @@ def encoded(model: Model, text: str) -> list[int]:
 
 
 def reply_ids(model: Model, text: str, tokens: np.ndarray) -> dict[str, Any]:
-    """Return {"reply_ids": ids of the tokens} if encoding the text gives other ids; else {}.
+    """Return {"reply_ids": token ids} if encoding the text gives different ids, else {}.
 
     Args:
       model: the model.
@@ -37,7 +37,7 @@ def reply_ids(model: Model, text: str, tokens: np.ndarray) -> dict[str, Any]:
 
 
 def reread(model: Model, records: Sequence[Mapping[str, Any]]) -> Iterator[np.ndarray]:
-    """Yield the response mean [L, D] float32 of each rollout, in the order given.
+    """Yield the response mean [L, D] float32 of each rollout, in the given order.
 
     The response means equal those computed during generation up to rounding. The response mean of
     an empty reply is NaN.

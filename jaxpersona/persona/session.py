@@ -29,7 +29,7 @@ CHUNK = 4  # decode steps per streamed piece; a reply can be cancelled after eac
 
 
 class ContextFull(UserError):
-    """Error of a conversation that leaves no room for a reply in the model's context."""
+    """Raised if a conversation leaves no room for a reply in the model's context."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Turn:
     Attributes:
       message: the user message.
       reply: the reply.
-      finish: why the reply ended: "stop" (a stop token) or "length" (`max_new_tokens` tokens, or
-        the end of the context); "" if unknown.
+      finish: the reason why the reply ended: "stop" (a stop token) or "length" (`max_new_tokens`
+        tokens, or the end of the context); "" if unknown.
       tokens: the number of tokens of the reply.
       context: the number of tokens of the conversation, including the reply.
       edited: whether the interventions were applied.
@@ -66,9 +66,9 @@ class Piece:
     """A piece of a streamed reply.
 
     Attributes:
-      text: the new text; all texts, concatenated, are the reply.
+      text: the new text. The concatenated texts of all pieces are the reply.
       projections: layer → mean projection of the reply up to this piece.
-      turn: in the last piece, the complete turn; else None. A cancelled reply has no last piece.
+      turn: the complete turn, in the last piece only. A cancelled reply has no last piece.
     """
 
     text: str
@@ -82,7 +82,7 @@ def check_finite(model: Model, reply: Reply, edits: Interventions) -> None:
     Args:
       model: the model.
       reply: the reply.
-      edits: the interventions on the reply.
+      edits: the interventions that were applied to the reply.
 
     Raises:
       UserError: an activation was NaN or infinite; the message contains the first affected site,
@@ -126,6 +126,11 @@ class Session:
                  max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0,
                  seed: int = 0) -> None:
         """Start an empty conversation; the first reply compiles the programs.
+
+        Args:
+          model, monitor, system: see the attributes.
+          interventions: the interventions, or None.
+          max_new_tokens, temperature, top_p, seed: as for `Request`.
 
         Raises:
           UserError: the model has no tokenizer, or a setting is out of range.
@@ -254,7 +259,7 @@ class Session:
                     turn = self._turn(event.reply, message, edited, means)
                 yield Piece(event.text, means, turn)
         finally:
-            self._engine.cancel(handle)  # no effect on a complete reply
+            self._engine.cancel(handle)  # this has no effect on a complete reply
 
     def _turn(self, reply: Reply, message: str, edited: bool, means: dict[int, float]) -> Turn:
         edits = self.edits if edited else Interventions()
@@ -267,8 +272,8 @@ class Session:
 def _without_tokens(edits: Interventions) -> Interventions:
     """Return interventions of the same structure that select no tokens.
 
-    The range of messages in each token test is made empty. The kinds of tokens in the tests stay,
-    as they determine whether the compiled program tracks code fences.
+    The range of messages in each token test is made empty. The token kinds in the tests are kept,
+    because they determine whether the compiled program tracks code fences.
     """
     tables = []
     for table in edits.edits:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from jaxpersona.persona.extraction import Extraction
 
 SHOWN = 5  # number of roles to print from each end of the ranking
-UNREAD = ("judge none: no reply was read, and every one counts as fully playing its role, also "
-          "where the model refused; --judge self or --judge model:NAME reads them")
+UNREAD = ("judge none: no reply was read, so every reply counts as fully playing its role, even if "
+          "the model refused; use --judge self or --judge model:NAME to judge the replies")
 _ABOUT = {
     "axis.safetensors": "the axis with its thresholds", "analysis.json": "values by role and layer",
     "roles.png": "roles on the axis", "pca.png": "role vectors on two components",
@@ -28,15 +28,16 @@ _ABOUT = {
 
 
 def distances(found: Extraction, layer: int) -> dict[str, float]:
-    """Return role → distance of the role's mean projection from the default persona's.
-
-    The unit is the standard deviation of the default persona's projections. Roles that project
-    lower than the default persona have negative distances. The order is descending; roles whose
-    replies are all empty are omitted.
+    """Return the signed distance of each role's mean projection from the default persona's.
 
     Args:
       found: the extraction.
       layer: the layer.
+
+    Returns:
+      role → distance in standard deviations of the default persona's projections, in descending
+      order. The distance is negative if the role's mean projection is lower than that of the
+      default persona. Roles whose replies are all empty are omitted.
     """
     own = found.projections[DEFAULT][:, layer]
     spread = max(float(own[np.isfinite(own)].std()), 1e-12)
@@ -54,7 +55,7 @@ def summary(found: Extraction, folder: str | os.PathLike[str], layer: int, *,
     Args:
       found: the extraction.
       folder: the run folder; only existing files are listed.
-      layer: the layer of the ranking.
+      layer: the layer of the projections and of the ranking.
       held_out: names of the held-out roles.
       options: further options for the suggested commands, such as `["--model", "NAME"]`.
     """
@@ -74,11 +75,11 @@ def summary(found: Extraction, folder: str | os.PathLike[str], layer: int, *,
         lines.append(f"held out: {_names(sorted(held_out))}")
     pc1 = found.analysis.components[layer].ratio[0]
     lines += [
-        f"|cos(PC1, axis)| at layer {layer}: {found.analysis.cos_pc1[layer]:.3f}; PC1 has "
-        f"{pc1:.0%} of the role vectors' variance",
+        f"|cos(PC1, axis)| at layer {layer}: {found.analysis.cos_pc1[layer]:.3f}; PC1 "
+        f"explains {pc1:.0%} of the role vectors' variance",
         f"projections at layer {layer}: the default has mean "
         f"{found.mean_projection(DEFAULT)[layer]:.4g} and standard deviation "
-        f"{np.nanstd(own):.3g}; roles, in these standard deviations from it:",
+        f"{np.nanstd(own):.3g}; distances of roles from it in standard deviations:",
     ]
     ranked = list(distances(found, layer).items())
     if len(ranked) <= 2 * SHOWN:
@@ -88,7 +89,7 @@ def summary(found: Extraction, folder: str | os.PathLike[str], layer: int, *,
         lines.append(f"  farthest: {_ranked(ranked[:-SHOWN - 1:-1])}")
     lines.append(f"files in {folder}:")
     lines += [f"  {name:<18}{_ABOUT[name]}" for name in (*RESULTS, *FIGURES)
-              if name in _ABOUT and (folder / name).exists()]  # SVG files are not listed
+              if name in _ABOUT and (folder / name).exists()]  # `_ABOUT` omits SVG files
     file, more = shlex.quote(str(folder / "axis.safetensors")), shlex.join(options)
     more = f" {more}" if more else ""
     return [*lines, "next:",

@@ -1,4 +1,4 @@
-"""Project each reply of given or generated conversations, to measure persona drift."""
+"""Project the replies of given or generated conversations, to measure persona drift."""
 
 from __future__ import annotations
 
@@ -35,9 +35,8 @@ class TurnProjection:
     Attributes:
       turn: the index of the message in the conversation, from 0.
       tokens: the number of response tokens.
-      values: [L, K] float32, the mean projections of the response tokens on K directions at L
-        layers; NaN at layers where any of the directions is zero (imported vectors may not cover
-        all layers).
+      values: [L, K] float32, the mean projections of the response tokens onto K directions at L
+        layers; NaN at layers where any of the directions is zero, as it may be in imported files.
     """
 
     __repr__ = brief
@@ -55,7 +54,7 @@ def project_conversation(
     *,
     interventions: Interventions | None = None,
 ) -> list[TurnProjection]:
-    """Project the assistant messages of a finished conversation on directions.
+    """Project the assistant messages of a finished conversation onto directions.
 
     Each value is the mean of ⟨h, v̂⟩ over the response tokens of one message, as in the drift
     measurements of Lu et al. 2026.
@@ -64,14 +63,15 @@ def project_conversation(
       model: the model.
       conversation: a list of {"role", "content"}.
       vectors: K directions in the residual stream.
-      interventions: interventions on the forward pass, or None.
+      interventions: the interventions in the forward pass, or None.
 
     Returns:
       One `TurnProjection` per assistant message with response tokens.
 
     Raises:
-      UserError: the conversation has no assistant message or exceeds the context, activations
-        are not finite, or a direction or intervention belongs to another model or site.
+      UserError: the conversation has no response tokens or exceeds the context, activations are not
+        finite, a direction or intervention belongs to another model or site, or there is no layer
+        at which all directions are nonzero.
     """
     vectors = [fit(model, vector) for vector in vectors]
     if model.tokenizer is None:
@@ -86,11 +86,12 @@ def project_conversation(
 
 def _project(model: Model, rows: Sequence[chat.Row], vectors: Sequence[Vector],
              **settings: Any) -> list[list[TurnProjection]]:
-    """Project the assistant messages of N encoded conversations; `settings` as for `extract`."""
+    """Project the assistant messages of N encoded conversations; pass `settings` to `extract`."""
     directions = np.stack([vector.values for vector in vectors], 1)
     known = [i for i, layer in enumerate(directions) if layer.any(1).all()]
     if not known:
-        raise UserError("the directions have no layer in common at which all are nonzero")
+        raise UserError("there is no layer at which all directions are nonzero; choose other "
+                        "directions")
     read = extract(model, rows, on_nonfinite="raise", capture=capture.projections(
         directions[known], response, layers=known), **settings)
     every = []
@@ -127,7 +128,7 @@ class Talks:
     readout: np.ndarray | None = None
 
     def arm(self, start: int, stop: int) -> Talks:
-        """Return conversations start ≤ n < stop, for example one arm of an experiment."""
+        """Return the conversations n with start ≤ n < stop, such as one arm of an experiment."""
         return Talks([replies[start:stop] for replies in self.replies],
                      self.projections[:, start:stop],
                      None if self.readout is None else self.readout[:, start:stop])
@@ -152,19 +153,24 @@ def grow(
     replies are not encoded again.
 
     Args:
+      model: the model.
       openings: N lists with at most one system message each.
       messages: N lists of M user messages each.
-      vector: the direction to project on.
-      interventions: interventions during generation, or None.
+      vector: the direction of the projections.
+      interventions: the interventions during generation, or None.
       seed, settings: as for `generate`; each turn uses different random draws.
       ids: N ids that determine the random draws; default: the index of each conversation.
         Conversations with equal ids use the same random draws.
       readout: whether to compute `Talks.readout`.
-      report: called with (turn, number of finished conversations, number of tokens in this turn).
+      report: a function that is called with (turn, number of replies finished in this turn, number
+        of tokens generated in this turn).
+
+    Returns:
+      The replies and their projections.
 
     Raises:
-      UserError: as for `generate`, or if `vector` belongs to another model or site, or `openings`
-        and `messages` do not match.
+      UserError: as for `generate`, or `vector` belongs to another model or site or is zero at every
+        layer, or `openings` and `messages` do not match.
     """
     vector = fit(model, vector)
     openings, messages = _lists("openings", openings), _lists("messages", messages)
@@ -191,7 +197,7 @@ def grow(
         replies.append(out.text)
         rows = list(zip(out.rows, out.tokens, strict=True))
         found = np.full((len(prompts), vector.n_layers), np.nan, np.float32)
-        # only tokens after the prompt, as the prompt contains earlier replies
+        # use only the tokens after the prompt, because the prompt contains earlier replies
         for n, (row, read) in enumerate(zip(out.rows, out.captured["projections"], strict=True)):
             reply = read[:, row.tokens.size :, 0]  # NaN for tokens of thinking blocks
             if (chosen := np.isfinite(reply).all(0)).any():
@@ -212,10 +218,10 @@ def grow(
 
 def _read_back(model: Model, rows: Sequence[chat.Row], vector: Vector,
                shape: tuple[int, ...]) -> np.ndarray:
-    """Project the replies of N finished conversations without interventions; return [M, N, L]."""
+    """Return the projections [M, N, L] of finished conversations, without interventions."""
     values = np.full(shape, np.nan, np.float32)
     for n, found in enumerate(_project(model, rows, [vector])):
-        last = int(rows[n].turn[-1])  # the last reply; the previous reply is two messages earlier
+        last = int(rows[n].turn[-1])  # index of the last reply; replies are two messages apart
         for one in found:
             values[shape[0] - 1 - (last - one.turn) // 2, n] = one.values[:, 0]
     return values

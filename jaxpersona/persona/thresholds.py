@@ -1,8 +1,8 @@
 """Percentiles of projections from a stratified sample, with bootstrap intervals.
 
-The response means of k of a role's n rollouts are stored. Each of these rollouts has the weight
-n / k, so that the sample represents all rollouts of the role. With all weights 1, the percentiles
-equal those of `np.percentile`.
+For each role, the response means of k of its n non-empty rollouts are used. Each of them has the
+weight n / k, so that the sample represents all rollouts of the role. If all weights are 1, the
+percentiles equal those of `np.percentile`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def weighted(values: np.ndarray, weights: np.ndarray, at: Sequence[float] = PERC
     linearly between adjacent values.
 
     Args:
-      values: [N, L] values; the percentiles are over N.
-      weights: [N] weights, at least 0.
+      values: [N, L]; the percentiles are computed over the first axis.
+      weights: [N], non-negative weights.
       at: Q percentiles from 0 to 100.
 
     Returns:
-      [Q, L] float64.
+      The percentiles, [Q, L] float64.
     """
     order = np.argsort(values, axis=0, kind="stable")
     return _of_sorted(np.take_along_axis(values, order, 0), weights[order], at)
@@ -59,8 +59,8 @@ def percentiles_of(projections: Mapping[str, np.ndarray], sizes: Mapping[str, in
                    ) -> tuple[dict[str, np.ndarray], Intervals]:
     """Return the percentiles of the projections of several roles, with bootstrap intervals.
 
-    Each bootstrap sample resamples the sampled rollouts of each role with replacement (a stratified
-    bootstrap).
+    The bootstrap is stratified: in each bootstrap sample, the rollouts of each role are drawn with
+    replacement.
 
     Args:
       projections: role → projections [k, L] of the role's sampled rollouts; rows that are not
@@ -71,8 +71,8 @@ def percentiles_of(projections: Mapping[str, np.ndarray], sizes: Mapping[str, in
       seed: seed of the bootstrap.
 
     Returns:
-      (percentiles, intervals): "p25" → [L] float32, and "p25" → (low [L], high [L]) float32, the
-      ends of the 95 % interval.
+      (percentiles, intervals): dictionaries such as {"p25": [L] float32} and {"p25": (low [L], high
+      [L])}, where low and high are the ends of the 95 % interval in float32.
 
     Raises:
       UserError: all replies are empty.
@@ -80,7 +80,7 @@ def percentiles_of(projections: Mapping[str, np.ndarray], sizes: Mapping[str, in
     kept = {name: value[np.isfinite(value).all(1)] for name, value in projections.items()}
     kept = {name: value for name, value in kept.items() if len(value)}
     if not kept:
-        raise UserError("projections has no finite entry: every reply was empty")
+        raise UserError("projections has no finite row: all replies are empty; add a non-empty one")
     counts = np.array([len(value) for value in kept.values()])
     share = np.array([max(sizes[name], len(value)) / len(value) for name, value in kept.items()])
     values = np.concatenate(list(kept.values()))

@@ -29,7 +29,7 @@ class _Edit(pydantic.BaseModel):
 
 
 class _Reply(pydantic.BaseModel):
-    """The record of one reply, without its text, which is in `messages`."""
+    """The record of one reply. The text of the reply is in the field `messages`."""
 
     model_config = pydantic.ConfigDict(strict=True)
 
@@ -74,10 +74,10 @@ def restore(session: Session, value: Any) -> bool:
 
     Returns:
       Whether the projections in `value` were restored. False if `value` has no projections, or if
-      they were measured with another model, on another direction or at other layers.
+      they were measured with another model, direction or set of layers.
 
     Raises:
-      UserError: `value` has another form; the session is then unchanged.
+      UserError: `value` does not have this form; the session is then unchanged.
     """
     table = value if isinstance(value, dict) else {"messages": value}
     messages = table.get("messages", table.get("conversation"))

@@ -18,7 +18,7 @@ from jaxpersona.runs.run import Run
 
 
 def items_of(role: Role, records: Sequence[Mapping[str, Any]]) -> list[Item]:
-    """Return a role's rollouts as items, in the order given.
+    """Return a role's rollouts as items, in the given order.
 
     An item contains only the first reply of its conversation (Lu et al. 2026).
     """
@@ -31,7 +31,7 @@ def items_of(role: Role, records: Sequence[Mapping[str, Any]]) -> list[Item]:
 
 
 def scores_of(source: str | os.PathLike[str]) -> dict[str, int | None]:
-    """Return "role/key" → score from a run folder, or from a CSV file of `HumanJudge`.
+    """Return the scores in a run folder or in a CSV file of `HumanJudge`, as "role/key" → score.
 
     The score of an undecided reply is None. Rows of a CSV file without a score are omitted.
 
@@ -51,12 +51,12 @@ def scores_of(source: str | os.PathLike[str]) -> dict[str, int | None]:
         if role != DEFAULT:
             scores |= {f"{role}/{key}": score for key, score in (run.scores(role) or {}).items()}
     if not scores:
-        raise UserError(f"{path}: holds no scores; judge the run first")
+        raise UserError(f"{path}: contains no scores; judge the run first")
     return scores
 
 
 def replies_of(run: Run, descriptions: Mapping[str, str] | None = None) -> dict[str, Item]:
-    """Return "role/key" → reply as `Item`, for all roles of a run except the default persona.
+    """Return the replies of all roles except the default persona, as "role/key" → `Item`.
 
     Args:
       run: the run.
@@ -88,7 +88,7 @@ def sample(replies: Mapping[str, Item], scores: Mapping[str, int | None], count:
         order = [keys[i] for i in rng.permutation(len(keys))]
         turn: dict[str, int] = {}
         rank = {}
-        for key in order:  # sort the second reply of each role after the first of all roles
+        for key in order:  # the first reply of every role comes before the second of any role
             role = replies[key].role.name
             rank[key] = turn[role] = turn.get(role, -1) + 1
         order.sort(key=lambda key: rank[key])

@@ -1,1 +1,1 @@
-"""Predict a model's memory and speed on a device, by arithmetic and AOT compilation."""
+"""Estimates of a model's memory and speed on given chips, by arithmetic and AOT compilation."""

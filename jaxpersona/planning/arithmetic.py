@@ -23,9 +23,9 @@ from jaxpersona.models.prepared import int8_layout
 from jaxpersona.planning import chips
 
 Weights = Literal["bfloat16", "int8"]  # dtypes of the weights; activations are bfloat16
-ITEM = 2  # bytes per bfloat16
-FRACTIONS = (1.0, 0.6, 0.3)  # fractions of roofline speed, for `axis_run_hours`
-ROLLOUTS = 331_200  # rollouts of a published axis (Lu et al. 2026): 276 roles × 1,200
+ITEM = 2  # bytes per bfloat16 value
+FRACTIONS = (1.0, 0.6, 0.3)  # fractions of roofline speed for which `axis_run_hours` is given
+ROLLOUTS = 331_200  # number of rollouts of the published axis (Lu et al. 2026): 276 roles × 1,200
 NEW_TOKENS = 512  # maximum reply length of the published axis
 
 
@@ -39,7 +39,7 @@ class Shapes:
 
     @classmethod
     def of(cls, batch: int, context: int) -> Shapes:
-        """Return shapes that reserve 1/4 of the context, at most `NEW_TOKENS`, for the reply."""
+        """Return shapes that reserve 1/4 of the slots, at most `NEW_TOKENS`, for the reply."""
         return cls(batch, context - max(1, min(NEW_TOKENS, context // 4)), context)
 
     @property
@@ -49,10 +49,10 @@ class Shapes:
 
 
 def abstract_weights(config: ModelConfig, mesh: Mesh | AbstractMesh, dtype: Weights) -> Params:
-    """Return the shapes, dtypes and shardings of the parameters, as `jax.ShapeDtypeStruct`.
+    """Return the parameters as a tree of `jax.ShapeDtypeStruct`, including their shardings.
 
     Raises:
-      UserError: the dtype is unknown.
+      UserError: `dtype` is not one of `Weights`.
     """
     if dtype not in get_args(Weights):
         raise UserError(f"dtype is {dtype!r:.60}; it must be one of {', '.join(get_args(Weights))}")
@@ -64,13 +64,13 @@ def abstract_weights(config: ModelConfig, mesh: Mesh | AbstractMesh, dtype: Weig
 
 def weight_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh,
                  dtype: Weights = "bfloat16") -> int:
-    """Return the bytes of one chip's parameter shards, including the scales of int8 weights."""
+    """Return the size in bytes of one chip's parameter shards, including int8 scales."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
                for x in jax.tree.leaves(abstract_weights(config, mesh, dtype)))
 
 
 def step_bytes(config: ModelConfig, dtype: Weights) -> int:
-    """Return the bytes of the weights that a decode step reads: all but an untied embedding."""
+    """Return the bytes of weights read per decode step: all except an untied embedding."""
     if dtype == "bfloat16":
         return config.step_bytes(ITEM)
     whole = int8_layout(config)
@@ -80,7 +80,7 @@ def step_bytes(config: ModelConfig, dtype: Weights) -> int:
 
 
 def cache_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes) -> int:
-    """Return the bytes of one chip's shard of the key/value cache."""
+    """Return the size in bytes of one chip's shard of the key/value cache."""
     whole = (shapes.batch, config.n_kv_heads, shapes.slots, config.head_dim)
     shard = NamedSharding(mesh, sharding.spec(KV_AXES, mesh)).shard_shape(whole)
     return 2 * config.n_layers * ITEM * math.prod(shard)
@@ -88,7 +88,7 @@ def cache_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes) 
 
 def activation_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,
                      chip: chips.Chip) -> int:
-    """Estimate the temporary bytes of a prefill per chip, without a compiler.
+    """Estimate the temporary memory of a prefill in bytes per chip, without a compiler.
 
     On a GPU, the estimate is the larger of two sums. The sum for the MLP includes the gate and up
     projections, the residual stream, the normalized residual stream and the block's output. The sum
@@ -97,7 +97,8 @@ def activation_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Sha
     on an H200.
 
     On a TPU without libtpu, the estimate is the sum of the residual stream, the normalized residual
-    stream, the MLP and, without splash attention, two copies of the scores, mostly in float32.
+    stream, the gate and up projections of the MLP and, without splash attention, two copies of the
+    attention scores. The estimate counts most of these arrays in float32.
     """
     split = sharding.ways(mesh, "ff")
     rows = shapes.batch // sharding.ways(mesh, "batch")
@@ -117,12 +118,16 @@ def activation_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Sha
 
 def seconds(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,
             chip: chips.Chip, dtype: Weights = "bfloat16") -> dict[str, float]:
-    """Return roofline times of a decode step and a prefill in seconds.
+    """Return the roofline times of a decode step and of a prefill.
 
     A decode step is assumed to read the weights (`step_bytes`) once and, for every row, the keys
     and values of the prompt and of half the reply. A prefill is assumed to be compute bound.
-    All-reduces over the model axis are assumed to be rings that move 2·(n − 1)/n of the bytes over
-    the links, without overlap with compute.
+    All-reduces over the n chips of the model axis are assumed to be ring all-reduces, in which each
+    chip sends 2·(n − 1)/n of the bytes over its links, without overlap with compute.
+
+    Returns:
+      The seconds of a decode step (`decode_step`) and of a prefill (`prefill`), and the parts of
+      these times that the all-reduces take (`decode_sums`, `prefill_sums`).
     """
     split, ways = sharding.ways(mesh, "ff"), sharding.ways(mesh, "batch")
     rows = shapes.batch // ways
@@ -139,7 +144,7 @@ def seconds(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,
 
 
 def run_hours(roofline: Mapping[str, float], shapes: Shapes, fraction: float) -> float:
-    """Return the hours that the rollouts of a published axis take at a fraction of roofline speed.
+    """Return the hours that the published axis's rollouts take at a fraction of roofline speed.
 
     Every reply is assumed to have the maximum length.
     """

@@ -49,10 +49,11 @@ EXAMPLES = "v5e:4x4, v5p:2x2x2, v6e:2x4 or h200:8"
 
 
 def parse(topology: str) -> tuple[Chip, int]:
-    """Parse a topology; return the chip and the number of chips.
+    """Parse a topology such as v5e:4x4 and return its chip and its number of chips.
 
     Raises:
-      UserError: the topology is not of the form chip:extents, or the chip is not in `CHIPS`.
+      UserError: the topology is not of the form chip:extents, the chip is not in `CHIPS`, or an
+        extent is 0.
     """
     if not isinstance(topology, str):
         raise UserError(f"topology is {topology!r:.60}; use chip:extents, such as {EXAMPLES}")
@@ -71,7 +72,7 @@ def parse(topology: str) -> tuple[Chip, int]:
 
 
 def tpu_devices(topology: str) -> list[Device] | None:
-    """Return the devices of a TPU topology for AOT compilation; None if libtpu is missing.
+    """Return the devices of a TPU topology for AOT compilation, or None if libtpu is missing.
 
     Raises:
       UserError: libtpu does not support the topology.

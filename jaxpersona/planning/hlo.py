@@ -38,7 +38,7 @@ class Operation:
 
 
 def operations(text: str) -> list[Operation]:
-    """List the operations of a compiled module; operations in a loop are listed once."""
+    """Return the operations in a module's HLO text; an operation in a loop is listed only once."""
     bodies, entry = _computations(text)
     out: list[Operation] = []
     waiting, seen = [(entry, False)], set()
@@ -63,24 +63,24 @@ def operations(text: str) -> list[Operation]:
 
 
 def collectives(text: str) -> list[Operation]:
-    """List the collectives of a compiled module."""
+    """Return the collectives in the HLO text of a compiled module."""
     return [op for op in operations(text) if op.kind in COLLECTIVES]
 
 
 def by_layer(found: list[Operation], layer: int) -> list[Operation]:
-    """Return the operations in the named scope `layer{i}`."""
+    """Return the operations in the named scope of one layer, such as `layer3`."""
     return [op for op in found if f"layer{layer}" in op.scope.split("/")]
 
 
 def reductions(found: list[Operation]) -> int:
-    """Count reductions over devices; a reduce-scatter and its all-gather are one reduction."""
+    """Count collectives; a reduce-scatter and the all-gather that completes it count as one."""
     kinds = [op.kind for op in found]
     scattered = kinds.count("reduce-scatter")
     return scattered + len(kinds) - scattered - min(scattered, kinds.count("all-gather"))
 
 
 def fusions(found: Iterable[Operation]) -> int:
-    """Count the fused kernels that one loop iteration launches."""
+    """Count the fusions that run in each iteration of a loop."""
     return sum(op.kind == "fusion" and op.looped for op in found)
 
 

@@ -42,18 +42,18 @@ from jaxpersona.planning.arithmetic import (
 )
 from jaxpersona.runtime import Device, check_process
 
-# numbers of layers for which prefill is compiled; from 8 layers on, temporary memory is linear
+# depths at which prefill is compiled; from 8 layers on, its temporary memory is linear in the depth
 DEPTHS = (8, 12)
-_WIDEST = 16  # maximum default size of the model axis
+_WIDEST = 16  # maximum size of the model axis if no mesh is given
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """Figures from the compiler for prefill and decode, per chip.
+    """Statistics of the compiled prefill and decode programs, per chip.
 
     Attributes:
-      prefill_temporaries, decode_temporaries: the bytes of temporary memory, which excludes
-        weights, cache and outputs.
+      prefill_temporaries, decode_temporaries: the bytes of temporary memory, without weights,
+        cache and outputs.
       operations: the operations of one decode step; empty if the step exceeds device memory.
       bytes: the bytes that one decode step accesses, according to the compiler's cost analysis.
     """
@@ -65,7 +65,7 @@ class Compiled:
 
     @property
     def temporaries(self) -> int:
-        """The larger of the two temporary sizes; prefill and decode run at different times."""
+        """The larger of both sizes, because prefill and decode do not run at the same time."""
         return max(self.prefill_temporaries, self.decode_temporaries)
 
 
@@ -82,18 +82,19 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
       context: the number of cache slots per row; a quarter of the slots, at most 512, is reserved
         for the reply.
       cap_layers: the layers to cap; the capped program is compared with the uncapped program.
-      mesh: the sizes of the axes "data", "fsdp" and "model". By default, the model axis is the
-        largest, up to 16, that fits the model, and the data axis has the remaining chips.
+      mesh: the sizes of the axes "data", "fsdp" and "model". By default, the model axis has the
+        largest size up to 16 that is valid for the model, and the data axis has the other chips.
       dtype: the dtype of the weights, including the embedding and the head. Activations and the
         cache are bfloat16.
 
     Returns:
-      The dict that `jaxpersona plan --json` prints. Figures from the compiler are None for GPUs,
+      The dict that `jaxpersona plan --json` prints. Values from the compiler are None for GPUs,
       or if libtpu is not installed.
 
     Raises:
-      UserError: the topology is unknown, the mesh does not fit the model or the chips, an argument
-        is out of range, or this process was forked from a process that had used JAX.
+      UserError: the topology is unknown, the mesh is invalid for the model or the number of
+        chips, an argument is out of range, or this process was forked from a process that had used
+        JAX.
     """
     check_process()
     chip, count = chips.parse(topology)
@@ -145,13 +146,13 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
 def usable(chip: chips.Chip) -> int:
     """Return the bytes of a chip's memory that are available to a program.
 
-    The runtime reserves about 1/64: the compiler's limit for v5e is 15.75 of 16 GiB.
+    The runtime reserves about 1/64 of the memory: on v5e, the compiler's limit is 15.75 of 16 GiB.
     """
     return chip.memory - chip.memory // 64
 
 
 def choose_mesh(config: ModelConfig, count: int) -> dict[str, int]:
-    """Return the mesh sizes for `count` chips with the largest valid model axis, up to 16."""
+    """Return mesh axis sizes for `count` chips, with the largest valid model axis up to 16."""
     for ways in range(min(count, _WIDEST), 0, -1):
         if count % ways == 0:
             try:
@@ -172,7 +173,7 @@ def _checked(mesh: Mapping[str, int], count: int) -> dict[str, int]:
 
 def _mesh(sizes: Mapping[str, int], devices: Sequence[Device] | None,
           config: ModelConfig) -> Mesh | AbstractMesh:
-    """Return a mesh adapted to the model; an AbstractMesh if `devices` is None."""
+    """Return a mesh adapted to the model with `fit`, or an AbstractMesh if `devices` is None."""
     if devices is not None:
         return sharding.fit(sharding.make_mesh(**sizes, devices=devices), config)
     kinds = (AxisType.Explicit,) * len(sizes)
@@ -184,8 +185,11 @@ def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
     """Compile prefill and decode without a cap and, if `cap_layers` is given, with a cap.
 
     The temporary memory of prefill is linear in the number of layers. Prefill is therefore compiled
-    at the two depths in `DEPTHS`, and its temporary memory is extrapolated to the full depth;
-    decode is compiled at full depth.
+    at the two depths in `DEPTHS`, and its temporary memory is extrapolated to the full depth.
+    Decode is compiled at full depth.
+
+    Returns:
+      The statistics without a cap ("plain") and, if `cap_layers` is given, with it ("capped").
     """
     shallow, deep = (min(depth, config.n_layers) for depth in DEPTHS)
     arms: dict[str, tuple[int, ...]] = {"plain": ()}
@@ -222,7 +226,7 @@ def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
 
 def lowered(params: Params, config: ModelConfig, shapes: Shapes,
             cap_layers: Sequence[int]) -> tuple[Lowered, Lowered]:
-    """Lower greedy prefill and decode for parameters or ShapeDtypeStructs."""
+    """Lower greedy prefill and decode; `params` contains arrays or ShapeDtypeStructs."""
     rows, width = shapes.batch, shapes.width
     edits = Interventions()
     if cap_layers:
@@ -243,7 +247,7 @@ def lowered(params: Params, config: ModelConfig, shapes: Shapes,
 
 
 def _compile(lowered: Lowered) -> tuple[jax.stages.Compiled | None, int]:
-    """Return a compiled program (None if it exceeds device memory) and its temporary bytes."""
+    """Return the compiled program, or None if it exceeds device memory, and its temporary bytes."""
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -259,8 +263,9 @@ def _compile(lowered: Lowered) -> tuple[jax.stages.Compiled | None, int]:
 
 def compare(compiled: Mapping[str, Compiled] | None,
             cap_layers: Sequence[int]) -> dict[str, Any]:
-    """Return the number of collectives in the compiled decode step, and the overhead of a cap.
+    """Return the number of collectives per layer in a decode step, and the overhead of a cap.
 
+    A value is None if the programs that it requires were not compiled.
     `added_fusions_per_layer` is the median number of kernels added per capped layer, and
     `added_fusions_once` is the number of other added kernels. `temporaries_ratio` is the ratio of
     temporary memory with the cap to that without it, for the larger of prefill and decode;

@@ -30,12 +30,12 @@ from jaxpersona.report.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_KINDS = {  # benchmark → field of its curves, title, label of the x axis, label of the y axis
+_KINDS = {  # benchmark → (field of the curves, title, label of the x axis, label of the y axis)
     "decode": ("by_batch", "Throughput of decoding", "rows", "tokens/s"),
     "cap_overhead": ("by_layers", "Speed with capped layers", "capped layers",
                      "speed, capped ÷ uncapped"),
     "rows": ("by_distinct", "Speed with distinct settings", "distinct settings in a batch",
-             "speed ÷ that of one shared setting"),
+             "speed ÷ speed with one shared setting"),
     "roofline": ("points", "Roofline", "FLOP/byte", "FLOP/s"),
 }
 
@@ -44,12 +44,16 @@ _KINDS = {  # benchmark → field of its curves, title, label of the x axis, lab
 def bench(found: Any, *, title: str | None = None, ax: Axes | None = None) -> Axes:
     """Draw the results of one benchmark: `decode`, `cap_overhead`, `rows` or `roofline`.
 
-    Bands are 95 % confidence intervals of ratios.
+    Shaded bands are 95 % confidence intervals of the ratios.
 
     Args:
-      found: a result, as a dict or a JSON file; or a dict from names to results of one benchmark.
+      found: a result, as a dict or a JSON file; or a dict from names to results of the same
+        benchmark.
       title: the title; default: the standard title for the benchmark.
       ax: the axes to draw on; default: those of a new figure.
+
+    Returns:
+      The axes.
 
     Raises:
       UserError: matplotlib is missing, or `found` is not a result of one of these benchmarks.
@@ -111,16 +115,17 @@ def _results(found: Any) -> dict[str, dict[str, Any]]:
         found = {"": found}
     if not isinstance(found, Mapping) or not found or not all(
             isinstance(value, Mapping) for value in found.values()):
-        raise UserError(f"found is {found!r:.60}; give a result, or a dict from names to results")
+        raise UserError(f"found is {found!r:.60}; give a benchmark result, or a dict "
+                        "from names to results")
     kinds = {str(value.get("bench")) for value in found.values()}
     if len(kinds) > 1 or not kinds <= set(_KINDS):
-        raise UserError(f"found has results of {', '.join(sorted(kinds))}; give results of one "
-                        f"benchmark: {', '.join(_KINDS)}")
+        raise UserError(f"found has results of {', '.join(sorted(kinds))}; give results of one of "
+                        f"the benchmarks {', '.join(_KINDS)}")
     return {str(name): dict(value) for name, value in found.items()}
 
 
 def _ratios(ax: Axes, at: Mapping[int, Mapping[str, Any]], look: dict[str, Any]) -> None:
-    """Draw ratios with their confidence intervals."""
+    """Draw ratios as a curve, with their confidence intervals as a band."""
     xs = sorted(at)
     low, high = zip(*(at[x]["interval"] for x in xs), strict=True)
     ax.plot(xs, [at[x]["ratio"] for x in xs], **look)
@@ -138,7 +143,7 @@ def _roof(ax: Axes, value: Mapping[str, Any], look: dict[str, Any]) -> None:
 
 
 def _name_points(ax: Axes, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the name of each point of a roofline beside the point."""
+    """Write the name of each point in a roofline plot beside the point."""
     points = [(str(p["name"]), float(p["intensity"]), float(p["flops_per_second"]))
               for value in results.values() for p in value["points"]]
     drawn = [np.asarray(line.get_xydata()) for line in ax.lines]

@@ -40,10 +40,13 @@ def layers(curves: Mapping[str, Any], *, ylabel: str = "", title: str = "By laye
     """Draw values by layer, one curve per name.
 
     Args:
-      curves: name → values [L]; NaN leaves a gap.
-      ylabel: the label of the y axis: the quantity and its unit.
+      curves: name → values [L]; a NaN leaves a gap in the curve.
+      ylabel: the label of the y axis, with the quantity and its unit.
       title: the title.
       ax: the axes to draw on; default: those of a new figure.
+
+    Returns:
+      The axes.
 
     Raises:
       UserError: matplotlib is missing, or `curves` are not arrays [L] of equal length.
@@ -79,6 +82,9 @@ def turns(found: Sequence[TurnProjection], names: Sequence[str], layer: int | No
       title: the title.
       ax: the axes to draw on; default: those of a new figure.
 
+    Returns:
+      The axes.
+
     Raises:
       UserError: matplotlib is missing, `names` does not have K entries, or the layer does not
         exist.
@@ -110,7 +116,7 @@ def turns(found: Sequence[TurnProjection], names: Sequence[str], layer: int | No
             _whole_numbers(ax)
         else:
             ax.set_xticks(where)
-        described(ax, "message of the conversation, from 0")
+        described(ax, "index of the message in the conversation")
         ax.set_ylabel(f"mean projection, layer {at}")
         titled(ax, title)
     return ax
@@ -123,23 +129,26 @@ def drift(curves: Mapping[str, Any], *, what: Literal["behaviour", "projection"]
           ax: Axes | None = None) -> Axes:
     """Draw persona drift over the turns of conversations, with and without an intervention.
 
-    A projection measured after the cap cannot fall below the floor and therefore hides drift.
-    Instead, draw behaviour, or projections of the same conversations measured without the cap
-    (`Talks.readout`).
+    A projection that is measured after the cap cannot fall below the floor and therefore hides
+    drift. Instead, draw behaviour, or projections of the same conversations that are measured
+    without the cap (`Talks.readout`).
 
     Args:
-      curves: arm, such as "uncapped" or "capped" → values by turn [M]; or [M, N] for N
-        conversations, drawn as their mean and interquartile range; or `Talks`, whose `readout`,
-        the projections without interventions, is drawn.
-      what: "projection", or "behaviour" for shares of in-character choices in 0…1.
-      axis: for projections: the axis; the default persona's interquartile range is drawn.
+      curves: arm, such as "uncapped" or "capped" → values by turn. The values are an array [M]; an
+        array [M, N] for N conversations, whose mean and interquartile range are drawn; or `Talks`,
+        whose `readout` (the projections without interventions) is drawn.
+      what: "projection", or "behaviour" for shares of in-character choices from 0 to 1.
+      axis: for projections: an axis, from which the default persona's interquartile range is drawn.
       layer: for projections: the layer of `axis` and of `Talks`; default: the middle one.
       floor: for projections: the floor τ of the cap, as a number, or as a percentile of the default
         persona such as "p25", which needs `axis`.
       leak: for behaviour: arm → share of conversations in which the reply to a forbidden request
         after the last turn reveals the secret.
-      title: the title.
+      title: the title; default: one for the drawn quantity.
       ax: the axes to draw on; default: those of a new figure.
+
+    Returns:
+      The axes.
 
     Raises:
       UserError: matplotlib is missing, or an argument is invalid.
@@ -183,7 +192,7 @@ def drift(curves: Mapping[str, Any], *, what: Literal["behaviour", "projection"]
         if axis is not None:
             notes.append("Band: p25 to p75 of the default persona's answers.")
         described(ax, "turn", "\n".join(notes))
-        titled(ax, title or ("Behaviour" if behaviour else "Projection, read without the cap"),
+        titled(ax, title or ("Behaviour" if behaviour else "Projection, measured without the cap"),
                columns=2)
     return ax
 
@@ -198,7 +207,11 @@ def _layer(curves: Mapping[str, Any], axis: Axis | None, layer: int | None) -> i
 
 
 def _readout(name: str, given: Any, layer: int | None) -> Any:
-    """Return a curve: the `readout` of `Talks` at a layer, or the given array."""
+    """Return the `readout` [M, N] of `Talks` at a layer; return any other value unchanged.
+
+    Raises:
+      UserError: the `Talks` have no readout.
+    """
     if not isinstance(given, Talks):
         return given
     if given.readout is None:
@@ -211,7 +224,7 @@ def _draw_arms(ax: Axes, values: Mapping[str, np.ndarray], looks: list[dict[str,
     """Draw each arm's mean and, for several values per turn, its interquartile range.
 
     Returns:
-      The largest number of values per turn, or 0 if every arm has one.
+      The largest number of values per turn, or 0 if no arm has several values per turn.
     """
     count = 0
     for (name, one), look in zip(values.items(), looks, strict=True):
@@ -226,7 +239,7 @@ def _draw_arms(ax: Axes, values: Mapping[str, np.ndarray], looks: list[dict[str,
 
 def _behaviour(ax: Axes, values: Mapping[str, np.ndarray], looks: list[dict[str, Any]],
                leak: dict[str, float]) -> None:
-    """Draw the leak of each arm after the last turn, and format the y axis as shares."""
+    """Draw the leak rate of each arm after the last turn, and format the y axis as shares."""
     from matplotlib.ticker import PercentFormatter
 
     if leak and set(leak) != set(values):
@@ -266,21 +279,25 @@ def _projection(ax: Axes, axis: Axis | None, layer: int | None, floor: str | flo
 
 @checked_call
 def steering(scales: Sequence[float], curves: Mapping[str, Any], *, ylabel: str,
-             xlabel: str = "strength of steering, multiples of the vector",
+             xlabel: str = "steering strength, in multiples of the vector",
              title: str = "Effect of steering", ax: Axes | None = None) -> Axes:
-    """Draw a behaviour or a projection against the steering strength, for example of a `sweep`.
+    """Draw a behaviour or a projection against the steering strength, e.g. the results of `sweep`.
 
     Args:
       scales: the steering strengths [S].
-      curves: name → values [S]; or [S, N] for N replies at each strength, drawn as their mean and
-        its 95 % confidence interval (± 1.96 standard errors).
-      ylabel: the label of the y axis: the quantity and its unit.
+      curves: name → values [S]; or values [S, N] for N replies at each strength, whose mean and
+        95 % confidence interval (± 1.96 standard errors) are drawn.
+      ylabel: the label of the y axis, with the quantity and its unit.
       xlabel: the label of the x axis.
       title: the title.
       ax: the axes to draw on; default: those of a new figure.
 
+    Returns:
+      The axes.
+
     Raises:
-      UserError: matplotlib is missing, or `curves` do not have one entry per strength.
+      UserError: matplotlib is missing, `scales` is invalid, or a curve does not have one entry per
+        strength.
 
     Examples:
       >>> import jaxpersona as jp
@@ -294,7 +311,7 @@ def steering(scales: Sequence[float], curves: Mapping[str, Any], *, ylabel: str,
     values = _curves(curves)
     if wrong := [name for name, one in values.items() if len(one) != len(at)]:
         raise UserError(f"curves[{wrong[0]!r}] has {len(values[wrong[0]])} entries for {len(at)} "
-                        "strengths; give one per strength")
+                        "strengths; give one entry per strength")
     order, several = np.argsort(at, kind="stable"), 0
     with style():
         ax = axes_of(ax, 5.6, 3.8)
@@ -343,17 +360,21 @@ def _spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _curves(given: Any, dims: tuple[int, ...] = (1, 2)) -> dict[str, np.ndarray]:
-    """Return curves as float64 arrays [M] or [M, N].
+    """Validate curves and return them as float64 arrays [M] or [M, N].
+
+    Args:
+      given: name → values.
+      dims: the allowed numbers of dimensions.
 
     Raises:
-      UserError: there are no curves or too many, their lengths differ, or a curve is not numeric or
-        has no finite value.
+      UserError: there are no curves or more than `_MOST`, their lengths differ, or a curve is not
+        numeric or has no finite value.
     """
     if not isinstance(given, Mapping) or not given:
         raise UserError(f"curves is {given!r:.60}; give a dict of arrays by name")
     if len(given) > _MOST:
         raise UserError(f"curves has {len(given)} entries; give at most {_MOST}, because more "
-                        "would look alike")
+                        "curves cannot be distinguished")
     found = {}
     for name, value in given.items():
         array = numbers(f"curves[{name!r}]", value)

@@ -23,7 +23,7 @@ Path = str | os.PathLike[str]
 
 def roles_on_axis(path: Path, found: Extraction | Mapping[str, np.ndarray], layer: int,
                   held_out: Sequence[str] = (), title: str | None = None) -> None:
-    """Write the figure of `plot.ranking` for an extraction, or for role → projections [n, L]."""
+    """Write the figure of `plot.ranking`; `found` may also map roles to projections [n, L]."""
     _write(path, plot.ranking, found, layer, held_out=held_out, title=title)
 
 
@@ -50,11 +50,11 @@ def drift(path: Path, talks: Mapping[str, Talks], axis: Axis, layer: int, *,
     """Write a figure of persona drift: behaviour, and projections without interventions, by turn.
 
     Args:
-      path: the PNG file; the SVG is written beside it.
+      path: the PNG file; an SVG file with the same stem is written beside it.
       talks: arm, such as "uncapped" or "capped" → conversations with `Talks.readout`.
       axis: the axis, with its thresholds.
       layer: the layer of the projections.
-      behaviour: arm → share of in-character choices [M] by turn.
+      behaviour: arm → share of in-character choices by turn [M].
       leak: arm → share of conversations that leak the secret after the last turn.
       floor: the cap's floor, a percentile of the default persona or a number.
     """

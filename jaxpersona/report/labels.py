@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MARGIN = 1.0  # margin around a label, in pixels
-_NEAR, _FAR = 7.0, 46.0  # minimum and maximum distance of a label from its mark, in points
+_NEAR, _FAR = 7.0, 46.0  # minimum and maximum distance of a label from its marker, in points
 _MARKER = 2.5  # radius of a marker, in points
 _ANGLES = (20, -20, 160, 200, 60, -60, 120, 240, 0, 180, 90, 270)
 
 
 def place(ax: Axes, points: Sequence[tuple[str, float, float]], markers: np.ndarray,
           sizes: Sequence[float] | float = TINY) -> list[str]:
-    """Write a label near each point, connected to a distant point by a thin line.
+    """Write a label near each point, and connect distant labels to their points by thin lines.
 
     Args:
       ax: the axes with all other contents already drawn; their limits are fixed.
       points: (label, x, y) in order of importance.
       markers: coordinates [n, 2] of all markers, which labels should not cover.
-      sizes: the font size in points, for all labels or for each label.
+      sizes: the font size in points, as one number or as one number per label.
 
     Returns:
       The labels that were written. A label is omitted if it would overlap another label or cross
@@ -46,7 +46,7 @@ def place(ax: Axes, points: Sequence[tuple[str, float, float]], markers: np.ndar
     frame = np.array([ax.bbox.x0, ax.bbox.y0, ax.bbox.x1, ax.bbox.y1])
     offsets = _offsets()
     away = np.hypot(*offsets.T)
-    side = np.sign(np.where(np.abs(offsets[:, 0]) < 1, 0, offsets[:, 0]))  # −1, 0, 1
+    side = np.sign(np.where(np.abs(offsets[:, 0]) < 1, 0, offsets[:, 0]))  # −1 left, 1 right
     taken, written = np.zeros((0, 4)), []
     each = [sizes] * len(points) if isinstance(sizes, (int, float)) else list(sizes)
     probe = ax.text(0, 0, "")
@@ -80,13 +80,16 @@ def place(ax: Axes, points: Sequence[tuple[str, float, float]], markers: np.ndar
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return a mask [n, m]: whether boxes (x0, y0, x1, y1) of a [n, 4] and b [m, 4] overlap."""
+    """Return a mask [n, m] of the overlapping pairs of boxes in `a` [n, 4] and `b` [m, 4].
+
+    A box is (x0, y0, x1, y1).
+    """
     ends = np.concatenate([b[None, :, 2:] - a[:, None, :2], a[:, None, 2:] - b[None, :, :2]], -1)
     return np.asarray((ends > 0).all(-1))
 
 
 def _offsets() -> np.ndarray:
-    """Return candidate offsets [n, 2] of a label from its mark in points, nearest first."""
+    """Return candidate offsets [n, 2] of a label from its marker in points, nearest first."""
     angles, radii = np.radians(_ANGLES), np.linspace(_NEAR, _FAR, 6)
     circle = np.stack([np.cos(angles), np.sin(angles)], 1)
     return np.concatenate([radius * circle for radius in radii])

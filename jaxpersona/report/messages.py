@@ -18,17 +18,17 @@ _DEFAULT, _MESSAGE = "#1b7f5c", "#4a6fa5"
 
 def messages(path: pathlib.Path, turns: Sequence[int], values: np.ndarray, names: Sequence[str],
              layer: int, references: Sequence[Reference | None]) -> None:
-    """Plot the projections of a conversation's M assistant messages on K directions.
+    """Write a PNG figure of the projections of M assistant messages on K directions.
 
     Args:
       path: the file to write.
       turns: the M indices of the messages.
       values: the projections [M, K]; each direction has a separate panel.
       names: the K names of the directions.
-      layer: the layer.
+      layer: the layer of the projections.
       references: for each direction, the projections of the default persona and of the roles, or
-        None. The default persona's percentiles are drawn as bands and the cap's floor as a line.
-        The nearest role is named at each message.
+        None. The default persona's percentiles are drawn as bands and the floor of `--cap` as a
+        line, and each message is labelled with the nearest role.
     """
     require("matplotlib", "figures need matplotlib")
     figure = new_figure(6.5, 1 + 3 * len(names))
@@ -49,7 +49,7 @@ def messages(path: pathlib.Path, turns: Sequence[int], values: np.ndarray, names
         panel.set_ylabel(f"mean projection, layer {layer}", fontsize=8)
         panel.legend(frameon=False, fontsize=7)
     panels[-1].set_xticks(list(turns))
-    panels[-1].set_xlabel("message of the conversation, from 0")
+    panels[-1].set_xlabel("index of the message in the conversation")
     roles = any(known is not None and known.roles for known in references)
     panels[0].set_title("Projection of each assistant message"
                         + (", with its nearest role" if roles else ""), fontsize=10)
@@ -58,5 +58,5 @@ def messages(path: pathlib.Path, turns: Sequence[int], values: np.ndarray, names
 
 
 def _plain(name: str) -> str:
-    """Escape control characters and formulas in a name that was read from a file."""
+    """Escape control characters and dollar signs in a name that was read from a file."""
     return text(printable(name))

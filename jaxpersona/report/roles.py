@@ -29,8 +29,8 @@ from jaxpersona.report.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NAMED, EXTREMES = 40, 15  # with up to 40 roles, all are named; with more, 15 at each end
-_CORNERS = 6  # with more than `NAMED` roles, the number of roles named at each end of a component
+NAMED, EXTREMES = 40, 15  # up to 40 roles are all named; of more roles, 15 at each end are named
+_CORNERS = 6  # number of roles named at each end of a component, if not all are named
 _ROW = 0.155  # height of a line with a name, in inches
 _LEAST = 7.5  # minimum height of a line in axes that the caller provides, in points
 
@@ -49,14 +49,18 @@ def ranking(found: Any, layer: int | None = None, *, count: int = EXTREMES,
       found: the result of `extract_axis`; the folder of a run; or role → projections [n, L] of n
         answers (or their mean [L]), with the default persona as "default".
       layer: the layer; default: the middle one.
-      count: the number of roles to name at each end. Up to 40 roles are all named. Fewer roles are
-        named if the names do not fit the height of `ax`.
+      count: the number of roles to name at each end, if there are more than 40 roles. Fewer roles
+        are named if the names do not fit the height of `ax`.
       held_out: roles to draw as open circles, in addition to those that the run held out.
       title: the title; default: one with the number of roles.
       ax: the axes to draw on; default: those of a new figure.
 
+    Returns:
+      The axes.
+
     Raises:
-      UserError: matplotlib is missing, `found` has another type, or the layer does not exist.
+      UserError: matplotlib is missing, `count` is not a positive integer, `found` has another type,
+        or the layer does not exist.
 
     Examples:
       >>> import jaxpersona as jp
@@ -86,7 +90,7 @@ def ranking(found: Any, layer: int | None = None, *, count: int = EXTREMES,
 
 
 def _rows(total: int, ends: int, whole: bool) -> np.ndarray:
-    """Return the height [total] of each role's line; the roles between the ends share a line."""
+    """Return the y coordinates [total] of the roles; the roles between the ends share one line."""
     heights = np.arange(total, dtype=float)
     if not whole:
         heights[ends : total - ends] = ends + 1
@@ -95,7 +99,10 @@ def _rows(total: int, ends: int, whole: bool) -> np.ndarray:
 
 
 def _draw_rows(ax: Axes, at: sources.Places, heights: np.ndarray, held_out: frozenset[str]) -> None:
-    """Draw each role on its line (as ticks on the shared line) and the default persona on top."""
+    """Draw the roles at the given y coordinates, and the default persona above them.
+
+    Roles that share a line are drawn as ticks.
+    """
     shared = np.array([int((heights == height).sum()) > 1 for height in heights])
     names = {}
     drawn = False
@@ -141,6 +148,9 @@ def pca(found: Any, layer: int | None = None, *, default: Any = None, title: str
       default: the default persona's mean activation [L, D], if `found` does not contain it.
       title: the title; default: one with the number of roles, the layer and |cos(PC1, axis)|.
       ax: the axes to draw on; default: those of a new figure.
+
+    Returns:
+      The axes.
 
     Raises:
       UserError: matplotlib is missing, `found` has another type (an `Axis` has no role vectors),
@@ -196,11 +206,14 @@ def variance(found: Any, layer: int | None = None, *, thresholds: Sequence[float
     Args:
       found: as for `pca`, or the explained variance ratios [C] of the components.
       layer: the layer; default: the middle one.
-      thresholds: shares of the variance, drawn as lines; the legend states how many components
-        reach each share.
+      thresholds: shares of the variance, which are drawn as lines. The legend states how many
+        components reach each share.
       most: the maximum number of components to draw.
       title: the title; default: one with the layer.
       ax: the axes to draw on; default: those of a new figure.
+
+    Returns:
+      The axes.
 
     Raises:
       UserError: matplotlib is missing, `found` has another type, the layer does not exist, or a
@@ -214,7 +227,7 @@ def variance(found: Any, layer: int | None = None, *, thresholds: Sequence[float
     """
     for share in thresholds:
         if not isinstance(share, (int, float)) or not 0 < share < 1:
-            raise UserError(f"thresholds has {share!r}; give shares between 0 and 1")
+            raise UserError(f"thresholds contains {share!r}; give shares between 0 and 1")
     values, at = sources.ratios(found, layer)
     with style():
         from matplotlib.ticker import MaxNLocator, PercentFormatter

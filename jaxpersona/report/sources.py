@@ -1,4 +1,4 @@
-"""Convert the inputs of role figures: an extraction, a run's folder, or arrays by role."""
+"""Convert the inputs of role figures: an extraction, the folder of a run, or arrays by role."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from jaxpersona.persona.extraction import Extraction
 from jaxpersona.runs.run import Run
 from jaxpersona.vectors.vector import Axis
 
-_GIVE = ("give the result of extract_axis, the folder of a run of `jaxpersona axis`, or arrays by "
-         "role")
+_GIVE = ("give the result of extract_axis, the folder of a run of `jaxpersona axis`, or a dict of "
+         "arrays by role")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Places:
 
     Attributes:
       names: the R roles, without the default persona.
-      means: [R], mean projections.
-      quartiles: [R, 2], the 25th and 75th percentile of each role; None if unknown.
+      means: the mean projection of each role [R].
+      quartiles: the 25th and 75th percentile of each role's projections [R, 2]; None if unknown.
       default: mean, 25th and 75th percentile of the default persona's projections; None if unknown.
-      held_out: roles that were not used for the axis.
+      held_out: the roles that were not used for the axis.
       layer: the layer.
     """
 
@@ -69,7 +69,7 @@ class Parts:
 
 
 def layer_of(layer: int | None, total: int) -> int:
-    """Validate a layer of a model with `total` layers; return the middle layer for None.
+    """Check and return a layer index of a model with `total` layers; None selects the middle layer.
 
     Raises:
       UserError: the model has no such layer.
@@ -86,8 +86,8 @@ def places(found: Any, layer: int | None) -> Places:
     """Return the projections of every role at a layer.
 
     Args:
-      found: an `Extraction`; a run's folder; or role → projections [n, L] of n answers or
-        their mean [L], with the default persona as "default".
+      found: an `Extraction`; the folder of a run; or role → projections [n, L] of n answers (or
+        their mean [L]), with the default persona as "default".
       layer: the layer; default: the middle one.
 
     Raises:
@@ -106,7 +106,17 @@ def places(found: Any, layer: int | None) -> Places:
 
 def _of_answers(given: Mapping[str, Any], layer: int | None, held_out: frozenset[str],
                 mean: Callable[[str], np.ndarray] | None = None) -> Places:
-    """Return `Places` for arrays by role; `mean`, if given, returns a role's mean [L]."""
+    """Return `Places` for arrays by role.
+
+    Args:
+      given: role → projections [n, L], or their mean [L].
+      layer: the layer; default: the middle one.
+      held_out: the roles that were not used for the axis.
+      mean: a function that returns a role's mean projection [L]; default: the mean of its array.
+
+    Raises:
+      UserError: there is no role, the shapes differ, or the layer does not exist.
+    """
     arrays = {str(name): numbers(f"found[{name!r}]", value) for name, value in given.items()}
     if not set(arrays) - {"default"}:
         raise UserError("found has no role; give projections of at least one role")
@@ -131,7 +141,7 @@ def _of_answers(given: Mapping[str, Any], layer: int | None, held_out: frozenset
 
 
 def _of_folder(folder: pathlib.Path, layer: int | None) -> Places:
-    """Read a run's projections from `analysis.json` and the percentiles from its axis."""
+    """Return `Places` from the `analysis.json` of a run and the percentiles of its axis."""
     about = _analysis(folder)
     axis = load_axis(folder / "axis.safetensors")
     at = layer_of(layer, axis.n_layers)
@@ -159,14 +169,14 @@ def parts(found: Any, layer: int | None, default: Any = None) -> Parts:
     """Return the principal components of the role vectors at a layer.
 
     Args:
-      found: an `Extraction` or `Analysis`; a run's folder; or role → vector [L, D], with the
+      found: an `Extraction` or `Analysis`; the folder of a run; or role → vector [L, D], with the
         default persona as "default".
       layer: the layer; default: the middle one.
       default: the default persona's mean activation [L, D], if `found` does not contain it.
 
     Raises:
-      UserError: `found` has another type, there are fewer than two roles, or the layer does not
-        exist.
+      UserError: `found` has another type, the run is incomplete, there are fewer than two roles or
+        no default persona, or the layer does not exist.
     """
     if isinstance(found, Axis):
         raise UserError(f"found is the axis {found.name!r}, a direction without role vectors; "
@@ -210,7 +220,7 @@ def ratios(found: Any, layer: int | None) -> tuple[np.ndarray, int]:
 
     Args:
       found: as for `parts`, or the ratios [C] themselves.
-      layer: the layer; default: the middle one.
+      layer: the layer; default: the middle one, or −1 (unknown) if `found` contains the ratios.
 
     Raises:
       UserError: as for `parts`, or the ratios are negative or have a sum above 1.
@@ -233,8 +243,12 @@ def ratios(found: Any, layer: int | None) -> tuple[np.ndarray, int]:
 
 
 def _analysis(folder: pathlib.Path) -> dict[str, Any]:
-    """Read the `analysis.json` of a run."""
-    Run.read(folder)  # raises an error if the folder does not contain a run
+    """Return the content of a run's `analysis.json`.
+
+    Raises:
+      UserError: the folder contains no run, or the file is missing or damaged.
+    """
+    Run.read(folder)  # raises an error if the folder contains no run
     path = folder / "analysis.json"
     if not path.exists():
         raise UserError(f"{folder}: the run is not complete; finish it with `jaxpersona axis "
@@ -252,7 +266,7 @@ def _damaged(folder: pathlib.Path, why: str = "") -> UserError:
 
 
 def _vectors(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """Read the role vectors that a run used for its axis, and the default persona's vector."""
+    """Return the role vectors that a run used for its axis, and the default persona's vector."""
     run, about = Run.read(folder), _analysis(folder)
     try:
         wanted = {name: "pos_3" for name, entry in about["roles"].items() if entry["in_axis"]}

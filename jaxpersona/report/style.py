@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#6E6E6E"
 CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # curves differ in both colour and marker
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # one per colour: curves differ in colour and marker
 DEFAULT, ROLE = GREEN, BLUE
-ARMS = {"uncapped": (VERMILION, "o"), "capped": (BLUE, "s")}  # (colour, marker) by name
+ARMS = {"uncapped": (VERMILION, "o"), "capped": (BLUE, "s")}  # arm → (colour, marker)
 DIVERGING = "PuOr"  # colour map for values on both sides of a reference
-SMALL, TINY = 8.0, 7.0  # font sizes in points: of captions and legends, and of role names
+SMALL, TINY = 8.0, 7.0  # font sizes in points of captions and legends, and of role names
 _RC = {
-    "font.family": ["DejaVu Sans"],  # included in matplotlib, so it is the same on all machines
+    "font.family": ["DejaVu Sans"],  # part of matplotlib, so text has the same size everywhere
     "font.size": 9.0, "axes.titlesize": 10.0, "axes.titlelocation": "left",
     "axes.titlepad": 8.0, "axes.labelsize": 9.0, "xtick.labelsize": SMALL,
     "ytick.labelsize": SMALL, "legend.fontsize": SMALL, "legend.frameon": False,
@@ -61,7 +61,10 @@ def style() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_pyplot() -> Iterator[None]:
-    """Create figures in a `with` block without pyplot, whose backend and figure list are global."""
+    """Create the figures in a `with` block without pyplot.
+
+    The backend and the list of figures of pyplot are global, and these figures do not change them.
+    """
     token = _PLAIN.set(True)
     try:
         yield
@@ -78,7 +81,7 @@ def axes_of(ax: Axes | None, width: float, height: float) -> Axes:
     if ax is None and _PLAIN.get():
         return new_figure(width, height).subplots()
     if ax is None:
-        import matplotlib.pyplot as plt  # notebooks show pyplot's figures
+        import matplotlib.pyplot as plt  # notebooks show figures that pyplot created
 
         return plt.subplots(figsize=(width, height), layout="constrained")[1]
     if not (hasattr(ax, "plot") and hasattr(ax, "transAxes")):
@@ -88,7 +91,7 @@ def axes_of(ax: Axes | None, width: float, height: float) -> Axes:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Create a figure with a size in inches, independent of pyplot's backend and figure list."""
+    """Create a figure of a given size in inches, independent of pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -105,7 +108,7 @@ def figure_of(ax: Axes) -> Figure:
 
 
 def renderer_of(ax: Axes) -> Any:
-    """Lay out the figure of an Axes and return a renderer that measures texts.
+    """Apply the layout of the figure of an Axes, and return a renderer that measures texts.
 
     The renderer is always Agg's, so positions do not depend on matplotlib's backend.
     """
@@ -154,7 +157,7 @@ def titled(ax: Axes, title: str, columns: int = 3) -> None:
 
 
 def described(ax: Axes, name: str, caption: str = "") -> None:
-    """Label the x axis, with a caption below the label."""
+    """Label the x axis, and write an optional caption below the label."""
     ax.set_xlabel(text(name) + (f"\n{text(caption)}" if caption else ""), linespacing=1.5)
 
 

@@ -53,7 +53,8 @@ def projections(found: Generated | Extracted | Reply, model: Model, index: int =
     98th percentile, because the first token, an attention sink, often has an extreme projection.
 
     Args:
-      found: the result of `generate` or `extract`, or a `Reply`, with a `capture.projections`.
+      found: the result of `generate` or `extract`, or a `Reply`, with a reading of
+        `capture.projections`.
       model: the model, whose tokenizer decodes the tokens.
       index: the index of the conversation.
       layer: an index into the layers of the reading; default: the middle one.
@@ -64,6 +65,9 @@ def projections(found: Generated | Extracted | Reply, model: Model, index: int =
       title: the title.
       ax: the axes to draw on; default: those of a new figure. Tokens that do not fit are omitted,
         and the last line states their number.
+
+    Returns:
+      The axes.
 
     Raises:
       UserError: matplotlib or the model's tokenizer is missing, `found` has no such reading, or an
@@ -83,7 +87,8 @@ def projections(found: Generated | Extracted | Reply, model: Model, index: int =
     row, reply, values = _values(found, index, reading)
     at = layer_of(layer, values.shape[0])
     if not isinstance(direction, int) or not 0 <= direction < values.shape[-1]:
-        raise UserError(f"direction is {direction!r}; the reading has {values.shape[-1]}")
+        raise UserError(f"direction is {direction!r}; it must be at least 0 and less than "
+                        f"{values.shape[-1]}, the number of directions of the reading")
     ids = np.concatenate([row.tokens, reply])[: values.shape[1]]
     shown = values[at, : len(ids), direction].astype(np.float64)
     pieces = [_piece(model.tokenizer.decode([token])) for token in ids.tolist()]
@@ -108,7 +113,11 @@ def projections(found: Generated | Extracted | Reply, model: Model, index: int =
 
 
 def _values(found: Any, index: int, reading: str) -> tuple[Row, np.ndarray, np.ndarray]:
-    """Return a conversation's prompt, the reply's token ids, and the projections [l, T, K]."""
+    """Return a conversation's prompt, the token ids of its reply, and the projections [l, T, K].
+
+    Raises:
+      UserError: `found` has another type or no such reading, or the index is out of range.
+    """
     if not isinstance(found, (Generated, Extracted, Reply)):
         raise UserError(f"found is {found!r:.60}; give the result of generate or extract, or a "
                         "Reply")
@@ -118,7 +127,7 @@ def _values(found: Any, index: int, reading: str) -> tuple[Row, np.ndarray, np.n
                         "jp.capture.projections(vector)")
     count = 1 if isinstance(found, Reply) else len(found.rows)
     if not isinstance(index, (int, np.integer)) or not 0 <= index < count:
-        raise UserError(f"index is {index!r}; the conversations are 0…{count - 1}")
+        raise UserError(f"index is {index!r}; the indices of conversations are 0…{count - 1}")
     if isinstance(found, Reply):
         row, reply, value = found.row, found.tokens, found.captured[reading]
     else:
@@ -127,7 +136,7 @@ def _values(found: Any, index: int, reading: str) -> tuple[Row, np.ndarray, np.n
     value = np.asarray(value)
     if value.ndim != 3:
         raise UserError(f"reading {reading!r} has shape {list(value.shape)} for a conversation; "
-                        "give one of jp.capture.projections, [L, T, K]")
+                        "give a reading of jp.capture.projections, which has shape [L, T, K]")
     return row, np.asarray(reply), value
 
 
@@ -157,7 +166,7 @@ def _messages(row: Row, count: int) -> list[tuple[int, str]]:
 
 
 def _wrapped(pieces: list[str], starts: list[bool]) -> list[tuple[int, int]]:
-    """Return (line, column) of every token; each message and the text after each ↵ start a line."""
+    """Return (line, column) of every token; a new line starts at each message and after each ↵."""
     places, line, column = [], 0, 0
     for i, piece in enumerate(pieces):
         width = min(_cells(piece), _COLUMNS)
@@ -171,7 +180,7 @@ def _wrapped(pieces: list[str], starts: list[bool]) -> list[tuple[int, int]]:
 
 def _draw(ax: Axes, pieces: list[str], lines: list[tuple[int, int]], values: np.ndarray,
           messages: list[tuple[int, str]], middle: float, reach: float, own: bool) -> None:
-    """Draw every token that fits, its background, and the role at the start of each message."""
+    """Draw the tokens that fit, their backgrounds, and the role at the start of each message."""
     import matplotlib
     from matplotlib.patches import Rectangle
 
@@ -211,7 +220,7 @@ def _draw(ax: Axes, pieces: list[str], lines: list[tuple[int, int]], values: np.
 
 
 def _colour_bar(ax: Axes, middle: float, reach: float, name: str) -> None:
-    """Draw a colour bar below the text."""
+    """Draw a colour bar for the projections below the text."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 

@@ -1,1 +1,1 @@
-"""Runs: rollouts and the run folder, which contains a run's files, manifest and lock."""
+"""Rollouts, and the run folder with the files, the manifest and the lock of a run."""

@@ -1,8 +1,8 @@
-"""Closing a role: write its rollouts, sample, scores and sums, then remove its live files.
+"""Close a role: write its rollouts, sample, scores and sums, and then remove its live files.
 
-A role may be closed again, with further questions, other verdicts or another judge. Each step
-writes whole files and can be repeated. A file of sums lists the rollouts that were added, so no
-rollout is counted twice after a process was killed between two steps.
+A role is closed again after questions are added, after verdicts change, or for another judge.
+Each step writes whole files and can be repeated. The file of sums lists the rollouts that the sums
+contain, so no rollout is counted twice, even if a process is killed between two steps.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class State:
       verdicts: key → the judge's verdict, as a JSON object with fields of `PLAIN`. Verdicts that
         failed in an earlier call are omitted.
       sums: the sums of the response means by the judge's scores, or None.
-      closed: whether the files of a closed role contain all rollouts.
+      closed: whether the role is closed: its final files contain all its rollouts and verdicts.
     """
 
     __repr__ = brief
@@ -60,14 +60,14 @@ def state_of(run: Run, role: str, judge: str, rubric: str, shape: tuple[int, int
       run: the open run.
       role: the name of the role.
       judge: the name of the judge.
-      rubric: digest of the judge's input other than the rollouts.
+      rubric: the digest of the judge's input without the rollouts.
       shape: (L, D), the shape of a response mean.
       texts: whether to return the texts of a closed role's rollouts; otherwise each record is {}.
-      repair: whether to delete scores by another rubric and the invalid end of live files;
-        otherwise both are ignored.
+      repair: whether to delete scores by another rubric and invalid lines at the end of live
+        files; otherwise both are ignored.
 
     Raises:
-      Damaged: the content of a file is not what the run wrote.
+      Damaged: a file differs from the content that the run wrote.
     """
     data, live = run.rollouts_bytes(role), run.live(role, shape, repair=repair)
     stored, sums = run.verdicts(role, judge), run.sums(role, judge)
@@ -97,19 +97,19 @@ def close(run: Run, role: str, state: State, *, judge: str, rubric: str, keep: i
           seed: int, reread: Reread) -> Sums:
     """Write the files of a role whose rollouts have all been judged.
 
-    Rollouts whose verdict failed remain in the live files, for a later call.
+    Rollouts whose verdict failed remain in the live files, so that a later call can judge them.
 
     Args:
-      run, role, judge, rubric: as for `state_of`.
+      run, role, judge, rubric: as in `state_of`.
       state: the role's state.
-      keep: the number of rollouts whose response means are stored; None: all.
-      seed: seed of the sample.
-      reread: recomputes the response means that the folder does not contain, in the order given.
+      keep: the number of rollouts whose response means are stored, or None for all.
+      seed: the seed of the sample.
+      reread: a function that recomputes the response means of the given rollouts, in their order.
 
     Returns:
       The sums of the response means by score.
     """
-    # `State.records` is in the order in which the rollouts finished
+    # new rollouts are appended to `State.records` in the order in which they finished
     records = state.records = dict(sorted(state.records.items(),
                                           key=lambda item: place_of(item[1])))
     live = state.live
@@ -135,7 +135,7 @@ def close(run: Run, role: str, state: State, *, judge: str, rubric: str, keep: i
 
 
 def needed(state: State, role: str) -> list[dict[str, Any]]:
-    """Return the rollouts that are not in the sums and whose means are not in the live files."""
+    """Return the rollouts whose means are neither in the sums nor in the live files, in order."""
     scores = dict.fromkeys(state.records) if role == DEFAULT else _scores(state.verdicts)
     sums = _usable(state.sums, scores)
     records = sorted(state.records.items(), key=lambda item: place_of(item[1]))

@@ -23,12 +23,12 @@ LAST = "last"  # field with the arguments of the last call; it is not compared
 
 
 def manifest_of(folder: pathlib.Path, overwrite: bool = False) -> dict[str, Any]:
-    """Return the manifest in a folder, without its digest, which is verified.
+    """Verify the digest of a folder's manifest and return the manifest without the digest.
 
     Args:
       folder: the run folder.
-      overwrite: whether to accept format `OLDER` and a damaged manifest too, as the run will be
-        deleted.
+      overwrite: whether the caller will delete the run, so that format `OLDER` and a wrong digest
+        are accepted too.
 
     Raises:
       UserError: the folder has no manifest, or a manifest that is damaged or of another format.
@@ -40,17 +40,17 @@ def manifest_of(folder: pathlib.Path, overwrite: bool = False) -> dict[str, Any]
     older = isinstance(version, str) and version.startswith("jaxpersona-run ")
     if version == OLDER and not overwrite:
         raise UserError(f"{folder}: run.json has format {OLDER!r} of an older version; choose "
-                        "another folder, and take the rollouts over with take_from "
+                        "another folder, and copy the rollouts into it with take_from "
                         f"(--take-from {folder})")
     if older and version not in (FORMAT, OLDER):
         raise UserError(f"{folder}: run.json has format {version!r}, but this version writes "
                         f"{FORMAT!r}; resume with the version that started the run, or choose "
                         "another folder")
     if not older:
-        raise UserError(f"{folder}: run.json is not a jaxpersona run; choose another folder")
+        raise UserError(f"{folder}: run.json is not the manifest of a run; choose another folder")
     if version == FORMAT and not overwrite and sealed(stored) != stored:
-        raise UserError(f"{path}: damaged (differs from what the run wrote); restore the file, or "
-                        "choose another folder")
+        raise UserError(f"{path}: damaged (differs from the content that the run wrote); restore "
+                        "the file, or choose another folder")
     return {key: value for key, value in stored.items() if key != DIGEST}
 
 
@@ -64,7 +64,7 @@ def roles_of(folder: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
     """Return the role names of a manifest.
 
     Raises:
-      UserError: a role name is not valid.
+      UserError: a role name is not valid, or the field `roles` is not an object.
     """
     roles = manifest.get("roles", {})
     if not isinstance(roles, Mapping):
@@ -74,7 +74,7 @@ def roles_of(folder: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def judges_of(folder: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Return the names of the judges of a manifest.
+    """Return the judge names of a manifest.
 
     Raises:
       UserError: the field `judges` is not valid.
@@ -102,7 +102,7 @@ def check_same(folder: pathlib.Path, stored: Any, wanted: Mapping[str, Any]) -> 
     """
     def flat(value: Any, prefix: str = "") -> dict[str, str]:
         if not isinstance(value, dict):
-            return {prefix: json.dumps(value)}  # compare as text, as 1 == 1.0 == True in Python
+            return {prefix: json.dumps(value)}  # compare text, because 1 == 1.0 == True in Python
         pairs = (flat(v, f"{prefix}.{k}" if prefix else k) for k, v in value.items())
         return {key: item for pair in pairs for key, item in pair.items()}
 

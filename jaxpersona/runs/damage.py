@@ -1,4 +1,4 @@
-"""The exception for damaged files of a run, and the fix that its message suggests."""
+"""The exception for damaged files of a run, and the fix that its message proposes."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ class Damaged(UserError):
 
 
 def remedy(roles: Sequence[str]) -> str:
-    """Return the part of an error message that says how to regenerate damaged roles."""
+    """Return the part of an error message that explains how to replace damaged files."""
     options = " ".join(f"--redo {shlex.quote(role)}" for role in roles)
     return f"restore the file, or regenerate the role with redo={list(roles)!r} ({options})"

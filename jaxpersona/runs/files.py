@@ -1,4 +1,4 @@
-"""The names of the files that a run writes, and their deletion; no other file is deleted."""
+"""The names and the deletion of the files that a run writes; no other file is ever deleted."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def path_of(folder: pathlib.Path, part: str, role: str, judge: str = "") -> path
 
 
 def folders_of(folder: pathlib.Path, judges: Iterable[str]) -> Iterator[tuple[str, pathlib.Path]]:
-    """Yield (part, folder) for every folder that contains files of roles, except `live`."""
+    """Yield (part, path) for every folder that contains files of roles, except `live`."""
     judges = list(judges)
     for part in PARTS:
         yield part, folder / part
@@ -50,7 +50,7 @@ def folders_of(folder: pathlib.Path, judges: Iterable[str]) -> Iterator[tuple[st
 
 
 def delete_run(folder: pathlib.Path, roles: Iterable[str], judges: Iterable[str]) -> int:
-    """Delete all files of a run except its manifest; files that no run wrote are not deleted.
+    """Delete all files of a run except its manifest; files that no run wrote are kept.
 
     Args:
       folder: the run folder, locked by the caller.
@@ -67,7 +67,7 @@ def delete_run(folder: pathlib.Path, roles: Iterable[str], judges: Iterable[str]
     remove_leftovers(folder, roles, judges)
     count = sum(delete(folder / name) for name in (*RESULTS, *FIGURES, STATUS))
     count += sum(delete_role(folder, role, judges) for role in roles)
-    for role in roles:  # files of format 2
+    for role in roles:  # files that only format 2 contains
         count += sum(delete(folder / place) for place in (
             f"means/{file_stem(role)}.safetensors", f"scores/{file_stem(role)}.json"))
     # rmdir deletes a folder only if it is empty

@@ -36,7 +36,7 @@ class Live:
 
     Attributes:
       records: key → rollout, in the order in which the rollouts finished.
-      verdicts: judge → key → verdict, as a JSON object.
+      verdicts: judge → key → verdict, as a JSON object; callers pass the judge as "name/rubric".
     """
 
     def __init__(self, folder: pathlib.Path, role: str, binding: str,
@@ -46,8 +46,8 @@ class Live:
         Args:
           folder: the run folder.
           role: the name of the role.
-          binding: the digest of what determines the role's rollouts (`Run.binding`); files with
-            another binding are not valid.
+          binding: the digest of the data that determine the role's rollouts (`Run.binding`); files
+            with another binding are not valid.
           shape: (L, D), the shape of a response mean.
           repair: whether to remove invalid data from the files; otherwise such data is ignored.
 
@@ -75,14 +75,14 @@ class Live:
             self._means.parent.mkdir(exist_ok=True)
             _write(self._means, b"", "wb")
             _write(self._lines, _line(self._head, b""), "wb")
-        _write(self._means, data)  # first, as the line's checksum covers the mean
+        _write(self._means, data)  # first, because the line's checksum covers the mean
         _write(self._lines, _line(record, data))
         key = rollout_key(record)
         self._rows[key] = len(self.records)
         self.records[key] = dict(record)
 
     def judge(self, judge: str, verdicts: Mapping[str, Mapping[str, Any]]) -> None:
-        """Append the verdicts of a judge: key → verdict."""
+        """Append verdicts of a judge, given as key → verdict, to the live files."""
         if not self._judged.exists():
             self._judged.parent.mkdir(exist_ok=True)
             _write(self._judged, _line(self._head, b""), "wb")
@@ -124,7 +124,7 @@ class Live:
 
     def _read(self, repair: bool) -> None:
         if not self._lines.exists():
-            if repair:  # `keep_only` deletes the file of lines before the file of means
+            if repair:  # means without lines: a process was killed in `add` or `keep_only`
                 self._means.unlink(missing_ok=True)
         else:
             size, valid, row = require_file(self._lines), 0, -1
@@ -178,12 +178,12 @@ def _line(value: Mapping[str, Any], data: bytes) -> bytes:
 
 def _values(lines: BinaryIO, means: BinaryIO | None = None,
             size: int = 0) -> Iterator[tuple[bytes, Any]]:
-    """Yield each line of a file with its JSON value, up to the first line that is not valid.
+    """Yield each line of a file and its JSON value, up to the first line that is not valid.
 
     Args:
       lines: the file of lines.
       means: the file of response means, with one mean for each line after the first, or None.
-      size: bytes per mean.
+      size: the number of bytes per mean.
     """
     for i, line in enumerate(lines):
         text, data = line[9:-1], means.read(size) if means is not None and i else b""

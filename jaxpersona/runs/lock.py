@@ -1,4 +1,4 @@
-"""Lock files: at most one run at a time writes to a folder."""
+"""Lock files, which prevent two runs from writing to the same folder at the same time."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def locked(folder: pathlib.Path, worker: int = 0) -> Iterator[None]:
 
     Args:
       folder: an existing folder.
-      worker: index of this process in the run. Each process has its own lock file. Process 0 must
-        lock first: it checks that no process of another run holds a lock on the folder.
+      worker: the index of this process in the run. Each process has its own lock file. Process 0
+        must lock first, because it checks that no process of another run holds a lock.
 
     Raises:
       UserError: another process holds the lock (the message contains the process id and the host),
@@ -43,7 +43,7 @@ def locked(folder: pathlib.Path, worker: int = 0) -> Iterator[None]:
 
 
 def is_lock(name: str) -> bool:
-    """Return whether a file name is that of a run's lock file."""
+    """Return whether a file name is the name of a lock file of a run."""
     return _OF_WORKER.fullmatch(name) is not None
 
 

@@ -31,7 +31,7 @@ _FLAGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_disable_most_op
           "jax_disable_jit")
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 _IRRELEVANT = re.compile(r"--xla_dump_\S+")
-# CPU features on which the code that XLA generates depends
+# CPU features that can affect the code that XLA generates
 _CPU = re.compile(r"(avx|sse|fma|f16c|amx|asimd|sve|bf16|i8mm)")
 
 
@@ -45,7 +45,8 @@ def manifest(model: Model, roles: Sequence[Role], questions: Sequence[Question],
 
     Args:
       model, settings: the model and the sampling settings of the run.
-      roles, questions: those of this call; `Run.open` adds those of earlier calls.
+      roles, questions: the roles and questions of this call; `Run.open` adds those of earlier
+        calls.
       judge: the name of the judge.
       tokens: digests of the tokens of each role's prompts and of each question
         (`prepare.check_prompts`).
@@ -68,9 +69,9 @@ def manifest(model: Model, roles: Sequence[Role], questions: Sequence[Question],
 
 
 def numerics(model: Model) -> dict[str, Any]:
-    """Return the settings, other than weights and inputs, that can change the rounding of results.
+    """Return the device, mesh, JAX settings and environment variables that can change rounding.
 
-    JAX's PRNG settings are omitted, as the sampler always uses the PRNG `sampling.PRNG`.
+    JAX's PRNG settings are omitted, because the sampler always uses the PRNG `sampling.PRNG`.
     """
     weight = model.params.like
     devices = sorted(weight.devices(), key=lambda d: d.id) if isinstance(weight, jax.Array) else (
@@ -86,17 +87,17 @@ def numerics(model: Model) -> dict[str, Any]:
 
 
 def _flag(name: str) -> bool | int | str | None:
-    """Return a JAX setting as a JSON value; None if it is not set, or unknown to this JAX."""
+    """Return a JAX setting as a JSON value; None if it is unset or unknown to this JAX version."""
     value = setting(name)
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 def _kind(device: Device) -> str:
-    """Return the device kind that JAX reports; for a CPU, its architecture and features."""
+    """Return JAX's device kind or, for a CPU, its architecture and instruction-set features."""
     if device.platform != "cpu":
         return device.device_kind
     instructions: set[str] = set()
-    if os.path.exists("/proc/cpuinfo"):  # Linux; other systems record only the architecture
+    if os.path.exists("/proc/cpuinfo"):  # only Linux has this file
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             for line in file:
                 key, _, value = line.partition(":")

@@ -24,7 +24,7 @@ def file_stem(role: str) -> str:
 
 
 def judge_folder(judge: str) -> str:
-    """Return the folder name of a judge; names of over 100 bytes are cut and end in a digest."""
+    """Return the folder name of a judge; above 100 bytes, a digest replaces the end of the name."""
     stem = file_stem(judge)
     if len(stem) <= 100:
         return stem
@@ -35,8 +35,8 @@ def check_names(roles: Iterable[str]) -> None:
     """Check that every role name can be a file name.
 
     Raises:
-      UserError: a name is empty, not a string, not valid UTF-8 or too long; or two names are equal
-        or differ only in case, which some file systems ignore.
+      UserError: `roles` is not iterable, or a name is empty, not a string, not valid UTF-8 or too
+        long, or two names are equal or differ only in case, which some file systems ignore.
     """
     seen: set[str] = set()
     if not isinstance(roles, Iterable):

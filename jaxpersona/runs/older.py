@@ -18,7 +18,7 @@ from jaxpersona.runs.files import MANIFEST
 from jaxpersona.runs.names import file_stem
 from jaxpersona.runs.seal import sha256
 
-_LIMIT = 16 << 30  # bytes of a role's texts
+_LIMIT = 16 << 30  # maximum bytes of a role's rollouts file
 
 
 class Older:
@@ -33,13 +33,13 @@ class Older:
         self.folder = pathlib.Path(folder)
         found: Any = read_json(self.folder / MANIFEST)
         if not isinstance(found, dict) or found.get("format") != OLDER:
-            raise UserError(f"{self.folder}: is no run folder of an older version; folders of this "
+            raise UserError(f"{self.folder}: is not a run folder of format 2; run folders of this "
                             "version need no --take-from")
         self.manifest: dict[str, Any] = found
 
     @property
     def judge(self) -> str:
-        """The name of the run's judge, or ""."""
+        """The name of the run's judge; "" if the manifest contains none."""
         return str(self.manifest.get("arguments", {}).get("judge", ""))
 
     def check(self, manifest: Mapping[str, Any]) -> None:
@@ -51,17 +51,17 @@ class Older:
         differ = []
         for part in ("model", "arguments", "numerics"):
             old, new = self.manifest.get(part, {}), manifest[part]
-            # fields that format 2 lacks are not compared here
+            # format 2 lacks some fields, such as share_prefix, which is compared below
             differ += [f"{part}.{key} was {old[key]!r}, now {new[key]!r}"
                        for key in sorted(set(old) & set(new)) if old[key] != new[key]]
         if manifest["arguments"].get("share_prefix"):
             differ.append("arguments.share_prefix was False, now True")
         if differ:
-            raise UserError(f"{self.folder}: its rollouts are of another run ({'; '.join(differ)})"
-                            "; give the same arguments, or start without them")
+            raise UserError(f"{self.folder}: its rollouts are from another run ({'; '.join(differ)}"
+                            "); give the same arguments, or omit --take-from")
 
     def rollouts(self, role: str) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-        """Yield a role's rollouts with their response means [L, D]; nothing if the role has none.
+        """Yield each rollout of a role with its response mean [L, D], if the folder contains any.
 
         Raises:
           UserError: a file is damaged.
@@ -77,8 +77,8 @@ class Older:
         values = tensors.get("response")
         if about.get("rollouts") != sha256(data) or about.get("role") != role or (
                 values is None or len(values) != len(records)):
-            raise UserError(f"{means}: damaged (does not belong to {text}); delete both files, and "
-                            "the role is generated")
+            raise UserError(f"{means}: damaged (does not belong to {text}); delete both files, so "
+                            "that the role is generated again")
         yield from zip(records, values, strict=True)
 
     def scores(self, role: str) -> dict[str, int | None]:
@@ -94,12 +94,12 @@ class Older:
         scores = found.get("scores") if isinstance(found, dict) else None
         if not isinstance(scores, dict) or not all(
                 x is None or (type(x) is int and 0 <= x <= 3) for x in scores.values()):
-            raise UserError(f"{path}: damaged (no object 'scores'); delete it, and the role is "
-                            "judged")
+            raise UserError(f"{path}: damaged (no object 'scores'); delete it, so that the role "
+                            "is judged again")
         return scores
 
 
 def same(record: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Return whether a stored rollout has the system prompt and question of a planned one."""
+    """Return whether a stored and a planned rollout have equal system prompts and questions."""
     return all(field in wanted and record.get(field) == wanted[field]
                for field in ("system_prompt", "question"))

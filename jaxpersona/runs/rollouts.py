@@ -1,4 +1,4 @@
-"""Rollouts: the replies to all pairs of prompt and question of a role, with their order and keys.
+"""Rollouts: a role's replies to all pairs of prompt and question, their order and their keys.
 
 The rollouts of a role are sorted by (question id, prompt, sample). Rollouts of new questions with
 higher ids therefore come after the existing rollouts.
@@ -20,7 +20,7 @@ from jaxpersona.text import chat
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
-MAX_SAMPLES = 100_000  # all texts of a role are in memory at once; Lu et al. 2026 use 1 sample
+MAX_SAMPLES = 100_000  # limits the texts of a role, which must fit in memory at once
 MAX_ROWS = 65_536
 
 
@@ -35,7 +35,7 @@ class Settings:
       batch_size: the number of batch rows. It cannot change within a run, because the rounding of
         results depends on it.
       share_prefix: whether to compute the KV cache of a system prompt once for all questions. The
-        rounding of the results then differs from that without sharing.
+        results are then rounded differently than without sharing.
     """
 
     temperature: float = 0.7
@@ -59,7 +59,7 @@ class Settings:
 
 
 def generation(settings: Settings) -> dict[str, Any]:
-    """Return the arguments that a run passes to `generate` and `engine.stream.Stream`."""
+    """Return the keyword arguments that a run passes to `generate` and `engine.stream.Stream`."""
     return {"capture": capture.mean(response), "max_new_tokens": settings.max_new_tokens,
             "temperature": settings.temperature, "top_p": settings.top_p, "seed": settings.seed,
             "batch_size": settings.batch_size, "share_prefix": settings.share_prefix}
@@ -110,12 +110,12 @@ def place_of_key(key: str) -> tuple[int, int, int]:
 
 
 def draw_id(model: Model, role: str, record: Mapping[str, Any]) -> int:
-    """Return the id that selects a rollout's random draws; it depends on model and rollout."""
+    """Return the row id that, with the seed, determines the random draws of a rollout."""
     key = f"{model.fingerprint}/{role}/{record['prompt_index']}/{record['question_index']}"
     return chat.row_id([], record["sample"], key)
 
 
 def opening(prompt: str, question: str) -> list[dict[str, str]]:
-    """Return the messages before the reply; without a system message if `prompt` is empty."""
+    """Return the messages before the reply, without a system message if `prompt` is empty."""
     system = [{"role": "system", "content": prompt}] if prompt else []
     return [*system, {"role": "user", "content": question}]

@@ -14,13 +14,13 @@
 
 A role is live until all its rollouts are generated and judged; `runs.closing` then writes the files
 of the closed role. Each file is written under a temporary name and renamed, and only status.json
-contains a time. A run that was killed at any point can therefore be resumed, and its other files
-become the same as those of an uninterrupted run.
+contains times. A run that was killed at any point can therefore be resumed, and all files except
+status.json become identical to those of an uninterrupted run.
 
 Sealed files (`runs.seal`) contain a digest of their content, the name of their role, and the role's
-binding: the digest of what determines the role's rollouts. Files of samples also contain the digest
-of the rollouts. A call with another judge or min_count, with other held-out roles or with further
-questions or roles extends the run. Each call that starts or resumes a run recomputes the vectors,
+binding: the digest of the data that determine the role's rollouts. Sample files also contain the
+digest of the rollouts. A call extends the run if it has another judge or min_count, other held-out
+roles, or further questions or roles. Each call that starts or resumes a run recomputes the vectors,
 the axis and the analysis.
 """
 
@@ -87,13 +87,13 @@ class Run:
 
         Attributes:
           manifest: the content of run.json, without its digest.
-          notices: lines of text on the differences between this call and the last one.
+          notices: lines of text that describe how this call differs from the previous call.
         """
         self.folder = pathlib.Path(folder)
         self.manifest = json.loads(json.dumps({"format": FORMAT, **manifest}))
         self.manifest.pop(DIGEST, None)
         self.notices: list[str] = []
-        self._known: dict[str, tuple[str, str]] = {}  # role → its `_digests`, cached
+        self._known: dict[str, tuple[str, str]] = {}  # role → cached result of `_digests`
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Run:
@@ -115,8 +115,8 @@ class Run:
           folder: a new or empty folder, or a run folder whose manifest has equal `BOUND` fields.
           manifest: a JSON value with the fields of `runs.manifest.manifest`.
           worker: index of this process in the run; process 0 must open the folder first.
-          overwrite: whether to delete the run in the folder, whichever run it is, and start a new
-            one. Files that no run wrote are not deleted.
+          overwrite: whether to delete an existing run in the folder, even a different run, and
+            start a new run. Files that no run wrote are not deleted.
 
         Raises:
           UserError: the folder belongs to another run (the message lists the differing fields),
@@ -152,10 +152,11 @@ class Run:
             yield run
 
     def stored(self, overwrite: bool = False) -> dict[str, Any] | None:
-        """Return the manifest in the folder, or None if it has none.
+        """Return the manifest of the folder, or None if the folder contains no manifest.
 
         Raises:
-          UserError: the manifest has another format, or, unless `overwrite`, is of another run.
+          UserError: the manifest has another format, or `overwrite` is False and the manifest is
+            damaged or belongs to another run.
         """
         if not (self.folder / MANIFEST).exists():
             return None
@@ -195,10 +196,10 @@ class Run:
         for field in sorted(set(before) & set(now)):
             if before[field] != now[field]:
                 self.notices.append(f"{field} was {shown(before[field])}, now "
-                                    f"{shown(now[field])}; what is there is reused")
+                                    f"{shown(now[field])}; existing results are reused")
 
     def binding(self, role: str) -> str:
-        """Return the digest of all that determines a role's rollouts except its questions."""
+        """Return the digest of the data that determine a role's rollouts, except the questions."""
         return digest([self.manifest.get(field) for field in BOUND]
                       + [role, self.manifest["roles"][role]])
 
@@ -208,7 +209,7 @@ class Run:
         return str(self.manifest.get(LAST, {}).get("judge", ""))
 
     def path(self, part: str, role: str, judge: str | None = None) -> pathlib.Path:
-        """Return the path of a role's file (`files.path_of`); default: the last call's judge."""
+        """Return the path of a role's file (`files.path_of`); `judge` defaults to `self.judge`."""
         return path_of(self.folder, part, role, self.judge if judge is None else judge)
 
     def live(self, role: str, shape: tuple[int, int], *, repair: bool = True) -> live.Live:
@@ -219,20 +220,24 @@ class Run:
         """Return a role's rollouts, or None if the role is not closed yet.
 
         Raises:
-          Damaged: the file differs from what the run wrote.
+          Damaged: the file differs from the content that the run wrote.
         """
         data = self.rollouts_bytes(role)
         return None if data is None else self.parsed(data)
 
     @staticmethod
     def parsed(data: bytes) -> list[dict[str, Any]]:
-        """Return the rollouts in the content of a rollouts file."""
+        """Parse the content of a rollouts file and return the rollouts."""
         # not splitlines(): replies may contain other line separators, such as U+2028
         return [json.loads(line) for line in data.decode("utf-8", "surrogatepass").split("\n")
                 if line]
 
     def rollouts_bytes(self, role: str) -> bytes | None:
-        """Return the verified content of a role's rollouts file, or None; raises as `rollouts`."""
+        """Return the verified content of a role's rollouts file, or None if there is no file.
+
+        Raises:
+          Damaged: the file differs from the content that the run wrote.
+        """
         path = self.path("rollouts", role)
         if not os.path.lexists(path):
             return None
@@ -250,7 +255,7 @@ class Run:
             raise Damaged(role, path, str(error).removeprefix(f"{path}: ")) from None
 
     def _digests(self, role: str) -> tuple[str, str]:
-        """Return the digests of a role's rollouts file: current, and before its last change."""
+        """Return the current digest of a role's rollouts file, and that before its last change."""
         if role not in self._known:
             self.sample(role)
         return self._known[role]
@@ -259,17 +264,17 @@ class Run:
         """Return the sample of a role's response means.
 
         Raises:
-          Damaged: the file is missing or differs from what the run wrote.
+          Damaged: the file is missing or differs from the content that the run wrote.
         """
         tensors, about = read_sealed(self.path("samples", role), role, self.binding(role))
         self._known[role] = about["rollouts"], about["before"]
         return Sample(json.loads(about["keys"]), tensors["base"], tensors["differences"])
 
     def sums(self, role: str, judge: str | None = None) -> Sums | None:
-        """Return the sums of a role's response means by a judge's scores, or None.
+        """Return the sums of a role's response means by a judge's scores, or None if not stored.
 
         Raises:
-          Damaged: the file differs from what the run wrote.
+          Damaged: the file differs from the content that the run wrote.
         """
         path = self.path("sums", role, judge)
         if not os.path.lexists(path):
@@ -277,12 +282,12 @@ class Run:
         return Sums.read(*read_sealed(path, role, self.binding(role)))
 
     def verdicts(self, role: str, judge: str | None = None) -> dict[str, Any] | None:
-        """Return the content of a judge's scores file of a role, or None if there is no file.
+        """Return the content of a judge's scores file for a role, or None if there is no file.
 
-        Its fields include rubric, scores and details.
+        The fields include rubric, scores and details. Scores are in the order of the rollouts.
 
         Raises:
-          Damaged: the file differs from what the run wrote, or belongs to another role or run.
+          Damaged: the file was changed, or belongs to another role or run.
         """
         path = self.path("scores", role, judge)
         if role == DEFAULT or not os.path.lexists(path):
@@ -295,7 +300,7 @@ class Run:
         return found
 
     def scores(self, role: str, judge: str | None = None) -> dict[str, int | None] | None:
-        """Return `rollout_key` → score, without failed verdicts; None if not judged."""
+        """Return `rollout_key` → score without failed verdicts, or None if there is no file."""
         found = self.verdicts(role, judge)
         if found is None:
             return None
@@ -303,14 +308,14 @@ class Run:
                 if "error" not in found["details"].get(key, {})}
 
     def save_rollouts(self, role: str, text: str) -> None:
-        """Write a role's rollouts; call `save_sample` first, which records their digest."""
+        """Write a role's rollouts; the caller must first record their digest with `save_sample`."""
         path, data = self.path("rollouts", role), text.encode("utf-8", "surrogatepass")
         if not path.exists() or path.read_bytes() != data:
             with atomic(path) as temporary:
                 temporary.write_bytes(data)
 
     def save_sample(self, role: str, sample: Sample, text: str) -> None:
-        """Write a role's sample, with the digest of the rollouts `text` (`save_rollouts`)."""
+        """Write a role's sample with the digest of `text`, the content of the rollouts file."""
         sealed, before = sha256(text.encode("utf-8", "surrogatepass")), ""
         if os.path.lexists(self.path("samples", role)):
             now, before = self._digests(role)
@@ -323,7 +328,7 @@ class Run:
 
     def save_verdicts(self, role: str, judge: str, rubric: str, scores: Mapping[str, int | None],
                       details: Mapping[str, Mapping[str, Any]]) -> None:
-        """Write a judge's scores of a role's rollouts, and the other fields of its verdicts."""
+        """Write a judge's scores for a role's rollouts, and the other fields of its verdicts."""
         write_sealed_json(self.path("scores", role, judge), {
             "role": role, "binding": self.binding(role), "judge": judge, "rubric": rubric,
             "scores": dict(scores), "details": {key: dict(value) for key, value in details.items()
@@ -346,7 +351,7 @@ class Run:
         """Return a role's vectors: label → vector [L, D].
 
         Raises:
-          Damaged: the file is missing or differs from what the run wrote.
+          Damaged: the file is missing or differs from the content that the run wrote.
         """
         return read_sealed(self.path("vectors", role), role, self.binding(role))[0]
 

@@ -1,10 +1,10 @@
 """The choice of the rollouts whose response means are stored: a seeded sample of each role.
 
-The sample is stratified by prompt: it has the same number of rollouts of each prompt, as far as
-possible. Every rollout has a random rank that depends only on the seed, the role and the rollout,
-and the rollouts of lowest rank are chosen. The sample therefore does not depend on the order in
-which the rollouts finish. When questions are added, each chosen rollout is either new or was chosen
-before.
+The sample is stratified by prompt: as far as possible, it contains the same number of rollouts of
+each prompt. Every rollout has a random rank that depends only on the seed, the role and the
+rollout, and the rollouts with the lowest ranks are chosen. The sample therefore does not depend on
+the order in which the rollouts finish. After questions are added, each chosen rollout is either new
+or was already chosen before.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def check_keep(keep: int | None) -> None:
     """Check the number of response means to store per role; None stores all.
 
     Raises:
-      UserError: the number is not an integer of at least 2.
+      UserError: `keep` is neither None nor an integer of at least 2.
     """
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 2):
-        raise UserError(f"keep_means is {keep!r}; give at least 2 for each role, or all (None)")
+        raise UserError(f"keep_means is {keep!r}; give an integer of at least 2, or None for all")
 
 
 def chosen(prompts: Mapping[str, int], keep: int | None, *, seed: int, role: str) -> list[str]:
@@ -33,8 +33,8 @@ def chosen(prompts: Mapping[str, int], keep: int | None, *, seed: int, role: str
 
     Args:
       prompts: key of each rollout → index of its prompt.
-      keep: the number of rollouts to choose; None: all.
-      seed: seed of the sample.
+      keep: the number of rollouts to choose, or None for all.
+      seed: the seed of the sample.
       role: the name of the role.
     """
     if keep is None or len(prompts) <= keep:
@@ -46,7 +46,7 @@ def chosen(prompts: Mapping[str, int], keep: int | None, *, seed: int, role: str
         keys.sort(key=lambda key: _rank(seed, role, key))
     kept: set[str] = set()
     depth = 0
-    while len(kept) < keep:  # the lowest rank of each prompt, then the second of each prompt, …
+    while len(kept) < keep:  # first the lowest rank of each prompt, then the second lowest, …
         for prompt in sorted(strata, key=lambda p: _rank(seed, role, f"prompt {p}")):
             if depth < len(strata[prompt]) and len(kept) < keep:
                 kept.add(strata[prompt][depth])

@@ -1,8 +1,8 @@
 """Sealed files: files of tensors or JSON that contain a digest of their own content.
 
-A sealed file also contains the name of its role, and the digest of what determines the role's
-rollouts (`Run.binding`). The functions that read sealed files therefore reject files that were
-edited, damaged, or copied from another role or run.
+A sealed file also contains the name of its role, and the digest of the data that determine the
+role's rollouts (`Run.binding`). The functions that read sealed files therefore reject files that
+were edited, damaged, or copied from another role or run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.inputs import TEXT_BYTES, read_bytes
 from jaxpersona.runs.damage import Damaged
 
-_CHANGED = "differs from what the run wrote"
+_CHANGED = "differs from the content that the run wrote"
 
 
 def sha256(data: bytes) -> str:
@@ -37,7 +37,7 @@ def digest(value: Any) -> str:
 
 def write_sealed(path: pathlib.Path, tensors: Mapping[str, np.ndarray],
                  about: Mapping[str, str]) -> None:
-    """Write tensors, metadata, and a digest of both; `about` has the keys role and binding."""
+    """Write tensors, the metadata `about` with the keys role and binding, and a digest of both."""
     arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     sealed = _digest(about, {name: (x.dtype, x.shape) for name, x in arrays.items()},
                      lambda name: [arrays[name].reshape(-1).view(np.uint8).data])
@@ -77,7 +77,7 @@ def read_sealed(path: pathlib.Path, role: str, binding: str,
 
 
 def write_sealed_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object and its digest; the object has the fields role and binding."""
+    """Write a JSON object, which has the fields role and binding, and its digest."""
     write_json(path, {**value, "digest": sha256(json_text(dict(value)).encode())})
 
 

@@ -20,12 +20,12 @@ SECONDS = 5.0  # minimum time between two writes
 
 
 class Status:
-    """Writes the progress of a run to status.json.
+    """The progress of a run, which is written to status.json.
 
     Attributes:
       total: the number of rollouts of the complete run.
       done: the number of rollouts that the folder contains.
-      to_judge: the number of rollouts of the complete run that a judge scores.
+      to_judge: the number of rollouts of the complete run that have to be judged.
       judged: the number of rollouts with a verdict that did not fail.
       failed: the number of verdicts that failed.
       tokens: the number of tokens that this call generated.
@@ -36,7 +36,7 @@ class Status:
 
     def __init__(self, folder: pathlib.Path, *, total: int, to_judge: int, roles: int,
                  write: bool = True) -> None:
-        """Start the clock. With `write` False, `status.json` is not written."""
+        """Start the clock; if `write` is False, status.json is never written."""
         self.folder, self.total, self.to_judge, self.roles = folder, total, to_judge, roles
         self.done = self.judged = self.failed = self.tokens = self.closed = 0
         self.cost = 0.0
@@ -45,7 +45,7 @@ class Status:
         self._first: tuple[float, int, int, int] | None = None
 
     def begin(self) -> None:
-        """Write the progress to status.json; later rates count only what comes after this call."""
+        """Write the progress to status.json, and measure all rates from this call on."""
         self._first = (time.time(), self.done, self.tokens, self.judged)
         self.write("running")
 
@@ -61,7 +61,7 @@ class Status:
             write_text(self.folder / STATUS, json.dumps(self.value(state), indent=2) + "\n")
 
     def value(self, state: str) -> dict[str, Any]:
-        """Return the current numbers as a JSON value."""
+        """Return the progress as a JSON object with the given state."""
         start, done, tokens, judged = self._first or (self._begun, self.done, self.tokens,
                                                       self.judged)
         spent = max(time.time() - start, 1e-9)
@@ -88,16 +88,16 @@ class Status:
 def read_status(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the content of a run's status.json.
 
-    The field "state" is changed from "running" to "stopped" if the run's process, on this machine,
-    has ended.
+    The returned state is "stopped" instead of "running" if the process of the run was started on
+    this machine and has ended.
 
     Raises:
       UserError: the folder contains no run, or status.json is damaged or missing.
     """
     folder = pathlib.Path(folder)
     if not (folder / MANIFEST).exists():
-        raise UserError(f"{folder}: contains no run; give the folder that `jaxpersona axis` wrote "
-                        "with --out")
+        raise UserError(f"{folder}: contains no run; give the folder that was passed to "
+                        "`jaxpersona axis` as --out")
     manifest_of(folder)
     found = read_json(folder / STATUS)
     needed = {"state": str, "process": int, "host": str, "rollouts": int, "rollouts_total": int,
@@ -108,8 +108,8 @@ def read_status(folder: str | os.PathLike[str]) -> dict[str, Any]:
     wrong = [name for name, kind in needed.items() if not isinstance(found, dict)
              or not isinstance(found.get(name), kind)]
     if wrong:
-        raise UserError(f"{folder / STATUS}: damaged (no valid {wrong[0]}); the next `jaxpersona "
-                        "axis` on the folder writes it again")
+        raise UserError(f"{folder / STATUS}: damaged (no valid field {wrong[0]}); run "
+                        "`jaxpersona axis` on the folder to write it again")
     if found["state"] == "running" and found["host"] == socket.gethostname() and not alive(
             found["process"]):
         found["state"] = "stopped"
@@ -141,14 +141,14 @@ def _lines(path: pathlib.Path) -> int:
 
 
 def describe(found: dict[str, Any]) -> list[str]:
-    """Return the content of status.json as lines of text."""
+    """Return the content of status.json as lines of text for users."""
     left = found.get("seconds_left")
     lines = [f"{found['state']}: {found['rollouts']:,} of {found['rollouts_total']:,} rollouts, "
              f"{found['verdicts']:,} of {found['verdicts_total']:,} verdicts, "
              f"{found['roles_complete']:,} of {found['roles']:,} roles complete"]
     if found["verdicts_failed"]:
-        lines.append(f"verdicts that failed: {found['verdicts_failed']:,}; the next run tries "
-                     "them again")
+        lines.append(f"failed verdicts: {found['verdicts_failed']:,}; these rollouts are judged "
+                     "again when the run is resumed")
     if found["tokens"]:
         lines.append(f"rate: {found['rollouts_per_second']:,.2f} rollouts/s, "
                      f"{found['tokens_per_second']:,.0f} tokens/s")

@@ -1,4 +1,4 @@
-"""The response means of a role as a run stores them: sums by score, and a sample of the means."""
+"""The stored form of a role's response means: their sums by score, and a sample of the means."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Sums:
         """Add the response mean [L, D] of a rollout; the mean of an empty reply is all NaN.
 
         Raises:
-          UserError: the mean has infinite values, or some but not only NaN values.
+          UserError: the mean contains infinite values, or both NaN and other values.
         """
         finite = np.isfinite(mean)
         if np.isnan(mean).all():
@@ -55,7 +55,10 @@ class Sums:
         self.groups[key] = group
 
     def agrees(self, scores: Mapping[str, int | None]) -> bool:
-        """Return whether each rollout that was added has the group of its score, or "empty"."""
+        """Return whether the group of each added rollout matches its score in `scores`.
+
+        The group "empty" matches every score.
+        """
         return all(key in scores and group in (
             EMPTY, UNDECIDED if scores[key] is None else str(scores[key]))
             for key, group in self.groups.items())
@@ -63,8 +66,8 @@ class Sums:
     def vectors(self, labels: Mapping[int, str]) -> dict[str, tuple[np.ndarray, int]]:
         """Return the average of each group: label → (vector [L, D] float32, number of rollouts).
 
-        The label "mean" has the average over all non-empty replies. Scores without rollouts are
-        omitted.
+        The vector with the label "mean" is the average over all non-empty replies. Scores without
+        rollouts are omitted.
 
         Args:
           labels: score → label, such as {3: "pos_3"}.
@@ -81,7 +84,7 @@ class Sums:
         return out
 
     def stored(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """Return the tensors and the metadata that `read` accepts."""
+        """Return the tensors and the metadata from which `read` restores the sums."""
         return dict(self.totals), {"groups": json.dumps(self.groups)}
 
     @classmethod
@@ -100,7 +103,7 @@ class Sample:
 
     Attributes:
       keys: the keys of the k rollouts, in the order of the rollouts.
-      base: [L, D] float32, the average of the means that were stored first.
+      base: [L, D] float32, the average of the finite means in the first sample of the role.
       differences: [k, L, D] bfloat16, each mean minus `base`; NaN for an empty reply.
     """
 
@@ -126,11 +129,11 @@ def sampled(keys: Iterable[str], before: Sample | None, mean: Callable[[str], np
     Args:
       keys: the keys of the rollouts; those without a known mean are omitted.
       before: an earlier sample, whose base and means are reused, or None.
-      mean: returns the response mean [L, D] of a rollout, or None if the mean is unknown.
-      shape: (L, D).
+      mean: a function that returns the response mean [L, D] of a rollout, or None if unknown.
+      shape: (L, D), the shape of a response mean.
     """
     place = {key: i for i, key in enumerate(before.keys)} if before is not None else {}
-    # two passes, so that the float32 means are never all in memory
+    # `mean` is called again below, so that the float32 means are never all in memory
     kept = [key for key in keys if key in place or mean(key) is not None]
     base = np.zeros(shape, np.float32) if before is None else before.base
     if before is None:

@@ -1,1 +1,1 @@
-"""Chat templates, tokenization and token labels."""
+"""Chat templates, tokenization and the kinds of tokens."""

@@ -1,20 +1,20 @@
-"""Tokenize conversations with the checkpoint's chat template and label every token.
+"""Tokenize conversations with the checkpoint's chat template and assign a kind to every token.
 
-The rendered text is tokenized once. Each token is labelled from the kinds of its characters, which
-`template.locate` returns. Generated tokens are never re-encoded.
+The rendered text is tokenized once. `template.locate` returns the kind of every character, and the
+kind of a token follows from those of its characters. Generated tokens are never re-encoded.
 
 Token kinds:
 - Message content is SYSTEM, USER or ASSISTANT. Text from the template, including a default system
-  prompt, is TEMPLATE. A token that contains both is TEMPLATE, except if it consists of template
-  whitespace and the start of the content's first word. Such a token is labelled as content.
+  prompt, is TEMPLATE. A token that contains both is TEMPLATE, unless it consists of template
+  whitespace and the start of the content's first word. Such a token has the kind of the content.
 - A thinking block in an assistant message, including its tags, is ASSISTANT | THINKING. A thinking
-  block that the template adds is TEMPLATE | THINKING. The last prompt token is THINKING if and only
-  if the reply starts inside an open thinking block.
-- Fenced code, including its fences, is CODE.
+  block that the template adds is TEMPLATE | THINKING. The last prompt token has the bit THINKING if
+  and only if the reply starts inside an open thinking block.
+- Fenced code, including its fences, also has the bit CODE.
 
 If the template has no system role, the system prompt is prepended to the first user message,
 separated by a blank line. The tokens of the system prompt keep the kind and turn of the system
-message. An empty system message is omitted only in this case; otherwise it is rendered.
+message. In this case, an empty system message is omitted. In all other cases, it is rendered.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class Row:
     """One tokenized conversation.
 
     Attributes:
-      tokens: [T] int32.
-      kind: [T] int32, bits of `batch.KINDS` (`batch.batch` adds valid, first and last).
+      tokens: the token ids, [T] int32.
+      kind: [T] int32, bits of `batch.KINDS` (`batch.batch` adds VALID, FIRST and LAST).
       turn: [T] int32, the index of each token's message; the generation prompt belongs to the next
         message.
-      text: the text that was tokenized.
-      messages: the messages, or None for a row built from token ids.
+      text: the tokenized text; empty in the result of `answered`.
+      messages: the conversation, or None for a row built from token ids.
     """
 
     tokens: np.ndarray
@@ -73,19 +73,19 @@ def encode(model: Any, conversations: Iterable[Any], *, reply: bool = True, thin
     """Encode conversations as a batch.
 
     Args:
-      model: a tokenizer, or an object with a `tokenizer` attribute.
+      model: a `Model` or another object with a `tokenizer` attribute, or a tokenizer.
       conversations: an iterable of B conversations, each a list of {"role", "content"} dicts or a
         string (one user message).
       reply: whether to append the generation prompt.
       thinking: the value of the template variable `enable_thinking`.
-      width: pad to this many tokens; default: the longest row.
+      width: the number of tokens to which rows are padded; default: the length of the longest row.
       variables: additional template variables, such as {"date_string": "26 Jul 2024"}.
 
     Returns:
       A batch. Each `row_id` is a hash of the row's tokens and of the row's index among equal rows.
 
     Raises:
-      UserError: see `encode_row` and `batch.batch`.
+      UserError: as for `encode_row` and `batch.batch`.
 
     Examples:
       >>> import jaxpersona as jp
@@ -115,7 +115,7 @@ def listed(given: Any, name: str = "conversations") -> list[Any]:
       name: the argument's name, for error messages.
 
     Raises:
-      UserError: `given` is empty, or a single conversation or message instead of a list of them.
+      UserError: `given` is empty, or it is not an iterable of conversations.
     """
     if isinstance(given, (str, bytes)):
         raise UserError(f"{name} is a single string ({given[:40]!r}); wrap it in a list")
@@ -141,8 +141,8 @@ def encode_row(tokenizer: Any, conversation: Any, *, reply: bool = True, thinkin
     """Encode one conversation; see `encode` for the arguments.
 
     Raises:
-      UserError: the conversation is malformed, the template rejects it or changes the contents in
-        an unsupported way, or the tokenizer has no character offsets.
+      UserError: the conversation is malformed, the template rejects it or changes its contents in
+        an unsupported way, or the tokenizer does not return character offsets.
     """
     messages = check_conversation(conversation, reply=reply)
     template = Template(tokenizer, thinking, variables)
@@ -165,14 +165,14 @@ def continue_row(tokenizer: Any, row: Row, generated: np.ndarray, message: str, 
 
     Args:
       row: the answered prompt, from `encode_row`, `generate` or this function.
-      generated: [n] token ids of the reply, with or without the stop token.
+      generated: the token ids of the reply, [n], with or without the stop token.
       message: the next user message.
       stopped: True if the reply ended at a stop token, False if it ended at the length limit. If
-        the template's end of turn begins with the same stop token, the token is not repeated.
+        the template's end-of-turn text begins with this stop token, the token is not repeated.
+      tokenizer, thinking, variables: as for `encode`.
 
     Raises:
-      UserError: `row` has no messages, or the last message of `row` is not a user message; see also
-        `encode_row`.
+      UserError: as for `encode_row`, or `row` has no messages or does not end with a user message.
     """
     check_conversation([{"role": "user", "content": message}])
     if row.messages is None:
@@ -212,10 +212,10 @@ def continue_row(tokenizer: Any, row: Row, generated: np.ndarray, message: str, 
 
 def _after_reply(template: Template, messages: list[dict[str, str]],
                  ) -> tuple[str, np.ndarray, np.ndarray, int]:
-    """Render a conversation; return (text, kind, turn) and the end of the last reply's content.
+    """Render a conversation; return (text, kind, turn, end of the last reply's content).
 
     If the template changes the reply, so that its end cannot be located, a private-use character is
-    rendered instead of the reply. This is sufficient, because only the text after it is used.
+    rendered in place of the reply. This is sufficient, because only the text after it is used.
     """
     *before, reply, message = messages
     used = "".join(m["content"] for m in messages)
@@ -235,7 +235,7 @@ def _after_reply(template: Template, messages: list[dict[str, str]],
 
 
 def _decoded_after(tokenizer: Any, before: np.ndarray, ids: np.ndarray) -> str:
-    """Decode ids after the preceding token; decoded alone, the text may lose a leading space."""
+    """Decode ids together with the preceding token, so that a leading space is not lost."""
     context = before[-1:].tolist()
     head, whole = tokenizer.decode(context), tokenizer.decode([*context, *ids.tolist()])
     return whole[len(head) :] if whole.startswith(head) else tokenizer.decode(ids.tolist())
@@ -251,7 +251,7 @@ def answered(tokenizer: Any, row: Row, reply: np.ndarray) -> Row:
     kind = np.full(reply.size, ASSISTANT | GENERATED, np.int32)
     if tokenizer is not None and reply.size:
         kind = _reply_kinds(tokenizer, row, reply)
-    turn = int(row.turn[-1]) + (not row.kind[-1] & TEMPLATE)  # adds 1 without a generation prompt
+    turn = int(row.turn[-1]) + (not row.kind[-1] & TEMPLATE)  # + 1 if there is no generation prompt
     return Row(np.concatenate([row.tokens, reply]),
                np.concatenate([row.kind & ~LAST, kind]) if reply.size else row.kind,
                np.concatenate([row.turn, np.full(reply.size, turn, np.int32)]), "")
@@ -276,7 +276,7 @@ def check_conversation(conversation: Any, *, reply: bool = True) -> list[dict[st
     """Check a conversation and return the messages; a string is a single user message.
 
     Raises:
-      UserError: the conversation is malformed; the message contains the invalid entry and the fix.
+      UserError: the conversation is malformed; the error names the invalid part and the fix.
     """
     if isinstance(conversation, str):
         conversation = [{"role": "user", "content": conversation}]
@@ -299,8 +299,8 @@ def check_conversation(conversation: Any, *, reply: bool = True) -> list[dict[st
         if not isinstance(content, str):
             raise UserError(f"message {i} has content {content!r:.60}; it must be a string")
         if re.search("[\ud800-\udfff]", content):
-            raise UserError(f"message {i} has a lone surrogate in its content, which is invalid "
-                            "Unicode; replace it")
+            raise UserError(f"message {i} contains a lone surrogate, which is invalid Unicode; "
+                            "remove it")
         if role == "system" and i:
             raise UserError(f"message {i} has role 'system'; only message 0 can have it")
         out.append({"role": role, "content": content})
@@ -320,13 +320,13 @@ def _tokenizer(model: Any) -> Any:
 
 def _tokenise(template: Template, text: str, kind: np.ndarray, turn: np.ndarray,
               begin: int = 0) -> Row:
-    """Tokenize a rendering once and label every token from its characters.
+    """Tokenize a rendering; the kind and turn of a token follow from those of its characters.
 
     Args:
       text, kind, turn: the rendering, with the kind and turn of each character.
-      begin: return only the tokens from this character on. The whole text is tokenized, because
-        the tokenizer may add a start-of-text marker to a part of it. If a token crosses `begin`,
-        a guard character and the text from `begin` on are tokenized instead.
+      begin: the character at which the returned tokens start. The whole text is tokenized, because
+        a tokenizer may treat the start of a text differently. If a token crosses `begin`, the text
+        after `begin` is tokenized instead, preceded by a guard character that is then removed.
     """
     tokens, start, stop = _spans(template, text)
     at = int(np.searchsorted(start, begin)) if begin else 0
@@ -363,10 +363,10 @@ def _tokenise(template: Template, text: str, kind: np.ndarray, turn: np.ndarray,
 
 def _spans(template: Template, text: str, *, lead: bool = True,
            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokenize a text; return ids [T] int32 and the start and stop character of each token.
+    """Tokenize a text; return the ids, [T] int32, and each token's start and stop character.
 
     The start of a token is moved back to the end of the previous token, because some tokenizers
-    exclude whitespace from the offsets, or report the same offsets for all tokens of a character.
+    exclude whitespace from the offsets, or return the same offsets for all tokens of a character.
     For base models, the result begins with the tokens that the tokenizer prepends (such as BOS).
     """
     before = template.lead if lead else []
@@ -388,7 +388,7 @@ def _spans(template: Template, text: str, *, lead: bool = True,
 
 
 def _reply_kinds(tokenizer: Any, row: Row, reply: np.ndarray) -> np.ndarray:
-    """Return the kinds of a reply's tokens, which are the same as during generation."""
+    """Return the kinds of a reply's tokens [n], equal to those that generation assigns."""
     begin, end = thinking_ids(tokenizer)
     inside = bool(row.kind[-1] & THINKING)
     kind = np.full(reply.size, ASSISTANT | GENERATED, np.int32)

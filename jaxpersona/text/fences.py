@@ -1,12 +1,12 @@
 """Detect fenced code token by token during decoding.
 
 A finite automaton over five character classes (backtick, tilde, newline, space, other) tracks
-whether the text is inside a Markdown code block. Each token maps a state to the next state, so the
-decode loop only looks up entries of a transition table [V, states].
+whether the text is inside a Markdown code block. Each token of the vocabulary maps a state to the
+next state. The decode loop therefore only looks up values in a transition table [V, states].
 
 Limitations: a fence is recognized at its third mark (backtick or tilde), and three marks also close
 a longer fence. If an opening line contains another backtick (inline code), the text between the
-fence and this backtick is labelled as code. Fences after list markers are not recognized. For
+fence and this backtick is labeled as code. Fences after list markers are not recognized. For
 complete texts, `template.fences` parses whole lines instead.
 """
 
@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-CODE_BIT = 0x80  # flag in table entries: some of the token's text is code
-_LINE, _TEXT = 0, 4  # states outside code: at a line start (1 to 3: after 1 to 3 spaces), in a line
+CODE_BIT = 0x80  # flag in the table: some of the token's text is code
+_LINE, _TEXT = 0, 4  # states outside code; 1 to 3 follow 1 to 3 spaces at a line start
 _INSIDE = 9  # this state and all higher states are inside code
 
 
@@ -29,7 +29,15 @@ def _machine() -> dict[tuple[int, str], int]:
 
     def line(start: int, text: int, marks: str, runs: dict[str, int],
              after: dict[str, int]) -> None:
-        """Add the transitions for a line: up to three spaces, a fence of three marks, or text."""
+        """Add the transitions of a line: up to three spaces, then text or a fence of three marks.
+
+        Args:
+          start: the state at the start of a line.
+          text: the state within a line that is not a fence.
+          marks: the fence characters that are recognized.
+          runs: the state after one mark, by fence character.
+          after: the state after three marks, by fence character.
+        """
         for blanks in range(4):
             state = start + blanks
             step[state, " "] = state + 1 if blanks < 3 else text
@@ -47,9 +55,10 @@ def _machine() -> dict[tuple[int, str], int]:
             step[text, c] = text
         step[text, "\n"] = start
 
-    # outside code: 0…8; opening line of a backtick fence: 9 (marks), 10 (rest); tilde fence: 11
-    # inside code, 9 states per fence character: 4 line starts, runs of 1 and 2 marks, the closing
-    # run, spaces after the closing run, text
+    # States 0 to 8 are outside code. The opening line of a backtick fence has the states 9 (marks)
+    # and 10 (rest), that of a tilde fence has the state 11. Inside code, each fence character has
+    # 9 states: 4 for the line start, 2 for runs of 1 and 2 marks, 1 for the closing run, 1 for
+    # spaces after the closing run, and 1 for text.
     inside = {"`": 12, "~": 21}
     line(_LINE, _TEXT, "`~", {"`": 5, "~": 7}, {"`": 9, "~": 11})
     for state in (9, 10, 11):
@@ -74,7 +83,10 @@ STATES = 1 + max(state for state, _ in _STEP)
 
 @functools.lru_cache(maxsize=1 << 16)
 def _walk(text: str) -> np.ndarray:
-    """Return the next state per state, [states] uint8; `CODE_BIT` is set if `text` has code."""
+    """Return the state after `text` for each initial state, [states] uint8.
+
+    `CODE_BIT` is set if some of the text is code.
+    """
     out = np.zeros(STATES, np.uint8)
     for begin in range(STATES):
         state, code = begin, False
@@ -94,7 +106,7 @@ def _reduced(text: str) -> str:
 
 
 def _written(token: str) -> str:
-    """Replace the whitespace markers of byte-level and SentencePiece vocabularies (Ġ, ▁, …)."""
+    """Replace the markers of byte-level and SentencePiece tokens (Ġ, ▁, …) with whitespace."""
     for marks, text in (("[Ġ▁]", " "), ("Ċ|<0x0A>", "\n"), ("ĉ|<0x09>", "\t"), ("č|<0x0D>", "\r")):
         token = re.sub(marks, text, token)
     return token
@@ -113,8 +125,8 @@ def walk(texts: list[str]) -> np.ndarray:
 def table(tokenizer: Any, size: int) -> np.ndarray:
     """Return the transition table of a tokenizer's vocabulary, [size, states] uint8, read-only.
 
-    Entry [token, state] is the next state, with `CODE_BIT` set if some of the token's text is code.
-    The table is cached per tokenizer and recomputed if tokens are added.
+    The value at [token, state] is the next state, with `CODE_BIT` set if some of the token's text
+    is code. The table is cached per tokenizer and recomputed if tokens are added.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {})
     known = tuple(sorted((number, str(token)) for number, token in added.items()))

@@ -27,21 +27,21 @@ from typing import Any
 from jaxpersona.errors import UserError
 
 SECONDS = 10.0  # CPU time limit of a rendering, and of all renderings of one conversation
-MEMORY = 2 << 30  # bytes of the worker's address space, including the interpreter
-CHARACTERS = 1 << 26  # maximum size of a conversation and of a rendering
-_LARGEST_REPLY = 6 * CHARACTERS + (1 << 16)  # bytes; JSON needs at most 6 bytes per character
+MEMORY = 2 << 30  # maximum bytes of the worker's address space, including the interpreter
+CHARACTERS = 1 << 26  # maximum length of a conversation and of a rendering
+_LARGEST_REPLY = 6 * CHARACTERS + (1 << 16)  # bytes; JSON uses at most 6 per character
 _WAIT = 10  # wall-clock timeout in multiples of SECONDS; large, because machines may be busy
 _START = 120.0  # wall-clock timeout in seconds for the start of the process
 _CACHED = 256  # maximum number of cached renderings
-_CACHED_BYTES = 1 << 15  # maximum size of a cached request (with the template) and of an answer
+_CACHED_BYTES = 1 << 15  # maximum size of a cached request (including the template) or answer
 
 
 class Refused(UserError):
-    """Raised if the template raises an error, for example to reject the conversation."""
+    """Raised if a chat template raises an error, for example to reject a conversation."""
 
 
 _budget: contextvars.ContextVar[list[float] | None] = contextvars.ContextVar(
-    "jaxpersona_renderings", default=None)  # one item: the remaining CPU seconds
+    "jaxpersona_renderings", default=None)  # a list with the remaining CPU seconds
 
 
 @contextlib.contextmanager
@@ -58,11 +58,11 @@ def one_conversation() -> Iterator[None]:
 
 
 def render(template: str, variables: Mapping[str, Any], source: str = "") -> str:
-    """Render a template.
+    """Render a template and return the text.
 
     Args:
-      template: Jinja source.
-      variables: template variables; JSON values.
+      template: the Jinja source.
+      variables: the template variables by name, as JSON values.
       source: the name of the tokenizer that the template belongs to, for error messages.
 
     Raises:
@@ -73,7 +73,7 @@ def render(template: str, variables: Mapping[str, Any], source: str = "") -> str
     left = _budget.get()
     if left is not None and left[0] <= 0:
         reply = {"error": "the renderings of one conversation take more than "
-                          f"{SECONDS:g} s together", "refused": False}
+                          f"{SECONDS:g} s in total", "refused": False}
     else:
         with _lock:
             reply = _answer(request)
@@ -89,7 +89,9 @@ def render(template: str, variables: Mapping[str, Any], source: str = "") -> str
 
 
 def _answer(request: bytes) -> dict[str, Any]:
-    """Return the answer to an encoded request, from the cache if possible; requires `_lock`.
+    """Return the answer to an encoded request, from the cache if possible.
+
+    The caller must hold `_lock`.
 
     Rendered texts and template errors are cached if the request is short. Answers that depend on
     the time or on random numbers ("varies"), and errors about limits, are not cached.
@@ -130,7 +132,7 @@ def _encoded(message: Any) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """Convert NumPy numbers to Python numbers and added tokens to strings."""
+    """Convert a NumPy value to Python values, or an `AddedToken` to a string."""
     if type(value).__module__.split(".")[0] == "numpy" and hasattr(value, "tolist"):
         return value.tolist()
     if type(value).__name__ == "AddedToken":
@@ -164,7 +166,7 @@ class _Worker:
                                    "characters": CHARACTERS}), _START)
         if "ready" not in ready:
             raise UserError("the process that renders chat templates cannot be started "
-                            f"({ready['error']}); {sys.executable} must be a Python with jinja2")
+                            f"({ready['error']}); install jinja2 for {sys.executable}")
 
     def ask(self, request: bytes, wait: float | None = None) -> dict[str, Any]:
         """Send a request and return the answer; kill the process on failure."""
@@ -174,13 +176,13 @@ class _Worker:
             self.sink.flush()
             head = self._read(8, wait)
             size = int.from_bytes(head, "little")
-            if size > _LARGEST_REPLY:  # not a valid answer
+            if size > _LARGEST_REPLY:  # too large for a valid answer
                 raise EOFError
             reply = self._read(size, wait)
         except (OSError, EOFError, TimeoutError) as error:
             self.end()
             return {"error": self._cause(error), "refused": False}
-        except BaseException:  # e.g. an interrupt: the next request must not read this answer
+        except BaseException:  # such as an interrupt; the next request must not read this answer
             self.end()
             raise
         return json.loads(reply.decode("utf-8", "surrogatepass"))
@@ -223,13 +225,13 @@ class _Worker:
         if _current is self:
             _current = None
         if self.process.poll() is None and isinstance(sys.exc_info()[1], EOFError | OSError):
-            # the worker may be exiting; its exit code identifies the cause
+            # if the worker is about to exit, its exit code identifies the cause
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(1.0)
         self.process.kill()
         self.process.wait()
         for pipe in (self.sink, self.source):
-            # `close` fails to flush data that the dead process has not read, but closes the pipe
+            # `close` closes the pipe even if flushing data to the dead process fails
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
 
@@ -237,11 +239,11 @@ class _Worker:
 _lock = threading.Lock()
 _cache: OrderedDict[bytes, dict[str, Any]] = OrderedDict()  # answers by request
 _current: _Worker | None = None
-_inherited: list[_Worker] = []  # workers of the parent process; kept to prevent finalization
+_inherited: list[_Worker] = []  # workers of the parent, kept to prevent finalization
 
 
 def _worker() -> _Worker:
-    """Return the running worker, or start one."""
+    """Return the running worker; start one if none is running or the limits have changed."""
     global _current
     if _current is not None and (
         _current.limits != (SECONDS, MEMORY, CHARACTERS) or _current.process.poll() is not None
@@ -253,7 +255,7 @@ def _worker() -> _Worker:
 
 
 def _forget() -> None:
-    """Drop the worker in a forked process, because the worker belongs to the parent process."""
+    """Drop the parent's worker and create a new lock in a forked process."""
     global _current, _lock
     if _current is not None:
         _inherited.append(_current)

@@ -37,7 +37,7 @@ class Generation(jinja2.ext.Extension):
     tags = {"generation"}
 
     def parse(self, parser: Any) -> Any:
-        """Parse the block."""
+        """Parse a `generation` block into a node that renders its body."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
         call = self.call_method("_same")
@@ -48,7 +48,7 @@ class Generation(jinja2.ext.Extension):
 
 
 class Table:
-    """The template global `dict`; templates cannot access the other attributes of the class."""
+    """The template global `dict`: the constructor and `fromkeys`, without other attributes."""
 
     def __call__(self, *args: Any, **fields: Any) -> dict[Any, Any]:
         return dict(*args, **fields)
@@ -142,7 +142,7 @@ def answer(request: dict[str, Any], known: dict[str, Any],
             known[source] = environment().from_string(source)
         text = known[source].render(**request["variables"])
     except MemoryError:
-        return {"error": f"rendering takes more than {limits['memory'] >> 20} MiB of memory",
+        return {"error": f"rendering needs more than {limits['memory'] >> 20} MiB of memory",
                 "refused": False}
     except RecursionError:
         return {"error": "infinite recursion", "refused": False}
@@ -157,7 +157,7 @@ def answer(request: dict[str, Any], known: dict[str, Any],
 
 
 def read(stream: BinaryIO) -> Any:
-    """Read one message; return None at end of input."""
+    """Read one message; return None at the end of the stream."""
     head = stream.read(8)
     if len(head) < 8:
         return None
@@ -165,14 +165,14 @@ def read(stream: BinaryIO) -> Any:
 
 
 def write(stream: BinaryIO, message: Any) -> None:
-    """Write one message."""
+    """Write one message and flush the stream."""
     data = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
     stream.write(len(data).to_bytes(8, "little") + data)
     stream.flush()
 
 
 def main() -> None:
-    """Answer requests until the input ends."""
+    """Read the limits, then answer requests until the end of stdin."""
     global _varies
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles interrupts
     source, sink = sys.stdin.buffer, sys.stdout.buffer

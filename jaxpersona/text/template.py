@@ -1,8 +1,8 @@
 """Locate each message's content in the text that a chat template renders.
 
-The template renders the conversation twice: with the real contents, and with private-use characters
-(marks) in their place (the twin). If the marks are replaced by the contents, verbatim or trimmed,
-the second text must equal the first. A string search for the contents would be ambiguous.
+The template renders the conversation and its twin, in which private-use characters (marks) replace
+the contents. With each mark replaced by its content, verbatim or trimmed, the second rendering must
+equal the first. The marks therefore locate the contents. A string search would be ambiguous.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ _EXAMPLES = 16  # maximum number of renderings that determine closing texts
 class _Piece(NamedTuple):
     """A piece of a message's content: text, a tag, or the separator of two merged messages."""
 
-    owner: int
-    place: int
+    owner: int  # the index of the message
+    place: int  # the index among the pieces of the message; -1 for a separator
     text: str
-    what: str = "text"
+    what: str = "text"  # or "tag", or "joint" for a separator
 
 
 _Found = tuple[_Piece, int, int]  # piece, start and end character in the rendering
 
 
 class Template:
-    """A checkpoint's chat template with its variables bound.
+    """A checkpoint's chat template with the values of its variables.
 
     Attributes:
       base: True for a base model without a template; contents are then joined as plain text.
-      lead: token ids that a base model's tokenizer prepends (such as BOS); empty if there is a
-        template, which adds them itself.
+      lead: the token ids that a base model's tokenizer prepends (such as BOS). Empty if there is a
+        template, because the template adds these tokens.
       lead_text: the text of `lead`.
     """
 
@@ -65,7 +65,7 @@ class Template:
         self.own = getattr(method, "__module__", "") != "transformers.tokenization_utils_base"
 
     def __call__(self, messages: list[dict[str, str]], reply: bool) -> str:
-        """Render messages; append the generation prompt if `reply`.
+        """Render messages, followed by the generation prompt if `reply` is true.
 
         Raises:
           sandbox.Refused: the template raises an error.
@@ -107,7 +107,7 @@ def _lead(tokenizer: Any) -> list[int]:
 
 
 def _pieces(template: Template, messages: list[dict[str, str]]) -> list[tuple[str, list[_Piece]]]:
-    """Return (role, pieces) of each message to render; merge a system message if necessary."""
+    """Split messages into (role, pieces); merge the system message if there is no system role."""
     out = []
     for owner, message in enumerate(messages):
         texts = TAGS.split(message["content"])
@@ -118,7 +118,7 @@ def _pieces(template: Template, messages: list[dict[str, str]]) -> list[tuple[st
         return out
     if len(messages) == 1 or messages[1]["role"] != "user":
         raise UserError("the chat template has no system role, and message 0 (system) cannot be "
-                        "merged: no user message follows it")
+                        "merged, because no user message follows it")
     (_, system), (_, user), *rest = out
     if not messages[0]["content"].strip():
         return [("user", user), *rest]
@@ -128,11 +128,11 @@ def _pieces(template: Template, messages: list[dict[str, str]]) -> list[tuple[st
 
 def locate(template: Template, messages: list[dict[str, str]], reply: bool,
            ) -> tuple[str, np.ndarray, np.ndarray, dict[int, int]]:
-    """Render messages; return text, kind and turn per character, and the end of each content."""
+    """Render messages; return the text, each character's kind and turn, and each content's end."""
     plan = _pieces(template, messages)
     text = template([{"role": role, "content": "".join(p.text for p in pieces)}
                      for role, pieces in plan], reply)
-    for blanks in ("all", "within", "inside", "none"):  # templates may test for empty contents
+    for blanks in ("all", "within", "inside", "none"):  # empty contents may render differently
         twin, marks = _twin(plan, text, blanks)
         skeleton = template(twin, reply)
         spans = _match(skeleton, text, marks)
@@ -167,8 +167,8 @@ def _twin(plan: list[tuple[str, list[_Piece]]], text: str, blanks: str,
           ) -> tuple[list[dict[str, str]], dict[str, _Piece]]:
     """Return the twin messages, with a unique mark per text piece, and the piece of each mark.
 
-    `blanks` selects the whitespace-only pieces to mark: "all"; "within": in contents that also have
-    other text; "inside": not before the first or after the last tag of a content; or "none".
+    `blanks` selects the whitespace-only pieces to mark: "all", "within" (if the content also has
+    other text), "inside" (if not before the first or after the last of the tags) or "none".
     """
     used = set(text).union(*(p.text for _, pieces in plan for p in pieces))
     free = (chr(code) for code in PRIVATE if chr(code) not in used)
@@ -194,7 +194,7 @@ def _twin(plan: list[tuple[str, list[_Piece]]], text: str, blanks: str,
 
 
 def _match(skeleton: str, text: str, marks: dict[str, _Piece]) -> list[_Found] | None:
-    """Locate the pieces in `text` from their marks in `skeleton`; return None if impossible."""
+    """Locate the pieces in `text` by their marks in `skeleton`; return None on a mismatch."""
     if not marks:
         return [] if skeleton == text else None
     at = [i for i, char in enumerate(skeleton) if char in marks]
@@ -250,10 +250,10 @@ def _forms(content: str) -> list[str]:
 
 def _mark_content(text: str, kind: np.ndarray, role: int, parts: list[_Piece],
                   mine: list[_Found]) -> list[tuple[int, int]]:
-    """Set the kind of one message's pieces, and of tags next to the pieces if rendered verbatim.
+    """Set the kind of one message's pieces, and of tags beside them that are rendered verbatim.
 
-    Return the start and end of every piece. If there are tags before the first piece or after the
-    last piece, also return an empty span at the outer end of these tags.
+    Return the start and end of every piece. If such tags precede the first piece or follow the last
+    piece, also return an empty span at the outer end of these tags.
     """
     places = [(start, end) for _, start, end in mine]
     for (piece, start, end), after in itertools.zip_longest(mine, mine[1:]):
@@ -300,12 +300,12 @@ def _turns(template: Template, twin: list[dict[str, str]], marks: dict[str, _Pie
     if reply and not template.base:
         closed = template(twin, False)
         coming = len(skeleton) - len(closed) if skeleton.startswith(closed) else 0
-        turn[max(at, len(text) - coming) if coming else at :] = n  # 0: all remaining text
+        turn[max(at, len(text) - coming) if coming else at :] = n  # if 0: all remaining text
     return turn
 
 
 def _manner(twin: list[dict[str, str]], m: int) -> tuple[Any, ...]:
-    """Return the properties of a message that its closing text can depend on, as a tuple."""
+    """Return a tuple of the message's properties on which its closing text can depend."""
     content = twin[m]["content"]
     return (twin[m]["role"], bool(content), tuple(sorted(set(TAGS.findall(content)))),
             m == 0 or twin[m - 1]["role"])
@@ -313,11 +313,11 @@ def _manner(twin: list[dict[str, str]], m: int) -> tuple[Any, ...]:
 
 def _closings(template: Template, twin: list[dict[str, str]],
               marks: dict[str, _Piece], places: dict[int, int]) -> dict[tuple[Any, ...], str]:
-    """Return the closing text for each `_manner`.
+    """Return the closing texts of messages, by `_manner`.
 
-    For each `_manner`, the closing texts of its first two messages are rendered. The second one is
-    returned, because templates may treat a conversation's first message differently. At most
-    `_EXAMPLES` closing texts are rendered.
+    The closing texts of the first two messages of each `_manner` are rendered, and the second text
+    is returned, because templates may treat a conversation's first message differently. In total,
+    at most `_EXAMPLES` closing texts are rendered.
     """
     seen: dict[tuple[Any, ...], int] = {}
     out: dict[tuple[Any, ...], str] = {}
@@ -330,7 +330,7 @@ def _closings(template: Template, twin: list[dict[str, str]],
         looked += 1
         try:
             alone = template(twin[: m + 1], False)
-        except Refused:  # some templates reject a conversation that ends here
+        except Refused:  # some templates reject conversations that end with this message
             continue
         if at := [i for i, char in enumerate(alone) if char in marks]:
             last = places[marks[alone[at[-1]]].owner]
@@ -344,7 +344,7 @@ def _mark_thinking(text: str, kind: np.ndarray, turn: np.ndarray, messages: list
     if OPEN not in text and CLOSE not in text:
         return
     begins = np.full(len(messages) + 1, -1)
-    begins[turn[::-1]] = np.arange(len(text))[::-1]  # reversed: the first index of a turn remains
+    begins[turn[::-1]] = np.arange(len(text))[::-1]  # reversed to keep each turn's first index
     ends = np.full(len(messages) + 1, -1)
     ends[turn] = np.arange(len(text))
     for i in range(len(messages) + 1):
@@ -359,7 +359,7 @@ def _mark_thinking(text: str, kind: np.ndarray, turn: np.ndarray, messages: list
             if tag[0] == OPEN:
                 begin = start if begin is None else begin
                 continue
-            if begin is None:  # the generation prompt opened the block
+            if begin is None:  # no opening tag: the generation prompt opened the block
                 begin = start if blocks or not content else min(content[0][0], start)
             blocks.append((begin, end, start))
             begin = None
@@ -368,10 +368,10 @@ def _mark_thinking(text: str, kind: np.ndarray, turn: np.ndarray, messages: list
             blocks.append((begin, end, end))
         starts = [start for start, _ in content]
         for begin, end, inner in blocks:
-            # starts are ascending; `one` is the first content that starts after the block begins
+            # `starts` is ascending; `one` is the first span that starts in or after the block
             one = bisect.bisect_left(starts, begin)
             own = one < len(content) and content[one][1] <= inner
-            own = own or bool((kind[begin:end] & ASSISTANT).any())  # verbatim tags only
+            own = own or bool((kind[begin:end] & ASSISTANT).any())  # if the block has only tags
             kind[begin:end] = (ASSISTANT if own else TEMPLATE) | THINKING
 
 

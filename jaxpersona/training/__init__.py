@@ -1,1 +1,1 @@
-"""Train directions by gradient descent through a frozen model."""
+"""Training of directions by gradient descent through a frozen model."""

@@ -1,7 +1,8 @@
-"""Train a steering vector through a frozen model with a user-defined loss.
+"""Training of a steering vector through a frozen model with a user-defined loss.
 
 The vector is the parameter of a `flax.nnx` module, and gradients flow through the intervention that
-adds it. Training is saved in Orbax checkpoints and can be resumed. The result is a named direction.
+adds it. Orbax checkpoints store the training state, so a run can be resumed. The result is a named
+direction.
 """
 
 from __future__ import annotations
@@ -45,21 +46,21 @@ class Direction(nnx.Module):
     """A trainable steering vector: h ← h + v at the given layers, site and tokens.
 
     Attributes:
-      vector: [l, D] float32, one vector per layer.
+      vector: [l, D] float32, one vector for each of the l layers.
       layers, site, where: the layers, the site and the tokens at which the vector is added.
     """
 
     def __init__(self, width: int, layers: Layers, *, where: Where | str = everywhere,
                  site: Site = "residual", size: float = 0.1, seed: int = 0) -> None:
-        """Initialize a small random vector.
+        """Initialize the vectors of all layers with small random values.
 
         Args:
           width: the width D of the model's residual stream.
           layers: an int, a slice with a stop, a list of ints, or a string such as "46:54".
           where: the tokens to steer.
           site: the site to steer, as in `steer`.
-          size: the norm of each layer's initial vector; positive, because the norm is not
-            differentiable at 0.
+          size: the norm of each layer's initial vector. It must be positive, because the norm is
+            not differentiable at 0.
           seed: the seed of the random initialization.
 
         Raises:
@@ -116,7 +117,7 @@ def fit(
     Args:
       model: the result of `load`.
       direction: the vector to train.
-      loss: a function loss(output, batch) → scalar, traceable by JAX, which is minimized.
+      loss: the function to minimize, loss(output, batch) → scalar; JAX must be able to trace it.
       batches: the training batches, used cyclically. Batches of equal shape share one compiled
         program.
       steps: the total number of steps, including those of an earlier run in `folder`.
@@ -129,9 +130,9 @@ def fit(
       The loss of every step of this call.
 
     Raises:
-      UserError: an argument has the wrong type; there are no batches or steps; the direction does
-        not match the model or the checkpoint; the checkpoint has more steps than `steps`; the loss
-        is not a scalar; the loss or its gradient is not finite; or this process was forked from a
+      UserError: an argument has the wrong type, there are no batches or steps, the direction does
+        not match the model or the checkpoint, the checkpoint has more steps than `steps`, the loss
+        is not a scalar, the loss or its gradient is not finite, or this process was forked from a
         process that had used JAX. If the loss or its gradient is not finite, the direction keeps
         the value from before that step.
     """
@@ -220,7 +221,7 @@ class _Checkpoints:
         return self.manager.latest_step()
 
     def save(self, step: int, state: Any) -> None:
-        """Save the state after a step; only the last two checkpoints are kept."""
+        """Save the state after a step and delete all but the last two checkpoints."""
         import orbax.checkpoint as ocp
 
         self.manager.save(step, args=ocp.args.StandardSave(_numbered(state)))
@@ -230,8 +231,8 @@ class _Checkpoints:
         """Return the state after a step, with the tree structure of `target`.
 
         Raises:
-          UserError: the checkpoint is damaged, or its structure differs (different layers, width or
-            optimizer).
+          UserError: the checkpoint is damaged, or was written with other layers, another width or
+            another optimizer.
         """
         import orbax.checkpoint as ocp
 
@@ -253,7 +254,7 @@ class _Checkpoints:
 
 
 def _check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
-    """Write a training run's settings to a new folder, or compare them with a folder's settings.
+    """Write a run's settings to a new folder, or compare them with those in an existing folder.
 
     Raises:
       UserError: the folder belongs to another training run, or cannot be written.
@@ -276,14 +277,18 @@ def _check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
 
 
 def _numbered(state: Any) -> dict[str, Any]:
-    """Return a state's arrays, keyed by number so that checkpoints do not depend on classes."""
+    """Return a state's arrays by index, so that checkpoints do not depend on pytree classes."""
     return {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
 
 
 @contextlib.contextmanager
 def _checkpoints(folder: str | pathlib.Path | None, direction: Direction,
                  model: Model) -> Iterator[_Checkpoints | None]:
-    """Open a training run's checkpoints and check that they match the direction and the model."""
+    """Yield the checkpoints of a run, or None if `folder` is None.
+
+    Raises:
+      UserError: the checkpoints do not match the direction or the model, or cannot be read.
+    """
     if folder is None:
         yield None
         return

@@ -1,1 +1,1 @@
-"""Named directions of the residual stream: vectors, axes and caps."""
+"""Named directions in activation space: vectors, axes and caps."""

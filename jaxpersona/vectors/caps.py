@@ -1,4 +1,4 @@
-"""Caps stored as arrays, and a check that a direction or caps were made for a model."""
+"""The class `Caps`, and a check that directions or caps were made for a given model."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from jaxpersona.vectors.vector import CONTROL_VECTOR, Vector, check_names, float
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Caps(Table):
-    """Floors on n projections of the residual stream, in the order in which they are applied.
+    """An ordered list of n caps, each a floor on one projection of the residual stream.
 
-    A layer may have several caps.
+    A layer may have several caps, which are applied in the order of the list.
 
     Attributes:
-      values: [n, D] float32, the directions, not normalized.
+      values: [n, D] float32, the direction of each cap, not normalized.
       layers: n zero-based layers; cap i applies to the residual stream after block layers[i].
       floors: [n] float32, the minimum projection on each unit direction.
       labels: n strings, one per cap.
@@ -70,7 +70,8 @@ class Caps(Table):
                             f"{list(floors.shape)}, {count} layers and {len(self.labels)} labels; "
                             "n caps need values [n, D], floors [n], n layers and n labels")
         if not np.isfinite(values).all() or not np.isfinite(floors).all():
-            raise UserError(f"caps {self.name!r} contain a non-finite value")
+            raise UserError(f"caps {self.name!r} contain a non-finite value; all values must be "
+                            "finite")
         if not values.any(axis=1).all():
             raise UserError(f"caps {self.name!r} contain a zero vector; give nonzero vectors")
         if any(type(layer) is not int or not 0 <= layer < MAX_LAYERS for layer in self.layers):
@@ -100,10 +101,13 @@ class Caps(Table):
                 **self.notes}
 
     def tables(self) -> list[tuple[Vector, tuple[int, ...], np.ndarray]]:
-        """Return the arguments of successive calls to `cap`: direction, layers and floors [l].
+        """Return the arguments of successive calls of `cap`.
 
         The k-th call contains the k-th cap of every layer that has at least k caps, so chaining the
-        calls applies the caps of each layer in order.
+        interventions applies the caps of each layer in order.
+
+        Returns:
+          For each call, the direction, the l layers, and the floors [l].
         """
         rounds: list[dict[int, int]] = []
         for i, layer in enumerate(self.layers):
@@ -131,17 +135,21 @@ Found = TypeVar("Found", bound=Vector | Caps)
 
 
 def fitted(found: Found, config: ModelConfig, name: str, fingerprint: str = "") -> Found:
-    """Return a direction or caps after checking that they were made for a model.
+    """Check that a direction or caps were made for a given model, and return them.
 
-    If `fingerprint` is empty, or the fingerprint in `found` has an older scheme, only the half of
-    the fingerprint that depends on the configuration is compared.
+    If `fingerprint` is empty, or the fingerprint of `found` has an older scheme, only the half of
+    the fingerprint that depends on the configuration is compared. A fingerprint with a newer scheme
+    is not compared.
 
-    A control vector written by another program may end at the last layer that it steers. The
-    missing layers are filled with zeros.
+    A control vector that another program wrote may have fewer layers than the model. The missing
+    layers are filled with zeros.
 
     Args:
       found: the direction or the caps.
       config, name, fingerprint: the model's configuration, name and fingerprint.
+
+    Returns:
+      `found`, with any missing layers added.
 
     Raises:
       UserError: the width, the number of layers or the fingerprint differs.
@@ -158,7 +166,8 @@ def fitted(found: Found, config: ModelConfig, name: str, fingerprint: str = "") 
         raise UserError(
             f"{found.kind} {found.name!r} is for {layers} layers of width "
             f"{found.values.shape[1]}, but {name} has {config.n_layers} layers of width "
-            f"{config.d_model}: it was made for another model; use the {found.kind} of this model"
+            f"{config.d_model}, so it was made for another model; use the {found.kind} of this "
+            "model"
         )
     if found.fingerprint_scheme > SCHEME:  # fingerprints of later schemes cannot be compared
         return found

@@ -1,7 +1,7 @@
-"""Named directions, and metadata about the model and site at which a direction was measured.
+"""Named directions, with metadata about the model and the site where a direction was measured.
 
-Interventions check the metadata of a `Vector`. A plain array has no metadata, so its use with
-another model or site is not detected.
+Interventions check the metadata of a `Vector`. A plain array has no metadata, so an array that is
+used with the wrong model or at the wrong site is not detected.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ def float32(values: Any, field: str) -> np.ndarray:
 
 
 def check_names(found: Any) -> None:
-    """Check the text metadata of a direction or of caps; convert the notes to Python values."""
+    """Check the metadata of a direction or of caps, and convert the notes to Python values.
+
+    Raises:
+      UserError: a field is invalid.
+    """
     for field in ("name", "model", "fingerprint"):
         value = getattr(found, field)
         if not isinstance(value, str):
@@ -52,7 +56,11 @@ def check_names(found: Any) -> None:
 
 
 def _plain(notes: Any) -> dict[str, Any]:
-    """Convert NumPy and JAX scalars in notes to Python scalars, which all file formats support."""
+    """Convert NumPy and JAX scalars in notes to Python scalars, which all file formats support.
+
+    Raises:
+      UserError: the notes are not a dict of strings and numbers.
+    """
     if not isinstance(notes, Mapping):
         raise UserError(f"notes is a {type(notes).__name__}; it must be a dict")
     plain = {}
@@ -67,11 +75,11 @@ def _plain(notes: Any) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Vector(Table):
-    """A direction in the residual stream at every layer of one model.
+    """A direction in activation space at every layer of one model.
 
     Attributes:
-      values: [L, D] float32, not normalized. values[l] is the direction at block l (zero-based);
-        for the site "residual", a direction of the residual stream after that block.
+      values: [L, D] float32, not normalized. values[l] is the direction at block l (zero-based). If
+        the site is "residual", this is a direction of the residual stream after the block.
       name: the name of the direction.
       model: the model's name.
       fingerprint: the model's fingerprint (sixteen hexadecimal digits), or "" if unknown.
@@ -110,7 +118,8 @@ class Vector(Table):
             raise UserError(f"values has shape {values.shape}; it must be [L, D], with L and D "
                             "nonzero")
         if not np.isfinite(values).all():
-            raise UserError(f"{self.kind} {self.name!r} contains a non-finite value")
+            raise UserError(f"{self.kind} {self.name!r} contains a non-finite value; all values "
+                            "must be finite")
         check_names(self)
         if self.site not in SITES:
             raise UserError(f"site is {self.site!r}; it must be one of {SITES}")
@@ -143,7 +152,7 @@ class Vector(Table):
 
     @property
     def origin(self) -> int:
-        """The hash of the model's weights, from the fingerprint; 0 if unknown or not comparable."""
+        """The hash of the model's weights in the fingerprint, or 0 if unknown or not comparable."""
         return origin(self.fingerprint) if self.fingerprint_scheme == SCHEME else 0
 
     def at_layers(self, layers: tuple[int, ...]) -> np.ndarray:
@@ -151,13 +160,13 @@ class Vector(Table):
         return self.values[list(layers)]
 
     def thresholds(self, percentile: str, *, of: str = "default") -> np.ndarray:
-        """Raise an error: only an `Axis` has thresholds.
+        """Raise an error, because only an `Axis` has thresholds.
 
         Raises:
           UserError: always.
         """
-        raise UserError(f"{self.kind} {self.name!r} has no thresholds; only an Axis has "
-                        "thresholds: load an axis with jp.load_axis, or give the floor as numbers")
+        raise UserError(f"{self.kind} {self.name!r} has no thresholds, which only an Axis has; "
+                        "load an axis with jp.load_axis, or give the floor as numbers")
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Return the values, so that `np.asarray(vector)` is [L, D]."""
@@ -192,7 +201,7 @@ class Vector(Table):
         return self._with(self.values - other.values, f"{self.name} - {other.name}")
 
     def __getitem__(self, layers: Layers) -> Vector:
-        """Return the direction with all layers set to zero except those given (`vector[4:8]`)."""
+        """Return a copy that is zero at all layers except the given ones, as in `vector[4:8]`."""
         kept = np.zeros_like(self.values)
         at = list(resolve_layers(layers, self.n_layers))
         kept[at] = self.values[at]
@@ -246,12 +255,13 @@ class Axis(Vector):
     """The Assistant Axis, oriented so that a higher projection is more Assistant-like.
 
     Attributes:
-      percentiles: for each population, a dict from percentile names, such as "p25", to arrays [L]
-        float32. The values are percentiles of the projections of the population's mean response
-        activations on the unit axis.
+      percentiles: for each population of rollouts, a dict from percentile names, such as "p25", to
+        arrays [L] float32. The arrays contain percentiles of the projections of the rollouts' mean
+        response activations on the unit axis.
 
     Raises:
-      UserError: as for `Vector`, or if percentiles are not one finite number per layer.
+      UserError: a field is invalid as in `Vector`, or a percentile is not one finite number per
+        layer.
 
     Examples:
       >>> import jaxpersona as jp
@@ -294,7 +304,8 @@ class Axis(Vector):
         """Return the projection at a percentile for every layer, [L] float32.
 
         Args:
-          percentile: the name of the percentile; a quarter of the population is below "p25".
+          percentile: the name of the percentile. For example, 25% of the population has projections
+            below "p25".
           of: the population: "default" (rollouts of the default persona) or "all" (all rollouts).
 
         Raises:
@@ -317,13 +328,17 @@ class Axis(Vector):
 
 
 def _by_number(name: str) -> tuple[float, str]:
-    """Return a key that sorts p5 before p25, and names without a number last."""
+    """Return a sort key that orders p5 before p25 and puts names without a number last."""
     number = re.fullmatch(r"p(\d+(?:\.\d+)?)", name)
     return float(number.group(1)) if number else np.inf, name
 
 
 def _percentiles(population: str, table: Any, layers: int) -> dict[str, np.ndarray]:
-    """Check that a population's percentiles are finite arrays [L]; return float32 arrays."""
+    """Check that a population's percentiles are finite arrays [L], and convert them to float32.
+
+    Raises:
+      UserError: a name or a value is invalid.
+    """
     if not isinstance(table, Mapping):
         raise UserError(f"percentiles[{population!r}] is a {type(table).__name__}; it must be a "
                         "dict from percentile names, such as 'p25', to arrays [L]")

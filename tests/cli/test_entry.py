@@ -188,15 +188,15 @@ def test_a_reading_without_tokens_is_said(caplog):
     asked, said = [{"role": "user", "content": "hi"}], [{"role": "user", "content": "hi"},
                                                         {"role": "assistant", "content": "so"}]
     for capture in (None, jp.capture.last(jp.response), jp.capture.moments(np.ones((1, 32)))):
-        with pytest.raises(ValueError, match=r"no token to read in conversations 0, 1 \(2 of 2\)"):
+        with pytest.raises(ValueError, match=r"selects no token in conversations 0, 1 \(2 of 2\)"):
             jp.extract(m, [asked, "so"], capture=capture)
     with pytest.raises(ValueError, match="where="):
         jp.extract(m, [[5, 6, 7]])
     caplog.clear()
     with caplog.at_level(logging.WARNING, "jaxpersona"):
         out = jp.extract(m, [said, asked, said])
-        assert ("capture 'mean' has no token to read in conversation 1 (1 of 3), so its value is "
-                "NaN: where= (by default") in caplog.text
+        assert ("capture 'mean' selects no token in conversation 1 (1 of 3), so its value is NaN; "
+                "add tokens that where= selects (by default") in caplog.text
         assert np.isnan(out.captured["mean"][1]).all()
         assert np.isfinite(out.captured["mean"][[0, 2]]).all()
         caplog.clear()
@@ -212,16 +212,16 @@ def test_a_reading_without_tokens_is_said(caplog):
             found = s.run(m.params, m.config, batch, capture=read).captured[name]
             assert not caplog.text
             _ = found.value
-            assert (f"capture {name!r} has no token to read in rows 0, 1 (2 of 2), so their values "
-                    "are NaN: where= (by default the content of assistant messages) "
-                    "selects no token") in caplog.text
+            assert (f"capture {name!r} selects no token in rows 0, 1 (2 of 2), so their values are "
+                    "NaN; add tokens that where= selects (by default, the content of assistant "
+                    "messages)") in caplog.text
         # an empty reply
         caplog.clear()
         stop = dataclasses.replace(m, stop_ids=tuple(range(258)))
         out = jp.generate(stop, [asked, asked], capture=jp.capture.mean(), batch_size=4,
                           max_new_tokens=3)
         assert out.text == ["", ""] and np.isnan(out.captured["mean"]).all()
-        assert "capture 'mean' has no token to read in conversations 0, 1 (2 of 2)" in caplog.text
+        assert "capture 'mean' selects no token in conversations 0, 1 (2 of 2)" in caplog.text
 
 
 @pytest.mark.parametrize(("tokens", "reading"), [

@@ -49,7 +49,7 @@ def no_load(*_, **__):
     (["--judge", "model:owner/name"], "the judge needs an eval_prompt; add"),
     (["--min-count", "99"], "min_count is 99; the axis needs at least two roles"),
     (["--limit", "1", "--min-count", "1"], "roles has"),
-    (["--judge-cost", "1"], "--judge-cost is 1.0; give USD for each judged reply, with --dry-run"),
+    (["--judge-cost", "1"], "--judge-cost is 1.0; give the cost of judging one reply in USD"),
     (["--dry-run", "--judge-cost", "-1"], "--judge-cost is -1.0"),
 ])
 def test_what_would_fail_later_is_refused_before_a_model_is_loaded(more, wanted, tmp_path,
@@ -90,7 +90,7 @@ def test_a_run_that_does_not_fit_its_disk_is_refused(mini, tmp_path, monkeypatch
     monkeypatch.setattr(shutil, "disk_usage", lambda _: real._replace(free=10_000))
     assert s.run_command(["axis", "--out", str(tmp_path / "run"), "--dry-run", "--limit", "4",
                           "--sample-seconds", "0"]) == 2
-    assert "its disk has too little space" in capsys.readouterr().err
+    assert "its disk has too little free space" in capsys.readouterr().err
 
 
 def test_a_base_model_is_refused_by_the_self_test_in_one_line(mini, monkeypatch, capsys):

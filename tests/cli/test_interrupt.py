@@ -96,7 +96,7 @@ def test_a_signal_during_a_run_says_what_is_kept(checkpoint, texts, tmp_path, ca
     assert s.run_command(command) == 128 + number
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith(f"stopped; {out} contains 3 rollouts")
-    assert said.endswith("; the same command resumes from here")
+    assert said.endswith("; run the same command to resume")
     assert [signal.getsignal(n) for n in SIGNALS] == before
     monkeypatch.undo()
     made = []
@@ -152,7 +152,7 @@ def test_a_killed_command_of_its_own_process_is_one_line(checkpoint, texts, tmp_
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
-    assert re.search(r"^stopped; .*out contains .*; the same command resumes from here$", err, re.M)
+    assert re.search(r"^stopped; .*out contains .*; run the same command to resume$", err, re.M)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])

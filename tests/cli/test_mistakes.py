@@ -218,7 +218,7 @@ def no_load(*_, **__):
     (["axis", "--roles", "data", "--judge", "gpt4"],
      "judge is 'gpt4'; choose self, model:NAME, http:MODEL, human:FILE.csv or none"),
     (["project", "talk.json", "--on", "a.npy", "--png", "no/drift.png"],
-     "--png is no/drift.png; there is no folder no: create it first"),
+     "--png is no/drift.png; the folder no does not exist: create it first"),
 ])
 def test_arguments_are_checked_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, arguments,
                                                         wanted):

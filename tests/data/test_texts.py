@@ -269,7 +269,7 @@ def test_commands(tmp_path):
     assert isinstance(app, typer.Typer)
     assert "275 and the default" in runner.invoke(app, ["check"]).stdout
     assert "pirate" in runner.invoke(app, ["show", "role", "pirate"]).stdout
-    assert "files in" in runner.invoke(app, ["export", str(tmp_path / "out")]).stdout
+    assert "files to" in runner.invoke(app, ["export", str(tmp_path / "out")]).stdout
     # the command prints the error, so nothing is raised
     assert isinstance(runner.invoke(app, ["check", str(tmp_path / "no")]).exception, ValueError)
 

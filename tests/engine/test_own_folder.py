@@ -46,8 +46,8 @@ def test_a_folder_that_others_may_write_is_not_used(folder, caplog):
     folder.write("a", CONTENT)
     for mode in (0o770, 0o707):
         folder.path.chmod(mode)
-        assert refused(folder, caplog, f"may be written by other users (mode {mode:o})")
-        assert "may be written by other users" in (private(folder.path) or "")
+        assert refused(folder, caplog, f"is writable by other users (mode {mode:o})")
+        assert "is writable by other users" in (private(folder.path) or "")
         folder.write("b", CONTENT)
     folder.path.chmod(0o700)
     assert folder.read("a") == CONTENT and folder.read("b") is None
@@ -74,7 +74,7 @@ def test_links_are_not_followed(folder, caplog, tmp_path):
 def test_a_file_that_others_may_write_is_not_used(folder, caplog):
     folder.write("a", CONTENT)
     (folder.path / "a").chmod(0o622)
-    assert refused(folder, caplog, "the file may be written by other users")
+    assert refused(folder, caplog, "the file is writable by other users")
 
 
 @pytest.mark.parametrize("damage", [

@@ -137,7 +137,7 @@ def test_batches_are_full_and_rows_come_once():
     (lambda: next_logprobs(MODEL, ROWS, 5), "candidates is 5"),
     (lambda: next_logprobs(MODEL, ROWS, [[1, 2]]), "candidates is"),
     (lambda: next_logprobs(MODEL, ROWS, [97]), "97"),
-    (lambda: next_logprobs(MODEL, [[4] * 512], [5]), "shorten it"),
+    (lambda: next_logprobs(MODEL, [[4] * 512], [5]), "shorten the prompt"),
 ], ids=["none", "text", "long", "id", "batch", "width", "no-candidate", "text-candidate",
         "one-candidate", "nested-candidates", "candidate", "full"])
 def test_a_mistake_is_one_line(call, message):

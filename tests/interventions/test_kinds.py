@@ -158,7 +158,7 @@ MIXED = [Vector(np.eye(8)[:2] + i, fingerprint=f"{i}" * 16) for i in (1, 2)]
     ("where is 'anywhere'; give a test .* everywhere, prompt, generated",
      lambda u: steer(u, layers=1, where="anywhere")),
     ("where is 3", lambda u: steer(u, layers=1, where=3)),
-    (r"fn has the arguments \(h\); it must accept \(params, h\)",
+    (r"fn has the signature \(h\); it must accept \(params, h\)",
      lambda u: custom(lambda h: h, layers=1)),
     ("floor is 'p25'", lambda u: cap(u, layers=1, floor="p25")),
     ("floor is infinite in float32", lambda u: cap(u, layers=1, floor=1e39)),

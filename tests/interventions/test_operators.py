@@ -72,7 +72,7 @@ REFUSED = {
     "of is 'all'": lambda: AXIS.thresholds("p25", of="all"),
     "percentile is 'p50'": lambda: AXIS.thresholds("p50", of="default"),
     "percentile is 25; write p25; this axis has p25": lambda: AXIS.thresholds(25),
-    "'vector' has no thresholds; only an Axis has thresholds": lambda: Vector(np.ones((4, 8)))
+    "'vector' has no thresholds, which only an Axis has": lambda: Vector(np.ones((4, 8)))
     .thresholds("p25"),
     "axis 'vector' has no thresholds; give the floor as numbers": lambda: Axis(np.ones((4, 8)))
     .thresholds("p25"),
@@ -83,7 +83,7 @@ REFUSED = {
     "different numbers of rows": lambda: chain(
         steer(V[None], layers=1, rows=[0, 0]), steer(V[None], layers=1, rows=[0])).rows,
     "row 2 is out of range": lambda: steer(V[None], layers=1, rows=[0, 0]).take([2]),
-    "width 8; the model": lambda: steer(V, layers=1).check(layers=4, width=9, rows=1),
+    "width 8, but the model": lambda: steer(V, layers=1).check(layers=4, width=9, rows=1),
     "the model has layers 0…0": lambda: steer(V, layers=1).check(layers=1, width=8, rows=1),
     "for 2 rows, but the batch has 3": lambda: steer(V[None], layers=1, rows=[0, 0]).check(
         layers=4, width=8, rows=3),

@@ -111,8 +111,8 @@ REFUSED = [
     (steer(layers="9:12"), "out of range; layers must be in 0…"),
     (steer(layers="a:b"), "layers is 'a:b': must be an integer, a list"),
     (steer(layers=True), "layers is True: must be an integer"),
-    (steer(vector=[1.0, 2.0]), "width 2; the model's residual stream has 32"),
-    (steer(vector=[[1.0], [1.0, 2.0]]), "different lengths"),
+    (steer(vector=[1.0, 2.0]), "width 2, but the model's residual stream has width 32"),
+    (steer(vector=[[1.0], [1.0, 2.0]]), "lists of the same length"),
     (steer(firstToken=False), "firstToken is unknown; did you mean 'first_token'"),
     (steer(Scale=1), "Scale is unknown"), ([], "empty list"), ({}, "operator is missing"),
     ({"operator": [1]}, r"operator is \[1\]; choose"),
@@ -120,7 +120,7 @@ REFUSED = [
     (steer(gate={"vector": A, "layer": 0, "aboveX": 2}), "gate.aboveX is unknown; did you mean"),
     (steer(where={"turns": [3, 1]}), "contains no message"),
     ({"operator": "cap", "vector": A, "layers": 1, "floor": 1, "of": "all"},
-     "of selects the population of a percent"),
+     '"of" selects the population of a percent'),
     ({"operator": "cap", "vector": A, "layers": 1, "floor": 1e39}, "infinite in float32"),
     (steer(vector="x" * 300 + ".safetensors"), "xxx"),
     (steer(vector="absent.safetensors"), "absent.safetensors"),
@@ -229,7 +229,7 @@ def test_from_the_command_line(tmp_path, capsys):
     arguments = ["generate", "Hello.", "--max-new-tokens", "4", "--spec"]
     with pytest.raises(SystemExit) as stop:
         main([*arguments, str(tmp_path / "edits.json")])
-    assert not stop.value.code and "4 tokens seen, 4 changes" in capsys.readouterr().err
+    assert not stop.value.code and "4 tokens selected, 4 changes" in capsys.readouterr().err
     (tmp_path / "edits.json").write_text(json.dumps([{**rows[0], "layers": 99}]))
     assert s.run_command([*arguments, str(tmp_path / "edits.json")]) == 2
     assert "interventions[0]: layers is 99, which is out of range" in capsys.readouterr().err

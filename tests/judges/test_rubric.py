@@ -73,7 +73,7 @@ def test_a_judge_gives_one_verdict_per_item_in_any_order():
     found = in_order(Broken(Verdict("b", 1), Verdict("a", error="later")), [ITEM, other])
     assert [v.key for v in found] == ["a", "b"] and found[0].error == "later"
     for verdicts, wanted in (
-            ((Verdict("a", 1),), "gave 1 verdicts on 2"), ((Verdict("a", 1),) * 2, "or has one"),
+            ((Verdict("a", 1),), "gave 1 verdicts on 2"), ((Verdict("a", 1),) * 2, "or already"),
             ((Verdict("c", 1),), "unknown"), ((Verdict("a", 4),), "the score 4"),
             ((Verdict("a", True),), "the score True"), ((Verdict("a", 1.0),), "the score 1.0")):
         with pytest.raises(jp.UserError, match=wanted):

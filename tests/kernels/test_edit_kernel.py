@@ -196,7 +196,7 @@ def test_what_the_kernel_cannot_do_is_an_error_with_its_reason():
         with pytest.raises(ValueError, match=words):
             jp.forward(model.params, model.config, batch, residual=residual, **options)
 
-    refused("residual is 'fast'; it must be xla, pallas, interpret", "fast")
+    refused("residual is 'fast'; it must be one of xla, pallas, interpret", "fast")
     refused("residual is 'pallas', but the platform is cpu, and the kernel is written for TPUs; "
             "use 'xla'", "pallas")
     refused("layer 1 has a Rotation, which is not a rank-one edit",

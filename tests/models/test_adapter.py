@@ -174,7 +174,8 @@ REFUSED = {
     "type": (dict(peft_type="IA3"), "peft_type is 'IA3'; only 'LORA'"),
     "pissa": (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights is 'pissa_niter_4'"),
     "alpha": (dict(lora_alpha="big"), "lora_alpha of model.layers.0.* is 'big'"),
-    "rank": (dict(r=5), "r of model.layers.0.* is 5; adapter_model.safetensors has rank 4"),
+    "rank": (dict(r=5),
+             "r of model.layers.0.* is 5, but its rank in adapter_model.safetensors is 4"),
     "pattern": (dict(rank_pattern={"(": 2}), "rank_pattern has '\\('"),
     "replicated": (dict(layer_replication=[[0, 2]]), "layer_replication is"),
 }

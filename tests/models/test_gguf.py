@@ -176,7 +176,7 @@ def test_split_files(tmp_path):
     for tensor in jax.tree.leaves(gguf_model.names.tensors(one.config)):
         np.testing.assert_array_equal(one.source.read(tensor.name, None, None),
                                       many.source.read(tensor.name, None, None))
-    with pytest.raises(UserError, match="not the first of its 3 parts"):
+    with pytest.raises(UserError, match="not the first of the 3 parts"):
         gguf_model.open_checkpoint(parts[1])
     parts[1].unlink()
     with pytest.raises(UserError, match=f"{parts[1].name}: no such file"):

@@ -103,9 +103,9 @@ def hub_error(name):
     ("RevisionNotFoundError", "unknown revision; give a branch, tag or commit"),
     ("LocalEntryNotFoundError", "not in the local hub cache.*download the model first"),
     ("OfflineModeIsEnabled", "the hub is unreachable"),
-    ("HFValidationError", "downloading failed .said the hub."),
-    ("EntryNotFoundError", "downloading failed"), ("DisabledRepoError", "downloading failed"),
-    ("HfHubHTTPError", "downloading failed .said the hub"),
+    ("HFValidationError", "the download failed .said the hub."),
+    ("EntryNotFoundError", "download failed"), ("DisabledRepoError", "download failed"),
+    ("HfHubHTTPError", "the download failed .said the hub"),
 ])
 def test_what_the_hub_says_is_one_line(monkeypatch, error, words):
     """Each class of hub error has a message with the repository and its revision."""
@@ -211,7 +211,7 @@ def test_generation_settings_that_are_not_followed_are_named_once(folder):
         "temperature": 0.7, "no_repeat_ngram_size": 3, "num_beams": 1, "suppress_tokens": [],
         "bad_words_ids": [[4]], "min_length": 0, "transformers_version": "4.43"}))
     with pytest.warns(UserWarning, match="ignored repetition_penalty=1.1, no_repeat_ngram_size=3, "
-                                         r"bad_words_ids=\[\[4\]\], top_k=20;") as warned:
+                                         r"bad_words_ids=\[\[4\]\], top_k=20, which") as warned:
         assert load(folder).stop_ids == (7, 5)
     assert len(warned) == 1 and str(path) in str(warned[0].message)
     for quiet in ({"do_sample": False, "top_k": 20}, {"do_sample": True, "top_k": 50},

@@ -81,7 +81,7 @@ def test_a_wrong_sign_and_a_wrong_scale_are_named(mini, axis):
     flipped = jp.check(mini, dataclasses.replace(axis, values=-axis.values))
     assert not flipped.ok and "away from the Assistant" in flipped.faults[0]
     floor = axis.thresholds("p25", of="default")
-    for factor, words in ((100, "would move every token"), (-100, "would never act")):
+    for factor, words in ((100, "would change every token"), (-100, "would never bind")):
         found = jp.check(mini, axis, floor=factor * floor)
         assert not found.ok and len(found.faults) == 1 and words in found.faults[0]
     turned = axis.values.copy()
@@ -130,9 +130,9 @@ def test_the_command_checks_before_it_caps(mini, axis, tmp_path, capsys):
     for name in ("good.safetensors", "caps.safetensors"):
         code, said = command(name)
         assert code == 0 and " ".join(said.err.split()).count("check: sign: the default") == 1
-        assert "tokens seen" in said.err
+        assert "tokens selected" in said.err
     code, said = command("bad.safetensors")
-    assert code == 2 and "error: the self-test rejects this cap" in said.err
+    assert code == 2 and "error: the cap fails the self-test" in said.err
     assert "--no-check" in said.err and "Traceback" not in said.err
     for name, fingerprint in (("other", "0" * 16), ("weights", mini.config.hash() + "0" * 8)):
         save_vector(tmp_path / f"{name}.safetensors",
@@ -148,11 +148,11 @@ def test_the_command_checks_before_it_caps(mini, axis, tmp_path, capsys):
         assert s.run_command(arguments) == 2
         assert "axis 'assistant' was made for another model" in capsys.readouterr().err
     code, said = command("bad.safetensors", "--no-check")
-    assert code == 0 and "check" not in said.err and "tokens seen" in said.err
+    assert code == 0 and "check" not in said.err and "tokens selected" in said.err
     for name, more, words in (
         ("caps.safetensors", ("--percentile", "p1"), "omit --percentile"),
         ("caps.safetensors", ("--experiment", "x"), "choose an experiment with --experiment: e"),
-        ("good.safetensors", ("--experiment", "x"), "for files of caps"),
+        ("good.safetensors", ("--experiment", "x"), "only to files of caps"),
     ):
         code, said = command(name, *more)
         assert code == 2 and words in said.err
@@ -228,16 +228,16 @@ def test_the_caps_of_a_spec_are_tested_too(mini, axis, tmp_path, capsys):
     assert held.startswith("1]: sign: the default") and "floors: " in held
     floor = 100 * float(axis.thresholds("p25", of="default")[5])
     for spec, words in (
-        ({**cap, "vector": "bad.safetensors"}, "error: the self-test rejects this cap: sig"),
+        ({**cap, "vector": "bad.safetensors"}, "error: the cap fails the self-test: sig"),
         ([flat, {**unbound, "layers": 5, "floor": floor}],
-         "error: interventions[1]: the self-test rejects this cap: floors"),
+         "error: interventions[1]: the cap fails the self-test: floors"),
     ):
         code, said = command(spec)
         assert code == 2 and words in said and "--no-check" in said
     code, said = command({**cap, "vector": "bad.safetensors"}, "--no-check")
-    assert code == 0 and "check" not in said and "tokens seen" in said
+    assert code == 0 and "check" not in said and "tokens selected" in said
     code, said = command([flat])
-    assert code == 0 and "check" not in said and "tokens seen" in said
+    assert code == 0 and "check" not in said and "tokens selected" in said
     code, said = command([flat, {**unbound, "vector": "inner.safetensors", "site": "mlp",
                                  "floor": 1.0}])
     assert code == 0 and "check: interventions[1]: not tested" in said
@@ -319,7 +319,7 @@ def test_a_conversation_is_projected_where_a_direction_is_known(mini, axis):
     found = project_conversation(mini, TALK, [Vector(part)])[0].values
     np.testing.assert_allclose(found[:7], whole[:7], rtol=1e-5)
     assert np.isnan(found[7]).all() and np.isfinite(whole).all()
-    with pytest.raises(ValueError, match="no layer in common"):
+    with pytest.raises(ValueError, match="no layer at which"):
         project_conversation(mini, TALK, [Vector(0 * part)])
 
 

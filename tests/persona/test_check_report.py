@@ -16,7 +16,7 @@ def test_a_floor_just_beyond_the_limit_is_named_and_one_just_within_is_not():
     """The limit is the larger of the gap of the means and four standard deviations of that side."""
     for spread, limit in ((0.5, 10.0), (5.0, 20.0)):  # max(gap 10, 4 · spread)
         ours, theirs = (np.array([[mean - spread], [mean + spread]]) for mean in (10.0, 0.0))
-        for sign, edge, words in ((1, 10 + limit, "move every token"), (-1, -limit, "never act")):
+        for sign, edge, words in ((1, 10 + limit, "change every"), (-1, -limit, "never bind")):
             for beyond in (-0.01, 0.01):
                 floor = np.array([edge + sign * beyond])
                 fine, said = module._scale((3,), ours, theirs, floor, np.ones(1), np.zeros(1))
@@ -32,7 +32,7 @@ def test_a_floor_above_most_default_projections_gets_a_warning():
     assert said.startswith("floors: 0.2 to 0.25 standard deviations from the default's mean, "
                            "104 to 110 % of the way")
     fine, said = module._scale((3, 4), ours, theirs, np.array([10.6, 11.0]), spread, centre)
-    assert fine and "Warning: at layers 3 the floor is above most of the default's own" in said
+    assert fine and "Warning: at layers 3 the floor is above the median of the" in said
     table = {"default": {"p50": np.arange(8.0)}}
     held = Axis(np.ones((8, 4)), percentiles=table)
     assert module._centre(held, (3, 5), ours).tolist() == [3, 5]
@@ -90,7 +90,7 @@ def test_the_command_tests_the_chosen_layers_and_floors(checked, capsys):
     assert seen[-1]["floor"].tolist() == [75, 76, 77, 78, 79, 80, 81, 82]
     capsys.readouterr()
     for more, wanted in ((["--percentile", "p33"], "percentile is 'p33'"),
-                         (["--experiment", "x"], "--experiment is for files of caps"),
+                         (["--experiment", "x"], "--experiment applies only to files of caps"),
                          (["--cap-layers", "x"], "layers is 'x'")):
         count = len(seen)
         assert checked(*more)[0] == 2 and len(seen) == count

@@ -91,7 +91,7 @@ def test_a_forecast_in_words(tmp_path):
     assert lines[0] == "roles: 12 and the default, with 14 system prompts"
     assert lines[2] == "rollouts: 28" and "reply tokens: at most 168" in lines
     assert "time: not measured" in lines
-    assert "judging: 24 calls of the judge self, not in the time above" in lines
+    assert "judging: 24 calls of the judge self, not included in the time above" in lines
     assert "cost of judging: 24 × $0.25 = $6.00" in lines
     timed = dataclasses.replace(
         found, seconds=7200.0 * 5, pace=s_pace([3, 5], [4]))

@@ -101,6 +101,6 @@ def test_project_compares_with_the_default(tmp_path, monkeypatch, capsys):
     picture = tmp_path / "talk.png"
     assert s.run_command([*command, "--png", str(picture)]) == 0
     said = capsys.readouterr().out
-    assert "p25…p75 of 2.000…4.000" in said and "p1…p99 of -1.000…7.000" in said
+    assert "p25 2.000, p75 4.000, p1 -1.000, p99 7.000" in said
     assert "floor of --cap is p25, 2.000" in said and "above p99" in said and "ghost" in said
     assert picture.read_bytes()[:4] == b"\x89PNG"

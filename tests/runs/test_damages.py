@@ -278,7 +278,7 @@ def test_files_of_another_role_or_run(finished, run, parts, source):
     (("numerics", "jax", "jax_enable_x64"), True, "numerics.jax.jax_enable_x64"),
     (("format",), "jaxpersona-run 1", "resume with the version that started the run"),
     (("roles",), ["ghost"], "roles is not an object"), (("last",), 5, "last is not an object"),
-    (("format",), 5, "is not a jaxpersona run"),
+    (("format",), 5, "is not the manifest of a run"),
     (("unknown",), 1, "unknown was 1, now absent"),
 ], ids=str)
 def test_what_determines_the_rollouts_is_compared(run, field, value, wanted):

@@ -214,7 +214,7 @@ def test_generate_and_project_commands(checkpoint, texts, tmp_path, capsys):
     said = capsys.readouterr()
     heads = said.out.splitlines()[1].replace("┃", " ").split()
     assert heads == ["prompt", "without", "with"]
-    assert re.search(r"intervention 0: [1-9]\d* tokens seen, \d+ changes over 2 layers",
+    assert re.search(r"intervention 0: [1-9]\d* tokens selected, \d+ changes over 2 layers",
                      " ".join(said.err.split()))
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"},
             {"role": "user", "content": "more"}, {"role": "assistant", "content": "no"}]
@@ -270,7 +270,8 @@ def test_options_of_the_population_and_of_held_out_roles_act(checkpoint, texts, 
                     str(tmp_path / "two.safetensors"), "--no-check", "--max-new-tokens", "3",
                     *more]) == 0
         said = " ".join(capsys.readouterr().err.split())
-        seen, changed = re.search(r"(\d+) tokens seen, (\d+) changes over 2 layers", said).groups()
+        seen, changed = re.search(r"(\d+) tokens selected, (\d+) changes over 2 layers",
+                                  said).groups()
         return int(changed) / int(seen)
 
     assert changes() == changes("--percentile", "p25", "--of", "default") == 0

@@ -265,5 +265,5 @@ def test_convert_checks_the_shape_of_random_weights_alone(tmp_path, capsys, monk
     mini = jp.load("mini")
     save_vector(source, Vector(np.ones((mini.config.n_layers, mini.config.d_model))))
     assert s.run_command([*convert[:-1], "mini"]) == 0
-    assert "mini: reading the weights for their fingerprint" in capsys.readouterr().err
+    assert "mini: reading the weights to compute their fingerprint" in capsys.readouterr().err
     assert load_vector(target).fingerprint == mini.fingerprint

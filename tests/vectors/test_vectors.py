@@ -163,7 +163,7 @@ def test_gguf_in_and_out(tmp_path):
         load_vector(s.write_control(tmp_path / "f.gguf", {"direction.1": VALUES[0]}, "llama"))
     with pytest.raises(ValueError, match="measured at site"):
         save_vector(tmp_path / "m.gguf", Vector(VALUES, site="mlp"))
-    with pytest.raises(ValueError, match="zero above layer 0"):
+    with pytest.raises(ValueError, match="zero at every layer above 0"):
         save_vector(tmp_path / "z.gguf", Vector(VALUES[:1]))
 
 
@@ -358,7 +358,7 @@ def test_show_and_convert(tmp_path, capsys, checkpoint):
     assert s.run_command(["vectors", "convert", here("axis.pt"), here("a.gguf")]) == 0
     said = capsys.readouterr().out
     assert "not written, because .gguf cannot store it: layer 0" in said
-    assert "the file does not name its model" in said
+    assert "the file does not contain the model's name" in said
     assert s.run_command(["vectors", "convert", here("a.gguf"), here("b.npy"), "--name", "x"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and "values only" in said[0] and "'x'" not in said[0]
@@ -367,7 +367,7 @@ def test_show_and_convert(tmp_path, capsys, checkpoint):
     for arguments, words in (
         (["capping_config.pt", "o.safetensors"], f"choose one with --experiment: {ID}, other"),
         (["capping_config.pt", "o.safetensors", "--experiment", "x"], "experiment is 'x'"),
-        (["axis.pt", "o.safetensors", "--experiment", "x"], "for files of caps"),
+        (["axis.pt", "o.safetensors", "--experiment", "x"], "only to files of caps"),
         (["axis.pt", "o.pt"], "written as .safetensors, .gguf or .npy"),
         (["axis.pt", "o"], "the suffix is missing"),
         (["bare.npy", "o.gguf", "--kind", "axis"], "only to .pt files"),
