@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -127,7 +129,7 @@ def serve(root: pathlib.Path, args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Time every arm in both checkouts and return the ratios and their intervals."""
-    from common import interval
+    from common import LONG, WIDTH, interval, turn_about
 
     other = pathlib.Path(args.other).resolve()
     arms = [f"{name} {rows}" for rows in args.batch for name in ("decode", "capped")]
@@ -145,8 +147,11 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             kernels = {arm: [sides[1].kernels[arm], sides[0].kernels[arm]]
                        for arm in sides[0].kernels}
             for arm in arms:
+                calls = {i: functools.partial(side.seconds, arm) for i, side in sides.items()}
+                turns = {i: max(1, math.ceil(LONG / call())) for i, call in calls.items()}
                 for turn in range(args.pairs):
-                    spent = {i: sides[i].seconds(arm) for i in (order if turn % 2 else order[::-1])}
+                    spent = turn_about({i: calls[i] for i in (order if turn % 2 else order[::-1])},
+                                       turns)
                     ratios[arm].append(spent[1] / spent[0])
                     same[arm].append(spent[1] / spent[2])
             for side in sides.values():
@@ -158,7 +163,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         found[arm] = {"ratio": round(sorted(ratios[arm])[len(ratios[arm]) // 2], 4),
                       "interval": [round(low, 4), round(high, 4)],
                       "same": [round(x, 4) for x in interval(same[arm])],
-                      "holds": low >= BAR - 0.01, "unresolved": high - low > 0.02,
+                      "holds": low >= BAR - 0.01, "unresolved": high - low > WIDTH,
                       "kernels": kernels.get(arm)}
         print(arm, json.dumps(found[arm]), flush=True)
     return found
@@ -170,7 +175,8 @@ def main() -> None:
     parser.add_argument("other", help="the checkout to compare with")
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=8,
+                        help="decode steps of one call; short calls alternate more often")
     parser.add_argument("--pairs", type=int, default=8, help="number of pairs per arm and restart")
     parser.add_argument("--arms", nargs="+",
                         choices=("decode", "capped", "prefill", "extract", "load"),
