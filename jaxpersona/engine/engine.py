@@ -356,10 +356,10 @@ class Engine:
             except Exception:  # `result` and `stream` raise this error
                 continue
 
-    def _collect(self, tasks: list[Task], state: State) -> None:
-        """Copy the replies of finished tasks from the first rows of a state to their handles."""
+    def _collect(self, tasks: list[Task], rows: np.ndarray, state: State) -> None:
+        """Copy the replies of finished tasks from their rows of a state to their handles."""
         accepting = self._scheduler.lanes[tasks[0].lane].setting.stops.accepting
-        for task, finished in zip(tasks, unpack(state, tasks, accepting), strict=True):
+        for task, finished in zip(tasks, unpack(state, rows, accepting), strict=True):
             reply = self._reply(task, finished)
             with self._changed:
                 entry = self._handles.pop(task.number, None)

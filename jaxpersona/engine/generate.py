@@ -322,9 +322,9 @@ class _Collector:
         self.done: dict[int, Finished] = {}
         self.nonfinite: list[int] = []
 
-    def add(self, tasks: list[Task], state: State) -> None:
-        """Store the replies of finished tasks from the first rows of a state."""
-        for task, finished in zip(tasks, unpack(state, tasks), strict=True):
+    def add(self, tasks: list[Task], rows: np.ndarray, state: State) -> None:
+        """Store the replies of finished tasks from their rows of a state."""
+        for task, finished in zip(tasks, unpack(state, rows), strict=True):
             self.done[task.number] = finished
             self.total += finished.tokens.size
             if finished.nonfinite:

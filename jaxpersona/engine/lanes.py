@@ -171,27 +171,27 @@ class Lane:
         active = np.array([task is not None for task in self.tasks])
         return np.flatnonzero(done & active)
 
-    def take_out(self, done: np.ndarray) -> list[tuple[list[Task], State]]:
+    def take_out(self, done: np.ndarray) -> list[tuple[list[Task], np.ndarray, State]]:
         """Free finished rows and return their tasks and states.
 
         Args:
           done: [n] int, the indices of the finished rows.
 
         Returns:
-          Groups of at most `together` tasks, each with a state whose first rows belong to the
-          tasks. If `together` < B, the states have no keys and values.
+          Groups of at most `together` tasks, each with the tasks' rows in a state, and the state.
+          If `together` < B, the states have `together` rows and no keys and values.
         """
         out = []
         for begin in range(0, max(done.size, 1), self.together):
-            rows = done[begin : begin + self.together]
+            rows = places = done[begin : begin + self.together]
             state = self.state
             if self.together < self.rows:
-                at = np.zeros(self.together, np.int32)
+                at, places = np.zeros(self.together, np.int32), np.arange(rows.size)
                 at[: rows.size] = rows
                 state = take_rows(without_keys(self.state), at,
                                   axes=_static(without_keys(self.axes)))
             tasks = [task for i in rows if (task := self.tasks[i]) is not None]
-            out.append((tasks, state))
+            out.append((tasks, places, state))
         for i in done:
             self.tasks[i] = None
         return out if done.size else []

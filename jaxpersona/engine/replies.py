@@ -121,12 +121,12 @@ def record(row: Row, text: str, tokens: np.ndarray, finish: str,
     return found
 
 
-def unpack(state: State, tasks: Sequence[Task], accepting: int | None = None) -> list[Finished]:
-    """Copy the first rows of a state to the host, one per task.
+def unpack(state: State, rows: np.ndarray, accepting: int | None = None) -> list[Finished]:
+    """Copy rows of a state to the host.
 
     Args:
-      state: a state whose first rows belong to the tasks.
-      tasks: the tasks in the order of the rows.
+      state: the state.
+      rows: [n] int, the indices of the rows.
       accepting: the accepting state of the lane's stop strings (`Stops.accepting`), or None.
     """
     carry = state.carry
@@ -137,7 +137,7 @@ def unpack(state: State, tasks: Sequence[Task], accepting: int | None = None) ->
     values = {name: reading.result() for name, reading in captured.items()}
     per_token = frozenset(name for name, reading in captured.items() if reading.per_token)
     out = []
-    for row in range(len(tasks)):
+    for row in rows.tolist():
         ran = int(used[row])  # a stop token is not passed through the model
         own = {name: jax.tree.map(operator.itemgetter(row), value)
                for name, value in values.items()}

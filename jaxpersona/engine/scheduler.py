@@ -16,7 +16,7 @@ from jaxpersona.engine.lanes import CHUNK, Lane
 from jaxpersona.engine.programs import State
 from jaxpersona.engine.tasks import Task
 
-Collect = Callable[[list[Task], State], None]
+Collect = Callable[[list[Task], np.ndarray, State], None]
 Failed = Callable[[list[Task], BaseException], None]
 
 
@@ -40,8 +40,8 @@ class Scheduler:
 
         Args:
           open_lane: a function that returns a new lane for a key.
-          collect: a function that is called with finished tasks and a state whose first rows belong
-            to these tasks.
+          collect: a function that is called with finished tasks, the tasks' rows in a state, and
+            this state.
           lanes: the maximum number of open lanes.
           batched: whether to wait until enough rows are free or done for a full prefill batch, for
             high throughput. If False, each prompt is admitted and collected as soon as possible,
@@ -188,8 +188,8 @@ class Scheduler:
         early = self.refill and more
         done = lane.decode(lane.free + enough if early else lane.rows, self.chunk)
         if done.size >= enough:
-            for tasks, state in lane.take_out(np.asarray(done)):
-                self.collect(tasks, state)
+            for tasks, rows, state in lane.take_out(np.asarray(done)):
+                self.collect(tasks, rows, state)
 
 
 def _busy(lane: Lane) -> bool:

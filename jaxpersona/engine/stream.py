@@ -137,10 +137,10 @@ class Stream:
         self._count += 1
         return Task(self._count - 1, row, int(row_id), limit, self._settings, shape, shape.slots)
 
-    def _collect(self, tasks: list[Task], state: State) -> None:
+    def _collect(self, tasks: list[Task], rows: np.ndarray, state: State) -> None:
         """Store the replies of finished tasks."""
         model, stops = self._model, set(self._model.stop_ids)
-        for task, finished in zip(tasks, unpack(state, tasks), strict=True):
+        for task, finished in zip(tasks, unpack(state, rows), strict=True):
             tag, tokens = self._tags.pop(task.number), finished.tokens
             self.tokens += tokens.size
             if finished.nonfinite:
