@@ -250,12 +250,15 @@ def _ours(kind: type) -> str:
 
 def _on_one(device: Any, leaves: list[Any]) -> bool:
     """Return whether every leaf is a NumPy array or an unsharded, concrete array on `device`."""
-    only = {device}
-    return not is_traced(leaves) and all(
-        isinstance(x, np.ndarray) or (
-            isinstance(x, jax.Array) and isinstance(x.sharding, SingleDeviceSharding)
-            and x.devices() == only)
-        for x in leaves)
+    # a call has hundreds of leaves, but few types and few shardings
+    samples = {type(x): x for x in leaves}
+    arrays = {kind for kind, x in samples.items() if isinstance(x, jax.Array)}
+    if is_traced(list(samples.values())) or not all(
+            kind in arrays or isinstance(x, np.ndarray) for kind, x in samples.items()):
+        return False
+    shardings = [x.sharding for x in leaves if type(x) in arrays]
+    return all(isinstance(x, SingleDeviceSharding) and x.device_set == {device}
+               for x in set(shardings))
 
 
 @functools.cache
