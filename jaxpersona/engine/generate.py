@@ -200,8 +200,8 @@ def generate(
                        edits.take([i]), f"conversation {i}",
                        f"{affected} of {done} replies ended because of")
 
-    def collect(tasks: list[Task], state: State) -> None:
-        out.add(tasks, state)
+    def collect(tasks: list[Task], places: np.ndarray, state: State) -> None:
+        out.add(tasks, places, state)
         if out.nonfinite and stop:
             raise UserError(explanation())
         if progress is not None:
