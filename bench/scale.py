@@ -31,6 +31,7 @@ from jaxpersona.engine.stopping import text_of
 from jaxpersona.judges.protocol import ROLE_SCALE, Item, Verdict
 from jaxpersona.persona import collect
 from jaxpersona.persona.extract import extract_axis
+from jaxpersona.runs.files import MANIFEST
 from jaxpersona.runs.rollouts import Settings
 
 QWEN = (64, 5120)  # layers and width of Qwen3-32B
@@ -100,6 +101,8 @@ def main() -> None:
     args = parser.parse_args()
     global SKIP
     SKIP = args.skip_encoding
+    if args.out.exists() and not (args.out / MANIFEST).exists():
+        raise SystemExit(f"{args.out} exists and contains no run; give another --out")
     shutil.rmtree(args.out, ignore_errors=True)
     mini = jp.load("mini")
     model = narrow(mini)

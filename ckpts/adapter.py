@@ -32,6 +32,8 @@ from jaxpersona.models.prepared import PRODUCTS
 from jaxpersona.models.weight import LowRank, Weight
 
 WEIGHTS = "adapter_model.safetensors"
+# patterns whose matching time is exponential in the length of the name, or a high power of it
+_NESTED, _REPEATED = re.compile(r"\)[*+{]"), re.compile(r"[*+{]")
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 # PEFT settings that can change the computation, each with the values that leave it unchanged
 _INACTIVE: dict[str, tuple[Any, ...]] = {
@@ -130,8 +132,11 @@ def _setting(raw: Mapping[str, Any], key: str, patterns: str, module: str,
     if not isinstance(table, dict):
         raise UserError(f"{place}: {patterns} is {table!r:.60}; it must be a JSON object")
     for pattern, own in table.items():
+        if len(pattern) > 1000 or len(_REPEATED.findall(pattern)) > 4 or _NESTED.search(pattern):
+            raise UserError(f"{place}: {patterns} has {pattern!r:.60}, which may take too long to "
+                            "match; use the names of the modules as keys")
         try:
-            matched = len(pattern) < 1000 and re.match(rf"(.*\.)?({pattern})$", module)
+            matched = re.match(rf"(.*\.)?({pattern})$", module)
         except re.error:
             raise UserError(f"{place}: {patterns} has {pattern!r:.60}, which is not a regular "
                             "expression") from None

@@ -104,6 +104,8 @@ def card(found: dict[str, Any]) -> list[str]:
             f"kernels per layer and {found['added_fusions_once']:g} once, "
             f"{found['added_bytes'] / 1e6:.1f} MB of memory traffic; temporaries × "
             f"{found['temporaries_ratio']} (the larger of prefill and decode)")
+    elif found["cap"] and found["compiled"]:
+        lines.append("the cost of the cap is unknown: a decode step exceeds the memory of a chip")
     elif found["cap"]:
         lines.append("the cost of the cap is unknown without a compiler for these chips"
                      + (f" ({missing})" if tpu else ""))

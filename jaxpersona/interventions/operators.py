@@ -190,6 +190,8 @@ def mean_ablate(
         raise UserError(f"mean has shape {of.direction.shape}, which does not match the shape of "
                         f"vector, {bank.direction.shape}")
     along = (bank.direction * of.direction).sum(-1) * of.norm  # ⟨μ, v̂⟩ [l, n]
+    if not is_traced(along):
+        check_finite("the projection of mean onto vector", along)
     return _rank_one(bank, where, s=0.0, c=along)
 
 

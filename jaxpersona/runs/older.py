@@ -73,10 +73,11 @@ class Older:
         means = self.folder / "means" / f"{stem}.safetensors"
         data = read_bytes(text, _LIMIT)
         tensors, about = read_tensors(means)
-        records = [json.loads(line) for line in data.decode().split("\n") if line]
-        values = tensors.get("response")
-        if about.get("rollouts") != sha256(data) or about.get("role") != role or (
-                values is None or len(values) != len(records)):
+        values, records = tensors.get("response"), None
+        if about.get("rollouts") == sha256(data):  # so `data` is JSON, as it was written
+            records = [json.loads(line) for line in data.decode().split("\n") if line]
+        if records is None or values is None or about.get("role") != role or (
+                len(values) != len(records)):
             raise UserError(f"{means}: damaged (does not belong to {text}); delete both files, so "
                             "that the role is generated again")
         yield from zip(records, values, strict=True)

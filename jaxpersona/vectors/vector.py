@@ -213,10 +213,11 @@ class Vector(Table):
         The similarity is NaN at layers where one of the directions is zero.
         """
         self._check_same(other)
-        norms = np.linalg.norm(self.values, axis=1) * np.linalg.norm(other.values, axis=1)
-        dots = (self.values * other.values).sum(1)
-        return np.divide(dots, norms, out=np.full(self.n_layers, np.nan, np.float32),
-                         where=norms > 0)
+        # in float64, where no product of two float32 values overflows or vanishes
+        mine, theirs = self.values.astype(np.float64), other.values.astype(np.float64)
+        norms = np.linalg.norm(mine, axis=1) * np.linalg.norm(theirs, axis=1)
+        return np.divide((mine * theirs).sum(1), norms, out=np.full(self.n_layers, np.nan),
+                         where=norms > 0).astype(np.float32)
 
     def _with(self, values: np.ndarray, name: str) -> Vector:
         """Return a `Vector` with new values and a new name, and the other metadata of `self`."""
@@ -233,7 +234,10 @@ class Vector(Table):
             own, theirs = getattr(self, field), getattr(other, field)
             if field == "values":
                 own, theirs, field = list(own.shape), list(theirs.shape), "shape"
-            if own != theirs and (field != "fingerprint" or (own and theirs)):
+            if field == "fingerprint" and not (
+                    own and theirs and self.fingerprint_scheme == other.fingerprint_scheme):
+                continue  # unknown, or not comparable
+            if own != theirs:
                 raise UserError(f"{self.name!r} and {other.name!r} differ in {field} ({own} and "
                                 f"{theirs}); use directions of the same model and site")
 

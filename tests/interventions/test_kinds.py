@@ -162,6 +162,8 @@ MIXED = [Vector(np.eye(8)[:2] + i, fingerprint=f"{i}" * 16) for i in (1, 2)]
      lambda u: custom(lambda h: h, layers=1)),
     ("floor is 'p25'", lambda u: cap(u, layers=1, floor="p25")),
     ("floor is infinite in float32", lambda u: cap(u, layers=1, floor=1e39)),
+    ("mean onto vector is infinite in float32",
+     lambda u: mean_ablate(u, 1e200 * np.asarray(u, np.float64), layers=1)),
     ("‖vector‖ is infinite", lambda u: steer(u * 1e38, layers=1, scale=10.0)),
     ("must be an int, a slice", lambda u: steer(u, layers=3.0)),
     ("must be an int, a slice", lambda u: steer(u, layers=None)),

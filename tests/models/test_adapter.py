@@ -177,6 +177,9 @@ REFUSED = {
     "rank": (dict(r=5),
              "r of model.layers.0.* is 5, but its rank in adapter_model.safetensors is 4"),
     "pattern": (dict(rank_pattern={"(": 2}), "rank_pattern has '\\('"),
+    "long": (dict(alpha_pattern={"q_proj|" * 200: 2}), "alpha_pattern has 'q_proj.*too long"),
+    "nested": (dict(alpha_pattern={"([a-z_.0-9]+)+!": 2}), "alpha_pattern has .*too long"),
+    "repeated": (dict(alpha_pattern={".*" * 9 + "!": 2}), "alpha_pattern has .*too long"),
     "replicated": (dict(layer_replication=[[0, 2]]), "layer_replication is"),
 }
 

@@ -269,6 +269,18 @@ def test_a_missing_libtpu_is_named_with_its_remedy(capsys, monkeypatch):
     assert code == 0 and "libtpu" not in said and "no compiler was used" in said
 
 
+def test_a_step_that_exceeds_the_memory_is_not_a_missing_libtpu(capsys, monkeypatch):
+    from jaxpersona.cli.plan import card
+
+    monkeypatch.setattr(chips, "tpu_devices", lambda topology: None)
+
+    _, said, _ = run(capsys, "--topology", "v5e:2x4", "--model", "random:qwen3-8b", "--cap",
+                     "20:28", "--json")
+    found = json.loads(said.splitlines()[-1])
+    text = "\n".join(card(found | {"compiled": True, "added_collectives": None}))
+    assert "exceeds the memory of a chip" in text and "libtpu" not in text
+
+
 def test_the_command_prints_a_card_or_json(capsys):
     ask = ("--topology", "h200:8", "--model", "random:qwen3-8b", "--cap", "20:28")
     code, said, _ = run(capsys, *ask)

@@ -112,6 +112,9 @@ def test_what_does_not_fit_is_refused(both, tmp_path):
 def test_a_damaged_old_file_is_named(both, tmp_path):
     old = shutil.copytree(both[1], tmp_path / "old")
     path = old / "rollouts" / "ghost.jsonl"
-    path.write_text(path.read_text().replace("Why?", "Who?"))
-    with pytest.raises(UserError, match=r"means/ghost\.safetensors: damaged \(does not belong to"):
-        run(tmp_path / "run", take_from=old)
+    whole = path.read_bytes()
+    for damaged in (whole.replace(b"Why?", b"Who?"), whole[:-9], b"\xff" + whole):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError,
+                           match=r"means/ghost\.safetensors: damaged \(does not belong to"):
+            run(tmp_path / f"run{len(damaged)}", take_from=old)

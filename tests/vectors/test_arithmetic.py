@@ -44,6 +44,8 @@ def test_cosine_is_that_of_every_layer():
     np.testing.assert_allclose(ONE.cosine(TWO), wanted, rtol=1e-5)
     np.testing.assert_allclose(ONE.cosine(-3 * ONE), -1, rtol=1e-5)
     assert np.isnan(ONE[0].cosine(TWO)[1:]).all()
+    for scale in (1e-30, 1e30):  # the product of two such norms is not a float32
+        np.testing.assert_allclose((scale * ONE).cosine(scale * TWO), wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("other, field", [
@@ -56,6 +58,8 @@ def test_directions_of_other_models_or_sites_are_refused(other, field):
         with pytest.raises(jp.UserError, match=f"differ in {field}"):
             act()
     ONE + jp.Vector(np.ones((4, 6)))  # an unknown fingerprint is accepted
+    # fingerprints of different schemes cannot be compared
+    ONE + jp.Vector(np.ones((4, 6)), fingerprint="b" * 16, fingerprint_scheme=1)
     with pytest.raises(TypeError):
         ONE + 1  # pyright: ignore
     with pytest.raises(jp.UserError, match="layers is 4"):
