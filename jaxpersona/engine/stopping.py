@@ -31,7 +31,8 @@ def checked(stop: Any) -> tuple[str, ...]:
     """
     strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if not all(isinstance(text, str) and text for text in strings):
-        raise UserError(f"stop is {stop!r:.60}; it must be a list of non-empty strings")
+        raise UserError(f"stop is {stop!r:.60}; it must be a non-empty string or a list of "
+                        "non-empty strings")
     strings = tuple(sorted(set(strings)))
     size = sum(len(text.encode()) for text in strings)
     if size > STATES - 2:
@@ -76,7 +77,7 @@ def automaton(strings: Sequence[str]) -> np.ndarray:
 
 
 def token_bytes(tokenizer: Any, size: int) -> list[bytes]:
-    """Return the decoded bytes of each of the first `size` token ids; b"" for special tokens."""
+    """Return the bytes of each of the first `size` token ids; b"" for special or unused ids."""
     count = min(len(tokenizer), size)
     names = tokenizer.convert_ids_to_tokens(range(count))
     special = set(tokenizer.all_special_ids)
@@ -180,7 +181,7 @@ class Written:
 
 
 def text_of(tokenizer: Any, tokens: np.ndarray, strings: Sequence[str] = ()) -> str:
-    """Decode token ids without special tokens up to a stop string; "" without a tokenizer."""
+    """Decode ids up to the first stop string, without special tokens; "" without a tokenizer."""
     if tokenizer is None:
         return ""
     return cut(tokenizer.decode(tokens.tolist(), skip_special_tokens=True), strings)
