@@ -1,6 +1,6 @@
-"""Compile prefill and decode for an H200 without a GPU, and compare their memory with `plan`.
+"""Compile prefill and decode for an H200 without a GPU, to check the memory estimate of `plan`.
 
-    pip install 'jax[cuda12]'        (the CUDA version must be that of the target below)
+    pip install 'jax[cuda12]'        (the CUDA version must be that of `H200` below)
     JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python bench/ahead.py --model qwen3-8b --batch 32
 
 The benchmark also counts the kernels of a decode step with and without caps. Without a GPU, XLA
@@ -55,7 +55,7 @@ def kernels(program: Any) -> Counter[str]:
 
 
 def main() -> None:
-    """Compile the programs, then print the number of kernels and the memory."""
+    """Compile the programs; print the kernels of a decode step, the bytes and `plan`'s estimate."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="qwen3-8b", help="name of a preset")
     parser.add_argument("--batch", type=int, default=32)
@@ -79,7 +79,7 @@ def main() -> None:
     arms = {"uncapped": range(0), "capped": few, "all": range(config.n_layers)}
     made: dict[str, dict[str, Any]] = {}
     with mock.patch.object(jax, "default_backend", return_value="gpu"), \
-            mock.patch("jaxpersona.models.forward.choose", attends):  # attention as on a GPU
+            mock.patch("jaxpersona.models.forward.choose", attends):  # choose attention as on a GPU
         for arm, layers in arms.items():
             programs = plan.lowered(params, config, shapes, layers)
             made[arm] = {name: program.compile() for name, program in zip(

@@ -4,9 +4,9 @@ Timings are noisy, so two arms (timed calls) are compared by the ratios of alter
 are added until the bootstrap 95 % interval of the median ratio is narrow or a limit is reached. A
 ratio whose interval is wider than `WIDTH` · max(1, ratio) is unresolved and supports no claim.
 
-In each pair, an arm runs for about `LONG` seconds. Short calls of the arms are interleaved, so that
-all arms have the same background load. Because measurement stops at the first narrow interval, the
-coverage of the interval is slightly below 95 %.
+In each pair, each arm runs for about `LONG` seconds. Short calls of the arms are interleaved, so
+that background load affects all arms equally. Because measurement stops at the first narrow
+interval, the coverage of the interval is slightly below 95 %.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int = 
     for name, arm in arms.items():
         arm()  # warm up
         once = arm()
-        if once < long:  # measure again, because it sets the number of calls
+        if once < long:  # measure again, because `once` sets the number of calls
             once = min(once, arm())
         turns[name] = max(1, math.ceil(long / max(once, 1e-6)))
     begun = time.perf_counter()
@@ -154,8 +154,9 @@ def peak_flops(dtype: Any, size: int = 2048) -> float:
 class Peak:
     """Context manager that records the peak memory relative to the start of the block.
 
-    The memory is read from the devices' memory statistics if available, otherwise from the
-    process's resident memory (Linux).
+    The memory is sampled every 5 ms. If the devices have memory statistics, it is the sum of their
+    bytes in use and of the GPU memory of PyTorch. If not, it is the process's resident memory
+    (Linux).
     """
 
     def __enter__(self) -> Peak:
@@ -190,7 +191,7 @@ class Peak:
 
 
 def _torch_bytes() -> int:
-    """Return the GPU memory allocated by PyTorch in bytes."""
+    """Return the bytes of GPU memory that PyTorch has allocated; 0 if PyTorch is not in use."""
     torch: Any = sys.modules.get("torch")
     try:
         return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
@@ -199,7 +200,7 @@ def _torch_bytes() -> int:
 
 
 def report(bench: str, model: Any, arguments: Any, **result: Any) -> None:
-    """Print a result as a table, then as one JSON line."""
+    """Print a result, with the machine, date and arguments, as a table and as one JSON line."""
     entries = {
         "bench": bench, "model": model if isinstance(model, str) else model.name, **machine(),
         "date": datetime.date.today().isoformat(),

@@ -2,13 +2,13 @@
 
     git worktree add /tmp/before main && python bench/compare.py /tmp/before --model mini
 
-Each checkout runs in its own process, with its own package and its own `decoding.py`. The arms
-(timed calls) are decode and capped decode at every batch size, prefill, extraction and, with
-`--folder`, the load of a checkpoint. A ratio above 1 means that this checkout is faster. The times
-of two processes of the same checkout can differ by a few percent, because their memory layouts
-differ. Every arm is therefore measured with several pairs of processes (`--restarts`). The field
-`same` is the interval of the ratio between two processes of the other checkout, which shows the
-measurement noise.
+Each process uses the package and the `decoding.py` of one checkout. The arms (timed calls) are
+decode and capped decode at every batch size, prefill, extraction and, with `--folder`, the load of
+a checkpoint. A ratio above 1 means that this checkout is faster. The times of two processes of the
+same checkout can differ by a few percent, because their memory layouts differ. Every arm is
+therefore measured in several rounds (`--restarts`), each with new processes: one of this checkout
+and two of the other. The field `same` is the interval of the ratio between the two processes of the
+other checkout, which shows the measurement noise.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def linked(root: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def serve(root: pathlib.Path, args: argparse.Namespace) -> None:
-    """Print the kernel counts, then print the seconds of each arm that standard input names."""
+    """Print the fusion counts, then run each arm named on standard input and print its seconds."""
     sys.path.insert(0, str(root / "bench"))
     import time
 
@@ -85,7 +85,7 @@ def serve(root: pathlib.Path, args: argparse.Namespace) -> None:
     import jaxpersona as jp
 
     if root not in pathlib.Path(jp.__file__).resolve().parents:
-        raise SystemExit(f"{jp.__file__} is not in {root}")
+        raise SystemExit(f"jaxpersona was imported from {jp.__file__}, which is not in {root}")
     model = jp.load(args.model)
     depth, rng = model.config.n_layers, np.random.default_rng(0)
     cap = jp.cap(rng.normal(size=model.config.d_model).astype(np.float32),
@@ -128,7 +128,7 @@ def serve(root: pathlib.Path, args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Time every arm in both checkouts and return the ratios and their intervals."""
+    """Time every arm in both checkouts; print and return the ratios and their intervals."""
     from common import LONG, WIDTH, interval, turn_about
 
     other = pathlib.Path(args.other).resolve()
@@ -156,7 +156,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                     same[arm].append(spent[1] / spent[2])
             for side in sides.values():
                 side.close()
-            print(f"{restart + 1} of {args.restarts} restarts", file=sys.stderr, flush=True)
+            print(f"restart {restart + 1} of {args.restarts} complete", file=sys.stderr,
+                  flush=True)
     found = {}
     for arm in arms:
         low, high = interval(ratios[arm])
@@ -176,13 +177,14 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--steps", type=int, default=8,
-                        help="decode steps of one call; short calls alternate more often")
+                        help="decode steps per call; shorter calls alternate more often")
     parser.add_argument("--pairs", type=int, default=8, help="number of pairs per arm and restart")
     parser.add_argument("--arms", nargs="+",
                         choices=("decode", "capped", "prefill", "extract", "load"),
                         help="arms to time; default: all")
     parser.add_argument("--folder", help="a bfloat16 checkpoint, for the arm `load`")
-    parser.add_argument("--restarts", type=int, default=3, help="number of pairs of processes")
+    parser.add_argument("--restarts", type=int, default=3,
+                        help="number of rounds, each with new processes")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:

@@ -1,4 +1,4 @@
-"""Compile benchmark programs ahead of time in threads, time them and profile their kernels."""
+"""Compile benchmark programs ahead of time in threads, time them and summarize their profiles."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ class Steps:
             out = jax.block_until_ready(program(params, fresh, *rest))
             spent = time.perf_counter() - begun
             if int(out.step) != self.setting.steps:
-                raise RuntimeError(f"ran {int(out.step)} steps, expected {self.setting.steps}")
+                raise RuntimeError(f"the decode loop ended after step {int(out.step)}, "
+                                   f"expected step {self.setting.steps}")
             return spent
 
         return once
@@ -108,12 +109,12 @@ def compile_all(builds: dict[str, Callable[[], Any]]) -> tuple[dict[str, Any], f
 
 
 def busy(path: pathlib.Path, steps: int, most: int = 30) -> dict[str, Any]:
-    """Return the microseconds and the calls per step of the GPU kernels in a profile.
+    """Return the microseconds and the calls per decode step of the GPU kernels in a profile.
 
     Args:
       path: the profile, an .xplane.pb file.
       steps: the number of profiled decode steps.
-      most: the number of kernels to list, those with the longest total time.
+      most: the maximum number of kernels to list, in descending order of their total time.
     """
     data = jax.profiler.ProfileData.from_file(str(path))
     spent: dict[str, float] = defaultdict(float)

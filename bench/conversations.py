@@ -1,4 +1,4 @@
-"""Complete conversations of random tokens with random lengths."""
+"""Complete conversations with random tokens and random lengths."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxpersona.text.chat import Row
 
 
 def conversations(count: int, vocabulary: int, mean: int, most: int, seed: int = 0) -> list[Row]:
-    """Draw conversations with geometrically distributed lengths, clipped to 8…`most` tokens.
+    """Draw conversations with geometrically distributed lengths, clipped to [8, `most`] tokens.
 
     `mean` is the mean length in tokens before clipping. The first third of each conversation is the
     user message, and the rest is the reply.

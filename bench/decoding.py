@@ -1,4 +1,4 @@
-"""The workload that several benchmarks share: decoding random prompts for a number of steps."""
+"""The workload that several benchmarks share: a fixed number of decode steps for random prompts."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Decoding:
     def __init__(self, model: Any, rows: int, steps: int, *, prompt: int = PROMPT,
                  temperature: float = 0.0, top_p: float = 1.0,
                  program: Any = decode) -> None:
-        """Prepare the prompts and settings; `program` has the arguments of `decode`."""
+        """Prepare the prompts and settings; `program` must accept the arguments of `decode`."""
         self.program = program
         self.model, self.rows, self.steps, self.prompt = model, rows, steps, prompt
-        self.params = fast_params(model, rows)  # `generate` uses the same layout
+        self.params = fast_params(model, rows)  # the weight layout that `generate` uses
         self.prompts = np.random.default_rng(1).integers(0, model.config.vocab_size, (rows, prompt))
         self.batch = jax.tree.map(jnp.asarray, batch(self.prompts))
         self.how = sampling(rows, temperature=temperature, top_p=top_p)
@@ -67,7 +67,8 @@ class Decoding:
                 self.program(*self.arguments(state, edits, reads), greedy=self.greedy))
             spent = time.perf_counter() - begun
             if int(state.step) != self.steps:
-                raise RuntimeError(f"ran {int(state.step)} steps, expected {self.steps}")
+                raise RuntimeError(f"the decode loop ended after step {int(state.step)}, "
+                                   f"expected step {self.steps}")
             return spent
 
         return once

@@ -1,8 +1,8 @@
-"""Compare activation extraction from complete conversations with transformers and forward hooks.
+"""Compare activation extraction from complete conversations with forward hooks in transformers.
 
     python bench/extract.py --model mini --conversations 256
 
-Both sides compute every layer's mean over response tokens. With transformers, the variant "hooks"
+Both sides compute every layer's mean over response tokens. In transformers, the variant "hooks"
 runs the full model on batches in the given order and keeps every layer's output until the batch is
 averaged, as in the code of Lu et al. 2026. The variant "sorted" also sorts the conversations by
 length, and the variant "headless" also skips the output head. Each side runs in its own process and

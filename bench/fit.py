@@ -3,7 +3,8 @@
     python bench/fit.py --model random:qwen3-32b --dtype bfloat16 --batch 32 --context 2048
 
 The measured peak includes weights, cache and temporaries. It is read from the device's memory
-statistics if the device has such statistics. MBU is relative to the published bandwidth.
+statistics or, if the device has none, is the peak resident memory of the process. MBU is relative
+to the chip's published bandwidth.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ def main() -> None:
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--new", type=int, default=512, help="slots reserved for the reply")
+    parser.add_argument("--new", type=int, default=512, help="cache slots for the reply")
     parser.add_argument("--layers", default=None,
                         help="layers to cap, a half-open range; default: the upper half")
-    parser.add_argument("--chip", default="h200:1", help="topology for the estimate")
+    parser.add_argument("--chip", default="h200:1", help="chips for the estimate, such as h200:1")
     args = parser.parse_args()
     with Peak() as peak:
         model = jp.load(args.model, dtype=args.dtype)

@@ -3,10 +3,10 @@
     python bench/gpu.py --parts limits decode32 decode1 --out bench/results
     python bench/gpu.py --model mini --dtype float32 --small        # smoke test on a CPU
 
-To save GPU time, the model is loaded once and the programs of each part are compiled in threads. At
-the end of each part, its result is written to `gpu-<part>.json` and printed as one line, so an
-interrupted run keeps the results of complete parts. If a part fails, its error is reported, the
-other parts still run, and the exit status is 1.
+To save GPU time, the model is loaded once, and the decode and prefill programs of a part are
+compiled in parallel threads. At the end of each part, its result is written to `gpu-<part>.json`
+and at most 1,500 characters of it are printed. An interrupted run keeps the results of complete
+parts. If a part fails, its error is reported, the other parts still run, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Bench:
         return jp.cap(self.direction, layers=layers, floor=floor)
 
     def many(self, rows: int) -> jp.Interventions:
-        """Return one cap per row, each with its own direction and floor."""
+        """Return a different cap for each row, with a random direction and a different floor."""
         bank = np.random.default_rng(1).normal(size=(rows, self.config.d_model))
         return jp.cap(bank, layers=self.eight, floor=np.linspace(1e3, 2e3, rows),
                       rows=np.arange(rows))
@@ -66,7 +66,7 @@ class Bench:
     # ---- parts ---------------------------------------------------------------------------------
 
     def limits(self) -> dict[str, Any]:
-        """Measure memory bandwidth and peak matmul FLOP/s."""
+        """Measure the memory bandwidth and the peak matmul FLOP/s."""
         x = jnp.ones(((1 << 24) if self.small else (1 << 30),), jnp.float32)
         copy = jax.jit(lambda x: x + 1)
         read = jax.jit(jnp.sum)
@@ -81,23 +81,23 @@ class Bench:
                 "load_s": self.load_s}
 
     def decode1(self) -> dict[str, Any]:
-        """Measure the overhead of caps in decoding 1 row."""
+        """Measure the overhead of caps when decoding 1 row."""
         return self._decoding(1)
 
     def decode32(self) -> dict[str, Any]:
-        """Measure the overhead of caps in decoding 32 rows."""
+        """Measure the overhead of caps when decoding 32 rows."""
         return self._decoding(32)
 
     def decode256(self) -> dict[str, Any]:
-        """Measure the overhead of a shared cap and of per-row caps in decoding 256 rows."""
+        """Measure the overhead of a shared cap and of per-row caps when decoding 256 rows."""
         return self._decoding(256)
 
     def weights1(self) -> dict[str, Any]:
-        """Time decoding of 1 row with separate, joined and int8 weights."""
+        """Time decoding of 1 row with separate and with joined weights, in float and int8."""
         return self._weights(1)
 
     def weights32(self) -> dict[str, Any]:
-        """Time decoding of 32 rows with separate, joined and int8 weights."""
+        """Time decoding of 32 rows with separate and with joined weights, in float and int8."""
         return self._weights(32)
 
     def context1(self) -> dict[str, Any]:
@@ -111,8 +111,9 @@ class Bench:
     def products(self) -> dict[str, Any]:
         """Time a block's matmuls with 1 and 32 rows and several layouts and dtypes of the weights.
 
-        The forms are timed for the largest matmul. Joined weights are compared with separate ones
-        for the query, key and value projections and for the gate and up projections.
+        Each form (a layout, a dtype and an operation) is timed for a weight [d_ff, d_model], and
+        the multiply-sum forms only with 1 row. Joined weights are compared with separate ones for
+        the query, key and value projections and for the gate and up projections.
         """
         d, f = self.config.d_model, self.config.d_ff
         count = 4 if self.small else 12  # enough weights to exceed the L2 cache
@@ -162,7 +163,8 @@ class Bench:
                     for i in range(count):
                         y = form(x, w[i], s[i])
                         total += y.sum()
-                        x = (x + y[:, :1] * 0).astype(x.dtype)  # makes the matmuls sequential
+                        # each matmul depends on the one before it, so they run in sequence
+                        x = (x + y[:, :1] * 0).astype(x.dtype)
                     return total
 
                 found[f"{rows} rows, {name}"] = attempt(
@@ -190,7 +192,12 @@ class Bench:
         return {"shape": [f, d], "weights": count, "forms": found}
 
     def prefill(self) -> dict[str, Any]:
-        """Time the extraction of every layer's mean with XLA attention and with cuDNN attention."""
+        """Time prefills that capture every layer's mean, with XLA attention and cuDNN attention.
+
+        Some prefills are also timed with the cheapest capture (`plain`). Without a GPU, only XLA
+        attention is timed. The result also contains the relative differences between the means of
+        both implementations.
+        """
         widths = (96, 64) if self.small else (2048, 512, 256, 128)
         tokens = 768 if self.small else 16384
         means = jp.capture.mean(jp.everywhere)
@@ -205,7 +212,8 @@ class Bench:
         def build(arm: tuple[int, Asked, str]) -> tuple[Program, Any]:
             width, attention, name = arm
             rows = max(1, tokens // width)
-            drawn = np.random.default_rng(width).integers(  # the same in all arms of a width
+            # the seed is the prompt length, so all arms with this length get the same tokens
+            drawn = np.random.default_rng(width).integers(
                 4, self.config.vocab_size, (rows, width))
             text = jax.tree.map(jnp.asarray, make_batch(drawn))
             read = means if name == "means" else least
@@ -317,7 +325,7 @@ class Bench:
         return out
 
     def _profile(self, made: Steps, name: str) -> dict[str, Any]:
-        """Profile one arm; with --hlo, also write its compiled HLO text to that folder."""
+        """Profile one arm and return the times of its kernels; with --hlo, also write its HLO."""
         if self.args.hlo is not None:
             text = made.programs[name].as_text()
             kept = self.args.hlo / f"gpu-decode{made.setting.rows}-{name}{self.args.tag}.hlo.txt"
@@ -366,7 +374,8 @@ def main() -> None:
              "date": time.strftime("%Y-%m-%d")}
     for part in args.parts:
         if time.perf_counter() - begun > args.seconds:
-            print(f"{part}: skipped after {time.perf_counter() - begun:.0f} s", flush=True)
+            print(f"{part}: skipped, because --seconds is exceeded after "
+                  f"{time.perf_counter() - begun:.0f} s", flush=True)
             continue
         at = time.perf_counter()
         try:

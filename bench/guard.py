@@ -3,7 +3,7 @@
     python bench/guard.py --model mini --batch 1 8 32
 
 Both programs run in one process, in alternating pairs, without and with a cap on the upper half of
-the layers. The program `unchecked` is traced with a check that is always true, so XLA removes all
+the layers. The program `unchecked` is traced with a check that always passes, so XLA removes all
 operations that only the check needs. A ratio below 1 means that the check costs time. The counts of
 fusions have no timing noise.
 """
@@ -29,7 +29,7 @@ BAR = 0.99
 
 
 def _always(logits: jax.Array, token: jax.Array | None = None) -> jax.Array:
-    """Return [B] true values; this replaces `sampling.finite`."""
+    """Return an array [B] of True; this function replaces `sampling.finite`."""
     del token
     return jnp.ones(logits.shape[:1], bool)
 
@@ -37,7 +37,7 @@ def _always(logits: jax.Array, token: jax.Array | None = None) -> jax.Array:
 @program(static=("config", "greedy"), donate=("state",))
 @functools.wraps(programs.decode.__wrapped__)
 def unchecked(*args: Any, **named: Any) -> programs.State:
-    """Decode without the check."""
+    """Run `decode` without the check for non-finite logits."""
     with mock.patch.object(programs, "finite", _always):
         return programs.decode.__wrapped__(*args, **named)
 
@@ -48,9 +48,10 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=200, help="maximum number of pairs (≥ 10)")
+    parser.add_argument("--pairs", type=int, default=200,
+                        help="maximum number of pairs (at least 10)")
     parser.add_argument("--budget", type=float, default=300.0,
-                        help="time limit for the pairs of one batch size and edit, s")
+                        help="time limit per comparison in seconds")
     args = parser.parse_args()
     model = jp.load(args.model)
     depth, width = model.config.n_layers, model.config.d_model

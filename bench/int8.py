@@ -6,12 +6,13 @@ The text is `pydoc_data.topics`, the part of the Python Language Reference that 
 `help()`: English prose with code examples. The text is divided into windows of `--window` tokens,
 and the perplexity covers all tokens of a window but the first. A direction is the mean activation
 of the default persona's replies minus that of a role's replies to the same questions. The axis is
-the mean of the roles' directions. The float model generates the replies, so that both models read
-the same tokens.
+the mean of the roles' directions. The float32 model generates the replies, so that all models read
+the same tokens. The arm `int8, float tables` does not quantize the embedding and the output head.
 
-The last line of the output is one JSON object. Its field `bars` contains the results of three
-tests: whether the perplexity is within 1 % of that of float32, whether the cosine of the axes is at
-least 0.99 at every layer, and whether the weights take at most 0.30 of the bytes in float32.
+The last line of the output is one JSON object. Its field `bars` contains the results of three tests
+of the arm `int8`: whether the perplexity is within 1 % of that of float32, whether the cosine of
+the axes is at least 0.99 at every layer, and whether the weights take at most 0.30 of the bytes in
+float32.
 """
 
 from __future__ import annotations
@@ -81,7 +82,10 @@ def main() -> None:
 
 
 def rollouts(model: jp.Model, args: argparse.Namespace) -> tuple[list[Any], list[slice]]:
-    """Return the float model's conversations, and the slice of each persona, default first."""
+    """Return conversations with the model's replies, and each persona's slice of them.
+
+    The first slice is that of the default persona.
+    """
     known = {role.name: role for role in texts.load_roles(None, model_name=model.name)}
     roles = [known["default"], *(known[name] for name in ROLES if name in known)][: args.roles + 1]
     questions = texts.load_questions(None)[: args.questions]
@@ -97,7 +101,10 @@ def rollouts(model: jp.Model, args: argparse.Namespace) -> tuple[list[Any], list
 
 def measured(model: jp.Model, windows: list[list[int]], talks: list[Any],
              groups: list[slice]) -> dict[str, Any]:
-    """Return a model's perplexity, bytes, and directions: the axis, followed by one per role."""
+    """Return a model's perplexity, scoring time, bytes and directions.
+
+    The first direction is the axis, and the others are those of the roles.
+    """
     begun = time.perf_counter()
     perplexity = jp.logprobs(model, windows).perplexity()
     seconds = time.perf_counter() - begun

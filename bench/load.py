@@ -15,9 +15,9 @@ cache. An additional first round is a warm-up. The results are:
 - `speed_over_buffer`: the speed relative to a read through one reused 16 MiB buffer. This bound
   shows the cost of allocating memory; a loader, which must allocate memory, cannot reach it.
 
-All processes use ordinary pages (`NUMPY_MADVISE_HUGEPAGE=0`). Otherwise only the load would use
-huge pages, which are up to ten times slower to allocate on virtual machines that return freed
-memory to the host. Peak resident memory is measured after the imports.
+All processes use ordinary pages (`NUMPY_MADVISE_HUGEPAGE=0`). Without this setting, only the load
+would use huge pages, which are up to ten times slower to allocate on virtual machines that return
+freed memory to the host. The peak resident memory is relative to the memory after the imports.
 
 The output is a table and one JSON line.
 """
@@ -86,7 +86,7 @@ def buffered(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def load(folder: pathlib.Path, dtype: str) -> dict[str, Any]:
-    """Load the folder; return the seconds, the parameter bytes and the rise in peak memory."""
+    """Load a checkpoint; return the seconds, the parameter bytes and the rise in peak memory."""
     import jax
     import jax.numpy as jnp
     from jaxpersona.ckpts import hf

@@ -5,8 +5,8 @@
 The benchmark writes a synthetic bfloat16 checkpoint to a temporary folder. Several processes load
 it with `ckpts.hf.load` onto one mesh of simulated CPU devices (the axis "fsdp" across processes,
 the axis "model" within each process). Each process measures the rise in its peak resident memory
-during the load, relative to the size of its shards plus the largest tensor. The output is a table
-and one JSON line.
+during the load. The benchmark reports the ratio of this rise to the size of the process's shards
+plus the largest tensor. The output is a table and one JSON line.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from load import shape, total_bytes, write
 
 
 def load(folder: pathlib.Path, dtype: str, count: int, index: int, port: int) -> dict[str, Any]:
-    """Load this process's shards; return the seconds, the bytes held and read, and peak memory."""
+    """Load this process's shards; return the seconds, bytes held, bytes read and peak memory."""
     import jax
     import jax.numpy as jnp
     from jaxpersona.ckpts import hf, tensorfile
@@ -88,8 +88,8 @@ def main() -> None:
     ratios = [one["peak_bytes"] / (one["held_bytes"] + one["largest_tensor"]) for one in results]
     for index, one in enumerate(results):
         print(f"process {index}: read {one['read_bytes'] / 1e9:.2f} of {total / 1e9:.2f} GB, holds "
-              f"{one['held_bytes'] / 1e9:.2f}, peak {one['peak_bytes'] / 1e9:.2f} GB: "
-              f"{ratios[index]:.3f} × (shards + largest tensor), {one['seconds']:.1f} s")
+              f"{one['held_bytes'] / 1e9:.2f} GB, peak memory {one['peak_bytes'] / 1e9:.2f} GB ("
+              f"{ratios[index]:.3f} × (shards + largest tensor)), {one['seconds']:.1f} s")
     report(
         "load_sharded", f"synthetic {config.family}, {config.n_layers} layers", given,
         file_bytes=total, processes=results, peak_ratios=[round(x, 4) for x in ratios],

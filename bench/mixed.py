@@ -1,13 +1,13 @@
-"""Compare generation and extraction for mixed lengths with transformers and forward hooks.
+"""Compare generation and extraction of mixed lengths with forward hooks in transformers.
 
     python bench/mixed.py --model SmolLM2.gguf
 
 In the part `generate`, `--prompts` prompts of the package's roles and questions, one per role, are
 answered greedily with a cap on the upper half of the layers. Every request has its own limit of 8
 to 128 tokens, and every reply has this length, because stop tokens are ignored. The peer is
-transformers, which caps with one forward hook per layer. It runs batches of `--batch` prompts with
-left padding, and each batch runs until its longest reply ends. The arm `hooks` runs the prompts in
-the given order, and the arm `sorted` in the order of their lengths.
+transformers, which caps with one forward hook per capped layer. It runs batches of `--batch`
+prompts with left padding, and each batch runs until its longest reply ends. The arm `hooks` runs
+the prompts in the given order, and the arm `sorted` runs them in the order of their lengths.
 
 The part `extract` computes every layer's mean over the response tokens of `--conversations`
 conversations, which have random tokens and geometrically distributed lengths (`conversations.py`).
@@ -125,7 +125,7 @@ def programs_of(run: Callable[[], Any]) -> int:
 
 
 def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the ratios of our side to the peer's arms, and the seconds of all arms."""
+    """Return the ratios of the peer's seconds to ours, an interval, and the seconds of all arms."""
     ours = found["ours"]
     return {"ratio": ours["ratio"], "interval": ours["interval"],
             "unresolved": ours["unresolved"], "pairs": ours["pairs"],

@@ -1,13 +1,13 @@
-"""Compare capped generation with transformers and forward hooks on the same machine.
+"""Compare capped generation with forward hooks in transformers, on the same machine.
 
     python bench/peers.py --model mini --batch 1 8 32
 
 Both sides run the same prompts, cap the same layers with the same vector and threshold, and
 greedily decode the same number of tokens. Times include the prefill, and runs alternate. The peer
-is transformers, which caps with one forward hook per layer, as in the code of Lu et al. 2026. Each
-side uses its fastest dtype from `--dtypes` and `--peer-dtypes`. The peer has three other variants:
-`plain` without a cap, `static` with hooks and a static cache, and `compiled` with hooks, a static
-cache and `torch.compile`.
+is transformers, which caps with one forward hook per capped layer, as in the code of Lu et al.
+2026. Each side uses its fastest dtype from `--dtypes` and `--peer-dtypes`. The peer has three other
+variants (`--forms`): `plain` without a cap, `static` with hooks and a static cache, and `compiled`
+with hooks, a static cache and `torch.compile`.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class Hooked:
             for handle in handles:
                 handle.remove()
             if out.shape[1] != tokens.shape[1] + new:
-                raise RuntimeError(f"{out.shape[1] - tokens.shape[1]} new tokens, expected {new}")
+                raise RuntimeError(f"new tokens: {out.shape[1] - tokens.shape[1]}, expected: {new}")
             return spent
 
         return once

@@ -1,13 +1,14 @@
-"""Compare one pass with two passes for captures, and refilled rows with static batches.
+"""Compare captures in one pass with captures in two, and refilled rows with static batches.
 
     python bench/pipeline.py --model mini --batch 32
 
 One pass generates the replies and captures every layer's response mean at the same time. With two
 passes, the replies are generated first, and `jaxpersona.extract` then runs the complete
-conversations. The predicted ratio is 1 + t_forward / t_generate. For `one_pass_over_two_engines`,
-transformers with hooks runs the second pass, with conversations sorted by length and without the
-output head. Refilled and static batches have the same number of rows, and their reply lengths are
-geometrically distributed, with a mean of a third of the maximum.
+conversations. The predicted ratio is 1 + t_forward / t_generate, where t_generate and t_forward are
+the seconds of these two passes. For `one_pass_over_two_engines`, transformers with hooks runs the
+second pass, with conversations sorted by length and without the output head. Refilled and static
+batches have the same number of rows, and their reply lengths are geometrically distributed, with a
+mean of a third of the maximum.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def main() -> None:
 
 
 class Run:
-    """Prompts that the scheduler runs with fixed reply lengths."""
+    """Prompts for which the scheduler generates replies of predetermined lengths."""
 
     def __init__(self, model: Any, rows: list[Row], args: argparse.Namespace) -> None:
         self.model, self.rows, self.args = model, rows, args

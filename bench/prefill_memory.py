@@ -24,7 +24,10 @@ from common import Peak, report
 
 
 def measure(model: str, length: int, dtype: str, run: bool) -> dict[str, Any]:
-    """Compile a prefill of `length` tokens, run it if `run` is true, and return its memory."""
+    """Compile a prefill of `length` tokens and return its memory.
+
+    If `run` is true, also run it and return the seconds and the peak resident memory.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -47,7 +50,7 @@ def measure(model: str, length: int, dtype: str, run: bool) -> dict[str, Any]:
     program = jax.jit(prefill).lower(params, rows).compile()
     memory = program.memory_analysis()
     if memory is None:
-        raise SystemExit("this backend reports no memory statistics")
+        raise SystemExit("this JAX backend reports no memory statistics for compiled programs")
     found = {"tokens": length, "temp_bytes": memory.temp_size_in_bytes,
              "output_bytes": memory.output_size_in_bytes}
     if run:
@@ -66,7 +69,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--run-to", type=int, default=1 << 30,
-                        help="compile prefills of more tokens without running them")
+                        help="the longest prompt to run; longer prefills are only compiled")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
@@ -82,7 +85,7 @@ def main() -> None:
         rows.append(row)
         ran = (f", resident {row['resident_bytes'] / 2**20:.0f} MiB, {row['seconds']} s"
                if "resident_bytes" in row else "")
-        print(f"{length:>6} tokens: program {row['program_bytes'] / 2**20:.0f} MiB above the "
+        print(f"{length:>6} tokens: program {row['program_bytes'] / 2**20:.0f} MiB without the "
               f"weights{ran}", flush=True)
     first, last = rows[0], rows[-1]
     ran = [row for row in rows if "resident_bytes" in row]

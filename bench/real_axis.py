@@ -12,8 +12,11 @@ results.
 
 The model answers the package's first questions in the package's 275 roles and as the default
 persona, with one rollout per system prompt and question. The stage `axis` counts every answer as
-fully played (judge `none`). The stage `judge` scores the answers of a sample of roles by another
+fully played (judge `none`). The stage `judge` scores some answers of a sample of roles by another
 model's digit probabilities (`judges.digits`) and computes the axis from the answers with score 3.
+The stage `cap` generates answers with and without a cap and measures perplexity and capability. The
+stage `cap_judge` scores these answers. The stage `speed` compares the speed of capped generation
+with that of transformers.
 """
 
 from __future__ import annotations
@@ -48,7 +51,10 @@ COMPONENTS = 20
 
 
 def cast(args: argparse.Namespace, name: str) -> list[texts.Role]:
-    """Return the default persona, then the roles, each with its first `--prompts` prompts."""
+    """Return the default persona and the roles, the latter with their first `--prompts` prompts.
+
+    With `--roles`, only a random sample of the roles is returned.
+    """
     roles = texts.load_roles(None, model_name=name)
     plain = next(role for role in roles if role.name == "default")
     others = [role for role in roles if role.name != "default"]
@@ -59,7 +65,10 @@ def cast(args: argparse.Namespace, name: str) -> list[texts.Role]:
 
 
 def axis_stage(args: argparse.Namespace) -> dict[str, Any]:
-    """Generate answers for every role and compute the axis; all answers count as fully played."""
+    """Generate answers for every role, compute the axis, and write files for the other stages.
+
+    All answers count as fully played.
+    """
     model = jp.load(args.model, dtype=args.dtype)
     roles, questions = cast(args, args.name), texts.load_questions(None)[: args.questions]
     settings = Settings(max_new_tokens=args.new, batch_size=args.batch, seed=args.seed)
@@ -137,7 +146,10 @@ def answers(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 
 
 def analysis(default: np.ndarray, found: science.Analysis) -> dict[str, Any]:
-    """Return cos(PC1, axis), the explained variance and the norm of the axis at every layer."""
+    """Return cos(PC1, axis), the norm of the axis and statistics of the PCA at every layer.
+
+    The explained variance ratios of the first components are returned for the middle layer only.
+    """
     middle = found.components[len(found.components) // 2].ratio
     return {
         "cos_pc1": [round(float(c), 4) for c in found.cos_pc1],
@@ -150,7 +162,10 @@ def analysis(default: np.ndarray, found: science.Analysis) -> dict[str, Any]:
 
 
 def ranking(found: Any, layer: int) -> dict[str, Any]:
-    """Return the roles with the highest and the lowest mean projections on the axis at a layer."""
+    """Return the roles in descending order of their mean projections on the axis at a layer.
+
+    The result also contains the mean projections of the default persona and of the extreme roles.
+    """
     order = sorted(((float(found.mean_projection(name)[layer]), name)
                     for name in found.projections if name != "default"), reverse=True)
     listed = [[name, round(value, 3)] for value, name in order]
@@ -168,7 +183,10 @@ def read_scores(judge: DigitJudge, role: texts.Role, records: list[dict[str, Any
 
 
 def judge_stage(args: argparse.Namespace) -> dict[str, Any]:
-    """Judge the answers of a random sample of roles; compute the axis from answers with score 3."""
+    """Judge answers of a random sample of roles, and compute the axis of answers with score 3.
+
+    This axis is compared with the axes of all judged answers and of the whole run.
+    """
     held, means = answers(args), np.load(args.out / "means.npz")
     names = [name for name in held if name != "default"]
     roles = {role.name: role for role in texts.load_roles(None)}
@@ -224,7 +242,11 @@ def cosines(a: np.ndarray, b: np.ndarray) -> list[float]:
 
 
 def cap_stage(args: argparse.Namespace) -> dict[str, Any]:
-    """Compare answers with no cap, with a cap at p25 and with a push in a random direction."""
+    """Compare answers, perplexity and capability without a cap, with a cap, and with a control.
+
+    The cap is a floor at p25. The control moves each activation by the same distance as the cap,
+    but in a random direction.
+    """
     model = jp.load(args.model, dtype=args.dtype)
     axis = jp.load_axis(args.out / "axis.safetensors")
     order = json.loads((args.out / "axis.json").read_text())["ranking"]["order"]
@@ -307,7 +329,7 @@ def speed_stage(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def cap_layers(model: jp.Model) -> range:
-    """Return the layers to cap: 70 to 85 % of the depth, as in the best settings of Lu et al."""
+    """Return the layers to cap: 70 to 85 % of the depth, as in the best caps of Lu et al. 2026."""
     return range(int(0.7 * model.config.n_layers), int(0.85 * model.config.n_layers))
 
 
@@ -319,7 +341,7 @@ def main() -> None:
     """Run one stage and write its result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("stage", choices=list(STAGES))
-    parser.add_argument("--model", help="a model folder, a .gguf file or a Hub name")
+    parser.add_argument("--model", help="a folder, a .gguf file or a Hugging Face Hub model")
     parser.add_argument("--name", default="SmolLM2", help="name of the model in prompts")
     parser.add_argument("--judge", help="the judge model")
     parser.add_argument("--judge-name", default="Qwen2.5-Coder-1.5B-Instruct")
@@ -333,7 +355,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--judged", type=int, default=40, help="number of judged roles")
-    parser.add_argument("--judged-each", type=int, default=4, help="judged answers of each role")
+    parser.add_argument("--judged-each", type=int, default=4, help="judged answers per role")
     parser.add_argument("--cap-questions", type=int, default=2)
     parser.add_argument("--ordinary", type=int, default=40)
     parser.add_argument("--speed-prompts", type=int, default=64)

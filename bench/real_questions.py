@@ -49,6 +49,6 @@ QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def correct(answer: str, wanted: tuple[str, ...]) -> bool:
-    """Return whether an answer contains an expected answer as whole words, in any case."""
+    """Return whether an answer contains an expected answer as whole words, ignoring case."""
     return any(re.search(rf"(?<![\w.]){re.escape(word)}(?!\w|\.\d)", answer.lower())
                for word in wanted)

@@ -1,4 +1,4 @@
-"""Compare the speed of capped generation with that of transformers and forward hooks."""
+"""Compare the speed of capped generation with that of forward hooks in transformers."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ BENCHES = ("cap_overhead", "rows", "decode", "extract", "pipeline", "peers", "ro
 
 
 def main() -> None:
-    """Read the results, draw the plots and write the report."""
+    """Read the results, draw the plots, write the report and print its path."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     found = {name: value for name, value in found.items()
              if isinstance(value, dict) and value.get("bench") in BENCHES}
@@ -58,7 +58,7 @@ def describe(value: dict[str, Any]) -> str:
 
 
 def figures(value: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return (name, value as text) for each figure of a result, with the interval of a ratio."""
+    """Return (name, value as text) for each quantity in a result, with the intervals of ratios."""
 
     def ratio(number: Any, interval: Any, unresolved: Any) -> str:
         mark = " *unresolved*" if unresolved else ""
@@ -117,7 +117,7 @@ def figures(value: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def draw(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """Draw the four plots in one image and return the file name and caption of each image."""
+    """Draw the four plots in one image and return a list with its (file name, caption)."""
     figure = new_figure(10.5, 8)
     kinds = {kind: {name: value for name, value in found.items() if value["bench"] == kind
                     and (kind != "cap_overhead" or len(value["by_layers"]) > 1)}

@@ -1,4 +1,4 @@
-"""Place decoding and extraction on a roofline plot of this device.
+"""Measure decoding and extraction on this device for a roofline plot.
 
     python bench/roofline.py --model mini --batch 1 8 32 128
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--prompt", type=int, default=PROMPT, help="prompt tokens")
+    parser.add_argument("--prompt", type=int, default=PROMPT, help="prompt length in tokens")
     parser.add_argument("--width", type=int, default=256, help="tokens per extracted row")
     parser.add_argument("--rows", type=int, default=4, help="number of extracted rows")
     parser.add_argument("--dtype", default=None)

@@ -1,4 +1,4 @@
-"""Measure the overhead of per-row interventions: one cap per row against one shared cap.
+"""Measure the overhead of per-row interventions: several distinct caps against one shared cap.
 
     python bench/rows.py --model mini --batch 256
 """
@@ -24,14 +24,15 @@ def main() -> None:
                         help="maximum number of pairs (at least 10)")
     parser.add_argument("--budget", type=float, default=120.0, help="time limit in seconds")
     parser.add_argument("--distinct", type=int, nargs="+", default=None,
-                        help="numbers of distinct caps to measure; default: 4, 16, 64, …")
+                        help="numbers of distinct caps to measure, besides one per row; "
+                             "default: 4, 16, 64, …")
     parser.add_argument("--dtype", default=None)
     args = parser.parse_args()
     asked = [4**i for i in range(1, 8) if 4**i < args.batch]
     if args.distinct is not None:
         asked = args.distinct
     if not all(0 < n <= args.batch for n in asked):
-        parser.error(f"--distinct is {asked}; each must be between 1 and --batch {args.batch}")
+        parser.error(f"--distinct is {asked}; each must be from 1 to {args.batch} (--batch)")
     model = jp.load(args.model, dtype=args.dtype)
     total = model.config.n_layers
     layers = range(total // 2, total)

@@ -39,7 +39,7 @@ SKIP = False  # whether the tokenization of prompts is skipped
 
 
 class Drawn:
-    """A replacement of `engine.stream.Stream` that draws replies at random."""
+    """A replacement for `engine.stream.Stream` that draws replies at random."""
 
     def __init__(self, model: Any, asked: Any, *, batch_size: int, max_new_tokens: int,
                  seed: int, **_: Any) -> None:
@@ -91,7 +91,8 @@ def size(folder: pathlib.Path, *parts: str) -> int:
 def main() -> None:
     """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="a new folder")
+    parser.add_argument("--out", type=pathlib.Path, required=True,
+                        help="the run folder; if it exists, it is deleted first")
     parser.add_argument("--roles", type=int, default=275)
     parser.add_argument("--questions", type=int, default=240)
     parser.add_argument("--new", type=int, default=512)

@@ -21,7 +21,8 @@ the load of the machine, so CPU seconds are also reported.
 - `programs`: the number of programs compiled for 20 prompts of different lengths (4 to 80 tokens)
   at batch sizes 1 and 8, with reply limits of 16 and 48 tokens.
 - `ahead`: the seconds to trace, lower and compile prefill and decode of a large model ahead of time
-  for a TPU v5e (with libtpu) and an H100, with and without nested programs (`models.blocks`).
+  for a TPU v5e (if libtpu is installed) and an H100 (with XLA's description of an H200), with and
+  without nested `jax.jit` functions (`models.blocks`).
 
 The output is a table and one JSON line.
 """
@@ -117,7 +118,7 @@ def theirs(folder: str) -> dict[str, Any]:
     done = time.perf_counter()
     text = tokenizer.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
     return {"import_s": imported - begun, "load_s": loaded - imported,
-            "token_s": streamer.times[1][0] - loaded,  # the first call of `put` has the prompt
+            "token_s": streamer.times[1][0] - loaded,  # the first call of `put` contains the prompt
             "reply_s": done - loaded, "cpu_s": streamer.times[1][1] - spent, "text": text}
 
 
@@ -136,7 +137,7 @@ def session(folder: str) -> dict[str, Any]:
 
 
 def ahead(name: str) -> dict[str, Any]:
-    """Compile programs of a large model for absent devices, with and without nested programs."""
+    """Compile programs of a large model for absent devices, with and without nested functions."""
     import contextlib
     from unittest import mock
 

@@ -1,11 +1,12 @@
-"""Compare one continuous stream of rollouts with separate calls of `generate` for groups.
+"""Compare one continuous stream of rollouts with one call of `generate` per group of rollouts.
 
     python bench/stream.py --model mini --batch 32
     python bench/stream.py --model mini --batch 128
 
 The rollouts are those of an axis run: role prompts and questions, with sampled replies and their
-response means. A group is one call of `generate` for at least 256 rollouts and at least four
-batches. `same_bits` reports whether both arms return identical tokens and bit-identical means.
+response means. A group contains at least 256 rollouts and at least four batches, except the last
+group, which contains the remaining rollouts. `same_bits` reports whether both arms return identical
+tokens and bit-identical means.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python bench/suite.py [--only cap_overhead rows …] [--tag cpu]
 
-Each benchmark runs in its own process, by default for two or three minutes. The last line of its
-output is saved as `bench/results/<bench>-<tag>.json`. If a benchmark fails, the error is reported
-and the other benchmarks still run.
+Each benchmark runs in its own process, which by default takes two or three minutes. The last line
+of its output is saved as `bench/results/<bench>-<tag>.json`. If a benchmark fails, the error is
+reported, the other benchmarks still run, and the exit status is 1.
 """
 
 from __future__ import annotations

@@ -5,10 +5,11 @@
     JAX_PLATFORMS=cpu python bench/tpu_kernels.py residual --model llama-3.1-8b --chip v5e
 
 The programs are compiled but not run. The part `attention` compiles a prefill of one row with
-XLA's chunked attention and with splash attention. The part `residual` compiles a decode step and a
-prefill with every layer capped, with XLA's edit and with the fused kernel. Few layers are enough
-(`--layers`), because each layer adds the same number of kernels and bytes, and the temporaries of
-one layer's attention are freed before the next layer. The last line of the output is JSON.
+XLA's chunked attention and with splash attention. The part `residual` compiles decode steps and a
+prefill without a cap, and with every layer capped by XLA's edit or by the fused kernel. Few layers
+are enough (`--layers`), because each layer adds the same number of kernels and bytes, and the
+temporaries of one layer's attention are freed before the next layer. The last line of the output is
+JSON.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ from jaxpersona.planning import chips, hlo, plan
 from jaxpersona.planning.arithmetic import abstract_weights
 
 KERNELS = ("fusion", "custom-call", "copy", "convolution", "dot", "reduce", "sort")
-READ = 4  # number of directions in the arms with readings
+READ = 4  # number of directions in the arms that capture projections
 
 
 def prefill(config: ModelConfig, mesh: Any, rows: int, width: int, **options: Any) -> Any:
-    """Compile a forward pass over prompts into a new cache, for the devices of a mesh.
+    """Compile a prefill of a batch of prompts with a new cache, for the devices of a mesh.
 
     Args:
       config: the model configuration.
       mesh: the mesh of abstract TPU devices.
-      rows, width: the shape of the batch.
+      rows, width: the number of prompts and their length in tokens.
       options: further arguments of `forward`.
     """
     shape = (rows, width)
@@ -88,7 +89,7 @@ def sizes(program: Any) -> dict[str, int]:
 
 
 def per_layer(program: Any, layers: int) -> float:
-    """Return the median number of kernels per layer."""
+    """Return the median over layers of the number of kernels in a layer."""
     found = hlo.operations(program.as_text())
     if any(op.looped and op.kind in KERNELS and "layer0" in op.scope.split("/") for op in found):
         found = [op for op in found if op.looped]  # count only the operations of a decode step
@@ -126,7 +127,7 @@ def attention(config: ModelConfig, mesh: Any, widths: list[int]) -> dict[str, An
 
 def residual(config: ModelConfig, mesh: Any, rows: int, width: int, programs: list[str],
              readings: bool) -> dict[str, Any]:
-    """Compile programs with every layer capped, with both implementations of the edit.
+    """Compile programs without a cap, and with every layer capped by either implementation.
 
     Returns:
       The sizes and the number of kernels of each program, and the overhead of the caps.
@@ -169,7 +170,7 @@ def main() -> None:
                         help="prompt lengths of `attention` in tokens")
     parser.add_argument("--rows", type=int, default=32, help="number of rows in the decode step")
     parser.add_argument("--width", type=int, default=2048,
-                        help="prefill tokens and cache slots of `residual`")
+                        help="prompt length and number of cache slots of `residual`")
     args = parser.parse_args()
     config = replace(jp.preset(args.model), n_layers=args.layers)
     devices = chips.tpu_devices(f"{args.chip}:1x1")

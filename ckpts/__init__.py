@@ -1,1 +1,1 @@
-"""Checkpoints and vectors: Hugging Face folders, Orbax, vector files and the embedded model."""
+"""Checkpoint formats (Hugging Face, Orbax, GGUF), vector files and the embedded model."""

@@ -1,8 +1,8 @@
 """LoRA adapters in the format of the PEFT library, merged into the weights or kept separate.
 
-A folder contains `adapter_config.json` and `adapter_model.safetensors`. With LoRA (Hu et al. 2021),
-a product W·x becomes W·x + s·B·(A·x), with A [r, in], B [out, r] and s = α/r, or α/√r with rsLoRA
-(Kalajdzievski 2023).
+An adapter is a folder with `adapter_config.json` and `adapter_model.safetensors`. In LoRA (Hu et
+al. 2021), a product W·x becomes W·x + s·B·(A·x), with A [r, in], B [out, r] and s = α/r, or α/√r
+with rsLoRA (Kalajdzievski 2023).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _INACTIVE: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None, []), "use_qalora": (False, None),
     "arrow_config": (None,), "use_bdlora": (None, False),
 }
-# values of init_lora_weights whose initialization also changes the base weights
+# prefixes of the values of init_lora_weights whose initialization also changes the base weights
 _CHANGED_BASE = ("pissa", "olora", "loftq", "corda")
 
 
@@ -68,7 +68,7 @@ def read_adapter(folder: pathlib.Path, config: ModelConfig) -> dict[str, Pair]:
       config: the configuration of the base model.
 
     Returns:
-      The update of each weight, by the weight's name in the base model's checkpoint.
+      The updates of the weights that the adapter changes, by tensor name in the base checkpoint.
 
     Raises:
       UserError: the folder is not a LoRA adapter, or the adapter uses an unsupported feature or
@@ -95,8 +95,8 @@ def read_adapter(folder: pathlib.Path, config: ModelConfig) -> dict[str, Pair]:
         module = name.removesuffix(".weight")
         rank = _setting(raw, "r", "rank_pattern", module, place)
         if a.shape[0] != rank:
-            raise UserError(f"{place}: r of {module} is {rank}, but its rank in {WEIGHTS} is "
-                            f"{a.shape[0]}")
+            raise UserError(f"{place}: r of {module} is {rank}, but its factors in {WEIGHTS} "
+                            f"have rank {a.shape[0]}")
         alpha = _setting(raw, "lora_alpha", "alpha_pattern", module, place)
         scale = alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
         wide = np.dtype(np.float32)
@@ -145,7 +145,7 @@ def _setting(raw: Mapping[str, Any], key: str, patterns: str, module: str,
             break
     if type(value) not in (int, float) or not 0 < value < 1e6:
         raise UserError(f"{place}: {key} of {module} is {value!r:.60}; it must be a positive "
-                        "number")
+                        "number below a million")
     return value
 
 
@@ -164,8 +164,9 @@ def _paired(entries: Mapping[str, Entry], expected: Mapping[str, names.Tensor],
         elif weight not in expected:
             faults.append(f"{name}: the model has no weight {weight}")
         elif entry.dtype not in DTYPES or len(entry.shape) != 2:
-            faults.append(f"{name}: dtype is {entry.dtype} and shape is {list(entry.shape)}; it "
-                          f"must be a matrix with dtype {', '.join(DTYPES)}")
+            faults.append(f"{name}: dtype is {entry.dtype} and shape is {list(entry.shape)}; a "
+                          "factor must be a matrix, and its dtype one of "
+                          f"{', '.join(DTYPES)}")
         else:
             by_weight.setdefault(weight, {})[match[2]] = entry
     pairs = {}
@@ -176,15 +177,15 @@ def _paired(entries: Mapping[str, Entry], expected: Mapping[str, names.Tensor],
             continue
         a, b = factors["A"], factors["B"]
         if a.shape[1] != width or b.shape[0] != out or a.shape[0] != b.shape[1]:
-            faults.append(f"{weight}: factors {list(a.shape)} and {list(b.shape)} do not fit "
-                          f"[{out}, {width}]")
+            faults.append(f"{weight}: factors with shapes {list(a.shape)} and "
+                          f"{list(b.shape)} do not fit the weight's shape [{out}, {width}]")
         else:
             pairs[weight] = (a, b)
     return pairs, faults
 
 
 def merged(params: Params, config: ModelConfig, updates: Mapping[str, Pair]) -> Params:
-    """Return parameters with updates added: W + s·B·A in float32, rounded to the weight's dtype.
+    """Return parameters with the updates added to the weights (see `add_pair`).
 
     Raises:
       UserError: a weight that has an update is int8.
@@ -200,7 +201,7 @@ def merged(params: Params, config: ModelConfig, updates: Mapping[str, Pair]) -> 
 
 
 def add_pair(w: jax.Array, spec: Spec, pair: Pair) -> jax.Array:
-    """Return W + s·B·A for one array, computed in float32 and rounded to the array's dtype."""
+    """Return W + s·B·A for one array W, computed in float32 and rounded to the dtype of W."""
     return _sum(w, jax.device_put((pair.b @ pair.a).reshape(spec.shape), w.sharding))
 
 

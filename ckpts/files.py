@@ -1,4 +1,4 @@
-"""Atomic file writes, and functions that read and write small safetensors files."""
+"""Write files atomically, read and write small safetensors files, and parse header fields."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ _TEMPORARY = re.compile(r"\.(.+)\.([0-9]{1,18})\.tmp")
 def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yield a temporary path; if the block succeeds, fsync the file and rename it to `path`.
 
+    A missing parent folder is created. If the block fails, the temporary file is removed.
+
     Raises:
-      UserError: the file cannot be written.
+      UserError: the file cannot be written, or the block raises an OSError.
     """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # `leftovers` parses this name
@@ -43,7 +45,7 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 def leftovers(folder: pathlib.Path) -> list[tuple[pathlib.Path, str, int]]:
-    """List the temporary files of `atomic` that killed processes left in a folder.
+    """List the temporary files of `atomic` in a folder, including those of killed processes.
 
     Returns:
       A tuple per temporary file: its path, the name of the file that it was to replace, and the id
@@ -83,7 +85,7 @@ def scheme_of(fingerprint: Any, scheme: Any) -> int:
     do not store a scheme. It is the current `SCHEME` if the file has no fingerprint.
 
     Raises:
-      UserError: `scheme` is not a positive integer.
+      UserError: the file has a fingerprint, and `scheme` is not a positive integer below a million.
     """
     if not fingerprint:
         return SCHEME
@@ -91,7 +93,7 @@ def scheme_of(fingerprint: Any, scheme: Any) -> int:
         return 1
     if not re.fullmatch(r"[1-9][0-9]{0,5}", str(scheme)):
         raise UserError(f"fingerprint_scheme is {str(scheme)[:40]!r}; it must be a positive "
-                        "integer")
+                        "integer below a million")
     return int(scheme)
 
 
@@ -113,9 +115,10 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray],
                   metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically, so that equal content always produces equal bytes.
+    """Write a safetensors file atomically; equal content always produces equal bytes.
 
-    Tensors and metadata are sorted by name. The safetensors library does not guarantee their order.
+    For this reason, tensors and metadata are sorted by name. The safetensors library does not
+    guarantee an order.
     """
     with atomic(path) as temporary, open(temporary, "wb") as file:
         for piece in _pieces(tensors, metadata):
@@ -124,7 +127,12 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray],
 
 def header_of(shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
               metadata: Mapping[str, str]) -> bytes:
-    """Return the header bytes that `write_tensors` writes for these dtypes and shapes."""
+    """Return the header that `write_tensors` writes, including the 8 bytes of its length.
+
+    Args:
+      shapes: the dtype and shape of each tensor, by name.
+      metadata: the metadata.
+    """
     ordered = {name: shapes[name] for name in sorted(shapes)}
     return next(pieces(ordered, lambda _: np.empty(0), dict(sorted(metadata.items()))))
 
@@ -141,7 +149,7 @@ def read_tensors(path: str | os.PathLike, limit: int | None = None,
 
     Args:
       path: the file.
-      limit: maximum file size in bytes; None accepts any size.
+      limit: the maximum file size in bytes; None accepts any size.
 
     Returns:
       The arrays by tensor name, and the metadata.

@@ -34,9 +34,11 @@ _OURS = ("kind", "name", "model", "fingerprint", "fingerprint_scheme", "layers",
 def read(path: str | os.PathLike) -> Vector:
     """Read a control vector; layers missing from the file are zero.
 
+    The result is an `Axis` if `write` stored an axis.
+
     Raises:
-      UserError: the package gguf is not installed, or the file is missing, damaged or not a
-        control vector; the message names the file.
+      UserError: the package gguf is not installed, or the file is missing, too large, damaged or
+        not a control vector; the message names the file.
     """
     path = pathlib.Path(path)
     size = require_file(path)
@@ -64,8 +66,10 @@ def check_bounds(path: pathlib.Path) -> None:
     """Check every count and length in the header before the gguf package parses the file.
 
     Raises:
-      UserError: a count or length exceeds its limit, or the file is not a control vector.
-      struct.error: the header declares more data than the file contains.
+      UserError: a count exceeds its limit, a field is not supported, or the file is not a control
+        vector.
+      struct.error: the file is not a GGUF file, or its header declares more data than the file
+        contains.
     """
     with gguf_header.mapped(path) as data:
         header = HeaderReader(data, _MAX_ELEMENTS)
@@ -94,8 +98,8 @@ def _build(gguf: Any, reader: Any, stem: str) -> Vector:
     for tensor in reader.tensors:
         number = re.fullmatch(r"direction\.([1-9]\d{0,8})", tensor.name)
         if number is None or int(number[1]) >= MAX_LAYERS:
-            raise UserError(f"tensor {tensor.name!r} must be named direction.1 to "
-                            f"direction.{MAX_LAYERS - 1}")
+            raise UserError(f"tensor {tensor.name!r} is not supported; the names must be from "
+                            f"direction.1 to direction.{MAX_LAYERS - 1}")
         value = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
         if value.ndim != 1:
             raise UserError(f"{tensor.name} has {value.ndim} dimensions; it must have one")
@@ -127,7 +131,7 @@ def write(path: str | os.PathLike, vector: Vector) -> list[str]:
 
     Raises:
       UserError: the package gguf is not installed, the direction was measured at a site other than
-        "residual", or it is zero at every layer above 0.
+        "residual" or is zero at every layer above 0, or the file cannot be written.
     """
     path = pathlib.Path(path)
     vector.check_site("residual")

@@ -16,7 +16,7 @@ from jaxpersona.models.nn import rope_frequencies
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
 GEMMA = ("gemma2", "gemma3")
-# layer counts of the 27B models, whose query_pre_attn_scalar is the width divided by the head count
+# layer counts of the 27B models, whose query_pre_attn_scalar is hidden_size / num_attention_heads
 _27B = {"gemma2": 46, "gemma3": 62}
 # keys under "<architecture>." that this module reads or checks, or that cannot change the output
 _KNOWN = frozenset("""
@@ -80,6 +80,8 @@ def to_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
               rope_divisors: np.ndarray | None, place: str) -> ModelConfig:
     """Convert the metadata of a GGUF model to a configuration.
 
+    Unknown fields are ignored with a warning.
+
     Args:
       fields: the metadata, including `general.architecture`.
       shapes: the shapes of the tensors, by GGUF name.
@@ -101,7 +103,7 @@ def to_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
                             "supported")
     if unknown := [key for key in data.unknown()
                    if key.removeprefix(architecture + ".") not in _UNSUPPORTED]:
-        warnings.warn(f"{place}: ignored unknown fields {reprlib.repr(unknown)}", UserWarning,
+        warnings.warn(f"{place}: ignored the unknown fields {reprlib.repr(unknown)}", UserWarning,
                       stacklevel=4)
     embedding = shapes.get("token_embd.weight", ())
     if len(embedding) != 2:
@@ -158,7 +160,7 @@ def _is_mistral(fields: Mapping[str, Any], data: _Metadata) -> bool:
 
 
 def _scaling(data: _Metadata) -> dict[str, Any] | None:
-    """Return the `rope_scaling` of a config.json; None if the frequencies are not scaled."""
+    """Return the config.json field `rope_scaling`, or None if the frequencies are not scaled."""
     kind, factor = data.get("rope.scaling.type"), data.real("rope.scaling.factor")
     if kind is not None and not isinstance(kind, str):
         raise UserError(f"rope.scaling.type is {reprlib.repr(kind)}; it must be a string")
@@ -169,12 +171,12 @@ def _scaling(data: _Metadata) -> dict[str, Any] | None:
         return None
     if kind == "linear":
         return {"rope_type": "linear", "factor": 1.0 if factor is None else factor}
-    raise UserError(f"rope.scaling.type is {kind!r:.80}; supported are none and linear, and, for "
-                    "Llama 3's scaling, the tensor rope_freqs.weight")
+    raise UserError(f"rope.scaling.type is {kind!r:.80}; supported are none and linear; for "
+                    "Llama 3's scaling, the file must contain the tensor rope_freqs.weight")
 
 
 def _llama3(divisors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any] | None:
-    """Return the Llama 3 `rope_scaling` of a config.json that produces these divisors.
+    """Return the config.json field `rope_scaling`, of type "llama3", that yields these divisors.
 
     Multiplying `original_max_position_embeddings` and both frequency factors by the same number
     does not change the divisors. The low frequency factor is therefore set to 1, as in all released
@@ -230,8 +232,8 @@ def _windows(data: _Metadata, family: str, layers: int) -> dict[str, Any]:
         period = data.integer("attention.sliding_window_pattern")
     if isinstance(pattern, np.ndarray):
         if len(pattern) != layers:
-            raise UserError(f"attention.sliding_window_pattern has {len(pattern)} entries; it must "
-                            f"have one per layer ({layers})")
+            raise UserError(f"attention.sliding_window_pattern has length {len(pattern)}; it must "
+                            f"have one entry per layer ({layers})")
         sliding = [bool(value) for value in pattern]
     elif period is not None:
         sliding = [bool((i + 1) % period) for i in range(layers)]

@@ -26,7 +26,7 @@ ARCHITECTURE_KEY = "general.architecture"
 MAX_FIELDS = 1 << 16
 _MAX_DIMENSIONS = 4
 _STRING, _ARRAY = 8, 9
-# format characters of `struct` by the id of the GGUF type
+# format characters of `struct` by GGUF type id
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
             12: "d"}
 
@@ -49,7 +49,7 @@ class TensorInfo:
 
 
 def import_gguf(path: pathlib.Path) -> Any:
-    """Import the optional package gguf.
+    """Import and return the optional package gguf.
 
     Raises:
       UserError: the package is not installed; the message names the file that needs it.
@@ -75,7 +75,8 @@ def mapped(path: pathlib.Path) -> Iterator[mmap.mmap]:
 class HeaderReader:
     """A sequential reader of a header that never reads beyond the end of the file.
 
-    Every method raises `struct.error` if the header declares more data than the file contains.
+    Every method raises `struct.error` if the header declares more data than the file contains, and
+    `UnicodeDecodeError` if a string is not UTF-8.
 
     Attributes:
       version: the format version.
@@ -117,7 +118,7 @@ class HeaderReader:
           count: the number of fields to read; None reads all.
 
         Returns:
-          Values by key: numbers, booleans, strings, NumPy arrays, and lists of strings.
+          The values by key: numbers, booleans, strings, NumPy arrays, and lists of strings.
 
         Raises:
           UserError: a count exceeds its limit, a type is not supported, or a returned field is
@@ -187,7 +188,7 @@ class HeaderReader:
                 self._skip(self._number("Q"))
             return None
         if kind not in _SCALARS:
-            raise UserError(f"a field has the unknown type {kind}")
+            raise UserError(f"an array has elements of the unknown type {kind}")
         dtype = np.dtype("<" + _SCALARS[kind])
         start = self.at
         self._skip(count * dtype.itemsize)

@@ -1,7 +1,7 @@
 """GGUF model files: headers, tensors and dequantization.
 
-The gguf package dequantizes each tensor a few rows at a time, and the values are cast directly into
-an array of the target dtype. Two changes that llama.cpp's converter makes are reversed. For the
+The gguf package dequantizes each matrix in blocks of rows, and each block is cast directly into an
+array of the target dtype. Two changes that llama.cpp's converter makes are reversed. For the
 architecture "llama", the rows of the query and key weights are permuted back to Hugging Face's
 order. For Gemma, the 1 that the converter adds to norm weights is subtracted.
 """
@@ -95,7 +95,9 @@ class Checkpoint:
 
 
 def open_checkpoint(path: pathlib.Path) -> Checkpoint:
-    """Read and validate the headers of a GGUF model; no weights are read.
+    """Read and validate the headers of a GGUF model.
+
+    The only tensor that is read is `rope_freqs.weight`, because it determines the configuration.
 
     Args:
       path: the file, or the first of the parts `<name>-00001-of-0000N.gguf`.
@@ -256,9 +258,9 @@ class GgufSource:
         stored = {name: gguf_name(name, config.post_norms) for name in expected}
         faults = []
         if missing := set(stored.values()) - set(tensors):
-            faults.append(f"missing tensors {some(missing)}")
+            faults.append(f"missing tensors: {some(missing)}")
         if extra := set(tensors) - set(stored.values()) - {ROPE_DIVISORS}:
-            faults.append(f"unexpected tensors {some(extra)}")
+            faults.append(f"unexpected tensors: {some(extra)}")
         faults += [f"{stored[name]} has shape {list(tensors[stored[name]].shape)}, expected "
                    f"{list(tensor.shape)}" for name, tensor in expected.items()
                    if stored[name] in tensors and tensors[stored[name]].shape != tensor.shape][:6]
@@ -274,8 +276,9 @@ class GgufSource:
              dtype: np.dtype | None) -> np.ndarray:
         """Read and dequantize a tensor or a part of it (see `TensorSource.read`).
 
-        Only the quantization blocks of a matrix that overlap `index` are read, plus the remaining
-        rows of a head if the rows are permuted. If `dtype` is None, the result is float32.
+        Of a matrix, only the quantization blocks that overlap `index` are read. If its rows are
+        permuted within heads, all rows of each selected head are read. If `dtype` is None, the
+        result is float32.
 
         Raises:
           UserError: the file cannot be read, or was truncated after its header was read.
@@ -308,7 +311,7 @@ class GgufSource:
         return out
 
     def blocks(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """Read a matrix of type Q8_0 without dequantizing it; return None for other types.
+        """Read a matrix of type Q8_0 without dequantizing it; return None for any other tensor.
 
         Returns:
           The values, int8 [rows, columns], and the scale of each block of 32 columns, float16

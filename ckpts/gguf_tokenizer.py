@@ -18,7 +18,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.extras import require
 
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
-_MAX_LENGTH = 1024  # maximum characters per token, because merges are derived in quadratic time
+_MAX_LENGTH = 1024  # maximum characters per token; deriving merges takes time quadratic in it
 _NAMED = {"bos_token": "bos_token_id", "eos_token": "eos_token_id",
           "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
 _STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -45,12 +45,13 @@ _SPLITS = {
     "smaug-bpe": _LLAMA3, "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "megrez": _QWEN2,
     "tekken": _TEKKEN,
 }
-# values of tokenizer.ggml.pre whose tokenizers prepend BOS and do not split a word that is a token
+# values of tokenizer.ggml.pre whose tokenizers do not split a word that is a token, and by default
+# prepend BOS
 _WHOLE_WORDS = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"})
 
 
 def build(fields: Mapping[str, Any]) -> Any:
-    """Build a transformers tokenizer with the file's chat template.
+    """Build a transformers tokenizer, including its chat template, from GGUF metadata.
 
     Args:
       fields: the GGUF metadata.
@@ -91,7 +92,7 @@ def build(fields: Mapping[str, Any]) -> Any:
 
 
 def stop_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the ids of stop tokens: those in the metadata, then those of known control tokens."""
+    """Return the ids of stop tokens: first those in the metadata, then those of `_STOP_TEXTS`."""
     tokens = fields.get("tokenizer.ggml.tokens") or []
     found = [fields[f"tokenizer.ggml.{key}"] for key in _STOP_KEYS
              if _token(fields, key, tokens) is not None]
@@ -151,7 +152,7 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], gemma: bool,
                    unknown: str | None) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    if gemma:  # Gemma's tokens of several spaces contain spaces in GGUF files, not ▁
+    if gemma:  # in GGUF files, Gemma's tokens of several spaces contain spaces instead of ▁
         tokens = ["▁" * len(t) if " " in t and not t.strip() else t for t in tokens]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if "tokenizer.ggml.merges" in fields:
@@ -180,7 +181,7 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], gemma: bool,
 
 
 def _derive_merges(vocabulary: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Return every split of a token into two other tokens, in order of descending score."""
+    """Return every split of a token into two other tokens, by descending score of the token."""
     merges = []
     for token, index in vocabulary.items():
         pairs = [(token[:i], token[i:]) for i in range(1, len(token))
@@ -205,7 +206,7 @@ def _add_tokens(backend: Any, fields: Mapping[str, Any], tokens: list[str]) -> N
 
 def _add_ends(backend: Any, fields: Mapping[str, Any], named: Mapping[str, str | None],
               tokens: list[str]) -> None:
-    """Configure the tokenizer to add BOS and EOS to every text, as the metadata specifies."""
+    """Configure whether the tokenizer adds BOS and EOS to a text, according to the metadata."""
     from tokenizers.processors import TemplateProcessing
 
     sentencepiece = fields["tokenizer.ggml.model"] == "llama"

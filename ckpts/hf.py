@@ -1,8 +1,8 @@
-"""Load and save Hugging Face folders: config.json and safetensors weights.
+"""Load, verify and save Hugging Face folders: config.json and safetensors weights.
 
 Tensors are read without PyTorch, at most a few at a time, and each shard is copied directly to its
-devices, so memory never contains a second copy of the model. All errors in the files are collected
-and raised together before any weights are read.
+devices, so host memory never contains a second copy of the whole model. All errors in the index and
+the headers are collected and raised together, before the weights are loaded.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def _without_config(folder: pathlib.Path) -> str:
                 "and load NEW")
     if (folder / "params.json").exists():
         return ("not in the Hugging Face layout (params.json without config.json is the original "
-                "release layout); convert it with transformers, or load it from the hub")
+                "release layout); convert it with transformers, or load the model from the "
+                "Hugging Face Hub")
     if found := sorted(path.name for path in folder.glob("*.gguf")):
         return f"not a model folder (no config.json); to load {found[0]}, give the file's path"
     return "not a model folder (no config.json)"
@@ -113,7 +114,7 @@ def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *,
     Args:
       folder: a folder with `model.safetensors`, or with shards and their index.
       config: the model configuration; read from the folder if None.
-      dtype: float32, bfloat16 or float16; None keeps each tensor's dtype.
+      dtype: the dtype to cast to, float32, bfloat16 or float16; None keeps the stored dtypes.
       mesh: the mesh over which to shard the parameters; each process reads only its own shards.
       progress: called with (bytes read so far, total bytes).
 
@@ -169,11 +170,13 @@ class SafetensorsSource:
 
 
 def verify(folder: str | pathlib.Path, sha256: Mapping[str, str] | None = None) -> dict[str, int]:
-    """Check a folder without loading it: file sizes, headers, index, tensor shapes and hashes.
+    """Check a model folder without loading the weights.
+
+    The checks cover config.json, the index, and the tensors' names, shapes, dtypes and byte ranges.
 
     Args:
       folder: the model folder.
-      sha256: the expected hexadecimal digests by file name.
+      sha256: the expected hexadecimal digests of files, by file name; None checks no digests.
 
     Returns:
       The size in bytes of every weight file, by name.
@@ -206,7 +209,7 @@ def _tensors(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Entry
     entries, faults = read_entries(folder)
     if config.tied_embeddings and EMBED not in entries and HEAD in entries:
         entries[EMBED] = entries[HEAD]  # some writers store a shared tensor under one name only
-    if entries or not faults:  # else all tensors would be listed as missing
+    if entries or not faults:  # without entries, all tensors would be listed as missing
         faults += _mismatches(entries, config)
     if not faults and config.tied_embeddings and _has_other_head(entries):
         faults.append(f"{HEAD}: differs from {EMBED}, but config has tied_embeddings=True; "
@@ -250,7 +253,8 @@ def save(folder: str | pathlib.Path, params: Params, config: ModelConfig, *,
     """Write a folder that transformers and `load` can read.
 
     Files are written under temporary names and renamed when all are complete. config.json is
-    renamed last, so an interrupted save to a new folder leaves no loadable model.
+    renamed last, so an interrupted save to a new folder leaves no loadable model. Other files named
+    `model*.safetensors*` in the folder, such as those of an earlier save, are removed.
 
     Args:
       folder: the folder to write; created if missing.

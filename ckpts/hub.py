@@ -1,4 +1,4 @@
-"""Download repositories from the Hugging Face hub, or find them in the local cache."""
+"""Download repositories from the Hugging Face Hub, or find them in the local cache."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _NOT_FETCHED = ("consolidated*.safetensors", "adapter_model*.safetensors", "*/*.
 
 
 def download(name: str, revision: str | None) -> pathlib.Path:
-    """Download a hub repository, or find it in the local cache; return its folder.
+    """Download a Hugging Face Hub repository, or find it in the local cache; return its folder.
 
     Args:
       name: the repository, "owner/name".
       revision: a branch, tag or commit; None uses the default branch.
 
     Raises:
-      UserError: the repository is gated, missing or unreachable, or huggingface_hub is not
-        installed; the message states the reason.
+      UserError: the repository is gated, missing or unreachable, the revision does not exist, or
+        huggingface_hub is not installed; the message states the reason.
     """
-    require("huggingface_hub", f"{name}: downloads from the hub need huggingface_hub")
+    require("huggingface_hub", f"{name}: downloads from the Hugging Face Hub need huggingface_hub")
     from huggingface_hub import constants, errors, snapshot_download
 
     at = f"{name}@{revision}" if revision else name
@@ -39,12 +39,12 @@ def download(name: str, revision: str | None) -> pathlib.Path:
         raise UserError(f"{at}: unknown revision; give a branch, tag or commit of the "
                         "repository") from None
     except errors.RepositoryNotFoundError:
-        raise UserError(f"{at}: no such folder and no such hub repository (private "
-                        "repositories need `hf auth login`)") from None
+        raise UserError(f"{at}: no such folder, and no such repository on the Hugging Face Hub "
+                        "(private repositories need `hf auth login`)") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no network"
-        raise UserError(f"{at}: no such folder, not in the local hub cache, and the hub is "
-                        f"unreachable ({why}); download the model first, or go online") from None
+        raise UserError(f"{at}: no such folder, not in the local cache, and the Hugging Face Hub "
+                        f"is unreachable ({why}); download the model first, or go online") from None
     except (errors.HFValidationError, errors.HfHubHTTPError, errors.EntryNotFoundError,
             OSError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -1,4 +1,4 @@
-"""Load a model from a folder, a GGUF file or the hub, the embedded model, or random weights.
+"""Load models from folders, GGUF files and the Hugging Face Hub, and embedded or random models.
 
 Optional packages are imported only for the sources that need them, such as gguf for GGUF files.
 """
@@ -88,29 +88,31 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
         `ckpts.orbax.save` wrote, or a GGUF file (of a split model, the first part). GGUF files are
         dequantized; the supported architectures of llama.cpp are llama (which includes Mistral),
         qwen2, qwen3, gemma2 and gemma3. A name is "mini" (the embedded model), "random:<preset>"
-        (random weights in the shapes of a preset), or a hub repository, "owner/name" or
-        "owner/name@revision".
+        (random weights in the shapes of a preset), or a Hugging Face Hub repository, "owner/name"
+        or "owner/name@revision".
       mesh: the mesh over which to shard the parameters. `Model.mesh` is this mesh adapted to the
         model (`sharding.fit`) and may have an additional axis. Under `jax.set_mesh`, functions that
         take a model accept either mesh, but functions that take parameters need `Model.mesh`.
       dtype: "float32", "bfloat16", "float16" or "int8". Default: float32 if the parameters are on a
         CPU (according to `mesh` or `jax.default_device`), else bfloat16. Float16 raises an error
         for Gemma 2 and 3, because their activations exceed its range. Int8 quantizes the matrices
-        with a scale per output channel (`int8.Int8`), but not norms and biases. The int8 model has
-        the fingerprint of the float weights. On a CPU without a mesh, tensors of GGUF type Q8_0
-        keep their block scales.
+        with one scale per output channel (`int8.Int8`), but not the norms and biases. The int8
+        model has the fingerprint of the float model. On a CPU without a mesh, tensors of GGUF type
+        Q8_0 keep their int8 values and block scales, unless a merged adapter changes them.
       progress: called with (bytes read so far, total bytes).
-      revision: a branch, tag or commit of the hub repository; only a commit is immutable.
+      revision: a branch, tag or commit of the Hub repository; only a commit is immutable.
       adapter: the folder of a LoRA adapter for this model, in PEFT's format.
-      merge: whether to add the adapter to the weights before they are quantized. False keeps the
-        adapter separate (`weight.LowRank`), so that the base weights are not rounded again.
-      activations: with dtype="int8", the dtype of the activations; the default is that of `dtype`.
+      merge: whether to add the adapter to the weights (with dtype="int8", before they are
+        quantized). False keeps the adapter separate (`weight.LowRank`), so that the base weights
+        are not rounded again.
+      activations: with dtype="int8", the dtype of the activations. Default: float32 on a CPU, else
+        bfloat16.
       tables: with dtype="int8", the form of the embedding and the output head: "int8" (default), or
         "float" for the dtype of the activations.
 
     Raises:
-      UserError: the model or adapter is missing, invalid or unsupported; the message states the
-        reason.
+      UserError: an argument is invalid, or the model or adapter is missing, invalid or unsupported;
+        the message states the reason.
 
     Examples:
       >>> import jaxpersona as jp
@@ -146,7 +148,7 @@ def _load(source: str | os.PathLike[str], mesh: Mesh | None, kind: Form,
              or name.endswith(gguf_model.SUFFIX))
     if local or isinstance(source, pathlib.PurePath):
         if revision is not None:
-            raise UserError(f"revision is {revision!r}, but {name} is not a hub repository; "
+            raise UserError(f"revision is {revision!r}, but {name} is not a Hub repository; "
                             "omit revision")
         if name.startswith("random:"):
             return _random(name, kind, mesh)
@@ -162,7 +164,7 @@ def _load(source: str | os.PathLike[str], mesh: Mesh | None, kind: Form,
         prefix = "random:" if near and near[0] in PRESETS else ""
         meant = f" (did you mean {prefix}{near[0]}?)" if near else ""
         raise UserError(f"{name}: no such folder{meant}; a model is a folder, a .gguf file, "
-                        "owner/name on the hub, mini or random:<preset>")
+                        "owner/name on the Hugging Face Hub, mini or random:<preset>")
     if pinned and revision not in (None, pinned):
         raise UserError(f"two revisions are given ({name} and {revision!r}); give only one")
     return _folder(download(repository, pinned or revision), name, kind, mesh, progress)
@@ -180,7 +182,7 @@ def _mini() -> Traversable:
 
 
 def _is_repository(name: str) -> bool:
-    """Return whether a name has the form of a hub repository: owner/name."""
+    """Return whether a name has the form of a Hub repository, owner/name."""
     parts = name.split("/")
     plain = all(part and part.strip(".-_") and " " not in part for part in parts)
     return len(parts) == 2 and plain
@@ -208,7 +210,7 @@ def _random(name: str, form: Form, mesh: Mesh | None) -> Model:
 
     if mesh is None:
         params = draw()
-    else:  # sharded during initialization, because one device may not hold all parameters
+    else:  # sharded during initialization, because one device may be too small for all parameters
         mesh = sharding.fit(mesh, config)
         places = jax.tree.map(lambda s: sharding.weight_sharding(s.axes, s.shape, mesh),
                               layout(config))
@@ -223,7 +225,10 @@ def _random(name: str, form: Form, mesh: Mesh | None) -> Model:
 
 
 def _quantized(params: Params, config: ModelConfig, form: Form) -> Params:
-    """Return the parameters, merged with the adapter and quantized if `form` is int8."""
+    """Return the parameters, quantized if `form` is int8.
+
+    Before quantization, the adapter `form.merge` is added to the weights, if there is one.
+    """
     if not form.int8:
         return params
     if form.merge is not None:
@@ -245,8 +250,9 @@ def _folder(folder: pathlib.Path, name: str, form: Form, mesh: Mesh | None,
             params = _quantized(params, config, form)
         elif form.given and not form.int8 or form.tables == ("float tables" in stored) or (
                 form.merge is not None):
-            raise UserError(f"{folder}: contains {stored} weights, which cannot be converted; omit "
-                            "dtype and tables, use merge=False, or load the float model")
+            raise UserError(f"{folder}: the weights are stored as {stored}, which can be neither "
+                            "converted nor merged with an adapter; omit dtype and tables, use "
+                            "merge=False, or load the float model")
         finish = begin_fingerprint(config, params)  # computed while the tokenizer is read
         tokenizer = read_tokenizer(folder)
     else:
@@ -304,7 +310,10 @@ def _model(config: ModelConfig, params: Params, tokenizer: Any, mesh: Mesh | Non
 
 
 def _stop_ids(folder: pathlib.Path, raw: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:
-    """Collect stop token ids from generation_config.json, config.json and the tokenizer."""
+    """Collect stop token ids from generation_config.json, config.json and the tokenizer.
+
+    Warn about settings of generation_config.json that `generate` does not support.
+    """
     path = folder / "generation_config.json"
     generation = read_json(path) if path.exists() else {}
     if not isinstance(generation, dict):

@@ -28,7 +28,7 @@ _FIELDS = {
     "w_down_df": "mlp.down_proj.weight", "b_down_d": "mlp.down_proj.bias",
     "mlp_norm_d": "post_attention_layernorm.weight",
 }
-# with `post_norms`, the norm before the MLP has a different name
+# with `post_norms`, there are more norms, and the norm before the MLP has a different name
 _POST_NORMS = {
     "attn_post_norm_d": "post_attention_layernorm.weight",
     "mlp_norm_d": "pre_feedforward_layernorm.weight",
@@ -42,7 +42,8 @@ class Tensor:
 
     Attributes:
       name: the tensor's name in the files.
-      shape: the tensor's shape in the files: [out, in] for a weight, with flattened head axes.
+      shape: the tensor's shape in the files: [out, in] for a matrix, [n] for a norm or bias. Head
+        axes are flattened.
       spec: the layout of the parameter (shape, logical axes).
     """
 
@@ -52,7 +53,7 @@ class Tensor:
 
 
 def tensors(config: ModelConfig) -> Params:
-    """Return a `Params` whose leaves are the `Tensor` of each parameter."""
+    """Return a `Params` in which each leaf is the `Tensor` of that parameter."""
     specs = layout(config)
     fields = _FIELDS | _POST_NORMS if config.post_norms else _FIELDS
 
@@ -83,8 +84,8 @@ def file_index(tensor: Tensor, ranges: list[tuple[int, int]]) -> tuple[slice, ..
     """Map index ranges of a parameter to slices of its tensor in the file.
 
     A dimension in the file is one dimension of the parameter, or several flattened dimensions
-    (heads × head_dim). Of several, only the first may be sharded, because a head is never split
-    over devices.
+    (heads × head_dim). Of several flattened dimensions, only the first may be sharded, because a
+    head is never split over devices.
 
     Raises:
       UserError: a flattened dimension other than the first is sharded.

@@ -66,7 +66,8 @@ def save(folder: str | pathlib.Path, params: Params, config: ModelConfig) -> Non
       config: the model configuration.
 
     Raises:
-      UserError: the parameters do not match the configuration, or the folder is not writable.
+      UserError: the parameters do not match the configuration, the folder is not writable, or
+        orbax-checkpoint is not installed.
     """
     folder = pathlib.Path(folder).absolute()
     arrays: dict[str, jax.Array] = {}
@@ -95,8 +96,8 @@ def load(folder: str | pathlib.Path, *, dtype: DTypeLike | None = None,
 
     Args:
       folder: the folder that was passed to `save`.
-      dtype: the dtype to cast to, float32, bfloat16 or float16; None keeps each
-        array's dtype. Int8 weights stay int8.
+      dtype: the dtype to cast to, float32, bfloat16 or float16; None keeps the stored dtypes. Int8
+        weights stay int8.
       mesh: the mesh over which to shard the parameters (see `sharding.RULES`). It may differ from
         the mesh of the saved parameters.
 
@@ -104,8 +105,9 @@ def load(folder: str | pathlib.Path, *, dtype: DTypeLike | None = None,
       The parameters and their configuration.
 
     Raises:
-      UserError: the folder is missing, not an Orbax folder or damaged, or its arrays do not match
-        config.json; the message lists every mismatch.
+      UserError: the folder is missing, not an Orbax folder or damaged, its arrays do not match
+        config.json, a mesh is given for int8 weights with block scales, or orbax-checkpoint is not
+        installed. A message about mismatches lists all of them.
     """
     folder = pathlib.Path(folder).absolute()
     target = None if dtype is None else parse_dtype(dtype)
@@ -171,7 +173,10 @@ def _kind(stored: Any) -> Any:
 
 
 def _faults(tensor: names.Tensor, stored: Mapping[str, Any]) -> list[str]:
-    """List how a stored weight, with its scales if it is int8, differs from the model's tensor."""
+    """List the differences between a stored weight and the model's tensor.
+
+    For an int8 weight, the scales and the fingerprint sums are also checked.
+    """
     def shape(name: str) -> tuple[int, ...] | None:
         found = getattr(stored.get(name), "shape", None)
         return None if found is None else tuple(found)
@@ -191,7 +196,8 @@ def _faults(tensor: names.Tensor, stored: Mapping[str, Any]) -> list[str]:
         scale[at] > 0 and width % scale[at] == 0)
     faults = []
     if kind not in DTYPES.values() or not (scale == out or blocked):
-        faults.append(f"{name}{_SCALE}: {kind}{list(scale or ())}, expected floats {list(out)}")
+        faults.append(f"{name}{_SCALE}: {kind}{list(scale or ())}, expected a float array of "
+                      f"shape {list(out)}, or with an additional axis of blocks")
     made = name + _MADE_FROM
     if made in stored and (shape(made), _kind(stored[made])) != ((3, 2), np.uint32):
         faults.append(f"{made}: {_kind(stored[made])}{list(shape(made) or ())}, expected "

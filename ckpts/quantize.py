@@ -1,8 +1,9 @@
 """Load a checkpoint's weights in int8, one tensor at a time.
 
-Each tensor is read in float32, sharded and quantized before the next one. Memory therefore contains
-the int8 model, one float tensor and the prefetched tensors. The sums of the float weights are
-stored (`Int8.made_from`), so the int8 model has the fingerprint of the float weights.
+Each matrix is read in float32, placed on its devices and quantized, unless its stored int8 values
+are used. Of the float matrices, only the current one and a few prefetched ones are in memory. Each
+int8 weight keeps the fingerprint sums of its float weight (`Int8.made_from`), so the int8 model has
+the fingerprint of the float model.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Form:
       tables: whether the embedding and the output head are also quantized. None means that the
         caller did not specify this, and both are quantized.
       given: whether the caller chose the dtype of the weights.
-      merge: the folder of an adapter to add to the weights before they are quantized.
+      merge: the folder of an adapter to add to the weights before they are quantized, or None.
     """
 
     dtype: np.dtype
@@ -95,15 +96,18 @@ def load_int8(source: TensorSource, config: ModelConfig, form: Form, *, mesh: Me
     """Load all parameters, with the matrices quantized to int8.
 
     Args:
-      source: the source of every tensor of `names.tensors(config)`, each in its file shape.
+      source: the checkpoint, with every tensor of `names.tensors(config)` in the shape
+        `Tensor.shape`.
       config: the model configuration.
       form: the dtypes and the adapter to merge.
       mesh: the mesh over which to shard the parameters; each process reads only its own shards.
       progress: called with (bytes read so far, total bytes).
-      blocks: a function that returns the int8 values and block scales of a tensor, by name, or None
-        if the checkpoint does not store the tensor in int8. On a CPU without a mesh, these values
-        are used. Otherwise, XLA would write a dequantized copy for every product, so the tensor is
-        quantized again, with a scale per output channel.
+      blocks: a function from a tensor's name to its stored int8 values and block scales, or to None
+        if the checkpoint stores the tensor in another format. The stored values and scales are used
+        only on a CPU without a mesh, and only for tensors that no adapter changes. All other
+        matrices are quantized from float32, with one scale per output channel. With block scales, a
+        GPU or TPU would write a dequantized copy of the weight for every product. On a mesh, block
+        scales are not supported.
 
     Raises:
       UserError: the files are invalid, or the adapter does not fit the model.

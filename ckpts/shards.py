@@ -21,7 +21,7 @@ def read_entries(folder: pathlib.Path) -> tuple[dict[str, Entry], list[str]]:
     index does not list. If shards from the index also exist, a warning names them.
 
     Returns:
-      The tensor entries by name, and the errors in the index and the files.
+      The tensor entries by name, and a list of the errors in the index and the files.
     """
     index = folder / INDEX
     if not index.exists() or _is_left_over(index):
@@ -59,7 +59,10 @@ def read_entries(folder: pathlib.Path) -> tuple[dict[str, Entry], list[str]]:
 
 
 def _is_left_over(index: pathlib.Path) -> bool:
-    """Return whether the folder has a `model.safetensors` that the index does not list."""
+    """Return whether the folder has a `model.safetensors` that the index does not list.
+
+    If shards from the index also exist, issue a warning that names them.
+    """
     if not (index.parent / SINGLE).exists():
         return False
     try:
@@ -78,7 +81,7 @@ def _is_left_over(index: pathlib.Path) -> bool:
 
 
 def some(names: set[str], limit: int = 6) -> str:
-    """Return a text with the first `limit` names, sorted, and the number of the others."""
+    """Return the first `limit` names in sorted order and the number of the others, as a text."""
     listed = sorted(names)
     rest = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + rest

@@ -1,7 +1,8 @@
-"""Load parameters from any checkpoint format onto their devices.
+"""Load the parameters of a checkpoint onto their devices.
 
-Each format implements `TensorSource`. `load_params` reads at most a few tensors at a time and
-copies each shard directly to its devices, so memory never contains a second copy of the model.
+Safetensors and GGUF files implement `TensorSource`. `load_params` reads at most a few tensors at a
+time and copies each shard directly to its devices, so host memory never contains a second copy of
+the whole model.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ class TensorSource(Protocol):
 
     def read(self, name: str, index: tuple[slice, ...] | None,
              dtype: np.dtype | None) -> np.ndarray:
-        """Read a tensor, or a part of it, into new memory.
+        """Read a tensor, or a part of it, into a new array.
 
         Args:
           name: the tensor's Hugging Face name.
-          index: unit-step slices, one per dimension; None selects the whole tensor.
+          index: unit-step slices, one per dimension of the shape in the file; None selects the
+            whole tensor.
           dtype: the dtype of the result, float32, bfloat16 or float16. None keeps the stored dtype;
             dequantized tensors are float32.
         """
@@ -53,9 +55,11 @@ def load_params(source: TensorSource, config: ModelConfig, *, dtype: np.dtype | 
     """Load all parameters of a model from a source.
 
     Args:
-      source: the source of every tensor of `names.tensors(config)`, each in its file shape.
+      source: the checkpoint, with every tensor of `names.tensors(config)` in the shape
+        `Tensor.shape`.
       config: the model configuration.
-      dtype: float32, bfloat16 or float16; None keeps each tensor's dtype.
+      dtype: the dtype to cast to, float32, bfloat16 or float16. None keeps the stored dtypes;
+        dequantized tensors are float32.
       mesh: the mesh over which to shard the parameters; each process reads only its own shards.
       progress: called with (bytes read so far, total bytes).
     """

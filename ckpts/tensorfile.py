@@ -1,8 +1,8 @@
 """Safetensors files: header validation, reading of tensors and slices, and writing.
 
 A file consists of an 8-byte header length, a JSON header with each tensor's dtype, shape and byte
-range, and the data. Unlike a memory map of the whole file, this reader keeps only one tensor in
-memory at a time. It reports all errors in a header together.
+range, and the data. A file is not mapped into memory as a whole; a read brings only the requested
+tensor or slice into memory. All errors in a header are reported together.
 """
 
 from __future__ import annotations
@@ -146,13 +146,13 @@ def _entry(path: pathlib.Path, value: Any, base: int) -> Entry | str:
         return f"unknown dtype {dtype!r}"
     width = DTYPES[dtype].itemsize if dtype in DTYPES else _WIDTHS[dtype]
     if math.prod(shape) * width != end - begin:
-        return f"{dtype} {shape} does not match its byte range of {end - begin} bytes"
+        return f"{dtype} {shape} does not match its byte range (size in bytes: {end - begin})"
     return Entry(path, dtype, tuple(shape), base + begin, end - begin)
 
 
 def _layout_faults(path: pathlib.Path, entries: Iterable[Entry], base: int,
                    total: int) -> list[str]:
-    """Check that the tensors fill the data section without gaps or overlaps."""
+    """Check that the tensors fill the data section without gaps or overlaps; return the errors."""
     at = base
     for entry in sorted(entries, key=lambda e: (e.start, e.size)):
         if entry.start != at:
@@ -161,12 +161,12 @@ def _layout_faults(path: pathlib.Path, entries: Iterable[Entry], base: int,
     if at > total:
         return [f"{path.name}: truncated ({total} of {at} bytes)"]
     if at < total:
-        return [f"{path.name}: {total - at} bytes follow the last tensor"]
+        return [f"{path.name}: bytes after the last tensor: {total - at}"]
     return []
 
 
 def read_slice(entry: Entry, index: tuple[slice, ...] = ()) -> np.ndarray:
-    """Read a tensor, or the part of it that unit-step slices select, into new memory.
+    """Read a tensor, or the part of it that unit-step slices select, into a new array.
 
     A slice of the first dimension is read directly into the result. Slices of other dimensions are
     copied from a memory map of this tensor.
@@ -195,7 +195,7 @@ def read_slice(entry: Entry, index: tuple[slice, ...] = ()) -> np.ndarray:
 
 
 def read_pieces(entry: Entry) -> Iterator[np.ndarray]:
-    """Yield a tensor's values in order as 1-D arrays; their sizes do not depend on the dtype.
+    """Yield a tensor's values in order, as 1-D arrays of at most 2¹⁸ elements for every dtype.
 
     Raises:
       UserError: the file cannot be read, or is shorter than its header declares.
@@ -212,7 +212,7 @@ def read_pieces(entry: Entry) -> Iterator[np.ndarray]:
 
 
 def read_bytes_of(entry: Entry) -> Iterator[bytes]:
-    """Yield a tensor's bytes in order, in pieces of 1 MiB.
+    """Yield a tensor's bytes in order, in pieces of at most 1 MiB.
 
     Raises:
       UserError: the file cannot be read, or is shorter than its header declares.
@@ -231,7 +231,10 @@ def read_bytes_of(entry: Entry) -> Iterator[bytes]:
 
 
 def read_as(entry: Entry, dtype: np.dtype) -> np.ndarray:
-    """Read a whole tensor and cast it to `dtype`; a small buffer limits the memory use.
+    """Read a whole tensor and cast it to `dtype`.
+
+    The values are cast through a buffer of at most 1 MiB, so no second array of the tensor's
+    size is allocated.
 
     Raises:
       UserError: the file cannot be read, or is shorter than its header declares.
@@ -277,7 +280,7 @@ def pieces(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
     """Yield the bytes of a safetensors file: the header, then each tensor.
 
     Args:
-      tensors: dtype and shape by name, in file order.
+      tensors: the dtype and shape of each tensor by name, in file order.
       values: a function that returns the values of a tensor by name. It is called just before
         the tensor is yielded.
       metadata: the metadata for the header.
@@ -308,7 +311,7 @@ def replace_files(folder: pathlib.Path, files: Mapping[str, Iterable[Any]],
       stale: the names of files to remove before the first rename.
 
     Raises:
-      UserError: the folder is not writable.
+      UserError: a file cannot be written, renamed or removed.
     """
     at, temporary = folder, {n: folder / f".{n}.{os.getpid()}.tmp" for n in files}
     try:

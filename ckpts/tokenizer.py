@@ -46,15 +46,15 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
     texts = template.values() if isinstance(template, dict) else (template or "",)
     if not all(isinstance(text, str) for text in texts):
         raise UserError(f"{folder}: chat_template in tokenizer_config.json is {template!r:.60}; "
-                        "it must be a string or an object of strings")
+                        "it must be a string or a JSON object of strings")
     return tokenizer
 
 
 def _named_class(folder: pathlib.Path) -> dict[str, Any]:
-    """Return the argument `config` for AutoTokenizer if tokenizer_config.json names the class.
+    """Return {"config": …} for AutoTokenizer if tokenizer_config.json names the class, else {}.
 
     AutoTokenizer needs `model_type` and `tokenizer_class` of the model's configuration. Without a
-    `config`, AutoTokenizer imports the configuration's class to read both. If PyTorch is installed,
+    `config` argument, it imports the configuration's class to read both. If PyTorch is installed,
     that import also imports PyTorch's distributed tensors, which takes five times as long as
     reading the tokenizer.
     """

@@ -26,7 +26,7 @@ from jaxpersona.vectors.vector import Axis, Vector
 KINDS = ("axis", "role", "persona")
 _PERSONA = re.compile(r"(.+)_(prompt_avg|response_avg|prompt_last)_diff")
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")  # words of a file name in snake_case or CamelCase
-_TABLES = {"experiments": "caps", "axis": "axis", "vector": "role"}  # kind of file by key
+_TABLES = {"experiments": "caps", "axis": "axis", "vector": "role"}  # kind of a dict by key
 _PERCENTILE = re.compile(r"p(0?\.\d+)(?!\d)")
 
 
@@ -34,8 +34,8 @@ def read_pickle(path: str | os.PathLike) -> Any:
     """Read a `.pt` file of tensors and plain values; convert the tensors to float32 arrays.
 
     Raises:
-      UserError: the file is missing or damaged, PyTorch is not installed, or the pickle contains
-        more than tensors and plain values; no code from the file is run.
+      UserError: the file is missing, too large or damaged, PyTorch is not installed, or the pickle
+        contains anything except float tensors and plain values; no code from the file is run.
     """
     path = pathlib.Path(path)
     size = require_file(path, VECTOR_BYTES)
@@ -50,8 +50,8 @@ def read_pickle(path: str | os.PathLike) -> Any:
         message = " ".join(str(error).split())
         call = re.search(r"GLOBAL ([\w.]+)", message)
         if call:
-            raise UserError(f"{path}: unsafe pickle: it would call {call[1]}; ask its author "
-                            "for a file that contains only tensors") from error
+            raise UserError(f"{path}: unsafe pickle: it would call {call[1]}; ask the file's "
+                            "author for a file that contains only tensors") from error
         reason = message.split("WeightsUnpickler error: ")[-1].split(". ")[0]
         reason = reason.split(" Check the documentation")[0][:120]
         raise UserError(f"{path}: invalid .pt file ({reason or type(error).__name__})"
@@ -62,7 +62,7 @@ def _check_archive(path: pathlib.Path, size: int) -> None:
     """Check the declared sizes of a `.pt` file's ZIP archive before unpacking it.
 
     PyTorch stores entries uncompressed, so they cannot be larger than the file. A compressed entry
-    of a few kilobytes can expand to any size.
+    could expand to a thousand times the size of the file.
 
     Raises:
       UserError: an entry is compressed, the entries declare more bytes than the file has, or the
@@ -89,7 +89,7 @@ def _check_archive(path: pathlib.Path, size: int) -> None:
 
 
 class _Plain:
-    """A converter of the tensors in a nested structure to arrays.
+    """A callable that converts the tensors in a nested structure to float32 arrays.
 
     Each object is converted once, because a pickle can reference the same object many times.
     Without memoization, a file of one kilobyte could expand beyond the available memory.
@@ -118,7 +118,7 @@ class _Plain:
     def _array(self, value: Any) -> np.ndarray:
         if not value.is_floating_point():
             raise TypeError(f"it contains a {value.dtype} tensor; directions must be floats")
-        if value.numel() > self.size:  # such as an expanded view of a small storage
+        if value.numel() > self.size:  # possible for an expanded view of a small storage
             raise UserError(f"a tensor declares {value.numel()} elements, but the file has "
                             f"{self.size} bytes")
         return value.detach().to(self.torch.float32).numpy()
@@ -129,8 +129,9 @@ def read(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[str,
 
     Dicts are recognized by their keys: `{"axis": [L, D]}`, `{"vector": [L, D], "type", "role"}`, or
     `{"vectors", "experiments"}` for capping experiments. A bare tensor is recognized by its file
-    name: a name with the word "axis" denotes an axis, `default_vector.pt` a role vector, and
-    `<trait>_<pool>_diff.pt` a persona vector.
+    name: a name with the word "axis" denotes an axis, a name that begins with the word "default"
+    (such as `default_vector.pt`) denotes a role vector, and `<trait>_<pool>_diff.pt` denotes a
+    persona vector. The pool is prompt_avg, response_avg or prompt_last.
 
     The tensor of a persona vector has shape [L + 1, D] and begins with the embeddings. Entry i
     becomes layer i − 1. Entry 0 (the embeddings) and the last entry (after the final norm, so not
@@ -143,11 +144,11 @@ def read(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[str,
         file name. For a dict, `kind` must be None or match the dict's kind.
 
     Returns:
-      A direction, or capping experiments by id (see `capping`).
+      A direction, or the caps of each capping experiment by id (see `capping`).
 
     Raises:
-      UserError: as for `read_pickle`, or the content has none of these forms; the message names
-        the file.
+      UserError: as for `read_pickle`, or the content has none of these forms, or `kind` is unknown
+        or does not match; the message names the file.
     """
     path = pathlib.Path(path)
     if kind not in (None, *KINDS):
@@ -241,7 +242,8 @@ def capping(table: Mapping[str, Any]) -> dict[str, Caps]:
       The caps of each experiment by id, in file order.
 
     Raises:
-      UserError: a vector is missing or its shape is not [D], or a cap or layer is not a number.
+      UserError: the content is malformed; for example, an experiment has no caps.
+      KeyError: a field is missing.
     """
     vectors, out = _table(table["vectors"], "vectors"), {}
     if not isinstance(table["experiments"], list):

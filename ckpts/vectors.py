@@ -1,4 +1,4 @@
-"""Read and write direction files: the package's safetensors format and three others.
+"""Read and write files of directions and caps: the package's format and three others.
 
 | suffix | read | written |
 |---|---|---|
@@ -47,7 +47,8 @@ def save_vector(path: str | os.PathLike, vector: Vector | Caps) -> list[str]:
       Descriptions of the parts that the format cannot store; an empty list for .safetensors.
 
     Raises:
-      UserError: the suffix is not supported, or the format cannot store the value.
+      UserError: the suffix is not supported, the format cannot store the direction or caps, or the
+        file cannot be written.
 
     Examples:
       >>> import jaxpersona as jp
@@ -108,7 +109,7 @@ def _read_any(path: str | os.PathLike, kind: str | None) -> Vector | dict[str, C
         hint = f"did you mean {axis}?" if os.path.isfile(axis) else "give a file"
         raise UserError(f"{path}: is a folder; {hint}")
     if kind is not None and suffix != ".pt":
-        raise UserError(f"{path}: kind is {kind!r}, but it applies only to .pt files; omit it")
+        raise UserError(f"{path}: kind is {kind!r}, but it applies only to .pt files; omit kind")
     if suffix == ".pt":
         return torchfile.read(path, kind)
     if suffix == ".gguf":
@@ -125,7 +126,7 @@ def _read_any(path: str | os.PathLike, kind: str | None) -> Vector | dict[str, C
         return _dated(path, _build(header, tensors))
     except KeyError as error:
         raise UserError(f"{path}: {error} is missing") from None
-    # the repr of deeply nested values raises RecursionError
+    # the repr of a deeply nested value can raise RecursionError
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from error
 

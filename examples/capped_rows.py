@@ -2,10 +2,11 @@
 
     python examples/capped_rows.py
 
-One conversation runs in five rows: without a cap, and with floors at four percentiles of the
-default persona's projections. The floors are data, so the five rows share one compiled program.
+Each of two conversations runs in five rows: without a cap, and with floors at four percentiles of
+the default persona's projections. The floors are data, so all rows share one compiled program.
 For each row, `applied` counts the tokens that the cap selected and, at each layer, the tokens that
-the cap changed. The embedded model is a model organism, not evidence about large models.
+the cap changed. The embedded model is a model organism, so the results are not evidence about large
+models.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ TALKS = {
 
 
 def main() -> None:
-    """Print the counts, the projection and the reply for each conversation and floor."""
+    """Print the counts, the mean projection and the reply for each conversation and floor."""
     model, axis = jp.load("mini"), jp.load_axis("mini")
     caps = [None if floor is None else jp.cap(axis, layers=LAYERS, floor=floor, of="default")
             for floor in FLOORS]

@@ -2,7 +2,8 @@
 
     python examples/figures.py docs/figures
 
-The figures come from a short run of `mini`. They illustrate the plots and are not findings.
+The figures illustrate the plots and are not findings. They come from a short run of `mini`, except
+the benchmark figure, which is drawn from bench/results/decode-cpu.json.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ BENCH = pathlib.Path(__file__).parents[1] / "bench" / "results" / "decode-cpu.js
 
 
 def main(folder: pathlib.Path) -> None:
-    """Write one PNG for each figure into a folder."""
+    """Write one PNG file for each figure to a folder, and print its path."""
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -1,4 +1,4 @@
-"""An example of every intervention operator, in at most three lines, on the embedded model.
+"""Apply every intervention operator to the embedded model, each in at most three lines.
 
     python examples/interventions.py
 
@@ -36,12 +36,12 @@ def means(model: jp.Model, system: str | None) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bend(params: dict, h: jnp.ndarray) -> jnp.ndarray:
-    """Shrink an activation h [D] to norm `radius` if it is longer (a custom intervention)."""
+    """Scale an activation h [D] to norm `radius` if its norm is larger (a custom intervention)."""
     return h * jnp.minimum(1.0, params["radius"] / jnp.linalg.norm(h))
 
 
 def main() -> None:
-    """Run each operator on one question and print the replies."""
+    """Run each operator on one question, with and without the pirate prompt; print the replies."""
     model = jp.load("mini")
     own, asked = means(model, None)
     pirate, set_up = means(model, PIRATE)

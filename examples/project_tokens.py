@@ -4,7 +4,7 @@
 
 `extract` runs the model on the conversation once and returns one number per token and layer. Each
 bar shows the projection of a token, on a scale from the 2nd to the 98th percentile of all tokens.
-The embedded model is a model organism, not evidence about large models.
+The embedded model is a model organism, so the results are not evidence about large models.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ TALK = [
 
 
 def main() -> None:
-    """Print each token with a bar, and the mean of each message."""
+    """Print each token with its projection as a bar, and the mean projection of each message."""
     model, axis = jp.load("mini"), jp.load_axis("mini")
     reply = jp.generate(model, [TALK], max_new_tokens=40).text[0]
     talk = [*TALK, {"role": "assistant", "content": reply}]
 
-    # template tokens are excluded, so their values are NaN
+    # template tokens are excluded, so their projections are NaN
     read = jp.capture.projections(axis, jp.everywhere.without("template"), layers=LAYER)
     found = jp.extract(model, [talk], capture=read)
     values = found.captured["projections"][0][0, :, 0]  # [T]: one layer, one direction
-    row = found.rows[0]  # `turn` is the index of each token's message in `talk`, or -1
+    row = found.rows[0]  # `turn` is the index of each token's message in `talk`
     low, high = np.nanpercentile(values, [2, 98])
     for turn, message in enumerate(talk):
         here = np.flatnonzero((row.turn == turn) & np.isfinite(values))

@@ -4,9 +4,9 @@
 
 The direction is the difference of the mean activations of two groups of prompts: questions with a
 system prompt that sets a role, and the same questions without a system prompt. The rows of the
-batch add this direction with different strengths. The embedded model is a model organism. The style
-of a reply is the share of its choices that are in character, measured exactly with the grammar of
-the training corpus. The results are not evidence about large models.
+batch add this direction with different strengths. The style of a reply is the share of its
+sentences and dialect words that are in character, according to the grammar of the training corpus.
+The embedded model is a model organism, so the results are not evidence about large models.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def main() -> None:
     out = jp.generate(model, plain * len(STRENGTHS), interventions=rows, max_new_tokens=40)
     for i, strength in enumerate(STRENGTHS):
         texts = out.text[i * len(plain) : (i + 1) * len(plain)]
-        known = np.mean([judge.recognised(text) for text in texts])  # 1 if no sentence is garbled
+        # the share of words in recognized sentences; 1 if no sentence is garbled
+        known = np.mean([judge.recognised(text) for text in texts])
         style = np.mean([judge.style(text) for text in texts])
         style = 0.0 if np.isnan(style) else style
         print(f"{strength:+.2f}  style {style:.2f} {'█' * round(20 * style):20}  "

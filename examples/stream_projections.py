@@ -4,8 +4,8 @@
 
 Both requests have the same conversation, and the second request has a cap. Each event contains the
 new text. Because the requests capture projections, an event also contains the projections of the
-new tokens, which are computed in the forward pass that generates them. The embedded model is a
-model organism, not evidence about large models.
+new tokens. They are computed during generation, without a second forward pass. The embedded model
+is a model organism, so the results are not evidence about large models.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TALK = [{"role": "system", "content": "You are a pirate. Stay in character."},
 
 
 def main() -> None:
-    """Print the events of both streams in turn, with mean projections."""
+    """Print the events of both streams alternately, with the mean projection of their tokens."""
     model, axis = jp.load("mini"), jp.load_axis("mini")
     cap = jp.cap(axis, layers=slice(4, 8), floor="p25", of="default")
     # the engine compiles its programs once for all interventions within this capacity
@@ -44,7 +44,7 @@ def show(name: str, event: jp.Event) -> None:
         print(f"{name:7} {places.mean():6.1f}  {event.text!r}")
     if event.reply is not None:
         changed = sum(int(table.changed.sum()) for table in event.reply.applied)
-        print(f"{name:7} ended by {event.reply.finish!r}, {changed} activations changed")
+        print(f"{name:7} ended by {event.reply.finish!r}, activations changed: {changed}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ LENGTH = 120  # maximum number of characters in a representation
 
 
 def brief(self: Any) -> str:
-    """Return a dataclass formatted as `Name(field=…, …)`, truncated to `LENGTH` characters.
+    """Format a dataclass as `Name(field=…, …)`, truncated to `LENGTH` characters.
 
     Assign this function in the class body: `__repr__ = brief`. Arrays are shown as dtype[shape],
     and lists of objects as their length and type. Fields that are None or have `repr=False` are
@@ -28,7 +28,7 @@ def line(name: str, *parts: str) -> str:
 
 
 def cut(text: str, end: str = "…") -> str:
-    """Return a text on one line, truncated to `LENGTH` characters including the suffix `end`."""
+    """Return a text on one line; truncate it to `LENGTH` characters, including the suffix `end`."""
     text = " ".join(text.split())
     return text if len(text) <= LENGTH else text[: LENGTH - len(end)] + end
 
@@ -41,7 +41,7 @@ def count(number: int, noun: str) -> str:
 
 
 def quoted(text: str, most: int = 40) -> str:
-    """Return the repr of a text, truncated to `most` characters."""
+    """Truncate a text to `most` characters, including the ellipsis, and return its repr."""
     return repr(text if len(text) <= most else text[: most - 1] + "…")
 
 

@@ -39,7 +39,7 @@ class Table:
         return require("pandas", "to_frame needs pandas").DataFrame(self.records())
 
     def to_json(self) -> str:
-        """Return a JSON object with the class name as "kind", the facts, and "records".
+        """Return a JSON object as text, with the class name as "kind", the facts, and "records".
 
         NaN and infinity become null, because JSON cannot represent them.
         """
@@ -60,7 +60,10 @@ class Table:
 
 def page(caption: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
          total: int) -> str:
-    """Return HTML with the caption, the facts and a table of `rows`, the first of `total` rows."""
+    """Return HTML with the caption, the facts, a table, and the number of rows not shown.
+
+    The table contains `rows`, which are the first of `total` rows.
+    """
     parts = [f"<p><code>{_escaped(caption)}</code></p>"]
     if facts:
         parts.append("<p>" + "<br>".join(f"{_escaped(name)}: {_escaped(_shown(value))}"
@@ -72,7 +75,7 @@ def page(caption: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any
                              for value in row.values()) + "</tr>" for row in rows)
         parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
     if total > len(rows):
-        parts.append(f"<p>… {total - len(rows):,} more rows</p>")
+        parts.append(f"<p>… rows not shown: {total - len(rows):,}</p>")
     # these classes stop notebooks from rendering text between dollar signs as a formula
     return f'<div class="tex2jax_ignore mathjax_ignore">{"".join(parts)}</div>'
 
@@ -90,7 +93,10 @@ def shapes(captured: Mapping[str, Any]) -> dict[str, str]:
 
 
 def plain(value: Any) -> Any:
-    """Convert a value to JSON types: arrays become lists, and NaN and infinity become None."""
+    """Convert a value to JSON types.
+
+    Arrays become lists, NaN and infinity become None, and objects of other types become strings.
+    """
     if isinstance(value, Mapping):
         return {str(key): plain(held) for key, held in value.items()}
     if isinstance(value, (np.ndarray, np.generic)):
@@ -115,5 +121,5 @@ def _shown(value: Any) -> str:
 
 
 def _escaped(text: object) -> str:
-    """Escape HTML and control characters."""
+    """Escape the special characters of HTML, and control characters."""
     return html.escape(printable(text))

@@ -1,8 +1,8 @@
 """Safe handling of untrusted files: checks of type, size and JSON depth, and escaped printing.
 
-A path from a user may refer to a pipe, a device, a huge sparse file, or JSON nested beyond Python's
-recursion limit. All readers in the package apply these checks first, so a damaged or malicious
-file raises an error instead of blocking the process or exhausting its memory.
+A path from a user may refer to a pipe, a device, a huge sparse file, or a JSON file nested beyond
+Python's recursion limit. All readers in the package apply these checks first, so a damaged or
+malicious file raises an error instead of blocking the process or exhausting its memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from jaxpersona.errors import UserError
 TEXT_BYTES = 256 << 20  # maximum size of a text file; the largest known tokenizer file is 35 MB
 MAX_DEPTH = 500  # maximum nesting depth of JSON: half of Python's recursion limit of 1,000
 
-# C0 and C1 controls except tab and newline, and Unicode bidirectional controls
+# C0 controls except tab and newline, DEL, C1 controls, and Unicode's bidirectional controls except
+# the marks U+200E and U+200F
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u202a-\u202e\u2066-\u2069]")
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"),
           (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
@@ -136,9 +137,10 @@ def require_files(folder: pathlib.Path, suffixes: tuple[str, ...], limit: int = 
 
 
 def printable(text: object) -> str:
-    r"""Replace control characters except tab and newline by escape sequences such as \x1b.
+    r"""Replace the control characters in `_CONTROL` by escape sequences such as \x1b.
 
-    This prevents text from a file from sending control sequences to the terminal.
+    The two characters \r\n become a newline. Text from a file can thus neither send control
+    sequences to the terminal nor reorder the displayed characters.
     """
     plain = str(text).replace("\r\n", "\n")
     return _CONTROL.sub(lambda m: ascii(m.group())[1:-1], plain)

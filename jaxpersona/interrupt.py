@@ -78,7 +78,10 @@ def _leave_at_once(number: int, _: FrameType | None) -> None:
 
 
 def _handle(action: Action) -> Handlers:
-    """Install `action` for both signals unless they are ignored; return the old handlers."""
+    """Install `action` for SIGINT and SIGTERM; return the replaced handlers.
+
+    A signal that is ignored stays ignored. Outside the main thread, no handler is installed.
+    """
     if threading.current_thread() is not threading.main_thread():
         return {}
     installed = ((number, signal.getsignal(number)) for number in _SIGNALS)
@@ -124,11 +127,11 @@ def intercepted(action: Callable[[], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def keeping(describe: Callable[[], str]) -> Iterator[None]:
-    """Set `Stopped.kept` to `describe()` if a signal stops the block."""
+    """If a signal stops the block, set `Stopped.kept` to `describe()` and raise `Stopped` again."""
     try:
         yield
     except Stopped as stop:
-        stop.kept = "the state of its files is unknown"
+        stop.kept = "the state of the output files is unknown"
         with contextlib.suppress(OSError):  # if `describe` fails, keep the description above
             stop.kept = describe()
         raise

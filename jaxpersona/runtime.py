@@ -1,7 +1,8 @@
 """Runtime context of public calls: JAX's configuration, tracers, debugging checks and forks.
 
 The package uses NaN for "no value" and infinity for "no bound", and transfers small arrays between
-host and device. JAX's NaN, inf and transfer checks are therefore disabled inside public functions.
+host and device. JAX's NaN, inf and transfer checks are therefore disabled inside most public
+functions.
 
 Only this module reads or changes JAX's configuration or uses JAX names without type stubs.
 """
@@ -109,8 +110,8 @@ def default_setting(name: str, value: bool | float | str, *,
                     default: bool | float | None = None) -> Iterator[None]:
     """Change a JAX setting that the user has not set; undo the change if the block fails.
 
-    Otherwise the change remains after the block, because such settings take effect when JAX
-    creates its first array.
+    If the block succeeds, the change remains, because such settings take effect when JAX creates
+    its first array.
 
     Args:
       name: a name such as "jax_platforms".
@@ -133,7 +134,8 @@ def default_setting(name: str, value: bool | float | str, *,
 def check_process() -> None:
     """Check that this process was not forked from a process that had used JAX.
 
-    A forked process has no copies of JAX's threads, so JAX can deadlock.
+    A forked process has no copies of JAX's threads, so JAX can deadlock. The first call records the
+    process ID.
 
     Raises:
       UserError: this process was forked from a process that had used JAX.

@@ -1,10 +1,11 @@
 """Selection of the attention implementation for prefill, and cuDNN's flash attention.
 
 The XLA implementation (`nn.attention`) is the reference and supports every case. cuDNN on GPUs and
-splash attention on TPUs do not write the scores to memory, so these kernels are faster for long
-prompts. However, the kernels support only some shapes and dtypes, and attend only to the tokens of
-the current call. The selection happens at trace time. A requested implementation is never replaced
-by another; if "auto" uses XLA for a long prompt, a warning gives the reason.
+splash attention on TPUs do not write the scores to device memory, so these kernels are faster for
+long prompts. However, the kernels support only some shapes and dtypes, and attend only to the
+tokens of the current call. The selection happens at trace time. A requested implementation is never
+replaced by another. If "auto" uses XLA for a long prompt on a GPU or TPU, and the cache holds no
+earlier tokens, a warning gives the reason.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Implementation = Literal["xla", "cudnn", "splash"]
 Asked = Literal["auto", "xla", "cudnn", "splash"]
 # the longest batches, in tokens per row, for which "auto" uses XLA on a GPU and on a TPU
 LONG = 127  # measured: from 128 tokens on, cuDNN was faster on an H100
-LONG_TPU = 2047  # estimated
+LONG_TPU = 2047  # estimated, not measured
 _KERNELS: dict[str, Implementation] = {"gpu": "cudnn", "tpu": "splash"}  # used by "auto"
 _NAMES = {"cudnn": "cuDNN's", "splash": "splash attention"}
 
@@ -57,7 +58,8 @@ def attention_implementation(
       The implementation, and the reason for this choice.
 
     Raises:
-      UserError: a kernel is requested but not supported; the message lists every reason.
+      UserError: `asked` is unknown, or a kernel is requested but not supported; the message lists
+        every reason.
     """
     if asked not in get_args(Asked):
         raise UserError(f"attention is {asked!r}; it must be auto, xla, cudnn or splash")
@@ -73,7 +75,7 @@ def attention_implementation(
         return "xla", against[0]
     least = LONG if kernel == "cudnn" else LONG_TPU
     if tokens <= least and asked == "auto":
-        return "xla", f"the batch has {tokens} tokens per row, and 'auto' uses XLA up to {least}"
+        return "xla", f"the batch has {tokens} tokens per row; 'auto' uses XLA up to {least}"
     return kernel, "it is supported"
 
 
@@ -110,12 +112,13 @@ def _against_splash(config: Any, platform: str, dtype: Any, fresh: bool) -> list
 
 def choose(config: Any, asked: Asked, *, dtype: Any, tokens: int, fresh: bool, sharded: bool,
            platform: str) -> Implementation:
-    """Choose the attention implementation for a platform; warn if "auto" uses XLA for long prompts.
+    """Choose the attention implementation for a platform, and test a kernel before its first use.
 
-    A kernel is tested before its first use (`cudnn_fault`, `splash_fault`).
+    The tests are `cudnn_fault` and `splash_fault`. The function warns if "auto" uses XLA for a long
+    prompt on a GPU or TPU, and the cache holds no earlier tokens.
 
     Raises:
-      UserError: a kernel is requested, but is not supported or fails its test.
+      UserError: `asked` is unknown, or a kernel is requested but not supported or fails its test.
     """
     capability = 0.0
     if platform == "gpu" and asked != "xla":
@@ -155,7 +158,7 @@ def _say_once(text: str) -> None:
 
 @functools.lru_cache(maxsize=64)
 def cudnn_fault(dtype: str, head_dim: int, groups: int, windowed: bool) -> str | None:
-    """Compare cuDNN's attention with NumPy on a small input; return a description of the error.
+    """Compare cuDNN's attention with NumPy on a small input; return a description of any error.
 
     The result is None if both agree. The arguments are properties by which cuDNN selects a kernel;
     each combination is tested once.
@@ -178,7 +181,7 @@ def flash(q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, length: jax.A
       implementation: "cudnn", or "xla" for comparison.
 
     Returns:
-      [B, T, N, H]; zero at padding.
+      The attention output of each query head, [B, T, N, H]; zero at padding.
     """
     out = jax.nn.dot_product_attention(
         q_btnh, k_btkh, v_btkh, scale=scale, is_causal=True, query_seq_lengths=length,

@@ -28,15 +28,15 @@ _TOKENS = (256, 128, 64, 32, 16, 8)  # possible sizes of a block, in tokens
 
 
 class SiteEdit(NamedTuple):
-    """A rank-one edit, with separate values per row or the same values for all rows.
+    """A rank-one edit, whose direction and coefficients are given per row or shared by all rows.
 
     The equation is in `reference.rank_one_edit`.
 
     Attributes:
-      direction: v̂ [B or 1, D] float32, unit length.
+      direction: unit vectors v̂ [B or 1, D] float32.
       coefficients: s, c, lo and hi, each [B or 1] float32.
       active: [B, T] bool, True at the tokens to edit.
-      push: û [B or 1, D] float32, or None for v̂.
+      push: û [B or 1, D] float32, along which h moves, or None to move h along v̂.
     """
 
     direction: jax.Array
@@ -126,7 +126,7 @@ def site(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit] = (), *,
 
 
 def refusal(platform: str, width: int, entries: int, directions: int) -> str | None:
-    """Return the reason why the Pallas kernel cannot run on a platform, or None if it can.
+    """Return the reason why the Pallas kernel cannot run with these arguments, or None if it can.
 
     Args:
       platform: "cpu", "gpu" or "tpu".
@@ -139,8 +139,9 @@ def refusal(platform: str, width: int, entries: int, directions: int) -> str | N
     if width % 128:
         return f"the width {width} of the residual stream is not a multiple of 128"
     if _block(width, 2, entries, directions, False) is None:
-        return (f"a block of {_TOKENS[-1]} tokens with {entries} vectors and {directions} "
-                f"directions of {width} numbers exceeds {MEMORY} bytes of on-chip memory")
+        return (f"a block of {_TOKENS[-1]} tokens of width {width} exceeds {MEMORY} bytes of "
+                f"on-chip memory (vectors of edits: {entries}, directions of readings: "
+                f"{directions})")
     return None
 
 
@@ -169,7 +170,7 @@ def _block(width: int, itemsize: int, entries: int, directions: int, by_token: b
 
 def _run(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit], directions: jax.Array | None,
          before: int, norm: Norm | None, by_token: bool, interpret: bool) -> Site:
-    """Run the kernel on x [G, R, D]: G rows of R tokens or, if `by_token`, R rows of one token."""
+    """Run the kernel on x [G, R, D]: G rows of R tokens, or R rows of one token if `by_token`."""
     from jax.experimental import pallas as pl
 
     groups, count, width = x.shape
@@ -177,8 +178,9 @@ def _run(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit], directions: 
     reads = 0 if directions is None else directions.shape[0]
     tokens = _block(width, x.dtype.itemsize, entries, reads, by_token)
     if tokens is None:
-        raise UserError(f"the residual kernel needs more than {MEMORY} bytes for {entries} vectors "
-                        f"and {reads} directions of {width} numbers; use 'xla'")
+        raise UserError(f"the residual kernel needs more than {MEMORY} bytes of on-chip memory at "
+                        f"width {width} (vectors of edits: {entries}, directions of readings: "
+                        f"{reads}); use 'xla'")
     tokens = min(tokens, -(-count // 8) * 8)
     padded = -(-count // tokens) * tokens
     if padded != count:

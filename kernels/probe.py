@@ -25,7 +25,7 @@ def fault(name: str, attend: Callable[..., jax.Array], *, dtype: str, head_dim: 
       device: the device to run on.
 
     Returns:
-      None if the kernel and NumPy agree, otherwise a description of the error.
+      None if the kernel and NumPy agree, otherwise a description of the exception or deviation.
     """
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=(2, 64, n, head_dim)).astype(np.float32) for n in (2 * groups, 2, 2)]
@@ -48,7 +48,10 @@ def fault(name: str, attend: Callable[..., jax.Array], *, dtype: str, head_dim: 
 
 def definition(q: np.ndarray, k: np.ndarray, v: np.ndarray, length: np.ndarray,
                window: int | None, softcap: float | None = None) -> np.ndarray:
-    """Compute softmax(q·kᵀ/√H)·v [B, T, N, H] in NumPy, with the masks of `attention.flash`."""
+    """Compute softmax(q·kᵀ/√H)·v [B, T, N, H] in NumPy, with the masks of `attention.flash`.
+
+    If `softcap` is not None, the scores are soft-capped before the softmax.
+    """
     at = np.arange(q.shape[1])
     seen = (at <= at[:, None]) & (at[:, None] - at < (window or at.size))
     inside = at < length[:, None]

@@ -40,7 +40,7 @@ def splash(q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, length: jax.
       interpret: whether to emulate the kernel with JAX operations, on any device.
 
     Returns:
-      [B, T, N, H]; zero at padding.
+      The attention output of each query head, [B, T, N, H]; zero at padding.
     """
     kernels: Any = importlib.import_module(_MODULE)
     width, heads = q_btnh.shape[1], q_btnh.shape[2]
@@ -78,7 +78,7 @@ def missing() -> str | None:
 @functools.lru_cache(maxsize=64)
 def splash_fault(dtype: str, head_dim: int, groups: int, windowed: bool,
                  softcapped: bool) -> str | None:
-    """Compare the kernel with NumPy on a small input; return a description of the error.
+    """Compare the kernel with NumPy on a small input; return a description of any error.
 
     The result is None if both agree. It is also None if this process has no TPU, because the
     program is then compiled for another machine. The arguments are the properties on which the

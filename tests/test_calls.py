@@ -70,7 +70,7 @@ MISTAKES = {
                             r"capture is .*last.*; .*\(\)"),
     "captures of one name": (
         lambda: jp.generate(MODEL, ["a"], capture=[jp.capture.last(), jp.capture.last()]),
-        r"two captures have the name \['last'\]; give one"),
+        r"two captures have names in common: \['last'\]; give one"),
     "an uncalled capture in a list": (
         lambda: jp.generate(MODEL, ["a"], capture=[jp.capture.last]), r"capture is .*last"),
     "a reading by name": (lambda: jp.Request("a", capture="mean"), r"jp\.capture\.mean\(\)"),

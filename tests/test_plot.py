@@ -225,7 +225,7 @@ def test_tokens_that_do_not_fit_given_axes_are_counted():
     ax = jp.plot.projections(found, model, ax=figure.subplots())
     last = [text.get_text() for text in ax.texts][-1]
     drawn = len(ax.patches)
-    assert last == f"… {len(found.rows[0].tokens) - drawn} more tokens" and drawn > 5
+    assert last == f"… tokens omitted: {len(found.rows[0].tokens) - drawn}" and drawn > 5
 
 
 def test_given_axes_are_returned_and_few_names_fit_small_ones():

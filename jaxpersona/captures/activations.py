@@ -1,4 +1,4 @@
-"""Readings of activations: the mean, the last selected token, norms, and full activations."""
+"""The readings `Mean`, `Last`, `Norms` and `Full` of the activations of selected tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class Mean(Reading, kw_only=True, repr=False):
     """The mean activation of the selected tokens, per message if `turns` is given.
 
     Attributes:
-      turns: the number M of messages to average separately, or None for one mean of all tokens.
+      turns: M, to average each of the first M messages separately, or None for one mean over all
+        selected tokens.
     """
 
     needs_token: ClassVar[bool] = True
@@ -59,7 +60,7 @@ class Mean(Reading, kw_only=True, repr=False):
 
     def update(self, state: MeanState, reductions: jax.Array, weights: jax.Array, batch: Batch,
                slots: jax.Array) -> MeanState:
-        """Add the sums [L, …] of one call of `forward` to the state."""
+        """Add the sums [L, …] and the token counts of one call of `forward` to the state."""
         return MeanState(state.total + reductions, state.count + weights.sum(-1))
 
     def details(self) -> list[str]:
@@ -130,7 +131,7 @@ class LastState(State):
 
     Attributes:
       latest: [L, B, D] float32.
-      position: [B] int32, −1 before the first selected token.
+      position: [B] int32, the position of this token; −1 before the first selected token.
     """
 
     __repr__ = brief
@@ -176,8 +177,8 @@ class Full(Reading, kw_only=True, repr=False):
         """Log the size of the state; return a state with an array [L, B, S, D] of NaN."""
         size = 4 * layers * rows * slots * width
         _LOG.log(logging.WARNING if size >= LARGE else logging.INFO,
-                 "a capture of full activations takes %.3g GB: %d layers, %d rows, %d slots, "
-                 "width %d, float32", size / 1e9, layers, rows, slots, width)
+                 "a capture of full activations takes %.3g GB (layers: %d, rows: %d, slots: %d, "
+                 "width: %d, dtype: float32)", size / 1e9, layers, rows, slots, width)
         return TokenState(jnp.full((layers, rows, slots, width), jnp.nan, F32))
 
     def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:

@@ -1,7 +1,7 @@
 """Captures, which read and reduce activations inside the compiled program.
 
-A capture is a pytree of readings (`reading.Reading`), each with a state. Every call of `forward` (a
-prefill, a chunk of a prompt or a decode step) updates the states. A mean over a generated text
+A capture is a pytree of readings (`reading.Reading`). Every call of `forward` (a prefill, a chunk
+of a prompt or a decode step) updates the state of each reading. A mean over a generated text
 therefore requires neither a second forward pass nor an array [L, B, T, D]. Captures that are
 combined with `|` share one forward pass.
 
@@ -55,16 +55,17 @@ class Capture(flax.struct.PyTreeNode):
             _reject(other)
         twice = sorted(set(self.readings) & set(other.readings))
         if twice:
-            raise UserError(f"two captures have the name {twice}; give one of them another name "
-                            "with `name=`")
+            raise UserError(f"two captures have names in common: {twice}; give one of them another "
+                            "name with `name=`")
         return Capture({**self.readings, **other.readings})
 
     def before_edits(self) -> Capture:
-        """Return a capture that reads activations before the interventions at the same layer.
+        """Return a capture that reads activations before the interventions at their site and layer.
 
-        Its values at layer l include the effect of interventions at lower layers, but not of
-        interventions at layer l and the same site. For example, a projection read before the first
-        cap at a layer is the value that the cap compares with its floor.
+        Its values at layer l include the effect of interventions at lower layers and at earlier
+        sites of layer l, but not of interventions at the same site of layer l. For example, a
+        projection read before the first cap at a layer is the value that the cap compares with its
+        floor.
 
         Examples::
 
@@ -131,7 +132,7 @@ def _directions(directions: Any, where: Where | str, layers: Layers | None,
         value, picked, origin = numbers("directions", directions), _pick(layers), np.zeros(1)
         value = value[None] if value.ndim == 2 else value
     if value.ndim != 3 or not value.shape[1]:
-        raise UserError(f"directions has shape {value.shape}; it must be [K, D] or [l, K, D]")
+        raise UserError(f"directions has shape {value.shape}; it must be [K, D] or [L, K, D]")
     if not is_traced(value) and not (np.isfinite(value).all() and value.any(-1).all()):
         raise UserError("directions contains a zero vector or a non-finite value; give "
                         "nonzero, finite directions")
@@ -194,7 +195,7 @@ def mean(where: Where | str = response, *, layers: Layers | None = None, site: S
     Args:
       where: the tokens to read, as a token test or its name; by default, the content of assistant
         messages without thinking blocks.
-      layers: the layers to read, in a form that `steer` accepts; by default, all L layers.
+      layers: the L layers to read, in a form that `steer` accepts; by default, all layers.
       site: the site to read (see `steer`).
       turns: M, to average each of the first M messages separately; by default, all selected tokens
         of a row are averaged together.
@@ -218,10 +219,11 @@ def last(where: Where | str = everywhere, *, layers: Layers | None = None, site:
          name: str = "last") -> Capture:
     """Capture the activation of each row's last selected token.
 
-    The arguments are as for `mean`; by default, all tokens are selected.
+    The arguments and errors are as for `mean`, but without `turns`. By default, all tokens are
+    selected.
 
     Returns:
-      A capture whose result is [B, L, D] float32.
+      A capture whose result is [B, L, D] float32, with NaN for rows without a selected token.
     """
     return Capture({name: Last(**_common(where, layers, site))})
 
@@ -230,16 +232,17 @@ def last(where: Where | str = everywhere, *, layers: Layers | None = None, site:
 @own_rules()
 def projections(directions: Any, where: Where | str = everywhere, *, layers: Layers | None = None,
                 site: Site = "residual", name: str = "projections") -> Capture:
-    """Capture the projections of every selected token's activation on K unit directions.
+    """Capture the projections of every selected token's activation onto K unit directions.
 
     Args:
       directions: a named direction (`Axis` or `Vector`) or a list of named directions, whose values
         at the chosen layers are used, or an array: [K, D], with the directions for all layers, or
-        [l, K, D], with K directions per chosen layer. All directions are normalized.
+        [L, K, D], with K directions per chosen layer. All directions are normalized.
       where, layers, site, name: as for `mean`; by default, all tokens are selected.
 
     Returns:
-      A capture whose result is [B, L, S, K] float32, with NaN at tokens that are not selected.
+      A capture whose result is [B, L, S, K] float32, where S is the number of cache slots, with NaN
+      at slots without a selected token.
 
     Raises:
       UserError: a direction is zero, not finite or of the wrong shape, or another argument is
@@ -255,8 +258,8 @@ def moments(directions: Any, where: Where | str = response, *, layers: Layers | 
     """Capture the count, mean and variance of the projections of each row's selected tokens.
 
     These moments are updated online (Welford 1962), so the size of the state does not depend on the
-    length of the text. The arguments are as for `projections`, but `where` has the default of
-    `mean`.
+    length of the text. The arguments and errors are as for `projections`, but `where` has the
+    default of `mean`.
 
     Returns:
       A capture whose result is a `projections.Moments`: count [B], mean and variance [B, L, K].
@@ -274,7 +277,7 @@ def histogram(directions: Any, edges: Any, where: Where | str = response, *,
     Args:
       directions, layers, site, name: as for `projections`.
       where: as for `mean`.
-      edges: E ascending bin edges: an array [E], or [l, K, E] with edges per chosen layer and
+      edges: E ascending bin edges, as an array [E], or [L, K, E] with edges per chosen layer and
         direction. Bin 0 counts p < edges[0], bin i counts edges[i − 1] ≤ p < edges[i], and bin E
         counts p ≥ edges[E − 1].
 
@@ -289,7 +292,7 @@ def histogram(directions: Any, edges: Any, where: Where | str = response, *,
     bounds = numbers("edges", edges)
     bounds = bounds[None, None] if bounds.ndim == 1 else bounds
     if bounds.ndim != 3 or not bounds.shape[-1]:
-        raise UserError(f"edges has shape {bounds.shape}; it must be [E] or [l, K, E]")
+        raise UserError(f"edges has shape {bounds.shape}; it must be [E] or [L, K, E]")
     if not np.isfinite(bounds).all() or (np.diff(bounds.astype(np.float32), axis=-1) <= 0).any():
         raise UserError("edges must be finite and strictly ascending")
     picked, shape = fields["layers"], fields["directions"].shape
@@ -308,10 +311,12 @@ def norms(where: Where | str = everywhere, *, layers: Layers | None = None, site
     """Capture the norm ‖h‖ of every selected token's activation.
 
     Lu et al. 2026 specify steering strengths in units of the mean norm over all tokens except the
-    first. The arguments are as for `mean`; by default, all tokens are selected.
+    first. The arguments and errors are as for `mean`, but without `turns`. By default, all tokens
+    are selected.
 
     Returns:
-      A capture whose result is [B, L, S] float32, with NaN at tokens that are not selected.
+      A capture whose result is [B, L, S] float32, where S is the number of cache slots, with NaN at
+      slots without a selected token.
     """
     return Capture({name: Norms(**_common(where, layers, site))})
 
@@ -322,10 +327,11 @@ def full(where: Where | str = everywhere, *, layers: Layers | None = None, site:
          name: str = "full") -> Capture:
     """Capture the activation of every selected token.
 
-    The arguments are as for `mean`; by default, all tokens are selected.
+    The arguments and errors are as for `mean`, but without `turns`. By default, all tokens are
+    selected.
 
     Returns:
-      A capture whose result is [B, L, S, D] float32, with NaN at tokens that are not selected. The
-      result takes 4·B·L·S·D bytes.
+      A capture whose result is [B, L, S, D] float32, where S is the number of cache slots, with NaN
+      at slots without a selected token. The result takes 4·B·L·S·D bytes.
     """
     return Capture({name: Full(**_common(where, layers, site))})

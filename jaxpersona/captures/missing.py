@@ -13,7 +13,7 @@ _LOG = logging.getLogger("jaxpersona")
 
 
 def warn_of_empty(name: str, empty: Any) -> None:
-    """Log a warning that lists the rows in which a capture selected no token.
+    """Log a warning about the rows in which a capture selected no token.
 
     Nothing is logged while tracing, or if some rows are on devices of other processes.
 

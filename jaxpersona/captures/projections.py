@@ -1,4 +1,4 @@
-"""Readings of projections on directions: values per token, moments, and histograms."""
+"""Readings of projections onto directions: values per token, moments, and histograms."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class OnDirections(Reading, kw_only=True, repr=False):
-    """The base class of readings that project activations on K directions per layer.
+    """The base class of readings that project activations onto K directions per layer.
 
     Attributes:
       directions: [L or 1, K, D] float32, unit length; a first axis of length 1 means the same
@@ -54,7 +54,7 @@ class OnDirections(Reading, kw_only=True, repr=False):
                             f"residual stream has width {width}; use directions of this model")
 
     def project(self, h: jax.Array, index: int) -> jax.Array:
-        """Return the projections [B, T, K] of h [B, T, D] on the directions of one layer."""
+        """Return the projections [B, T, K] of h [B, T, D] onto the directions of one layer."""
         return jnp.einsum("btd,kd->btk", h.astype(F32), self.at(index), precision="highest")
 
     def read(self, h: jax.Array, weights: jax.Array, index: int) -> Any:
@@ -84,12 +84,12 @@ def check_sets(name: str, values: Any, layers: tuple[int, ...]) -> None:
       UserError: the first axis has another length.
     """
     if values.shape[0] not in (1, len(layers)):
-        raise UserError(f"{name} are for {values.shape[0]} layers, but {len(layers)} layers are "
-                        f"captured: {list(layers)}")
+        raise UserError(f"{name} are for {values.shape[0]} layers, but the number of captured "
+                        f"layers is {len(layers)}: {list(layers)}")
 
 
 class Projections(OnDirections, kw_only=True, repr=False):
-    """The projections of the selected tokens' activations on K directions per layer."""
+    """The projections of the selected tokens' activations onto K directions per layer."""
 
     def init(self, layers: int, rows: int, slots: int, width: int) -> ProjectionState:
         """Return a state with an array [L, B, K, S] of NaN."""
@@ -107,7 +107,7 @@ class Projections(OnDirections, kw_only=True, repr=False):
 
 
 class ProjectionState(TokenState):
-    """The projections on K directions, stored as an array [L, B, K, S].
+    """The projections onto K directions, stored as an array [L, B, K, S].
 
     S is the last axis, because TPUs would pad a small last axis such as K.
     """
@@ -132,7 +132,7 @@ class ProjectionMoments(OnDirections, kw_only=True, repr=False):
 
     def reduce(self, p: jax.Array, weights: jax.Array,
                index: int) -> tuple[jax.Array, jax.Array]:
-        """Return the mean and sum of squared deviations of selected projections, each [B, K]."""
+        """Return the mean and the sum of squared deviations of selected projections, [B, K]."""
         w = weights[..., None].astype(F32)
         count = jnp.maximum(w.sum(1), 1.0)
         mean = (p * w).sum(1) / count

@@ -1,8 +1,8 @@
 """The interface of readings, which reduce activations, and of their states.
 
 A reading selects tokens, reduces their activations at each layer, and adds the reductions of each
-call of `forward` to a state. `forward` calls these methods while it is traced, so all of them must
-be traceable by JAX. docs/architecture.md ("Adding a reading") has an example.
+call of `forward` to a state. `forward` is usually compiled by `jax.jit`, so the methods that it
+calls must be traceable. docs/architecture.md ("Adding a reading") contains an example.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
       where: the encoded token test [5] int32.
       layers: the layers that are read, in ascending order, or None for all layers (static).
       site: the site that is read (static).
-      edited: whether activations are read after the interventions at their site and layer; if
-        False, they are read before (static; see `Capture.before_edits`).
+      edited: True to read activations after the interventions at the same site and layer, False to
+        read them before these interventions (static; see `Capture.before_edits`).
       label: the reading's name in its representation; by default the class name in lower case.
       needs_token: whether the result is undefined for a row without a selected token.
     """
@@ -187,8 +187,8 @@ def write_slots(buffer: jax.Array, values: jax.Array, slots: jax.Array,
                 axis: int = 2) -> jax.Array:
     """Write per-token values into the slots of a buffer, and return the new buffer.
 
-    As in `cache.write`, the values are scattered if there is one token per row, and gathered if
-    there are several.
+    The values are scattered if there is one token per row, and gathered if there are several
+    (see `cache.by_slot`).
 
     Args:
       buffer: an array [L, B, …] with the slot axis S at position `axis`.

@@ -61,9 +61,9 @@ def axis(
         "A .jsonl file of questions (format: `jaxpersona data format`), or `data` for the 240 "
         "questions of the package."))] = None,
     limit: Annotated[int | None, typer.Option(
-        show_default="all", help="Use at most this many roles.")] = None,
+        show_default="all", help="Maximum number of roles besides the default persona.")] = None,
     limit_questions: Annotated[int | None, typer.Option(
-        show_default="all", help="Use at most this many questions.")] = None,
+        show_default="all", help="Maximum number of questions.")] = None,
     judge: JudgeOption = None,
     samples: Annotated[int, typer.Option(
         help="Number of replies to each question under each system prompt.")] = 1,
@@ -85,7 +85,7 @@ def axis(
         help="Comma-separated names of roles to exclude from the axis.")] = "",
     keep_means: Annotated[str, typer.Option(help=(
         "Number of replies per role whose mean activations are stored to compute thresholds, or "
-        "`all`."))] = "16",
+        "`all`. The means of all replies of the default persona are always stored."))] = "16",
     share_prefix: Annotated[bool, typer.Option("--share-prefix", help=(
         "Compute the KV cache of each system prompt once for all questions."))] = False,
     redo: Annotated[list[str] | None, typer.Option(
@@ -97,7 +97,8 @@ def axis(
         "Delete the run in the folder of --out, but no other files, and start a new run."))
     ] = False,
     take_from: Annotated[pathlib.Path | None, typer.Option(show_default="none", help=(
-        "A run folder of an older version, whose replies are copied into the new run."))] = None,
+        "A run folder that an older version of jaxpersona wrote with the same model and settings. "
+        "Its replies are copied into the new run instead of being generated again."))] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=(
         "Check all inputs, time a sample of the generation and print the estimated cost, without "
         "writing any file."))
@@ -128,18 +129,24 @@ def axis(
         show_default="one device",
         help="The device mesh, e.g. data=2,model=4 or fsdp=8.")] = None,
     distributed: Annotated[bool, typer.Option("--distributed", help=(
-        "Initialize JAX for the processes that SLURM, Kubernetes or a TPU pod started."))
+        "Initialize jax.distributed with the settings that JAX detects on SLURM, Open MPI, "
+        "Kubernetes or a TPU pod."))
     ] = False,
     coordinator: Annotated[str | None, typer.Option(
         show_default="none",
-        help="Address host:port of process 0, if several processes were started in another way.")
+        help="Address host:port of process 0, if JAX cannot detect the processes; requires "
+             "--processes and --process.")
     ] = None,
     processes: Annotated[int | None, typer.Option(
         show_default="one", help="Number of processes.")] = None,
     process: Annotated[int | None, typer.Option(
         show_default="0", help="Zero-based index of this process.")] = None,
 ) -> None:
-    """Extract a model's Assistant Axis: generate and judge rollouts, and compute the axis."""
+    """Extract a model's Assistant Axis: generate and judge rollouts, and compute the axis.
+
+    The run folder contains the rollouts, verdicts, axis and figures. If the command is interrupted,
+    the same command resumes the run.
+    """
     from jaxpersona.distributed import processes as joining
     from jaxpersona.engine.prompts import check_settings
     from jaxpersona.engine.sampling import sampling
@@ -235,9 +242,11 @@ def _texts(model: str, roles: str | None, questions: str | None, limit: int | No
     Args:
       model: the value of `--model`.
       roles, questions: the values of `--roles` and `--questions`.
-      limit, limit_questions: the maximum numbers of roles and questions, or None for all.
-      held_out: the value of `--held-out`.
-      own: whether the roles are those of `mini`.
+      limit, limit_questions: the maximum numbers of roles (besides the default persona) and of
+        questions, or None for all.
+      held_out: the value of `--held-out`; if it is empty, the held-out roles of `mini` are used for
+        its built-in roles.
+      own: whether the roles are the built-in roles of `mini`.
 
     Returns:
       (roles, questions, names of the held-out roles).
@@ -281,7 +290,7 @@ def _kept(text: str) -> int | None:
 
 
 def _of_forecast(found: Forecast, judge_cost: float | None) -> dict[str, Any]:
-    """Return a forecast as a JSON object."""
+    """Return a forecast as a JSON object, with the cost of judging if `judge_cost` is given."""
     value = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
     pace = value.pop("pace")
     if value["seconds"] is not None and not math.isfinite(value["seconds"]):

@@ -1,4 +1,4 @@
-"""The options `--cap` and `--spec` of `generate` and `chat`, and the self-test of the caps."""
+"""The interventions of `--cap` and `--spec` in `generate` and `chat`, and the self-test of caps."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ if TYPE_CHECKING:
 
 
 def open_caps(file: pathlib.Path, given: Mapping[str, str | None]) -> Axis | Caps:
-    """Load the axis, or the caps of one experiment, from the file of `--cap`.
+    """Load an axis, or the caps of one experiment, from a file.
 
     Args:
-      file: the file.
+      file: the file of `--cap`, or the argument of `vectors check`.
       given: the values of the options `--cap-layers`, `--percentile`, `--of` and `--experiment`,
         by name; None for an option that was not given.
 
     Raises:
-      UserError: the file contains neither an axis nor caps, an option does not apply to the file,
-        or `--experiment` does not select one of several experiments.
+      UserError: the file cannot be read or contains neither an axis nor caps, an option does not
+        apply to the file, the axis has no such percentile, or `--experiment` is unknown or is
+        missing for a file with several experiments.
     """
     from jaxpersona.ckpts.vectors import load_any, load_axis
 
     found = load_any(file)
     if not isinstance(found, dict):
         if given["--experiment"] is not None:
-            raise UserError(f"--experiment applies only to files of caps; the kind of {file} is "
-                            f"{found.kind}")
+            raise UserError(f"--experiment applies only to files of caps; {file} contains "
+                            f"a direction (kind: {found.kind})")
         axis = load_axis(file)
         if given["--percentile"] is not None or given["--of"] is not None:
             # raise the error for an unknown percentile before a model is loaded
@@ -54,10 +55,10 @@ def open_caps(file: pathlib.Path, given: Mapping[str, str | None]) -> Axis | Cap
 
 
 def read_spec(file: pathlib.Path) -> Any:
-    """Read the JSON file of `--spec` and return its value.
+    """Read the JSON file of `--spec` and return its content.
 
     Raises:
-      UserError: the file is missing, is not JSON, or contains null.
+      UserError: the file cannot be read, is not JSON, or contains null.
     """
     from jaxpersona.data.reading import Faults, parse, read_text
 
@@ -65,7 +66,7 @@ def read_spec(file: pathlib.Path) -> Any:
     text = read_text(file, faults)
     found = None if text is None else parse(text, str(file), faults)
     faults.raise_if_any(file)
-    if found is None:  # `Edits.asked` is None if the option was not given
+    if found is None:  # `Edits.asked` is None only if there is no `--spec`
         raise UserError(f"{file}: contains null; give at least one intervention")
     return found
 
@@ -82,7 +83,8 @@ def cap_edits(model: Model, held: Axis | Caps, layers: str | None, percentile: s
       where: the tokens to cap, as a value of `--where`.
 
     Raises:
-      UserError: the axis or caps belong to another model, or fail the self-test.
+      UserError: the axis or caps belong to another model or fail the self-test, or the layers or
+        the percentile are invalid.
     """
     from jaxpersona.interventions import cap, resolve_layers
     from jaxpersona.vectors.caps import Caps, fitted
@@ -101,7 +103,7 @@ def cap_edits(model: Model, held: Axis | Caps, layers: str | None, percentile: s
 
 
 def _floor(axis: Axis, percentile: str | None, of: str | None) -> np.ndarray:
-    """Return an axis's thresholds [L] at a percentile; default: p25 of the default persona."""
+    """Return an axis's thresholds [L] at a percentile (default: p25 of the default persona)."""
     return axis.thresholds(percentile or "p25", of=of or "default")
 
 
@@ -127,7 +129,16 @@ def spec_edits(model: Model, spec: Any, file: pathlib.Path, check: bool) -> Inte
 
 
 def _test_operator(model: Model, item: dict[str, Any], folder: pathlib.Path, at: str) -> None:
-    """Run the self-test on a cap of `--spec` if its axis was measured in the residual stream."""
+    """Run the self-test on a cap of `--spec` if its vector is the file of an axis.
+
+    If the axis was not measured in the residual stream, print that the cap is not tested.
+
+    Args:
+      model: the model.
+      item: the JSON object of the cap.
+      folder: the folder of the `--spec` file.
+      at: the position of the cap in the file, as a prefix of messages.
+    """
     from jaxpersona.ckpts.vectors import load_vector
     from jaxpersona.vectors.vector import Axis
 
@@ -148,7 +159,7 @@ def _test_operator(model: Model, item: dict[str, Any], folder: pathlib.Path, at:
 
 
 def _test(model: Model, held: Axis | Caps, at: str = "", **options: Any) -> None:
-    """Run the self-test and print its result.
+    """Run the self-test with a progress display, and print its result.
 
     Raises:
       UserError: the cap fails the self-test, or the self-test cannot be run.

@@ -34,10 +34,10 @@ def chat(
     dtype: DtypeOption = None,
     adapter: AdapterOption = None,
 ) -> None:
-    """Chat with a model in the terminal, and show the projection of each reply on an axis.
+    """Chat with a model in the terminal, and show the projection of each reply onto a direction.
 
-    The axis is that of --axis or, without --axis, that of --cap. In the chat, /help lists the
-    commands.
+    The direction is that of --axis or, without --axis, the axis of --cap. Without both, no
+    projections are shown. In the chat, /help lists the commands.
     """
     from jaxpersona.cli.dialogue import Dialogue
     from jaxpersona.engine.prompts import check_settings

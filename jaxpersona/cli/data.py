@@ -1,4 +1,4 @@
-"""The commands of `jaxpersona data`: check, show and export the roles, questions and traits."""
+"""The commands of `jaxpersona data`: check, show, export and explain the prompt data."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import typer
 
 from jaxpersona.cli.output import say
 
-app = typer.Typer(no_args_is_help=True, help="Check, show and export roles, questions and traits; "
-                                             "explain their file formats.")
+app = typer.Typer(no_args_is_help=True, help="Check, show and export prompt data (roles, "
+                                             "questions, traits, drift); explain its formats.")
 
 
 @app.command()
@@ -21,7 +21,7 @@ def check(
             help="A folder that contains roles/, questions.jsonl, traits/ or drift/.")
     ] = None,
 ) -> None:
-    """Check all prompt data in a folder and list all errors."""
+    """Check all prompt data in a folder; print a summary, or all errors."""
     from jaxpersona.data.export import check_data
 
     say(*check_data(folder))
@@ -29,9 +29,10 @@ def check(
 
 @app.command()
 def show(
-    kind: Annotated[str, typer.Argument(help="The kind: role, question, trait or drift.")],
+    kind: Annotated[str, typer.Argument(help="The kind of entry: role, question, trait or drift.")],
     name: Annotated[str | None, typer.Argument(
-        show_default="list all", help="The name or id of an entry.")] = None,
+        show_default="list all", help="The name of a role, trait or drift domain, or the id of "
+                                     "a question.")] = None,
 ) -> None:
     """Print one entry of the package data, or list all entries of a kind."""
     from jaxpersona.data import export
@@ -42,7 +43,7 @@ def show(
 @app.command("format")
 def show_format(
     kind: Annotated[str | None, typer.Argument(
-        show_default="all", help="The format: roles, questions or traits.")] = None,
+        show_default="all", help="The format to explain: roles, questions or traits.")] = None,
 ) -> None:
     """Explain the file formats of roles, questions and traits, with an example of each."""
     from jaxpersona.data import formats

@@ -1,4 +1,4 @@
-"""The command `jaxpersona demo`: extract the axis of `mini`, calibrate a cap, and measure both."""
+"""The command `jaxpersona demo`: extract and evaluate an axis and a cap for `mini`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def demo(
     model: ModelOption = "mini",
     seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
 ) -> None:
-    """Extract the Assistant Axis of `mini`, calibrate a cap, and measure both.
+    """Extract the Assistant Axis of `mini`, calibrate a cap, and evaluate both.
 
-    The command prints a table, two conversations whose last messages are answered with and without
-    the cap, and one line of JSON.
+    Both are evaluated against the known ground truth of `mini`. The command writes a run folder
+    with figures. It prints a table of measurements, two conversations whose last messages are
+    answered with and without the cap, and one line of JSON.
     """
     from jaxpersona.organism.demo import run_demo
     from jaxpersona.organism.method import held_out
@@ -48,7 +49,7 @@ def demo(
                           behaviour=done.styles,
                           leak={name: done.figures[f"drift_leak_{name}"] for name in done.talks})
     _show(done)
-    say(f"wrote the axis, vectors and figures to {out}", error=True)
+    say(f"wrote the run, with its axis and vectors, to {out}", error=True)
     head = {"run": str(out), "model": loaded.name,
             "seconds": round(time.perf_counter() - started, 1)}
     rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in done.figures.items()}
@@ -56,7 +57,7 @@ def demo(
 
 
 def _show(done: Demo) -> None:
-    """Print the measurements as a table, and the sample conversations."""
+    """Print the measurements as a table and as text, and the sample conversations."""
     from rich.table import Table
 
     from jaxpersona.organism.demo import geometry, table

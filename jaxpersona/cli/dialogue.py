@@ -154,7 +154,7 @@ class Dialogue:
         return True
 
     def _greet(self) -> None:
-        """Print the model, the interventions and a description of the projections."""
+        """Print the model, its interventions, the meaning of projections, and how to get help."""
         session, monitor = self.session, self.session.monitor
         say(repr(session.model), error=True)
         if session.edits.edits:
@@ -170,7 +170,11 @@ class Dialogue:
             say("/help lists the commands; press Ctrl-D to leave", error=True)
 
     def _reply(self, text: str) -> None:
-        """Generate and print the reply to a message."""
+        """Generate and print the reply to a message.
+
+        Raises:
+          UserError: the conversation leaves no room for a reply in the model's context.
+        """
         from jaxpersona.persona.session import ContextFull
 
         self.cancelled = False
@@ -231,7 +235,11 @@ class Dialogue:
         return "; ".join(parts)
 
     def _switch(self, value: str) -> None:
-        """Turn the interventions on or off."""
+        """Turn the interventions on or off for the next replies.
+
+        Raises:
+          UserError: the value is neither "on" nor "off", or there are no interventions.
+        """
         if value not in ("on", "off"):
             raise UserError(f"{value[:40]!r} is neither on nor off; give on or off")
         if not self.session.edits.edits:
@@ -242,7 +250,11 @@ class Dialogue:
             "interventions", error=True)
 
     def _save(self, file: pathlib.Path) -> None:
-        """Write the session to a JSON file."""
+        """Write the session to a JSON file.
+
+        Raises:
+          UserError: the path is not valid as the name of a file.
+        """
         from jaxpersona.ckpts.files import atomic
         from jaxpersona.persona.transcript import record
 

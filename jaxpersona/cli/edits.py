@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from jaxpersona.vectors.vector import Axis, Vector
 
 CapOption = Annotated[str | None, typer.Option(
-    "--cap", help="A file with an axis or caps, or `mini`. FILE:FROM:TO:pNN also sets the layers "
-                  "and the percentile.")]
+    "--cap", help="A file with an axis or caps, or `mini` for the axis of mini. "
+                  "FILE:FROM:TO:pNN also sets --cap-layers and --percentile.")]
 CapLayersOption = Annotated[str | None, typer.Option(
     "--cap-layers", help="The layers to cap, a half-open range such as 46:54; default: the upper "
                          "half.")]
@@ -30,11 +30,12 @@ PercentileOption = Annotated[str | None, typer.Option(
     "--percentile", help="The percentile of projections that --cap uses as the floor; default: "
                          "p25.")]
 OfOption = Annotated[str | None, typer.Option(
-    "--of", help="The population of --percentile, such as `all`; default: `default`, the default "
-                 "persona.")]
+    "--of", help="The population from which --percentile is computed: `all` rollouts, or `default` "
+                 "(the default) for those of the default persona.")]
 ExperimentOption = Annotated[str | None, typer.Option(
     "--experiment", help="The id of an experiment in a capping_config.pt file.")]
-CheckOption = Annotated[bool, typer.Option(help="Test the caps on short replies first.")]
+CheckOption = Annotated[bool, typer.Option(help="Test the caps on short replies before "
+                                                 "generation.")]
 SteerOption = Annotated[pathlib.Path | None, typer.Option(
     "--steer", help="A file with the vector to add to the activations.")]
 SteerLayersOption = Annotated[str | None, typer.Option(
@@ -46,8 +47,8 @@ WhereOption = Annotated[str | None, typer.Option(
     "--where", help="The tokens that --cap and --steer edit, e.g. response, user, prompt or "
                     "generated; default: everywhere.")]
 AxisOption = Annotated[pathlib.Path | None, typer.Option(
-    "--axis", help="Show each reply's mean projection on the axis or vector in this file, or on "
-                   "the axis of `mini`.")]
+    "--axis", help="Show each reply's mean projection onto the axis or vector in this file; "
+                   "`mini` selects the axis of mini.")]
 AxisLayersOption = Annotated[str | None, typer.Option(
     "--axis-layers", help="The layers at which projections are computed, e.g. 16 or 14:18; "
                           "default: the middle layer.")]
@@ -145,16 +146,18 @@ class Edits:
         name, layers, percentile = short.groups()
         if self.cap_layers is not None or (percentile and self.percentile is not None):
             option = "--cap-layers" if self.cap_layers is not None else "--percentile"
-            raise UserError(f"--cap is {self.cap}, and {option} is also given; omit one of them")
+            raise UserError(f"--cap is {self.cap}, and {option} is also given; "
+                            "give this value in only one of them")
         self.cap_layers = layers
         self.percentile = percentile or self.percentile
         return pathlib.Path(name)
 
     def build(self, model: Model) -> Interventions:
-        """Return the interventions of all options, after the self-test of the caps.
+        """Return the interventions of all options, after a self-test of the caps if `check` is set.
 
         Raises:
-          UserError: a file belongs to another model, or a cap fails the self-test.
+          UserError: a file belongs to another model, a layer does not exist, or a cap fails the
+            self-test.
         """
         from jaxpersona.interventions import chain, resolve_layers
         from jaxpersona.interventions import steer as add
@@ -181,7 +184,8 @@ class Edits:
           default: whether to use the axis of `--cap` if `--axis` was not given.
 
         Raises:
-          UserError: the direction belongs to another model, or is zero at one of the layers.
+          UserError: the direction belongs to another model or is zero at one of the layers, a layer
+            does not exist, or `--axis-layers` is given without a direction.
         """
         from jaxpersona.persona.monitor import Monitor
         from jaxpersona.vectors.vector import Axis

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 
 def generate(
-    prompt: Annotated[list[str] | None, typer.Argument(help="One or more user messages.")] = None,
+    prompt: Annotated[list[str] | None, typer.Argument(
+        help="User messages, each of which starts a separate conversation.")] = None,
     model: ModelOption = "mini",
     prompts: Annotated[pathlib.Path | None, typer.Option(
         help="A file with a user message on each line, or a .jsonl file of conversations.")] = None,
@@ -120,9 +121,9 @@ def _run(model: Model, talks: Sequence[Conversation], edits: Interventions,
          monitor: Monitor | None, compare: bool, settings: dict[str, Any]) -> Generated:
     """Generate a reply to each conversation with the interventions.
 
-    If `compare` is True, the result contains a second reply to each conversation, without the
-    interventions, after all replies with them. Both replies are sampled with the same random
-    numbers.
+    If `compare` is True, the replies with the interventions are followed by a second reply to each
+    conversation, without the interventions. Both replies to a conversation are sampled with the
+    same random numbers.
     """
     from jaxpersona.engine import prompts
     from jaxpersona.engine.generate import generate as run
@@ -153,7 +154,7 @@ def _record(talk: Conversation, made: Generated, monitor: Monitor | None, index:
       monitor: the monitor that projected the replies, or None.
       index: the index of the reply in `made`.
       counts: the token counts of each intervention for this reply.
-      without: the index of the reply without interventions, or None to leave it out.
+      without: the index in `made` of the reply without interventions, or None to omit this reply.
     """
     from jaxpersona.persona.monitor import NAME
 
@@ -178,7 +179,10 @@ def _write(file: pathlib.Path, lines: Sequence[str]) -> None:
 
 
 def _print(records: Sequence[dict[str, Any]], monitor: Monitor | None, compare: bool) -> None:
-    """Print the replies or, if `compare` is True, a table of both replies to each prompt."""
+    """Print the replies or, if `compare` is True, a table of both replies to each prompt.
+
+    If there is a monitor, the mean projection of each reply is also printed.
+    """
     from rich.table import Table
 
     if monitor is not None:
@@ -200,7 +204,10 @@ def _print(records: Sequence[dict[str, Any]], monitor: Monitor | None, compare: 
 
 def _stream(model: Model, talk: Conversation, edits: Interventions, monitor: Monitor | None,
             settings: dict[str, Any]) -> None:
-    """Generate one reply and print its text while it is generated."""
+    """Generate one reply, and print its text while it is generated.
+
+    Then print the projections, if there is a monitor, and the token counts of the interventions.
+    """
     from jaxpersona.engine.engine import Engine
     from jaxpersona.engine.request import Request
     from jaxpersona.persona.monitor import NAME, edit_counts
@@ -224,8 +231,8 @@ def _legend(monitor: Monitor) -> None:
 
 
 def _say_counts(counts: Sequence[Sequence[EditCount]]) -> None:
-    """Print the numbers of selected tokens and of changes for each intervention."""
+    """Print the numbers of selected tokens and changed activations for each intervention."""
     for number, own in enumerate(zip(*counts, strict=True)):
-        say(f"intervention {number}: {sum(one.seen for one in own)} tokens selected, "
-            f"{sum(sum(one.changed) for one in own)} changes over {len(own[0].layers)} layers",
+        say(f"intervention {number}: tokens selected: {sum(one.seen for one in own)}, activations "
+            f"changed: {sum(sum(one.changed) for one in own)}, layers: {len(own[0].layers)}",
             error=True)

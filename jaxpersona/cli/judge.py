@@ -13,7 +13,7 @@ from jaxpersona.cli.judge_sample import sample
 
 
 class _Group(TyperGroup):
-    """Command group that accepts `judge RUN` as a short form of `judge run RUN`."""
+    """A command group that accepts `judge RUN` as a short form of `judge run RUN`."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Resolve a command, with "run" inserted if the first argument is not a command."""

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 
 def agreement(
-    a: Annotated[str, typer.Argument(help="A run folder, or a .csv file of `judge sample --csv`.")],
-    b: Annotated[str, typer.Argument(help="Another run or file with the same replies.")],
+    a: Annotated[str, typer.Argument(
+        help="A run folder, or a .csv file that `judge sample --csv` wrote.")],
+    b: Annotated[str, typer.Argument(
+        help="Another run folder or file with scores of the same replies.")],
     seed: Annotated[int, typer.Option(
         help="Random seed for the bootstrap of the confidence interval.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
@@ -47,7 +49,7 @@ def lines(found: Agreement) -> list[str]:
         *(f"{label:>8}" + "".join(f"{n:>{width},}" for n in row)
           for label, row in zip(found.labels, found.table.tolist(), strict=True)),
         f"of {found.both:,} replies that both scored: equal {found.equal:.1%}, kappa (linear "
-        f"weights) {_number(found.kappa)}, 95 % confidence interval {_number(low)} to "
+        f"weights) {_number(found.kappa)} with the 95 % confidence interval {_number(low)} to "
         f"{_number(high)}, mean of A − B {found.difference:+.3f}",
         f"{'role':<24}{'replies':>8}{'equal':>8}{'kappa':>8}{'A − B':>8}",
         *(f"{role:<24}{n:>8,}{equal:>8.0%}{_number(kappa):>8}{far:>+8.2f}"

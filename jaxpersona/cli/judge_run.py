@@ -49,7 +49,7 @@ def run(
     ] = None,
     model: Annotated[str | None, typer.Option(
         show_default="the name in the run's files",
-        help="The model of the run, which the judge `self` loads."),
+        help="The model of the run; the judge `self` loads it."),
     ] = None,
     batch_size: Annotated[int, typer.Option(
         help="Number of replies that the judge `self` scores at the same time.")] = 32,
@@ -68,7 +68,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
     dtype: DtypeOption = None,
 ) -> None:
-    """Judge the replies of a run; the verdicts are stored beside those of other judges."""
+    """Judge the replies of a run; earlier verdicts, also those of other judges, are kept."""
     from jaxpersona.data import texts
     from jaxpersona.organism import method
     from jaxpersona.persona.rejudge import judge_run
@@ -117,5 +117,5 @@ def run(
     shown = ", ".join(f"{n:,} {named.get(score, f'of score {score}')}"
                       for score, n in total.items() if n)
     say(f"judge {chosen.name}: {shown}", *([f"cost: ${cost:,.4f}"] if cost else []),
-        "to extract the axis of these verdicts, run jaxpersona axis with the options of the run, "
+        "to compute the axis from these verdicts, run jaxpersona axis with the options of the run, "
         f"--judge {shlex.quote(judge)} and --out {shlex.quote(str(folder))}")

@@ -15,13 +15,13 @@ from jaxpersona.errors import UserError
 
 def sample(
     run: Annotated[pathlib.Path, typer.Argument(help="A run folder with scores.")],
-    count: Annotated[int, typer.Option(help="Number of replies of each score.")] = 3,
+    count: Annotated[int, typer.Option(help="Number of replies to draw for each score.")] = 3,
     score: Annotated[str | None, typer.Option(
         show_default="all",
-        help="Use only replies with this score, 0 to 3, or none for undecided replies.")] = None,
+        help="Use only replies with this score (0 to 3), or `none` for undecided replies.")] = None,
     role: Annotated[str | None, typer.Option(
         show_default="all", help="Use only replies of this role.")] = None,
-    seed: Annotated[int, typer.Option(help="Random seed of the sample.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for drawing the sample.")] = 0,
     csv: Annotated[pathlib.Path | None, typer.Option(show_default="print the replies", help=(
         "Write the replies to this new .csv file, in random order and without their scores, so "
         "that a person can score them."))] = None,
@@ -57,7 +57,7 @@ def sample(
     if csv is not None:
         order = np.random.default_rng(seed).permutation(len(drawn))
         human.write_rows(csv, [human.row_of(drawn[i][0]) for i in order])
-        say(f"wrote {len(drawn)} replies to {csv}; enter 0 to 3 or ? in the score column and run:",
+        say(f"wrote {csv} (replies: {len(drawn)}); enter 0 to 3 or ? in the score column and run:",
             f"  jaxpersona judge agreement {run} {csv}")
         return
     if as_json:

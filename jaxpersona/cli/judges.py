@@ -1,4 +1,4 @@
-"""The options that select a judge, and the creation of the selected judge."""
+"""The options that select and configure a judge, and functions that create the judge."""
 
 from __future__ import annotations
 
@@ -23,44 +23,47 @@ if TYPE_CHECKING:
 JudgeOption = Annotated[str | None, typer.Option(
     "--judge", show_default="rules for mini, otherwise none", help=(
         "The judge that scores the replies: `rules` (for mini only), `self` (the model itself), "
-        "`model:NAME` (another model, by its probabilities of the digits), `http:MODEL` (an "
-        "OpenAI-compatible endpoint), `human:FILE.csv` (a file in which a person enters scores) or "
-        "`none` (every reply has score 3)."))]
+        "`model:NAME` (another model, whose next-token probabilities of the digits determine the "
+        "score), `http:MODEL` (a model at an OpenAI-compatible endpoint), `human:FILE.csv` (a file "
+        "in which a person enters scores) or `none` (every reply has score 3)."))]
 RubricOption = Annotated[pathlib.Path | None, typer.Option(
     "--judge-rubric", show_default="each role's eval_prompt", help=(
         "A text file with the judge's prompt, which contains {question} and {answer}, and may "
         "contain {role} and {description}."))]
 AfterOption = Annotated[bool, typer.Option("--judge-after", help=(
-    "Load the model of `model:NAME` only after all replies are generated and the first model is "
-    "released from memory."))]
+    "Keep the model of `model:NAME` out of memory until all replies are generated and the "
+    "evaluated model is released; the judging model is loaded once before, for a check."))]
 UrlOption = Annotated[str | None, typer.Option(
     "--judge-url", show_default="OPENAI_BASE_URL, otherwise the OpenAI API",
     help="Base URL of the endpoint for `http:MODEL`, e.g. http://localhost:8000/v1.")]
 KeyOption = Annotated[str, typer.Option(
     "--judge-key-env", help="Environment variable that contains the API key for `http:MODEL`.")]
 BudgetOption = Annotated[str | None, typer.Option(show_default="no limit", help=(
-    "Maximum number of calls, or maximum cost, of `http:MODEL` in this run folder, including "
-    "resumed runs, e.g. 500calls or 5usd."))]
+    "Maximum number or maximum cost of all requests to the endpoint of `http:MODEL` that the file "
+    "of --judge-cache records, including earlier runs, e.g. 500calls or 5usd."))]
 PriceOption = Annotated[str | None, typer.Option(
     "--judge-price", show_default="unknown",
     help="Prices in USD per million prompt tokens and per million answer tokens, e.g. 0.4,1.6.")]
 ConcurrencyOption = Annotated[int, typer.Option(
-    "--judge-concurrency", help="Maximum number of concurrent requests of `http:MODEL`.")]
+    "--judge-concurrency", help="Maximum number of concurrent requests to the endpoint of "
+                                "`http:MODEL`.")]
 RpmOption = Annotated[float | None, typer.Option(
     "--judge-rpm", show_default="no limit",
-    help="Maximum number of requests of `http:MODEL` per minute.")]
+    help="Maximum number of requests per minute to the endpoint of `http:MODEL`.")]
 TpmOption = Annotated[float | None, typer.Option(
     "--judge-tpm", show_default="no limit",
-    help="Maximum number of tokens of `http:MODEL` per minute.")]
+    help="Maximum number of tokens per minute, in requests to the endpoint of `http:MODEL` and in "
+         "its answers.")]
 TimeoutOption = Annotated[float, typer.Option(
-    "--judge-timeout", help="Timeout of a request of `http:MODEL` in seconds.")]
+    "--judge-timeout", help="Timeout in seconds of a request to the endpoint of `http:MODEL`.")]
 TemperatureOption = Annotated[float, typer.Option(
     "--judge-temperature", help="Sampling temperature for the answers of `http:MODEL`.")]
 TokensOption = Annotated[int, typer.Option(
-    "--judge-max-tokens", help="Maximum length of an answer of `http:MODEL` in tokens.")]
+    "--judge-max-tokens", help="Maximum length in tokens of an answer of `http:MODEL`.")]
 CacheOption = Annotated[pathlib.Path | None, typer.Option(
     "--judge-cache", show_default="verdicts.jsonl in the run folder",
-    help="File in which all requests and verdicts of `http:MODEL` are stored.")]
+    help="File that records all requests to the endpoint of `http:MODEL` and its answers; recorded "
+         "answers are reused.")]
 
 KINDS = ("rules", "none", "self")
 WITH_ARGUMENT = ("model", "http", "human")
@@ -70,7 +73,8 @@ WITH_ARGUMENT = ("model", "http", "human")
 class Choice:
     """The values of the options that select a judge.
 
-    The options `--judge-…` and `--budget` set the attributes that are not listed here.
+    The attributes that are not listed here are the values of the options `--judge-…` and
+    `--budget`.
 
     Attributes:
       kind: the value of `--judge` up to the colon, one of `KINDS` or `WITH_ARGUMENT`.
@@ -104,7 +108,7 @@ def choose(judge: str, *, own: bool, **options: object) -> Choice:
 
     Args:
       judge: the value of `--judge`.
-      own: whether the roles are those of `mini`.
+      own: whether the roles are the built-in roles of `mini`.
       options: the other fields of `Choice`.
 
     Raises:
@@ -131,10 +135,10 @@ def choose(judge: str, *, own: bool, **options: object) -> Choice:
 
 
 def rubric_of(choice: Choice) -> Rubric:
-    """Return the rubric in the file of `--judge-rubric`, or `ROLES` if it was not given.
+    """Return the rubric in the file of `--judge-rubric`, or `ROLES` if the option was not given.
 
     Raises:
-      UserError: the file cannot be read, or lacks {question} or {answer}.
+      UserError: the file cannot be read, or its text lacks {question} or {answer}.
     """
     from jaxpersona.inputs import read_bytes
     from jaxpersona.judges.rubric import ROLES, Rubric
@@ -156,7 +160,8 @@ def opened(choice: Choice, folder: pathlib.Path) -> Judge | None:
       folder: the run folder, which contains the journal of an http judge by default.
 
     Raises:
-      UserError: an option is invalid, or the judge cannot be used.
+      UserError: an option is invalid, the file of a human judge cannot be read or written, or the
+        API key or the package of an http judge is missing.
     """
     from jaxpersona.distributed import processes
     from jaxpersona.judges.judges import NoJudge
@@ -209,9 +214,9 @@ def of_model(choice: Choice, load: Callable[[], Model], target: Callable[[], Mod
     """Create the judge `model:NAME`.
 
     If `choice.after` is True, the judging model is loaded for a check and then released. When the
-    judge is first used, the evaluated model is released and the judging model is loaded again. If
-    the caller loads the evaluated model after this call, the two models are therefore never in
-    memory at the same time.
+    judge is first used, the evaluated model is released and the judging model is loaded again. The
+    two models are therefore never in memory at the same time, provided that the caller loads the
+    evaluated model after this call.
 
     Args:
       choice: the options.

@@ -34,9 +34,11 @@ for command in (axis, status, generate, chat, project, demo, plan):
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line.
 
-    If an argument is invalid or a file cannot be read, the program prints one line to standard
-    error and exits with code 2. After SIGINT or SIGTERM, the program prints which results were
-    saved and exits with code 128 plus the signal number.
+    If an argument is invalid, a file cannot be read or written, or memory is exhausted, the program
+    prints one line to standard error and exits with code 2. After SIGINT or SIGTERM, the program
+    prints which results were saved and exits with code 128 plus the signal number. If another
+    process of the same run fails, the exit code is 3. Any other exception is a bug: its traceback
+    is printed, and the exit code is 1.
 
     Args:
       arguments: the command-line arguments; default: those of the process.
@@ -83,8 +85,8 @@ def _run(arguments: list[str] | None) -> None:
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # raised by the Rust code of `tokenizers`
             raise
-        _fail(f"the tokenizer failed on a text ({error}); its tokenizer.json is damaged, or its "
-              "regular expression cannot be run")
+        _fail(f"the tokenizer failed on a text ({error}); its tokenizer.json is damaged, or "
+              "contains a regular expression that cannot be run")
 
 
 def _fail(message: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Print text with control characters and unencodable characters escaped."""
+"""Functions that print text with control characters and unencodable characters escaped."""
 
 from __future__ import annotations
 

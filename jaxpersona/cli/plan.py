@@ -24,13 +24,13 @@ def plan(
         help="`random:<preset>`, a .gguf file or a folder with a config.json; weights are not "
              "read.")
     ] = "random:llama-3.3-70b",
-    batch: Annotated[int, typer.Option(help="Number of rows over all chips.")] = 32,
+    batch: Annotated[int, typer.Option(help="Batch size: number of rows over all chips.")] = 32,
     context: Annotated[int, typer.Option(
-        help="Number of cache slots per row, for prompt and reply.")] = 2048,
+        help="Number of cache slots per row, for the prompt and the reply.")] = 2048,
     cap: Annotated[str | None, typer.Option(
         show_default="no cap", help="Layers to cap, a half-open range such as 56:72.")] = None,
     mesh: Annotated[str | None, typer.Option(
-        show_default="the largest model axis, up to 16, that fits the model",
+        show_default="the largest model axis, up to 16, that is valid for the model",
         help="The device mesh, e.g. data=2,model=8.")] = None,
     dtype: Annotated[str, typer.Option(
         help="The dtype of the weights: bfloat16 or int8.")] = "bfloat16",
@@ -58,7 +58,7 @@ def read_shape(source: str) -> ModelConfig:
     """Return the configuration of a preset, a GGUF file or a folder with a config.json.
 
     Raises:
-      UserError: the source does not exist, or is invalid.
+      UserError: the source does not exist, or its configuration is invalid or not supported.
     """
     from jaxpersona.ckpts import gguf_model, hf
     from jaxpersona.models.presets import preset
@@ -75,7 +75,10 @@ def read_shape(source: str) -> ModelConfig:
 
 
 def card(found: dict[str, Any]) -> list[str]:
-    """Format a plan as lines of text, with the source of each number (compiler or arithmetic)."""
+    """Format the result of `plan` as lines of text.
+
+    The lines state which numbers are from the compiler, from arithmetic or extrapolated.
+    """
     from jaxpersona.planning import chips
 
     size = {name: n / 1e9 for name, n in found["bytes_per_chip"].items()}
@@ -87,7 +90,7 @@ def card(found: dict[str, Any]) -> list[str]:
     verdict = "fits" if found["fits"] else f"does not fit, by {found['short_by'] / 1e9:.2f} GB"
     time, hours = found["roofline_seconds"], found["axis_run_hours"]
     lines = [
-        f"{found['model']} on {found['topology']}: {found['chips']} chips, {mesh}",
+        f"{found['model']} on {found['topology']}; chips: {found['chips']}; mesh: {mesh}",
         f"batch {found['batch']}, context {found['context']}, prompts of {found['prompt']} tokens",
         f"{verdict}: {size['total']:.2f} of {size['usable']:.2f} GB per chip: {found['dtype']} "
         f"weights {size['weights']:.2f}, cache {size['cache']:.2f} (arithmetic), temporaries "
@@ -99,11 +102,12 @@ def card(found: dict[str, Any]) -> list[str]:
                      "per layer (compiler)")
     if found["added_collectives"] is not None:
         lines.append(
-            f"a cap of {len(found['cap'])} layers adds to a decode step (compiler): "
-            f"{found['added_collectives']} collectives, {found['added_fusions_per_layer']:g} "
-            f"kernels per layer and {found['added_fusions_once']:g} once, "
-            f"{found['added_bytes'] / 1e6:.1f} MB of memory traffic; temporaries × "
-            f"{found['temporaries_ratio']} (the larger of prefill and decode)")
+            f"the cap (number of layers: {len(found['cap'])}) adds to each decode step (compiler): "
+            f"collectives: {found['added_collectives']}; kernels per capped layer: "
+            f"{found['added_fusions_per_layer']:g}; other kernels: "
+            f"{found['added_fusions_once']:g}; memory traffic: "
+            f"{found['added_bytes'] / 1e6:.1f} MB. It multiplies the temporaries (the "
+            f"maximum of prefill and decode) by {found['temporaries_ratio']}")
     elif found["cap"] and found["compiled"]:
         lines.append("the cost of the cap is unknown: a decode step exceeds the memory of a chip")
     elif found["cap"]:
@@ -111,7 +115,7 @@ def card(found: dict[str, Any]) -> list[str]:
                      + (f" ({missing})" if tpu else ""))
     chip = found["chip"]
     lines += [
-        f"roofline (arithmetic on {chip['source']}): decode step "
+        f"roofline (arithmetic, with specifications from {chip['source']}): decode step "
         f"{time['decode_step'] * 1e3:.2f} ms, of which collective reductions take "
         f"{time['decode_sums'] * 1e3:.2f} ms; prefill {time['prefill']:.2f} s, of which "
         f"collective reductions take {time['prefill_sums']:.2f} s",

@@ -1,4 +1,4 @@
-"""The command `jaxpersona project`: project each assistant message on directions."""
+"""The command `jaxpersona project`: project each assistant message onto directions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def project(
     conversation: Annotated[pathlib.Path, typer.Argument(
-        help="A JSON file with a list of messages.")],
+        help="A JSON file with a list of messages, or one that /save of `chat` wrote.")],
     vector: Annotated[list[pathlib.Path], typer.Option(
         "--on", help="A file with an axis or vector. The option may be repeated.")],
     model: ModelOption = "mini",
@@ -32,7 +32,7 @@ def project(
     dtype: DtypeOption = None,
     adapter: AdapterOption = None,
 ) -> None:
-    """Project each assistant message of a conversation on directions.
+    """Project each assistant message of a conversation onto directions.
 
     If an axis has thresholds, the command compares each projection with those of the default
     persona's replies. It prints the distance from their median in standard deviations (z), the

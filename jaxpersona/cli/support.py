@@ -61,7 +61,8 @@ def progress(log: bool = False, note: Callable[[], str] | None = None,
 
     Only the first process shows the progress, with the rate and the remaining time: as bars if
     standard error is a terminal, or else as a line every `LOG_SECONDS` if `log` is True. In the
-    step "judging", the result of `note()`, such as the cost so far, is also shown.
+    step "judging", the result of `note()`, such as the cost so far, is also shown. In every
+    process, each call of the function also checks for an interrupt (`interrupt.check`).
     """
     from jaxpersona.distributed import processes
 
@@ -105,7 +106,7 @@ def progress(log: bool = False, note: Callable[[], str] | None = None,
 
 
 def _silent(step: str, done: int, total: int, tokens: int) -> None:
-    """Show no progress, and only check for an interrupt."""
+    """Check for an interrupt without showing the progress."""
     interrupt.check()
 
 
@@ -133,9 +134,9 @@ def stream(pieces: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def _logged(note: Callable[[], str] | None) -> Iterator[Callable[[str, int, int, int], None]]:
-    """Yield a report function; every `LOG_SECONDS`, print the progress of the current step.
+    """Yield a report function, and print the progress of the current step every `LOG_SECONDS`.
 
-    The lines are printed to standard error.
+    A thread prints the lines to standard error.
     """
     begun: dict[str, tuple[float, int]] = {}  # step → (time, `done`) at its first report
     state: list[tuple[str, int, int, int]] = []
@@ -215,14 +216,17 @@ def kept_of(folder: pathlib.Path) -> str:
     if verdicts:
         held += f" and {verdicts:,} verdicts"
     if roles:
-        held += f" ({roles:,} roles are complete)"
+        held += f" (complete roles: {roles:,})"
     axis = " and the axis" if (folder / "axis.safetensors").exists() else ""
     return f"{folder} contains {held}{axis}; run the same command to resume"
 
 
 def draw_run(folder: pathlib.Path, extraction: Extraction, middle: int,
              held_out: Sequence[str]) -> bool:
-    """Write the figures of an extraction to the run folder; return whether they were drawn."""
+    """Write the figures of an extraction to the run folder; return whether all were drawn.
+
+    If a figure cannot be drawn, the reason is printed.
+    """
     from jaxpersona.extras import require
     from jaxpersona.report import figures
 

@@ -1,4 +1,4 @@
-"""The commands of `jaxpersona vectors`: show, check and convert files of directions."""
+"""The commands of `jaxpersona vectors`: show, check and convert files of directions and caps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jaxpersona.vectors.caps import Caps, Found
     from jaxpersona.vectors.vector import Vector
 
-app = typer.Typer(no_args_is_help=True, help="Show, check and convert directions in files.")
+app = typer.Typer(no_args_is_help=True, help="Show, check and convert files of directions or caps.")
 
 KindOption = Annotated[str | None, typer.Option(
     show_default="from the file's name",
@@ -31,7 +31,7 @@ def show(
         help="A .safetensors, .pt, .gguf or .npy file, or `mini`.")],
     kind: KindOption = None,
 ) -> None:
-    """Show the metadata of a file of directions (.safetensors, .pt, .gguf, .npy)."""
+    """Show the metadata, norms and thresholds of directions or caps in a file."""
     from jaxpersona.ckpts.vectors import load_any
 
     found = load_any(file, kind)
@@ -51,7 +51,8 @@ def check(
     percentile: Annotated[str | None, typer.Option(
         show_default="p25", help="The percentile of projections to test as the floor.")] = None,
     of: Annotated[str | None, typer.Option(
-        show_default="default", help="The population of --percentile.")] = None,
+        show_default="default",
+        help="The population from which --percentile is computed, such as `all`.")] = None,
     experiment: Annotated[str | None, typer.Option(
         show_default="the only experiment",
         help="The id of an experiment in a capping_config.pt file.")] = None,
@@ -61,7 +62,8 @@ def check(
 ) -> None:
     """Run the self-test of `generate --cap` for an axis or caps, on short replies of a model.
 
-    Distances are in standard deviations of the default persona's projections at the layer.
+    Distances are in standard deviations of the default persona's projections at the layer. If a
+    test fails, the command prints its result and ends with an error.
     """
     from jaxpersona.cli.caps import open_caps
     from jaxpersona.cli.support import open_model, progress
@@ -112,7 +114,7 @@ def _show_check(found: Check) -> None:
         table.add_row(str(layer), f"{found.default[i]:.4g}", f"{found.spread[i]:.3g}",
                       f"{found.roles[i]:.4g}", f"{found.z_roles[i]:+.1f}", *floor)
     console().print(table)
-    say("z: distance from the default persona's mean in its standard deviations (spread)",
+    say("z: distance from the default persona's mean projection, in standard deviations (spread)",
         *found.sentences)
 
 
@@ -133,7 +135,11 @@ def convert(
     name: Annotated[str | None, typer.Option(
         show_default="as in the source", help="A new name for the direction.")] = None,
 ) -> None:
-    """Convert a file of directions to the format of the target's suffix."""
+    """Convert a file of directions or caps to the format of the target's suffix.
+
+    The command prints a description of the written file, and lists the data that the format cannot
+    store.
+    """
     from jaxpersona.ckpts.vectors import load_any, save_vector
 
     found = load_any(source, kind)
@@ -147,8 +153,8 @@ def convert(
                             f"{listed}")
         chosen = found[experiment] if experiment else next(iter(found.values()))
     elif experiment is not None:
-        raise UserError(f"--experiment applies only to files of caps; the kind of {source} is "
-                        f"{found.kind}")
+        raise UserError(f"--experiment applies only to files of caps; {source} contains "
+                        f"a direction (kind: {found.kind})")
     else:
         chosen = found
     if name is not None:
@@ -175,7 +181,8 @@ def convert(
 def _belonging(chosen: Found, source: str) -> Found:
     """Check that a direction or caps fit a model, and add the model's name and fingerprint.
 
-    For `random:<preset>`, only the shape is checked, and no fingerprint is added.
+    For `random:<preset>`, only the shape is checked. No fingerprint is added, and the model's name
+    is added only if the file has no fingerprint.
 
     Raises:
       UserError: the direction or caps do not fit the model, or the model cannot be loaded.
@@ -199,8 +206,8 @@ def _described(found: Vector | Caps) -> str:
     from jaxpersona.vectors.caps import Caps
 
     if isinstance(found, Caps):
-        return (f"{len(found.layers)} caps {found.name!r} at layers "
-                f"{', '.join(map(str, sorted(set(found.layers))))}, width {found.values.shape[1]}")
+        return (f"caps {found.name!r}; number: {len(found.layers)}; layers: "
+                f"{', '.join(map(str, sorted(set(found.layers))))}; width: {found.values.shape[1]}")
     return f"{found.kind} {found.name!r}, {found.n_layers} layers, width {found.values.shape[1]}"
 
 

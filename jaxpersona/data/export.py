@@ -67,16 +67,16 @@ def _summary(part: str, texts: list) -> str:
     if part == "roles":
         roles = [role for role in texts if role.name != DEFAULT]
         prompts = sum(len(role.prompts) for role in roles)
-        return f"roles: {len(roles)} and the default, {prompts} prompts"
+        return f"roles: {len(roles)} and the default; prompts: {prompts}"
     if part == "questions.jsonl":
         return f"questions: {len(texts)}"
     if part == "traits":
         distinct = {text for trait in texts for text in trait.questions}
         pairs = sum(len(trait.pairs) for trait in texts)
-        return f"traits: {len(texts)}, {pairs} pairs, {len(distinct)} questions"
+        return f"traits: {len(texts)}; pairs: {pairs}; questions: {len(distinct)}"
     users = [user for domain in texts for user in domain.users]
     topics = sum(len(user.topics) for user in users)
-    return f"drift: {len(texts)} domains, {len(users)} users, {topics} openings"
+    return f"drift domains: {len(texts)}; users: {len(users)}; openings: {topics}"
 
 
 def show(kind: str, name: str | None = None) -> str:
@@ -84,7 +84,7 @@ def show(kind: str, name: str | None = None) -> str:
 
     Args:
       kind: "role", "question", "trait" or "drift".
-      name: name of a role, trait or drift domain, or id of a question; None lists all.
+      name: the name of a role, trait or drift domain, or the id of a question; None lists all.
 
     Raises:
       UserError: `kind` or `name` is unknown.

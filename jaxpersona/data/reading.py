@@ -17,7 +17,7 @@ from jaxpersona.inputs import parse_json, read_bytes
 
 
 class Faults(list[str]):
-    """A list of error messages, each of which names the file and the field."""
+    """A list of error messages, each of which names the place of the error, such as a field."""
 
     def raise_if_any(self, what: object) -> None:
         """Raise one error that contains all collected errors, if there are any.
@@ -159,7 +159,7 @@ def get_list(table: dict[str, Any], field: str, where: str, faults: Faults, *,
 
 
 def get_eval_prompt(table: dict[str, Any], where: str, faults: Faults) -> str:
-    """Return `eval_prompt`; record an error if it does not contain {question} and {answer}."""
+    """Return `eval_prompt`; record an error if it is missing or lacks {question} or {answer}."""
     text = get_text(table, "eval_prompt", where, faults)
     missing = [p for p in ("{question}", "{answer}") if text and p not in text]
     if missing:
@@ -168,7 +168,7 @@ def get_eval_prompt(table: dict[str, Any], where: str, faults: Faults) -> str:
 
 
 def fill(template: str, **values: str) -> str:
-    """Replace placeholders such as {name} in a template by the values of the keyword arguments.
+    """Replace placeholders such as {name} in a template with the values of the keyword arguments.
 
     Placeholders without a value are kept, and placeholders inside the values are not replaced.
     """

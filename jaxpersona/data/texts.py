@@ -1,8 +1,8 @@
 """Load prompt data: roles, questions, traits and opening messages of drift conversations.
 
-By default the package data is loaded. The file layout is that of the published Assistant Axis code,
-so the same files work with that code and with this package. All errors in all files are raised
-together, before a model is loaded.
+By default, the package data is loaded. The file layout is that of the published Assistant Axis
+code, so the same files work with that code and with this package. Each function raises one error
+that lists all errors in its files.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Role:
     Attributes:
       name: the file's stem; "default" for the default persona.
       prompts: system prompts; "" is allowed only in the default role.
-      eval_prompt: the judge's prompt with `{question}` and `{answer}`; "" for the default role and
-        for roles that are not judged by a model.
+      eval_prompt: the judge's prompt with `{question}` and `{answer}`; "" if there is none, for
+        example because no model judges the role.
       description: one line of text, or "" if unknown.
     """
 
@@ -66,7 +66,7 @@ class Role:
     description: str = ""
 
     def __post_init__(self) -> None:
-        """Raise a UserError if a field has the wrong type, such as a string instead of a tuple."""
+        """Raise a UserError if `prompts` or `eval_prompt` has the wrong type."""
         _check_texts(f"the prompts of role {self.name!r}", self.prompts)
         if not isinstance(self.eval_prompt, str):
             raise UserError(f"the eval_prompt of role {self.name!r} is {self.eval_prompt!r:.60}; "
@@ -105,12 +105,12 @@ class Trait:
     description: str = ""
 
     def __post_init__(self) -> None:
-        """Raise a UserError if a field has the wrong type, such as a string instead of a tuple."""
+        """Raise a UserError unless `questions` are strings and each pair is two strings."""
         _check_texts(f"the questions of trait {self.name!r}", self.questions)
         for i, pair in enumerate(self.pairs):
             _check_texts(f"pair {i} of trait {self.name!r}", pair)
             if len(pair) != 2:
-                raise UserError(f"pair {i} of trait {self.name!r} has {len(pair)} texts; give a "
+                raise UserError(f"pair {i} of trait {self.name!r} has length {len(pair)}; give a "
                                 "positive and a negative system prompt")
 
 
@@ -144,14 +144,14 @@ class Domain:
 def _check_texts(what: str, texts: Any) -> None:
     """Raise a UserError unless `texts` is a tuple or list of strings."""
     if not isinstance(texts, (tuple, list)) or not all(isinstance(x, str) for x in texts):
-        raise UserError(f"{what}: {texts!r:.60} is not a tuple of strings; give a tuple of strings")
+        raise UserError(f"{what}: the value is {texts!r:.60}; give a tuple of strings")
 
 
 def all_of(kind: type, given: Any, name: str) -> list[Any]:
     """Convert an iterable of roles or questions to a list.
 
     Raises:
-      UserError: a single item is given, or an item has the wrong type.
+      UserError: `given` is a single item or is not iterable, or an item has the wrong type.
     """
     wanted = f"give a list of texts.{kind.__name__}"
     if isinstance(given, (str, bytes, kind)) or not isinstance(given, Iterable):
@@ -174,12 +174,13 @@ def load_roles(path: Path | None = None, *, model_name: str = "the model") -> li
     Args:
       path: a folder of `<name>.json` files with {"instruction": [{"pos": …}, …], "eval_prompt":
         …}; None loads the package data. `eval_prompt` is optional, because only some judges use
-        it. Without a `default.json`, the five published default prompts are used. A
-        `role_list.json` (name → description) is read from the folder or its parent.
+        it. Without a `default.json`, the five published default prompts are used. An
+        optional `role_list.json`, {name: description}, may be in the folder or its parent.
       model_name: the text that replaces `{model_name}` in prompts.
 
     Raises:
-      UserError: the folder is missing or has errors; the message lists all errors.
+      UserError: `model_name` is blank, or the folder is missing or has errors; the message lists
+        all errors.
     """
     if not model_name.strip():
         raise UserError("model_name is empty; give the text that replaces {model_name} in prompts")
@@ -245,8 +246,8 @@ def load_traits(path: Path | None = None) -> list[Trait]:
 
     Args:
       path: a folder of `<name>.json` files with {"instruction": [{"pos": …, "neg": …}, …],
-        "questions": […], "eval_prompt": …}; None loads the package data. A `trait_list.json` (name
-        → description) is read from the folder or its parent.
+        "questions": […], "eval_prompt": …}; None loads the package data. An optional
+        `trait_list.json`, {name: description}, may be in the folder or its parent.
 
     Raises:
       UserError: the folder is missing or has errors; the message lists all errors.

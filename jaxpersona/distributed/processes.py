@@ -41,8 +41,8 @@ def start(coordinator: str | None = None, count: int | None = None,
         detected.
 
     Raises:
-      UserError: arguments are missing, out of range or inconsistent with an earlier initialization,
-        or no arguments are given and no cluster is detected.
+      UserError: arguments are missing, invalid or inconsistent with an earlier initialization, or
+        `jax.distributed` cannot be initialized, for example because no cluster is detected.
     """
     given = (coordinator is not None, count is not None, index is not None)
     if any(given) and not all(given):
@@ -60,8 +60,8 @@ def start(coordinator: str | None = None, count: int | None = None,
         there = jax.process_count(), jax.process_index()
         if all(given) and there != (count, index):
             raise UserError(f"processes is {count} and process is {index}, but jax.distributed is "
-                            f"already initialized with {there[0]} and {there[1]}: omit both "
-                            "arguments")
+                            f"already initialized with {there[0]} processes, and this is process "
+                            f"{there[1]}: omit coordinator, processes and process")
         return
     try:
         # on CPUs, two programs with cross-process collectives can deadlock if they run concurrently
@@ -71,7 +71,7 @@ def start(coordinator: str | None = None, count: int | None = None,
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"jax.distributed cannot be initialized ({reason}): give coordinator, "
-                        "processes and process") from error
+                        "processes and process, or correct them") from error
 
 
 def joined() -> bool:
@@ -158,7 +158,8 @@ def merge(items: Mapping[str, T]) -> dict[str, T]:
 def in_turn(act: Callable[[], T]) -> T:
     """Call `act` on process 0 and then on the other processes; return its result.
 
-    This prevents races, for example when the processes create a shared folder.
+    This prevents races, for example when the processes create a shared folder. All processes must
+    call this function.
     """
     if not many():
         return act()

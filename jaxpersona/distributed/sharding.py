@@ -39,7 +39,7 @@ RULES: dict[str, tuple[str, ...]] = {
 @checked_call
 def make_mesh(data: int = 1, model: int = 1, *, fsdp: int = 1,
               devices: Sequence[Device] | None = None) -> Mesh:
-    """Create a mesh with Explicit axes.
+    """Create a mesh with the Explicit axes "data", "fsdp" (omitted if `fsdp` is 1) and "model".
 
     Args:
       data: the number of shards of batch rows, with replicated weights (data parallelism).
@@ -49,7 +49,8 @@ def make_mesh(data: int = 1, model: int = 1, *, fsdp: int = 1,
       devices: the devices to use; default: all devices.
 
     Raises:
-      UserError: there are fewer devices than data·fsdp·model, or an axis is smaller than 1.
+      UserError: an axis size is not a positive integer, or there are fewer devices than
+        data·fsdp·model.
 
     Examples:
       >>> import jaxpersona as jp
@@ -65,7 +66,7 @@ def make_mesh(data: int = 1, model: int = 1, *, fsdp: int = 1,
     size = data * fsdp * model
     if min(wanted.values()) < 1 or size > have:
         axes = " × ".join(f"{name}={n}" for name, n in wanted.items())
-        fix = (f"there are {have}: use a smaller mesh" if min(wanted.values()) > 0 else
+        fix = (f"available: {have}; use a smaller mesh" if min(wanted.values()) > 0 else
                "every axis must be at least 1")
         raise UserError(f"a mesh of {axes} needs {size} devices; {fix}")
     chosen = list(devices if devices is not None else jax.devices())[:size]
@@ -74,7 +75,7 @@ def make_mesh(data: int = 1, model: int = 1, *, fsdp: int = 1,
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Parse a string such as "data=2,model=4" into arguments for `make_mesh`.
+    """Parse a string such as "data=2,model=4" into a dict of arguments for `make_mesh`.
 
     Raises:
       UserError: the string does not have this form.
@@ -103,7 +104,7 @@ def fit(mesh: Mesh | AbstractMesh, config: ModelConfig) -> Mesh | AbstractMesh:
 
     If the axis "model" is larger than the number of key/value heads and a multiple of it, the axis
     is split into "model" × "group": each key/value head is replicated over a group of devices, and
-    its query heads are divided among these devices.
+    its query heads are divided among these devices. Otherwise, the mesh is returned unchanged.
 
     Raises:
       UserError: a mesh axis is not in `RULES`, or its size does not divide a dimension of the
@@ -192,8 +193,8 @@ _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform
 def platform(*operands: Any) -> str:
     """Return the operands' platform: "cpu", "gpu" or "tpu".
 
-    Tracers have no devices. For tracers, the result is the platform set by `running_on` or, by
-    default, the platform on which JAX places new arrays.
+    Tracers and NumPy arrays have no devices. If no operand has a device, the result is the platform
+    set by `running_on` or, by default, the platform on which JAX places new arrays.
     """
     for operand in operands:
         if not is_traced(operand):
@@ -214,7 +215,7 @@ def running_on(where: str) -> Iterator[None]:
 
 
 def in_program() -> bool:
-    """Return whether the engine is tracing a program, that is, inside `running_on`."""
+    """Return whether the engine is tracing a program, that is, whether `running_on` is active."""
     return _PLATFORM.get() is not None
 
 
@@ -245,7 +246,7 @@ def unset_mesh() -> contextlib.AbstractContextManager:
 
 
 def off_mesh(tree: Any) -> Any:
-    """Return a small pytree in which the arrays that are on a mesh are copied to the host."""
+    """Return a copy of a pytree in which each array on a mesh is replaced by a copy on the host."""
     def one(x: Any) -> Any:
         concrete = isinstance(x, jax.Array) and not is_traced(x)
         return jax.device_get(x) if concrete and mesh_of(x) is not None else x
@@ -347,7 +348,7 @@ def of_each(x: jax.Array | np.ndarray, index: jax.Array) -> jax.Array:
       index: [B] or [B, m] integers in 0…n−1.
 
     Returns:
-      [B, …] or [B, m, …].
+      The gathered values, [B, …] or [B, m, …].
     """
     def one(row: Any, at: jax.Array) -> jax.Array:
         return row.at[at].get(mode="clip", wrap_negative_indices=False)
@@ -367,7 +368,7 @@ def ways(mesh: Mesh | AbstractMesh, axis: str) -> int:
 
 
 def gather_weight(w: jax.Array) -> jax.Array:
-    """All-gather a weight over the mesh axis "fsdp" before a matrix product."""
+    """All-gather a weight over the mesh axis "fsdp" before the weight is used."""
     mesh = mesh_of(w)
     if mesh is None or "fsdp" not in mesh.axis_names:
         return w

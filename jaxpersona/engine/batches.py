@@ -1,9 +1,9 @@
 """Batches of complete conversations or prompts for forward passes without a cache.
 
-Conversations of the same padded width form batches, and all batches have about the same number of
-tokens. The padded width depends only on a conversation's length, and the number of rows only on the
-width and the arguments `tokens` and `ways` of `batches`. A conversation's results are therefore
-bit-identical regardless of the other conversations.
+Conversations of the same padded length form batches, and all batches have about the same number of
+tokens. The padded length depends only on a conversation's length, and the number of rows only on
+the padded length and the arguments `tokens` and `ways` of `batches`. A conversation's results are
+therefore bit-identical regardless of the other conversations.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def width_of(tokens: int) -> int:
 
 def batches(rows: list[chat.Row], tokens: int,
              ways: int) -> list[tuple[list[int], int, int]]:
-    """Group conversations of the same padded width into batches.
+    """Group conversations of the same padded length into batches.
 
     Args:
       rows: the encoded conversations.
@@ -38,8 +38,8 @@ def batches(rows: list[chat.Row], tokens: int,
         it.
 
     Returns:
-      One tuple per batch, widest batches first: the indices of its conversations, the padded width
-      and the number of rows.
+      One tuple per batch, in descending order of the padded length: the indices of the batch's
+      conversations, the padded length and the number of rows.
     """
     groups: dict[int, list[int]] = {}
     for i, row in enumerate(rows):

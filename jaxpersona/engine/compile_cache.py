@@ -29,7 +29,10 @@ def use_compile_cache() -> str | None:
     `JAXPERSONA_COMPILE_CACHE=0` disables this function; `JAX_COMPILATION_CACHE_DIR` or
     `jax_compilation_cache_dir` sets another folder. If the package's cache folder cannot be
     created, belongs to another user, is a symbolic link or is writable by others, the cache is not
-    enabled, and a warning is logged.
+    enabled, and a warning is logged. Without a home folder, the cache is not enabled either.
+
+    The function also sets the minimum compilation time of a stored executable and the maximum size
+    of the cache, unless the user has set them.
 
     Returns:
       The folder of JAX's compilation cache, or None if the cache is not enabled.
@@ -40,8 +43,8 @@ def use_compile_cache() -> str | None:
     folder = _own()
     if folder is None:
         return None
-    # Use a subfolder for executables only, because JAX cannot limit the size of a cache folder that
-    # was used without a limit before.
+    # Use a subfolder that contains only executables, because JAX cannot limit the size of a cache
+    # folder that was used without a limit before.
     folder = folder / "executables"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     for name, value, default in (
@@ -68,7 +71,8 @@ def _own() -> pathlib.Path | None:
     """Return the package's cache folder for this user and processor; create it if necessary.
 
     Returns:
-      The folder, or None if the user has no home folder or the folder is not private to the user.
+      The folder, or None if the user has no home folder. The result is also None, and a warning is
+      logged, if the folder cannot be created or is not private to the user.
     """
     try:
         base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"

@@ -1,9 +1,9 @@
 """A least-recently-used (LRU) cache of compiled programs.
 
 A `jax.jit` object keeps every program that it has compiled. For a small model, the programs for one
-prompt width and cache size take about 20 MB of host memory. In this module, each combination of
-argument shapes has its own `jax.jit` object. If the number of objects exceeds a limit, the least
-recently used object is dropped, which frees its trace and its executable.
+padded prompt length and cache size take about 20 MB of host memory. In this module, each
+combination of argument shapes has its own `jax.jit` object. If the number of objects exceeds a
+limit, the least recently used object is dropped, which frees its trace and its executable.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxpersona.engine.compile_cache import traces
 from jaxpersona.engine.stored import Stored
 from jaxpersona.errors import UserError
 
-LIMIT = 64  # programs; enough for eight prompt widths, with and without interventions
+LIMIT = 64  # programs; enough for eight prompt lengths, with and without interventions
 SWITCH = "JAXPERSONA_PROGRAMS"
 _LOG = logging.getLogger("jaxpersona")
 
@@ -48,7 +48,8 @@ class Kept:
     def get(self, key: Any, make: Callable[[], Any]) -> Any:
         """Return the program for a key, created by `make` on first use.
 
-        If the number of programs then exceeds the limit, the least recently used ones are dropped.
+        If the number of programs then exceeds the limit, the least recently used ones are dropped,
+        and a message is logged.
         """
         with self._lock:
             if self.limit is None:
@@ -104,8 +105,9 @@ def program(*, static: tuple[str, ...] = (), donate: tuple[str, ...] = (),
 class Program:
     """A jitted function with one `jax.jit` object per combination of argument shapes.
 
-    The platform of the first argument's first array is part of the key, so that CPU and GPU arrays
-    of the same shape do not share a trace. The key omits other properties, such as the sharding,
+    The key of an object also contains the arguments' dtypes and pytree structure, the static
+    arguments, and the platform of the first argument's first array, so that CPU and GPU arrays of
+    the same shape do not share a trace. The key omits other properties, such as the sharding,
     because `jax.jit` and `stored.Stored` already distinguish them.
     """
 

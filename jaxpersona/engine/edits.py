@@ -30,7 +30,10 @@ class SharedEdits:
         return self.edits
 
     def of(self, tasks: Sequence[Task | None], rows: int) -> Interventions:
-        """Return the interventions of `tasks` on `rows` rows; rows without a task have no entry."""
+        """Return the interventions of `tasks` on `rows` rows.
+
+        A row without a task has no entry in the tables that have an index.
+        """
         numbers = [-1 if task is None else task.number for task in tasks]
         return self.edits.take(np.array(numbers + [-1] * (rows - len(numbers)), np.int32))
 
@@ -77,8 +80,9 @@ class RowEdits:
         """Write interventions on n rows to the lane.
 
         Args:
-          edits: the interventions on n rows.
-          rows: [n] int32, the indices of the lane's rows; the index B is ignored.
+          edits: the interventions on n rows. If n = B, they replace those of all rows in order.
+          rows: [n] int32, the index of each row in the lane; rows with the index B are not written.
+            Not used if n = B.
         """
         if not self.axes:
             return
@@ -104,7 +108,7 @@ def for_one_row(edits: Interventions | None, capacity: Interventions | None) -> 
       capacity: the result of `reserve`, with any number of rows, or None.
 
     Raises:
-      UserError: the interventions have `rows=`, or exceed the capacity.
+      UserError: the interventions were created with `rows=`, or exceed the capacity.
     """
     if capacity is None and (edits is None or not edits.edits):
         return Interventions()
@@ -120,7 +124,7 @@ def for_one_row(edits: Interventions | None, capacity: Interventions | None) -> 
 
 
 def neutral_row(edits: Interventions) -> Interventions:
-    """Return interventions on one row with the structure of `edits` that select no token."""
+    """Return interventions on one row that select no token, with the structure of `edits`."""
     return Interventions(tuple(map(_neutral, edits.edits)))
 
 

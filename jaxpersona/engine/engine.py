@@ -1,9 +1,9 @@
 """An inference engine for concurrent requests with individual settings and few compiled programs.
 
-The rows of a lane use the same programs, because they have the same cache size, structure of
-interventions, capture and stop strings. A request's interventions are written to the lane's tables,
-so new interventions within the capacity need no compilation. For a given number of rows, capacity
-and cache size, a request's tokens and captures are bit-identical with any concurrent requests.
+Requests of the same kind (`engine.kinds`) share the programs of a lane. A request's interventions
+are written to the lane's tables, so new interventions within the capacity need no compilation. For
+a given number of rows, capacity and cache size, a request's tokens and captures are bit-identical
+with any concurrent requests.
 """
 
 from __future__ import annotations
@@ -65,17 +65,17 @@ class Engine:
         Args:
           model: the result of `load`.
           rows: B, the number of rows in a lane. It affects the floating-point rounding of results.
-          capacity: the result of `reserve`, for any number of rows. It limits the layers and the
-            number of rank-one interventions in a request, so that all requests share programs.
-            None: every structure of interventions has its own programs and lanes.
-          sizes: the cache sizes, in tokens of prompt and reply; default: see `tasks.cache_size`.
+          capacity: the result of `reserve`, for any number of rows. It limits the layers, site and
+            number of rank-one edits in a request, so that requests with different edits share
+            programs. None: every structure of interventions has its own programs and lanes.
+          sizes: the possible numbers of cache slots in a row; default: see `tasks.cache_size`.
           lanes: the maximum number of lanes; each has its own cache.
           chunk: the maximum number of decode steps between two transfers to the host.
           queue: the maximum number of queued requests.
 
         Raises:
-          UserError: a setting is not a positive integer, `rows` is not a multiple of the number of
-            shards of the batch axis, or the capacity does not match the model.
+          UserError: a setting or an element of `sizes` is not a positive integer, `rows` is not a
+            multiple of the number of batch shards, or the capacity does not match the model.
         """
         check_model(model)
         if sizes is not None and not (isinstance(sizes, (list, tuple)) and sizes):
@@ -99,7 +99,7 @@ class Engine:
         self._scheduler = Scheduler(self._open, self._collect, lanes=lanes, batched=False,
                                     chunk=chunk, failed=self._fail, pause=self._streams)
         self._device = threading.RLock()  # guards the scheduler and the device
-        self._changed = threading.Condition()  # guards the fields below; notified after each step
+        self._changed = threading.Condition()  # guards the fields below; notified on changes
         self._inbox: deque[Task] = deque()
         self._handles: dict[int, tuple[Handle, Task]] = {}
         self._count, self._version = 0, 0
@@ -118,18 +118,18 @@ class Engine:
         """Check a request, append it to the queue and return its handle.
 
         Raises:
-          UserError: the request does not match the model, or exceeds the capacity or the cache
-            sizes. An error in one request does not affect other requests.
+          UserError: a setting is invalid, or the request does not match the model or exceeds the
+            capacity or the cache sizes. An error in one request does not affect other requests.
           QueueFull: `queue` requests are already queued.
         """
         if not isinstance(request, Request):
-            raise UserError(f"request is a {type(request).__name__}; give a jp.Request")
+            raise UserError(f"request is of type {type(request).__name__}; give a jp.Request")
         with own_context():
             task = self._task(request)
         with self._changed:
             if len(self._inbox) + len(self._scheduler.waiting) >= self.queue:
-                raise QueueFull(f"{self.queue} requests are queued; submit again later, or create "
-                                "the engine with a larger queue")
+                raise QueueFull(f"the queue is full (limit: {self.queue}); submit again later, or "
+                                "create the engine with a larger queue")
             task.number = self._count
             self._count += 1
             handle = Handle(request, task.number)
@@ -139,7 +139,7 @@ class Engine:
         return handle
 
     def step(self) -> bool:
-        """Admit queued requests and run one chunk of decode steps in every lane.
+        """Admit queued requests; if no admitted request is streamed, decode a chunk in every lane.
 
         Returns:
           True if any request is unfinished.
@@ -188,7 +188,7 @@ class Engine:
             self._advance(handle, tokens.size)
 
     def cancel(self, handle: Handle) -> None:
-        """Cancel an unfinished request; its row becomes free at the start of the next step."""
+        """Cancel an unfinished request; `result` then returns the tokens that were streamed."""
         with self._changed:
             if (entry := self._handles.pop(handle.number, None)) is None:
                 return
@@ -228,10 +228,11 @@ class Engine:
         """Compile the programs before the first request, without running a request.
 
         Args:
-          requests: one example per kind and prompt width. A kind is defined by cache size, capture,
-            stop strings, greedy or sampled decoding and, without a capacity, the structure of the
-            interventions. None: greedy and sampled requests with interventions within the capacity,
-            without a capture or stop strings, for each size in `sizes` and each prompt width.
+          requests: one example per kind and padded prompt length. A kind is defined by cache size,
+            capture, stop strings, greedy or sampled decoding and, without a capacity, the structure
+            of the interventions and whether they select tokens in code blocks. None: greedy and
+            sampled requests with interventions within the capacity, without a capture or stop
+            strings, for each size in `sizes` and each padded prompt length.
 
         Raises:
           UserError: the engine has unfinished requests, `requests` is None and the engine has no
@@ -254,7 +255,7 @@ class Engine:
                     take_row(lane.state.carry.captured[name].values, np.int32(0))
 
     def _compile(self, kind: Any, shape: Shape) -> Lane:
-        """Compile the programs of a lane, including the one that frees cancelled rows."""
+        """Compile the programs of a kind's lane, including the one that frees cancelled rows."""
         lane = self._scheduler.lane_of(kind)
         assert lane is not None
         lane.compile(shape)
@@ -271,8 +272,7 @@ class Engine:
         edits, capture = off_mesh((given(request.interventions), request.capture))
         capture = Capture() if capture is None else capture
         if edits.rows is not None:
-            raise UserError("the interventions have rows (`rows=`), but a request has one row; "
-                            "omit rows=")
+            raise UserError("the interventions have `rows=`, but a request has one row; omit rows=")
         prompts.check_edits(model, edits, 1, capture)
         limit = int(prompts.limits(model, [row], int(most))[0])
         settings = sampling(1, temperature=request.temperature, top_p=request.top_p,
@@ -318,7 +318,7 @@ class Engine:
             try:
                 self._scheduler.step()
                 self._look()
-            except BaseException as error:  # including interrupts, which may damage lanes
+            except BaseException as error:  # an interrupt may also leave a lane in an invalid state
                 self._scheduler.lanes.clear()
                 self._fail([task for _, task in list(self._handles.values())], error)
                 raise
@@ -387,7 +387,7 @@ class Engine:
                 entry[0]._finish(None, error)
 
     def _look(self) -> None:
-        """Copy the tokens and projections of streamed requests so far to their handles."""
+        """Copy the tokens and projections generated so far to the handles of streamed requests."""
         for lane in self._scheduler.lanes.values():
             streamed, handles = [], []
             for i, task in enumerate(lane.tasks):

@@ -1,9 +1,9 @@
 """Extraction of activations from complete conversations.
 
 The logits, and the layers above the last layer that is read or edited, are not computed. On a CPU,
-conversations run in pieces (`engine.texts`). Elsewhere, for readings with one value per token and
-for gates that need the whole prompt, they run in batches of about the same number of tokens
-(`engine.batches`).
+conversations run in pieces (`engine.texts`), except for readings with one value per token and gates
+that need the whole prompt. In these cases, and on other devices and meshes, they run in batches of
+about the same number of tokens (`engine.batches`).
 """
 
 from __future__ import annotations
@@ -128,9 +128,10 @@ def extract(
       capture: a capture, or a list of captures; default: the mean over response tokens at every
         layer.
       interventions: edits of the activations, without rows or with one row per conversation.
-      batch_tokens: the number of tokens in one call of the model, including padding; it affects
-        the rounding of results. Default on a CPU: 128, or 1,024 for readings with one value per
-        token and gates that need the whole prompt. Default on other devices: 16,384.
+      batch_tokens: the target number of tokens in one call of the model, including padding; it
+        affects the rounding of results. Default on a CPU: 128, or 1,024 for readings with one value
+        per token, gates that need the whole prompt and models on a mesh. Default on other devices:
+        16,384.
       on_nonfinite: the response to NaN or infinite activations. "warn": mark the conversation
         (`Extracted.nonfinite`) and issue one `NonfiniteWarning` that names the first affected layer
         and a fix. "raise": raise a `UserError`. `jax_debug_nans` and `jax_debug_infs` imply
@@ -138,17 +139,17 @@ def extract(
       progress: a function that is called with the number of finished conversations, N, and the
         number of tokens so far, including padding.
       residual: "xla", or "pallas" for one fused TPU kernel that applies the edits and computes the
-        projections and the next norm (`forward`).
+        projections and the next norm (see `forward`).
 
     Returns:
-      The readings, in input order. If a reading selects no token in some conversations, its values
-      for them are NaN, and a logged warning lists these conversations.
+      The readings, in input order. If a reading such as a mean selects no token in some
+      conversations, its values for them are NaN, and a logged warning lists these conversations.
 
     Raises:
       UserError: there are no conversations, a conversation is longer than the context, a reading
         such as a mean selects no token in any conversation, the capture or the interventions do not
-        match the model, `residual="pallas"` does not support them, or activations are not finite
-        with `on_nonfinite="raise"`.
+        match the model, `residual="pallas"` does not support them, another argument is invalid, or
+        activations are not finite with `on_nonfinite="raise"`.
 
     Examples:
       >>> import jaxpersona as jp
@@ -176,10 +177,15 @@ def extract(
     def explanation() -> str:
         i = int(np.argmax(nonfinite))
         return explain(model, rows[i], edits.take([i]), f"conversation {i}",
-                       f"{int(nonfinite.sum())} of {len(rows)} conversations have")
+                       f"{int(nonfinite.sum())} of {len(rows)} conversations produced")
 
     def keep(members: Sequence[int], out: Output | Carry) -> None:
-        """Store the results of rows; `members` is the conversation of each row, or −1."""
+        """Store the results of rows, and raise an error for non-finite activations if requested.
+
+        Args:
+          members: the index of each row's conversation, or −1 if no result is stored for the row.
+          out: the results of the rows.
+        """
         captured, applied, finite = processes.fetch((out.captured, out.applied, out.finite))
         ragged.update(name for name, state in captured.items() if state.per_token)
         values = {name: state.result() for name, state in captured.items()}
@@ -209,7 +215,7 @@ def extract(
         if progress is not None:
             progress(len(results), len(rows), padded)
     if nonfinite.any():
-        message = explanation()  # all processes must run the model
+        message = explanation()  # runs the model, so every process must call it
         if processes.first():
             warnings.warn(message, NonfiniteWarning, stacklevel=4)
     order = [results[i] for i in range(len(rows))]
@@ -228,9 +234,9 @@ def extract(
 
 
 def _check_tokens(rows: list[chat.Row], capture: Capture) -> None:
-    """Check that each reading that needs a token selects one, before the model runs.
+    """Check that each reading that needs a token selects one in at least one conversation.
 
-    If a reading selects no token in only some conversations, a warning that lists them is logged.
+    If such a reading selects no token in some conversations, a warning that lists them is logged.
 
     Raises:
       UserError: a reading that needs a token, such as a mean, selects none in any conversation.
@@ -302,7 +308,7 @@ def _in_pieces(model: Model, rows: list[chat.Row], edits: Interventions, capture
 def _read_piece(params: Params, config: ModelConfig, carry: Carry, batch: Batch,
                 edits: Interventions, capture: Capture, begins: jax.Array, *,
                 axes: tuple[int, ...]) -> Carry:
-    """Run the next piece of each conversation and update the readings."""
+    """Run the next piece of each conversation and return the carry with updated readings."""
     carry = reset(carry, begins, config, params, edits, capture, axes)
     return forward(params, config, batch, interventions=edits, capture=capture, carry=carry,
                    logits=None).carry

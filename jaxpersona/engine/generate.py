@@ -2,9 +2,9 @@
 
 Reproducibility: The batch size B is fixed for a call; if there are fewer conversations, the batch
 is padded. A conversation's padded length, cache size and random draws depend only on that
-conversation. On the same device and package versions, its tokens and captures are therefore
-bit-identical in any set and order of conversations. With another batch size or device, only the
-random draws are the same.
+conversation, its id and its settings. On the same device and with the same package versions, its
+tokens and captures are therefore bit-identical in any set and order of conversations. With another
+batch size or device, only the random draws are the same.
 """
 
 from __future__ import annotations
@@ -98,9 +98,10 @@ class Generated(Table):
         """Return one record per conversation.
 
         Its keys are prompt (the last message), reply, tokens (the number of tokens in the reply),
-        finish, messages and ids. With interventions, there are also the keys seen and changed, with
-        one number per table: the number of tokens that the table's token test selected, and the
-        number of tokens that the table changed at the layer with the most changes.
+        finish, messages (of the prompt) and ids (the token ids of the reply). With interventions,
+        there are also the keys seen and changed, with one number per table: the number of tokens
+        that the table's token test selected, and the number of tokens that the table changed at the
+        layer with the most changes.
         """
         return [record(row, text, tokens, finish,
                        [(table.seen[i], table.changed[:, i]) for table in self.applied])
@@ -164,6 +165,9 @@ def generate(
       progress: a function that is called with the number of finished conversations, N, and the
         number of generated tokens so far.
 
+    Returns:
+      The replies and readings, in input order.
+
     Raises:
       UserError: there are no conversations, a prompt fills the context, a setting is out of range,
         the interventions do not match the model or the number of conversations, or activations are
@@ -212,7 +216,7 @@ def generate(
           max_new=most, batch_size=batch_size, share_prefix=share_prefix, refill=refill,
           stats=stats).run()
     if out.nonfinite:
-        message = explanation()  # all processes must run the model
+        message = explanation()  # runs the model, so every process must call it
         if processes.first():
             warnings.warn(message, NonfiniteWarning, stacklevel=4)
     return out.finish(model, rows, stats.snapshot())
@@ -234,10 +238,10 @@ def queue(model: Model, rows: list[chat.Row], ids: UInt32[np.ndarray, " N"],
       edits: interventions, without rows or with N rows.
       capture: the readings.
       stops: the stop tokens, thinking tags and transition tables.
-      collect: a function that is called with finished tasks and a state. The state's first rows
-        belong to the tasks, and a task's `number` is the index of its prompt.
-      max_new: [N] int32, the maximum number of tokens in each reply, which determines its cache
-        size.
+      collect: a function that is called with finished tasks, their rows in a state, and this
+        state. A task's `number` is the index of its prompt.
+      max_new: [N] int32, the requested maximum number of tokens in each reply. It determines the
+        number of cache slots of the prompt's lane.
       batch_size: B, the number of rows in the compiled programs.
       share_prefix, refill: as in `generate`.
       stats: the counters to update, or None.
@@ -254,8 +258,8 @@ def queue(model: Model, rows: list[chat.Row], ids: UInt32[np.ndarray, " N"],
              for i, row in enumerate(rows)]
     order = {slots: place for place, slots in enumerate(dict.fromkeys(t.lane for t in tasks))}
     # Sort by shape and prefix, because prompts of the same shape are prefilled together and a lane
-    # stores only a few prefixes. Within each group, start the longest replies first, so that few
-    # rows are free at the end.
+    # stores only a few prefixes. Within each group, start replies with the largest limits first, so
+    # that few rows are free at the end.
     scheduler.waiting.extend(sorted(tasks, key=lambda task: (
         order[task.lane], task.shape, prefix_key(task),
         shared.key(task) if task.shape.prefix else (), -task.limit)))
@@ -288,7 +292,7 @@ def lane_opener(model: Model, edits: SharedEdits, capture: Capture, stops: Stops
 def asks_for_code(edits: Interventions, capture: Capture) -> bool:
     """Return whether any edit, gate or reading selects tokens in code blocks.
 
-    A table from `reserve` counts as one, because such an edit may be written to it later.
+    A table from `reserve` counts as such an edit, because one may be written to it later.
     """
     if any(edit.reserved for edit in edits.edits):
         return True
@@ -303,7 +307,7 @@ def asks_for_code(edits: Interventions, capture: Capture) -> bool:
 def stops_of(model: Model, code: bool) -> Stops:
     """Return the stop tokens and thinking tags, and the code-fence table if `code` is True."""
     ids = list(model.stop_ids) or [-1]
-    ids += [-1] * (-len(ids) % 4)  # padded, so that models with equal shapes share programs
+    ids += [-1] * (-len(ids) % 4)  # pad to a multiple of 4, so that more models share programs
     tokenizer = model.tokenizer
     think = (-1, -1) if tokenizer is None else chat.thinking_ids(tokenizer)
     table = None
@@ -331,7 +335,10 @@ class _Collector:
                 self.nonfinite.append(task.number)
 
     def finish(self, model: Model, rows: list[chat.Row], stats: RunStats) -> Generated:
-        """Return the results without stop tokens, in the order of the conversations."""
+        """Return the results without stop tokens, in the order of the conversations.
+
+        For each reading that selected no token in some conversations, a warning is logged.
+        """
         done = [self.done[i] for i in range(self.count)]
         for name in done[0].captured:
             if empty := [i for i, one in enumerate(done) if name in one.empty]:

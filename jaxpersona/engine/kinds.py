@@ -32,7 +32,7 @@ def plain_shapes(model: Model, sizes: Sequence[int], capacity: Interventions | N
       rows: the number of rows B of a lane.
 
     Yields:
-      Each kind together with the static sizes of a prompt, for every prompt width of the kind.
+      A kind and the static sizes of a prompt, for every padded prompt length of every kind.
     """
     edits, capture = for_one_row(None, capacity), Capture()
     code, neutral = asks_for_code(edits, capture), neutral_row(edits)
@@ -53,7 +53,8 @@ class Kind:
       code: whether an intervention or a reading selects tokens in fenced code blocks.
       strings: the stop strings (`stopping.checked`).
       capture: the capture of the request.
-      neutral: interventions on one row that change nothing, with the request's structure.
+      neutral: interventions on one row that change nothing, with the structure of the request's
+        interventions.
     """
 
     def __init__(self, slots: int, greedy: bool, code: bool, strings: tuple[str, ...],

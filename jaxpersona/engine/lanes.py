@@ -1,14 +1,14 @@
 """Lanes for continuous batching: B rows with one cache size that decode in one program.
 
-A lane prefills a fixed number of prompts at a time, writes the results to free rows and copies
+A lane prefills up to R prompts in one batch of R rows, writes the results to free rows and copies
 finished rows out. The row indices are data, so a lane needs few programs. Each row of the cache has
 its own next slot, so rows with different numbers of tokens decode together. A prompt's shapes
-depend only on that prompt and on B. Its results are therefore bit-identical in any row, at any time
-and with any other prompts.
+depend only on that prompt, on the limit of its reply and on B. Its results are therefore
+bit-identical in any row, at any time and with any other prompts.
 
-If prompts are prefilled in pieces (`tasks.piece_of`), a lane has R additional rows, the staging
-rows. One call prefills the next piece of R prompts, which may have any lengths. A prompt whose
-prefill is complete stays in its staging row until a row of the lane is free.
+If prompts are prefilled in pieces (`tasks.piece_of`), a lane has R staging rows in addition to its
+B rows. One call prefills the next piece of up to R prompts, which may have any lengths. A prompt
+whose prefill is complete stays in its staging row until one of the B rows is free.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class Lane:
       piece: the number of tokens in a piece; None if a prompt runs in one call.
       tasks: the task of each row; None if the row is free.
       filling: whether rows were assigned since the last decode step.
-      state: the state of the B rows.
+      state: the state of the B rows; None before the first prefill if R = B.
       axes: the batch axis of each leaf of the state.
-      prefixes: the carries after the most recent shared prefixes, one row each.
+      prefixes: the carries after the last R shared prefixes that were prefilled, one row each.
       staged: the task of each staging row; None if the row is free. Empty without pieces.
       ran: the number of prompt tokens prefilled so far in each staging row.
       staging: the state of the R staging rows; None without pieces.
@@ -125,14 +125,19 @@ class Lane:
         self._assign(chosen, range(len(chosen)), fresh, edits)
 
     def stage(self, task: Task) -> None:
-        """Assign a task to a free staging row, in which its prompt is prefilled in pieces."""
+        """Assign a task to a free staging row, in which its prompt is prefilled in pieces.
+
+        If the task's shape has a shared prefix, the carry after the prefix is written to the row.
+        """
         row = self.staged.index(None)
         self.staged[row], self.ran[row] = task, 0
         if task.shape.prefix:
             self._put_prefix(task, row)
 
     def advance(self) -> list[Task]:
-        """Move fully prefilled prompts to free rows; if there are none, prefill the next piece.
+        """Move fully prefilled prompts to free rows, or run the next piece of all staged prompts.
+
+        A piece runs only if no prompt is fully prefilled.
 
         Returns:
           The tasks of the moved prompts; [] if a piece was prefilled.
@@ -151,7 +156,7 @@ class Lane:
                 self.staged[row], self.ran[row] = None, 0
 
     def decode(self, most_done: int, steps: int) -> np.ndarray:
-        """Decode for `steps` steps, or until `most_done` rows are done; free rows count as done.
+        """Decode until `steps` steps have run or `most_done` rows are done, including free rows.
 
         Returns:
           [n] int, the indices of the active rows that are done.
@@ -244,7 +249,7 @@ class Lane:
                        max_new=setting.max_new, greedy=setting.greedy, prefix=prefix)
 
     def _run_piece(self) -> None:
-        """Prefill the next piece of every staged prompt; none may be fully prefilled."""
+        """Prefill the next piece of every staged prompt; no prompt may be fully prefilled."""
         assert self.piece is not None
         setting, tasks = self.setting, self.staged
         size = [0 if task is None else task.row.tokens.size for task in tasks]
@@ -265,7 +270,7 @@ class Lane:
         self.ran = stop
 
     def _clear(self, begins: np.ndarray) -> None:
-        """Set keys and values of earlier prompts to zero if they may be non-finite.
+        """Set the keys and values of the rows' earlier prompts to zero if they may be non-finite.
 
         They are masked, but attention multiplies masked values by zero, and 0 · NaN is NaN.
 
@@ -280,7 +285,7 @@ class Lane:
             self.staging = self.staging.replace(carry=zero_keys(carry, begins))
 
     def _place(self, complete: list[int]) -> list[Task]:
-        """Move the prompts of the given staging rows, which are fully prefilled, to free rows."""
+        """Move the fully prefilled prompts of the given staging rows to free rows; return them."""
         edits = self.edits.of(self.staged, self.together)
         chosen = [task for row in complete if (task := self.staged[row]) is not None]
         self._assign(chosen, complete, self.staging, edits)
@@ -289,7 +294,7 @@ class Lane:
         return chosen
 
     def _put_prefix(self, task: Task, row: int) -> None:
-        """Write the carry after a task's prefix to a staging row."""
+        """Write the carry after a task's prefix to a staging row and update `ran`."""
         shared = prefix_length(task.row)
         carry = self._prefix(task, shared, task.shape)
         carry = put_rows(self.staging.carry, carry, np.array([row], np.int32),

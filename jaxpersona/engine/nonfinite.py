@@ -37,7 +37,7 @@ _forward = program(static=("logits",))(forward)
 
 
 class NonfiniteWarning(RuntimeWarning):
-    """A warning that names the first NaN or infinite activations or logits and suggests a fix."""
+    """A warning that names the first site of NaN or infinite activations and suggests a fix."""
 
 
 def check_choice(value: Any) -> None:

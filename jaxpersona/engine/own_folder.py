@@ -28,7 +28,7 @@ def private(path: pathlib.Path) -> str | None:
     set to 0700.
 
     Returns:
-      None if the folder is private to this user, otherwise the reason why it is not private.
+      None if the folder is private to this user, otherwise the reason why it cannot be used.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -41,7 +41,9 @@ def private(path: pathlib.Path) -> str | None:
 
 @contextlib.contextmanager
 def _opened(path: pathlib.Path) -> Iterator[int]:
-    """Open a folder and yield its file descriptor, so that later accesses do not use the path.
+    """Open a folder and yield its file descriptor.
+
+    The descriptor refers to the checked folder even if the path is replaced later.
 
     Raises:
       OSError: the folder is missing, is a symbolic link, belongs to another user, or is writable
@@ -78,7 +80,12 @@ class OwnFolder:
         self.path, self.limit = path, limit
 
     def read(self, name: str) -> bytes | None:
-        """Return a file's content, or None if the file is missing, damaged or not private."""
+        """Return a file's content, and record the time of this access.
+
+        Returns:
+          The content, or None if the file is missing, cannot be read, is not private, is larger
+          than the folder's limit, or is damaged. A warning is logged unless the file is missing.
+        """
         try:
             with _opened(self.path) as folder:
                 file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,

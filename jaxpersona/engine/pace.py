@@ -40,11 +40,11 @@ class Pace:
 
     Attributes:
       finished: [f] int, the lengths of the finished replies in tokens, including stop tokens.
-      unfinished: [u] int, the numbers of tokens generated so far for the unfinished replies.
+      unfinished: [u] int, the lengths of the unfinished replies in tokens at the end of the run.
       waiting: the number of conversations whose replies were not started.
       prompts: [n] int, the lengths of the prompts in tokens.
       seconds: the duration of the generation, without compilation.
-      compile_seconds: the duration of the compilation before the generation.
+      compile_seconds: the duration of the preparation before the generation, mostly compilation.
       limit: the maximum length of a reply in tokens.
       rows: the batch size B.
     """
@@ -76,11 +76,11 @@ class Pace:
         return float((np.diff(at) * alive).sum())
 
     def seconds_for(self, count: int, per_call: int) -> float:
-        """Return the expected time in seconds for `count` replies, with `per_call` per call.
+        """Return the expected time in seconds for `count` replies, `per_call` in each call.
 
         Near the end of a call of `generate`, rows become free and remain unused. A complete sample
-        includes this idle time; otherwise the idle time is estimated by simulating a call. The
-        result is infinite if the sample has no generated token.
+        includes this idle time; for an incomplete sample, it is estimated by simulating a call. The
+        result is infinite if an incomplete sample has no generated token.
         """
         if self.complete:
             return self.seconds * count / len(self.finished)
@@ -101,7 +101,7 @@ def survival(finished: Int[np.ndarray, " f"], unfinished: Int[np.ndarray, " u"],
 
     Args:
       finished: the lengths of finished replies in tokens.
-      unfinished: the numbers of tokens generated so far for unfinished replies.
+      unfinished: the lengths of unfinished replies in tokens, as lower bounds.
       limit: the maximum length of a reply in tokens.
 
     Returns:
@@ -117,7 +117,7 @@ def survival(finished: Int[np.ndarray, " f"], unfinished: Int[np.ndarray, " u"],
 
 
 def occupancy(lengths: Sequence[int] | np.ndarray, rows: int) -> float:
-    """Return the mean fraction of busy rows if each reply starts in the row that is free first.
+    """Return the mean fraction of busy rows if every reply takes the first row to become free.
 
     Args:
       lengths: the lengths of the replies in tokens, in order.
@@ -133,7 +133,7 @@ def occupancy(lengths: Sequence[int] | np.ndarray, rows: int) -> float:
 def measure(model: Model, conversations: Sequence[Any], *, seconds: float, capture: Capture,
             max_new_tokens: int, temperature: float, top_p: float, seed: int, batch_size: int,
             ids: Sequence[int]) -> Pace:
-    """Generate replies to conversations for about `seconds` seconds and measure the speed.
+    """Generate replies for at most about `seconds` seconds and return the measured speed.
 
     The programs are compiled first. The elapsed time is checked between chunks of decode steps,
     which have fewer steps on a slow device.
@@ -141,7 +141,7 @@ def measure(model: Model, conversations: Sequence[Any], *, seconds: float, captu
     Args:
       model, conversations, capture, max_new_tokens, temperature, top_p, seed, batch_size, ids: as
         for `generate`.
-      seconds: the duration of the generation, without compilation.
+      seconds: the maximum duration of the generation, without compilation.
 
     Raises:
       UserError: an argument is invalid, as in `generate`.

@@ -1,9 +1,9 @@
-"""Texts in pieces: each call runs the next W tokens of the texts in R rows.
+"""Texts in pieces: each call of the model processes the next W tokens of up to R texts.
 
 Texts of all lengths share one program, and only the last piece of a text contains padding. When the
-text in a row ends, the row begins another text in the next call, while the other rows continue
-their texts. The pieces of a text depend only on its length, so its results are bit-identical with
-any other texts.
+text in a row ends, another text begins in this row in the next call, while the texts in the other
+rows continue. The pieces of a text depend only on its length, so its results are bit-identical
+regardless of the other texts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Call(NamedTuple):
-    """The pieces that one call of the model runs, one in each row.
+    """The pieces that one call of the model processes, at most one in each row.
 
     Attributes:
       text: [R] int, the index of the text in each row, −1 for an empty row.

@@ -1,7 +1,7 @@
 """The compiled programs of generation: prefill, and decoding as one loop on the device.
 
-The loop's state is a pytree that contains the cache, the captures and the token counts. The maximum
-number of steps is an array, so chunks of any length use the same program.
+The loop's state is one pytree (`State`) that includes the cache and the states of the readings. The
+maximum number of steps is an array, so chunks of any length use the same program.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ class State(flax.struct.PyTreeNode):
     """The state of B rows during generation.
 
     Attributes:
-      carry: the state of `forward` after all tokens except `token`. `carry.finite` also covers the
-        logits. A row with non-finite logits ends, and the token selected from them is discarded.
-      token: [B] int32, the last selected token, which has not yet been passed through the model (so
-        it is not in the cache).
+      carry: the state of `forward` after the tokens that were passed through the model.
+        `carry.finite` also covers the logits. A row with non-finite logits ends, and the token
+        selected from them is discarded.
+      token: [B] int32, the last selected token. It has not been passed through the model yet, so it
+        is not in the cache, except in a row that ended at its limit.
       position: [B] int32, the position of `token`.
       turn: [B] int32, the index of the message being generated.
       row_id: [B] uint32, the id that seeds the random draws.
@@ -52,7 +53,7 @@ class State(flax.struct.PyTreeNode):
       limit: [B] int32, the maximum number of tokens of the reply.
       length: [B] int32, the number of selected tokens, including a stop token.
       tokens: [B, M] int32, the selected tokens, followed by −1.
-      step: [] int32, the number of decode steps since the prefill.
+      step: [] int32, the number of decode steps since the state was created.
       fence: [B] int32, the state of the code-fence automaton (`fences`); None if no intervention or
         capture distinguishes code.
       matched: [B] int32, the state of the stop-string automaton; None without stop strings.
@@ -176,7 +177,8 @@ def _first_tokens(out: Output, batch: Batch, sampling: Sampling, stops: Stops, l
       out: the result of `forward` on the batch.
       batch: the last tokens of B prompts.
       sampling, stops, limit, max_new, greedy: as for `prefill`.
-      ends: [B] bool, the rows whose prompt ends in this batch; other rows get no token.
+      ends: [B] bool, the rows whose prompt ends in this batch. For other rows, no token is
+        selected.
     """
     assert out.cache is not None
     rows = batch.tokens.shape[0]

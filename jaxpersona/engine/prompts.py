@@ -51,8 +51,8 @@ def padded(tokens: int, rows: int) -> int:
     """Return the padded length of a prompt that is prefilled for a lane of `rows` rows.
 
     With more than `FEW_ROWS` rows, it is the result of `bucket`, because padding costs throughput.
-    Otherwise, it is a power of two of at least 64, because compiling an additional program takes
-    longer than generating many replies.
+    Otherwise, it is a power of two of at least 64, because in a small batch, padding takes less
+    time than the compilation of another program.
     """
     return bucket(tokens) if rows > FEW_ROWS else bucket(tokens, least=64, finer=None)
 
@@ -135,12 +135,12 @@ def check_rows(model: Model, batch_size: int, share_prefix: bool) -> None:
     """Check that the model's mesh supports the batch size and a shared prefix.
 
     Raises:
-      UserError: the mesh cannot shard `batch_size` rows equally, or `share_prefix` is True for a
-        model on a mesh.
+      UserError: the mesh cannot divide `batch_size` rows into equal shards, or `share_prefix` is
+        True for a model on a mesh.
     """
     ways = rows_divisor(model.params.like)
     if batch_size % ways:
-        raise UserError(f"batch_size is {batch_size}; the mesh shards rows over {ways} devices, "
+        raise UserError(f"batch_size is {batch_size}; the mesh divides rows into {ways} shards, "
                         f"so use a multiple of {ways}")
     if share_prefix and model.mesh is not None:
         raise UserError("share_prefix needs a model on one device; omit it for a model on a mesh")
@@ -157,8 +157,8 @@ def check_edits(model: Model, edits: Interventions, count: int,
       capture: the readings, or None.
 
     Raises:
-      UserError: the shape or the number of rows differs, or a direction belongs to a different
-        model; the message names the field, its value and the fix.
+      UserError: the interventions do not match the model's layers or its width D, or the number of
+        conversations, or a direction belongs to a different model. The message contains the fix.
     """
     edits.check(layers=model.config.n_layers, width=model.config.d_model, rows=count)
     if not model.fingerprint:  # traced parameters have no fingerprint
@@ -181,8 +181,8 @@ def _in_float16(model: Model) -> str:
     """Return a note about fingerprints in float16, or "" if the model has another dtype."""
     if model.params.like.dtype != np.float16:
         return ""
-    return ("; a model loaded in float16, which cannot represent all its weights, has a different "
-            "fingerprint than in bfloat16 or float32")
+    return ("; a model loaded in float16, which cannot represent all its weights exactly, has a "
+            "different fingerprint than in bfloat16 or float32")
 
 
 def reply_limits(max_new_tokens: Any, count: int, context: int) -> np.ndarray:
@@ -201,8 +201,8 @@ def reply_limits(max_new_tokens: Any, count: int, context: int) -> np.ndarray:
         return np.full(count, min(max_new_tokens, context), np.int32)
     given = list(max_new_tokens)
     if len(given) != count:
-        raise UserError(f"max_new_tokens has {len(given)} entries for {count} conversations; give "
-                        "one number, or one per conversation")
+        raise UserError(f"max_new_tokens has length {len(given)}, but the number of conversations "
+                        f"is {count}; give one number, or one per conversation")
     for i, value in enumerate(given):
         check_settings(**{f"max_new_tokens[{i}]": value})
     return np.array([min(value, context) for value in given], np.int32)
@@ -259,8 +259,8 @@ def row_ids(rows: list[chat.Row], ids: Iterable[int] | None) -> np.ndarray:
             raise UserError(f"ids is {ids!r:.60}; give one integer per conversation")
         ids = list(ids)
         if len(ids) != len(rows):
-            raise UserError(f"ids has {len(ids)} entries for {len(rows)} conversations; give one "
-                            "id per conversation")
+            raise UserError(f"ids has length {len(ids)}, but the number of conversations is "
+                            f"{len(rows)}; give one id per conversation")
         given = np.asarray(ids)
         whole = given.ndim == 1 and np.issubdtype(given.dtype, np.integer)
         if not whole or given.min() < 0 or given.max() >= 2**32:

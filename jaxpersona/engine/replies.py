@@ -64,7 +64,7 @@ class Reply(Table):
       row: the encoded prompt.
       captured: the result of each reading by name: [L, …], or [L, T, …] for per-token readings,
         over the tokens of prompt and reply. A stop token, or a token that completes a stop string,
-        is not passed through the model and not captured. The dictionary is empty for a cancelled
+        is neither passed through the model nor captured. The dictionary is empty for a cancelled
         request.
       applied: one `Applied` per intervention table; `seen` is [], and `changed` is [l], where l is
         the number of layers of the table. Empty for a cancelled request.
@@ -88,7 +88,7 @@ class Reply(Table):
         return line("Reply", quoted(self.text, 60), count(len(self.tokens), "token"), self.finish)
 
     def records(self) -> list[dict[str, Any]]:
-        """Return a list of one record, in the form of `Generated.records`."""
+        """Return a list with one record, which has the keys of `Generated.records`."""
         return [record(self.row, self.text, self.tokens, self.finish,
                        [(table.seen, table.changed) for table in self.applied])]
 
@@ -163,8 +163,8 @@ def so_far(state: State, streamed: Sequence[tuple[int, Task, list[str]]],
       streamed: the row, the task and the names of the projection readings of each reply.
 
     Returns:
-      For each reply, its tokens [n] and the values [n, L, K] of each reading. With readings, a last
-      token on which the model has not run yet is omitted.
+      For each reply, its tokens [n] and the values [n, L, K] of each reading by name. If there are
+      readings, a last token that has not been passed through the model yet is omitted.
     """
     carry = state.carry
     assert carry.cache is not None

@@ -30,10 +30,10 @@ class Request:
       max_new_tokens: the maximum number of tokens in the reply; the model's context and the
         engine's largest cache limit it further.
       temperature, top_p, top_k, seed: the sampling settings (`sampling.Sampling`).
-      stop: strings that end the reply; a string may span several tokens. `Reply.text` ends before
-        the stop string.
-      id: uint32, seeds the random draws together with `seed`; default: a hash of the prompt's
-        tokens. Two requests with the same tokens, id, seed and settings have the same reply.
+      stop: a string, or a list of strings, that ends the reply; it may span several tokens.
+        `Reply.text` ends before the stop string.
+      id: uint32, the id that seeds the random draws together with `seed`; default: a hash of the
+        prompt's tokens. An engine gives the same reply to requests with equal attributes.
       thinking: whether the reply may begin with a thinking block.
 
     Examples:
@@ -74,7 +74,8 @@ class Event:
     Attributes:
       text: the new text; the texts of all events concatenate to `Reply.text`.
       tokens: [n] int32, the new ids.
-      projections: for each projection reading, the values [n, L, K] at `tokens`.
+      projections: the values [n, L, K] of each projection reading at `tokens`, by name. A token
+        that completes a stop string has no value.
       reply: the complete reply in the last event, otherwise None.
 
     Examples:
@@ -107,7 +108,7 @@ class QueueFull(RuntimeError):
       ...     engine.submit(jp.Request("Who are you?"))
       ... except jp.QueueFull as error:
       ...     print(error)
-      1 requests are queued; submit again later, or create the engine with a larger queue
+      the queue is full (limit: 1); submit again later, or create the engine with a larger queue
     """
 
 
@@ -160,5 +161,6 @@ class Handle:
     def __repr__(self) -> str:
         tokens, _, reply, error = self._look()
         state = (f"failed: {type(error).__name__}" if error is not None
-                 else reply.finish if reply is not None else f"{tokens.size} tokens so far")
+                 else reply.finish if reply is not None
+                 else f"unfinished, streamed tokens: {tokens.size}")
         return f"Handle({self.number}: {state})"

@@ -42,6 +42,8 @@ def put_rows(target: T, source: T, rows: jax.Array, *, axes: tuple[int, ...]) ->
 def take_rows(source: T, rows: jax.Array, *, axes: tuple[int, ...]) -> T:
     """Copy the rows with the indices `rows` [n] from a pytree.
 
+    A leaf without a batch axis is returned unchanged.
+
     Args:
       axes: the result of `axis_of_rows` for each leaf.
     """

@@ -1,8 +1,8 @@
 """Selection of the next token: greedy, or inverse-CDF sampling with one uniform draw per row.
 
 The vocabulary is never sorted. The nucleus (the tokens that top-p keeps) is computed among the
-`CANDIDATES` most probable tokens. A larger nucleus is computed by bisection of its probability
-threshold. Which method is used for a row depends only on that row, so a row's tokens do not depend
+`CANDIDATES` most probable tokens. If it is larger, its probability threshold is computed by
+bisection. Which method is used for a row depends only on that row, so a row's tokens do not depend
 on other rows.
 """
 
@@ -36,8 +36,8 @@ class Sampling(flax.struct.PyTreeNode):
     Attributes:
       temperature: [B] float32; 0 selects the most probable token (greedy).
       top_p: [B] float32 in (0, 1]; keeps the smallest set of the most probable tokens whose total
-        probability is at least this value. If the set has more than `CANDIDATES` tokens, tokens as
-        probable as its last token are also kept.
+        probability is at least this value, relative to the tokens that `top_k` keeps. If the set
+        has more than `CANDIDATES` tokens, tokens as probable as its last token are also kept.
       top_k: [B] int32; keeps the k most probable tokens (at most `CANDIDATES`), or all tokens if 0.
       seed: [B] uint32, the seed of the random draws.
     """
@@ -59,8 +59,8 @@ def sampling(rows: int, *, temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any 
 
     Raises:
       UserError: a temperature is negative or not finite, top_p is outside (0, 1], top_k is outside
-        0…`CANDIDATES`, a seed is not a uint32, or a setting is neither a number nor has `rows`
-        values.
+        0…`CANDIDATES`, a seed is not a uint32, or a setting is neither a number nor an array
+        [`rows`].
     """
     def spread(name: str, value: Any, dtype: Any, ok: Any, want: str) -> jax.Array:
         given = np.asarray(value)
@@ -83,12 +83,12 @@ def sampling(rows: int, *, temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any 
 
 
 def uniforms(seed: jax.Array, row_id: jax.Array, position: jax.Array) -> jax.Array:
-    """Return one uniform random number in [0, 1) per row, [B] float32, from the arguments.
+    """Return one uniform random number in [0, 1) per row, [B] float32.
 
-    The generator is Threefry-2x32 with 20 rounds. The implementation is part of this package, so
-    that the bits do not depend on JAX's version or flags (`jax_default_prng_impl`,
-    `jax_threefry_partitionable`). The bits equal those of `jax.random` with the default flags of
-    JAX 0.10.
+    The number depends only on the row's arguments. The generator is Threefry-2x32 with 20 rounds.
+    The implementation is part of this package, so that the bits do not depend on JAX's version or
+    flags (`jax_default_prng_impl`, `jax_threefry_partitionable`). The bits equal those of
+    `jax.random` with the default flags of JAX 0.10.
     """
     zero = jnp.zeros_like(seed)
     key = zero, seed
@@ -124,7 +124,7 @@ def choose(logits: jax.Array, settings: Sampling, row_id: jax.Array,
     Args:
       logits: [B, V] float32.
       settings: the sampling settings of the B rows.
-      row_id: [B] uint32.
+      row_id: [B] uint32, the ids that seed the random draws together with `settings.seed`.
       position: [B] int32, the position of the new token.
 
     Returns:
@@ -195,8 +195,8 @@ def _wide(probability: jax.Array, top_p: jax.Array, draw: jax.Array) -> jax.Arra
     """Sample from a nucleus of any size: bisect its threshold, then use a two-level inverse CDF."""
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        # the tokens with p ≥ `low` have a total probability of at least top_p, those with
-        # p ≥ `high` have less
+        # The tokens with p ≥ `low` have a total probability of at least top_p, and those with
+        # p ≥ `high` have less.
         low, high = bounds
         middle = (low + high) / 2
         mass = jnp.where(probability >= middle[:, None], probability, 0.0).sum(-1)

@@ -71,7 +71,10 @@ class Scheduler:
             self.step()
 
     def step(self) -> None:
-        """Remove cancelled prompts, admit queued prompts, and decode one chunk in every lane."""
+        """Remove cancelled prompts, admit queued prompts, and decode one chunk in every lane.
+
+        If `pause` returns True for the admitted prompts, no lane decodes.
+        """
         for lane in self.lanes.values():
             if (cancelled := [i for i, task in enumerate(lane.tasks)
                          if task is not None and task.cancelled]):
@@ -91,7 +94,10 @@ class Scheduler:
                     self._decode(key, lane)
 
     def lane_of(self, key: Any) -> Lane | None:
-        """Return the lane for a key, opened on first use; None if no further lane can be opened."""
+        """Return the lane for a key, opened on first use; None if no further lane can be opened.
+
+        If the maximum number of lanes is open, lanes without a task are closed first.
+        """
         if key not in self.lanes:
             for other, lane in list(self.lanes.items()):
                 if len(self.lanes) >= self.most and not _busy(lane):
@@ -139,7 +145,7 @@ class Scheduler:
         return chosen
 
     def _admit_pieces(self, key: Any, lane: Lane) -> list[Task]:
-        """Prefill prompts in pieces until a lane has no free row; return the admitted prompts.
+        """Prefill prompts in pieces while a lane has a free row; return the admitted prompts.
 
         A queued prompt is assigned to a staging row as soon as one is free. A piece runs only if no
         staged prompt is fully prefilled, so that few of its rows are empty.
@@ -179,7 +185,7 @@ class Scheduler:
             self.failed(tasks, error)
 
     def _decode(self, key: Any, lane: Lane) -> None:
-        """Decode one chunk in a lane and collect the lane's finished prompts."""
+        """Decode one chunk in a lane, and collect its finished prompts if there are enough."""
         lane.filling = False
         # prefill in pieces needs no full batch of free rows, so an eighth of the rows is enough
         most = lane.together if lane.piece is None else max(1, lane.rows // 8)

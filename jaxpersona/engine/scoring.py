@@ -1,7 +1,7 @@
 """Log-probabilities of the tokens of a text, and of candidates for the next token.
 
-On a CPU, texts run in pieces (`engine.texts`). Elsewhere, and for gates that need the whole prompt,
-they run in batches (`engine.batches`).
+On a CPU, texts run in pieces (`engine.texts`). On other devices, on meshes, and for gates that need
+the whole prompt, they run in batches (`engine.batches`).
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
     from jaxpersona.models.model import Model
 
-# tokens per batch; fewer than in `extract`, because the float32 logits [tokens, vocabulary] of the
-# whole batch are in memory
+# tokens per batch; on a GPU or TPU, fewer than in `extract`, because the float32 logits
+# [tokens, vocabulary] of the whole batch are in memory
 _TOKENS = {"cpu": 1024}
 _TOKENS_ELSE = 4096
 
@@ -130,9 +130,9 @@ def logprobs(
       conversations: N conversations, each a list of messages, a `chat.Row`, or token ids (for plain
         text, use `model.tokenizer(text).input_ids`).
       interventions: edits of the activations, without rows or with one row per conversation.
-      batch_tokens: the number of tokens in one call of the model, including padding; it affects
-        the rounding of results. Default on a CPU: 128, or 1,024 for gates that need the whole
-        prompt. Default on other devices: 4,096.
+      batch_tokens: the target number of tokens in one call of the model, including padding; it
+        affects the rounding of results. Default on a CPU: 128, or 1,024 for gates that need the
+        whole prompt and models on a mesh. Default on other devices: 4,096.
 
     Raises:
       UserError: there are no conversations, a conversation is longer than the context, the
@@ -171,9 +171,9 @@ def next_logprobs(
         or token ids.
       candidates: C token ids.
       interventions: edits of the activations, without rows or with one row per conversation.
-      batch_tokens: the number of tokens in one call of the model, including padding; it affects
-        the rounding of results. Default on a CPU: 128, or 1,024 for gates that need the whole
-        prompt. Default on other devices: 4,096.
+      batch_tokens: the target number of tokens in one call of the model, including padding; it
+        affects the rounding of results. Default on a CPU: 128, or 1,024 for gates that need the
+        whole prompt and models on a mesh. Default on other devices: 4,096.
 
     Raises:
       UserError: there are no prompts or candidates, an id is outside the vocabulary, a prompt fills
@@ -207,7 +207,7 @@ def _run(model: Model, rows: list[chat.Row], interventions: Interventions | None
       model: the model.
       rows: N encoded texts.
       interventions: interventions without rows or with N rows, or None.
-      batch_tokens: the number of tokens in one call of the model; None: the default.
+      batch_tokens: the target number of tokens in one call of the model; None: the default.
       candidates: [C] int32, the ids of candidates for the next token; None: return the
         log-probabilities of the texts' own tokens.
     """
@@ -253,7 +253,8 @@ def _in_pieces(model: Model, rows: list[chat.Row], edits: Interventions, tokens:
     """Score texts in pieces.
 
     Yields:
-      For each call in which texts end: the same values for these texts as `_in_batches`.
+      For each call in which texts end: the indices of these texts, their log-probabilities, and
+      whether their activations are finite.
     """
     together = ROWS if tokens is None else max(1, tokens // PIECE)
     parts: dict[int, list[np.ndarray]] = {}

@@ -15,8 +15,8 @@ class RunStats:
     Attributes:
       steps: the number of decode steps.
       row_steps: the number of rows B, summed over the decode steps.
-      live_steps: the number of live rows, summed over the decode steps. A live row runs one token
-        of its reply in a step.
+      live_steps: the number of live rows, summed over the decode steps. In each step, one token of
+        a live row's reply is passed through the model.
       prompt_tokens: the number of prompt tokens that were prefilled; a shared prefix counts once.
       padded_tokens: the number of tokens in the prefill calls, including padding and empty rows.
 
@@ -57,7 +57,13 @@ class Stats:
         self._counts = RunStats()
 
     def decoded(self, steps: int, rows: int, live: int) -> None:
-        """Add `steps` decode steps of `rows` rows, with `live` live rows summed over the steps."""
+        """Add decode steps to the counts.
+
+        Args:
+          steps: the number of decode steps.
+          rows: the number of rows B.
+          live: the number of live rows, summed over the steps.
+        """
         self._add(steps=steps, row_steps=steps * rows, live_steps=live)
 
     def prefilled(self, tokens: int, padded: int) -> None:

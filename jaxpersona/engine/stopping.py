@@ -8,6 +8,7 @@ a transition table [V, states].
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +32,8 @@ def checked(stop: Any) -> tuple[str, ...]:
     """
     strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if not all(isinstance(text, str) and text for text in strings):
-        raise UserError(f"stop is {stop!r:.60}; it must be a list of non-empty strings")
+        raise UserError(f"stop is {stop!r:.60}; it must be a non-empty string or a list of "
+                        "non-empty strings")
     strings = tuple(sorted(set(strings)))
     size = sum(len(text.encode()) for text in strings)
     if size > STATES - 2:
@@ -76,7 +78,7 @@ def automaton(strings: Sequence[str]) -> np.ndarray:
 
 
 def token_bytes(tokenizer: Any, size: int) -> list[bytes]:
-    """Return the decoded bytes of each of the first `size` token ids; b"" for special tokens."""
+    """Return the bytes of each of the first `size` token ids; b"" for special or unused ids."""
     count = min(len(tokenizer), size)
     names = tokenizer.convert_ids_to_tokens(range(count))
     special = set(tokenizer.all_special_ids)
@@ -166,21 +168,23 @@ class Written:
                 if whole[: len(held)].endswith(one[:length]):
                     held = held[: len(held) - length]
                     break
-        return self._new(held.rstrip())
+        held = held.rstrip()
+        if not held.startswith(self.sent):  # a later token changed the earlier text
+            return ""
+        piece, self.sent = held[len(self.sent):], held
+        return piece
 
     def finish(self, whole: str) -> str:
-        """Return the part of the complete text `whole` that has not been returned yet."""
-        return self._new(whole)
+        """Return the part of the complete text `whole` that has not been returned yet.
 
-    def _new(self, text: str) -> str:
-        if not text.startswith(self.sent):  # a later token changed the earlier text
-            return ""
-        piece, self.sent = text[len(self.sent):], text
-        return piece
+        If a later token changed text that was already returned, this is the part after the longest
+        common prefix.
+        """
+        return whole[len(os.path.commonprefix([self.sent, whole])):]
 
 
 def text_of(tokenizer: Any, tokens: np.ndarray, strings: Sequence[str] = ()) -> str:
-    """Decode token ids without special tokens up to a stop string; "" without a tokenizer."""
+    """Decode ids up to the first stop string, without special tokens; "" without a tokenizer."""
     if tokenizer is None:
         return ""
     return cut(tokenizer.decode(tokens.tolist(), skip_special_tokens=True), strings)

@@ -5,8 +5,8 @@
 compilation cache returns the executable for these bytes. The first process also compiles the
 exported bytes, so that all processes use the same executable.
 
-A program that cannot be exported, or whose key cannot be computed exactly, is compiled by `jax.jit`
-as usual.
+A program that cannot be exported, or whose arguments cannot be described exactly, is compiled by
+`jax.jit` as usual.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "jaxpersona")
 class Stored:
     """A jitted function whose traces are stored on disk.
 
-    Calls with traced arguments, or with JAX arrays that are sharded or not on JAX's default device,
-    use `jax.jit` instead.
+    A stored trace is used only if every argument leaf is a NumPy array or an unsharded, concrete
+    array on JAX's default device, and `jax_disable_jit` is off. Other calls use `jax.jit`.
     """
 
     def __init__(self, function: Callable, jitted: Any, *, static: Iterable[str],
@@ -183,7 +183,11 @@ class Stored:
         return None
 
     def _name(self, arrays: dict[str, Any], static: dict) -> str:
-        """Return the file name: a hash of everything that the trace and its result depend on."""
+        """Return the file name: a hash of everything that the trace and its result depend on.
+
+        Raises:
+          Unknown: the device is a GPU, or an argument cannot be described exactly.
+        """
         device = default_device()
         if device.platform not in ("cpu", "tpu"):
             raise Unknown("a trace for a GPU contains the choice of an attention kernel, which "
@@ -197,14 +201,14 @@ class Stored:
 
 
 class Unknown(Exception):
-    """Raised if a value cannot be described exactly."""
+    """Raised if the dependencies of a trace cannot be described exactly."""
 
 
 def described_value(value: Any) -> Any:
     """Return an exact description of an argument, as nested tuples of strings and numbers.
 
-    An array is described by shape and dtype, any other value by type and complete content. Equal
-    descriptions therefore imply equal traces.
+    An array is described by shape, dtype and weak type, any other value by type and complete
+    content. Equal descriptions therefore imply equal traces.
 
     Raises:
       Unknown: a value is not of a supported type. Classes outside this package are not supported,

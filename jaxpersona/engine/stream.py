@@ -1,8 +1,8 @@
 """Generation of replies to a long stream of conversations in bounded memory.
 
 Only some of the conversations are encoded at a time. They are queued in the order of their shapes,
-because prompts of the same shape are prefilled together and a lane should rarely be replaced. The
-order does not change the replies (`engine.lanes`).
+so that prompts of the same shape are prefilled together and a lane is rarely replaced. The order
+does not change the replies (`engine.lanes`).
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class Stream:
             `generate`.
 
         Raises:
-          UserError: a setting is out of range, or does not fit the model's mesh.
+          UserError: a setting is out of range or not supported on the model's mesh, or the capture
+            does not match the model.
         """
         check_model(model)
         prompts.check_settings(batch_size=batch_size, max_new_tokens=max_new_tokens)
@@ -94,7 +95,7 @@ class Stream:
                             bool(self._settings.temperature[0] == 0), batch_size), self._collect)
 
     def __iter__(self) -> Iterator[list[tuple[Any, Reply]]]:
-        """Yield, for each step, the list of (tag, reply) that it finished; a list may be empty."""
+        """Yield, for each step, the possibly empty list of (tag, reply) pairs that it finished."""
         while not self.done:
             yield self.step()
 
@@ -104,7 +105,10 @@ class Stream:
         return self._exhausted and self._scheduler.idle
 
     def step(self) -> list[tuple[Any, Reply]]:
-        """Run one chunk of decode steps and return the list of (tag, reply) that it finished.
+        """Encode further conversations if few are queued, and run one step of the scheduler.
+
+        Returns:
+          The (tag, reply) pair of each reply that the step finished.
 
         Raises:
           UserError: a conversation is invalid or fills the context, or activations are not finite.
@@ -118,7 +122,11 @@ class Stream:
         return found
 
     def _take(self) -> None:
-        """Encode and queue the next conversations; those for the open lane come first."""
+        """Encode and queue the next conversations.
+
+        Those for the lane of the last queued prompt come first; if the queue is empty, those for
+        the open lane.
+        """
         waiting = self._scheduler.waiting
         tasks = [self._task(*one) for one in itertools.islice(self._asked, self._ahead)]
         self._exhausted = len(tasks) < self._ahead
@@ -138,7 +146,7 @@ class Stream:
         return Task(self._count - 1, row, int(row_id), limit, self._settings, shape, shape.slots)
 
     def _collect(self, tasks: list[Task], rows: np.ndarray, state: State) -> None:
-        """Store the replies of finished tasks."""
+        """Store the replies of finished tasks; raise a `UserError` for non-finite activations."""
         model, stops = self._model, set(self._model.stop_ids)
         for task, finished in zip(tasks, unpack(state, rows), strict=True):
             tag, tokens = self._tags.pop(task.number), finished.tokens

@@ -26,7 +26,7 @@ from jaxpersona.models.batch import batch as make_batch
 from jaxpersona.text.chat import Row
 
 PIECE = 16  # tokens; small enough for little padding, large enough for fast matrix products
-_LEAST_SLOTS = 256  # with pieces; role prompts with replies of up to 128 tokens share a lane
+_LEAST_SLOTS = 256  # with pieces, so that role prompts with replies of ≤ 128 tokens share a lane
 _SHORTEST_PREFIX = 16  # tokens; a shorter shared prefix is not prefilled separately
 
 
@@ -38,7 +38,7 @@ class Edits(Protocol):
         ...
 
     def of(self, tasks: Sequence[Task | None], rows: int) -> Interventions:
-        """Return the interventions of `tasks`, padded to `rows` rows that have no effect."""
+        """Return the interventions of `tasks` on `rows` rows; None marks a row without a task."""
         ...
 
     def assign(self, edits: Interventions, rows: np.ndarray) -> None:
@@ -46,7 +46,7 @@ class Edits(Protocol):
 
         Args:
           edits: the interventions on n rows.
-          rows: [n] int32, the indices of the lane's rows; the index B is ignored.
+          rows: [n] int32, the index of each row in the lane; rows with the index B are not written.
         """
         ...
 
@@ -72,7 +72,7 @@ class Task:
       shape: the static sizes for the prefill.
       lane: the key of the lane.
       edits: the interventions on one row, for `RowEdits`; None for `SharedEdits`.
-      cancelled: whether the request was cancelled, so that the task is removed without a result.
+      cancelled: whether the request was cancelled or failed; the task is then removed.
     """
 
     number: int
@@ -91,7 +91,7 @@ class Setting(NamedTuple):
 
     Attributes:
       slots: the number of cache slots S.
-      max_new: the maximum number of tokens in a reply.
+      max_new: M, the number of tokens that `State.tokens` can hold.
       greedy: whether every temperature is 0.
       capture: the readings.
       stops: the stop tokens, thinking tags and transition tables.
@@ -124,9 +124,9 @@ def piece_of(like: jax.Array, edits: Interventions, rows: int) -> int | None:
 
     On a CPU, where the time of a call is proportional to its number of tokens, a prompt runs in
     pieces of `PIECE` tokens, so that prompts of all lengths share one program with little padding.
-    On a GPU or TPU, a prompt runs in one call, because short calls take as long as long ones. The
-    same applies to gates that need the whole prompt, and to lanes of at most `FEW_ROWS` rows, which
-    need few programs even without pieces (`prompts.padded`).
+    On a GPU or TPU, a prompt runs in one call, because short calls take as long as long ones. A
+    prompt also runs in one call if a gate needs the whole prompt, on a mesh, and in a lane of at
+    most `FEW_ROWS` rows, which needs few programs even without pieces (`prompts.padded`).
 
     Args:
       like: an array on the device of the parameters.
@@ -174,7 +174,7 @@ def shape_within(row: Row, limit: int, sizes: Sequence[int],
       The static sizes for the prefill, and `limit`, reduced if the largest cache requires it.
 
     Raises:
-      UserError: the prompt leaves no room in the largest cache.
+      UserError: the prompt leaves no room for a reply in the largest cache.
     """
     width = taken = bucket(row.tokens.size)
     if piece is not None:
@@ -182,7 +182,7 @@ def shape_within(row: Row, limit: int, sizes: Sequence[int],
     if taken >= sizes[-1]:
         padding = f", padded to {taken}" if piece is None else ""
         raise UserError(f"the conversation has {row.tokens.size} tokens{padding}; "
-                        f"the engine's largest cache holds {sizes[-1]}, including the "
+                        f"the engine's largest cache holds {sizes[-1]} tokens, including the "
                         "reply; shorten the conversation, or create the engine with larger sizes")
     limit = min(limit, sizes[-1] - taken)
     return Shape(0, width, next(x for x in sizes if x >= taken + limit)), limit

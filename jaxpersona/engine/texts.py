@@ -1,8 +1,8 @@
 """Forward passes over complete texts of different lengths, in pieces on a CPU.
 
-The number of cache slots is the smallest power of two of at least 256 that holds the text. Texts of
-up to 512 tokens therefore need only three programs: one per cache size that runs pieces, and one
-that copies finished rows.
+The number of cache slots is the smallest power of two of at least 256 that holds the text, if it
+does not exceed the context. Texts of up to 512 tokens therefore need only three programs: two that
+run pieces, one for each cache size, and one that copies finished rows.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Step(NamedTuple):
     Attributes:
       members: [R] int32, the index of the text in each row, −1 for an empty row.
       call: the piece in each row.
-      output: the second return value of `run` (`in_pieces`).
+      output: the second value that the function `run` of `in_pieces` returned.
       ended: the readings, counts and `finite` of the R rows on the host; None if no text ends in
         this call.
     """
@@ -132,5 +132,8 @@ def in_pieces(model: Model, rows: Sequence[chat.Row], edits: Interventions, capt
 
 
 def _found(carry: Carry) -> Carry:
-    """Return a carry with only readings, counts and `finite`, whose shapes are independent of S."""
+    """Return a carry with only the readings, counts and `finite`.
+
+    Their shapes do not depend on the number of slots.
+    """
     return carry.replace(cache=None, gates=None)

@@ -1,4 +1,4 @@
-"""Interventions: pytrees that specify edits to activations by layer, token, row and gate."""
+"""Interventions: pytrees that specify edits to activations by site, layer, row, token and gate."""
 
 from jaxpersona.interventions.bank import resolve_layers
 from jaxpersona.interventions.compose import Interventions, chain, reserve, stack_rows

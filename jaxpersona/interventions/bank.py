@@ -9,10 +9,11 @@ the width of the residual stream. A direction has one of these forms:
   Batch row b uses direction rows[b] of the bank; an index of −1 means no edit.
 
 A strength or threshold is a number or an array: [l] for one direction, and [n] or [n, l] for a
-bank. With named directions, an array [L] with one value per layer of the model is also accepted.
+bank. With named directions, the last axis may instead have length L, with one value per layer of
+the model.
 
-Under a JAX transformation (grad, vmap, jit), only shapes are checked, because values are unknown.
-All operations are differentiable.
+Under a JAX transformation (grad, vmap, jit), only shapes are checked, because the values are
+unknown. All operations are differentiable.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class Bank:
     Attributes:
       layers, site: the layers and the site at which the directions apply.
       total: the number of layers L of the model, or None for arrays, which do not specify it.
-      index: [B] integers, the index of each batch row's direction, or None if one direction applies
-        to all rows.
+      index: [B] integers, the index of each batch row's direction (−1 for no edit), or None if one
+        direction applies to all rows.
       direction: [l, n, D], the unit vectors; a zero vector stays zero.
       norm: [l, n], the norms of the vectors before normalization.
       origin: [n] uint32, the hash of the weights of the model that each direction was made for
@@ -103,7 +104,7 @@ class Bank:
         self.origin = np.array(origin or [0] * len(value), np.uint32)
 
     def _array(self, vector: Any, name: str) -> Any:
-        """Convert an array of directions to numbers and broadcast it to [n, l, D].
+        """Convert directions to a floating-point array and broadcast it to [n, l, D].
 
         Raises:
           UserError: the array is not numeric, or its shape is invalid.
@@ -122,8 +123,8 @@ class Bank:
             )
         if value.shape[1] not in (1, count):
             raise UserError(
-                f"{name} has {value.shape[1]} layers, but {count} layers were chosen: "
-                f"{list(self.layers)}"
+                f"{name} has vectors for {value.shape[1]} layers, but the number of chosen layers "
+                f"is {count}: {list(self.layers)}"
             )
         return xp.broadcast_to(value, (value.shape[0], count, value.shape[2]))
 
@@ -131,7 +132,8 @@ class Bank:
         """Broadcast a strength or threshold to [l, n].
 
         Raises:
-          UserError: the value is not numeric or not finite, or its shape is invalid or ambiguous.
+          UserError: the value is not numeric, `check_finite` rejects it, or its shape is invalid
+            or ambiguous.
         """
         given = numbers(name, value)
         xp: Any = jnp if is_traced(given) else np
@@ -156,8 +158,9 @@ class Bank:
         if given.shape == (n, count):
             return given.T
         raise UserError(
-            f"{name} has shape {given.shape}; with {count} layers and {n} directions, it must be a "
-            f"number, {'[n]' if self.index is not None else '[l]'} or [n, l]"
+            f"{name} has shape {given.shape}; it must be a number or have shape "
+            f"{'[n]' if self.index is not None else '[l]'} or [n, l], where l (the number of "
+            f"chosen layers) is {count} and n (the number of directions) is {n}"
             + ("; to steer each row with its own strength, use jp.sweep" if name == "scale" else "")
         )
 
@@ -172,7 +175,7 @@ def percentile(vector: Any, name: str, bound: Any, of: str) -> Any:
       of: the population of the percentile (`Axis.thresholds`).
 
     Raises:
-      UserError: `vector` does not have this percentile.
+      UserError: `vector` is not an `Axis`, or has no thresholds for the percentile or population.
     """
     if not isinstance(bound, str):
         return bound
@@ -186,11 +189,13 @@ def normalised(value: Any) -> tuple[Any, Any]:
     """Normalize vectors to unit length without overflow or underflow.
 
     In float32, squares of numbers above 1.8e19 overflow and squares of numbers below 1e-23
-    underflow. Each vector is therefore first multiplied by a power of two, so that its largest
-    magnitude is between 1/2 and 2. This multiplication is exact.
+    underflow. Each vector is therefore first multiplied by a power of two, so that the magnitude of
+    its largest component is between 1/2 and 2. This multiplication is exact, unless a component
+    that is smaller by many orders of magnitude underflows.
 
     Args:
-      value: [..., D], finite. If `value` is traced, the results are differentiable.
+      value: [..., D], finite. If `value` is traced, it must be float32, and the results are
+        differentiable.
 
     Returns:
       The unit vectors [..., D] in the dtype of `value` (a zero vector stays zero), and the norms
@@ -201,7 +206,7 @@ def normalised(value: Any) -> tuple[Any, Any]:
         _, power = np.frexp(np.abs(value).max(-1, keepdims=True, initial=0))
         near = np.ldexp(value, -power)
         norm = np.linalg.norm(near, axis=-1, keepdims=True)
-        with np.errstate(over="ignore"):  # an overflow results in infinity, which is rejected later
+        with np.errstate(over="ignore"):  # `steer` rejects an infinite norm
             length = np.ldexp(norm.astype(np.float64), power)
         return near / np.where(norm == 0, 1, norm), length[..., 0]
     greatest = jax.lax.stop_gradient(jnp.abs(value).max(-1, keepdims=True))
@@ -225,7 +230,7 @@ def numbers(name: str, value: Any) -> Any:
         return jnp.asarray(value, jnp.float32)
     try:
         array = np.asarray(value)
-    except (TypeError, ValueError):  # not convertible to an array
+    except (TypeError, ValueError):  # such as nested lists of different lengths
         array = np.empty(0, object)
     if array.dtype.kind in "iuf" or array.dtype.name == "bfloat16":
         return array.astype(np.float64)
@@ -234,7 +239,7 @@ def numbers(name: str, value: Any) -> Any:
 
 
 def _short_repr(value: Any) -> str:
-    """Return a value's repr for an error message, truncated to 80 characters."""
+    """Return a value's repr, truncated to 80 characters, for an error message."""
     text = repr(value)
     return text if len(text) <= 80 else text[:79] + "…"
 
@@ -246,7 +251,8 @@ def check_finite(name: str, value: np.ndarray) -> None:
     may be inf.
 
     Raises:
-      UserError: a value is NaN or an infinity that is not allowed; the message names the argument.
+      UserError: a value is NaN, too large for float32, or an infinity that is not allowed; the
+        message names the argument.
     """
     if np.isnan(value).any():
         raise UserError(f"{name} is NaN; it must be a number")

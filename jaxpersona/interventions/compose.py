@@ -1,4 +1,4 @@
-"""The `Interventions` pytree, a sequence of tables, and functions that combine interventions."""
+"""The `Interventions` pytree, and functions that reserve, combine and prepare its tables."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ class Interventions(flax.struct.PyTreeNode):
     def prepare(self, rows: int, like: Any) -> PreparedInterventions:
         """Prepare the tables for a batch (`Table.prepare`).
 
-        The entries of each table are gathered by row, sharded if `like` is on a mesh, and split by
-        layer. A decode loop prepares the tables once, before the first step.
+        The entries of each table are gathered by row, and sharded if `like` is on a mesh. Tables of
+        rank-one edits are also split by layer. A decode loop prepares the tables once, before the
+        first step.
 
         Args:
           rows: the number of rows B of the batch.
@@ -111,8 +112,8 @@ class Interventions(flax.struct.PyTreeNode):
                 raise UserError(f"site is {edit.site!r}; it must be one of {SITES}")
         if self.rows not in (None, rows):
             raise UserError(
-                f"interventions are for {self.rows} rows, but the batch has {rows}; give `rows=` "
-                "with one entry per row, or omit it to apply the same edit to all rows"
+                f"interventions are for batch size {self.rows}, but the batch size is {rows}; give "
+                "`rows=` with one entry per row, or omit it to apply the same edit to all rows"
             )
 
     def __repr__(self) -> str:
@@ -158,9 +159,10 @@ def prepared(interventions: Interventions | PreparedInterventions | None, *, lay
     if isinstance(interventions, PreparedInterventions):
         for edit in interventions.edits:
             if edit.where.shape[0] not in (1, rows) or edit.layers[-1] >= layers:
-                raise UserError(f"interventions were prepared for {edit.where.shape[0]} rows and "
-                                f"layers {list(edit.layers)}, but the batch has {rows} rows and "
-                                f"the model has {layers} layers; prepare them for this batch")
+                raise UserError("interventions were prepared for batch size "
+                                f"{edit.where.shape[0]} and layers {list(edit.layers)}, but the "
+                                f"batch size is {rows} and the model has {layers} layers; prepare "
+                                "them for this batch")
         return interventions
     edits = given(interventions)
     edits.check(layers=layers, width=width, rows=rows)
@@ -210,18 +212,20 @@ def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
             entries: int | None = None, site: Site = "residual") -> Interventions:
     """Allocate empty tables of fixed capacity, to be filled by `stack_rows(…, into=)`.
 
-    Filling the tables with other rank-one edits does not trigger recompilation.
+    The tables accept rank-one edits without a gate or a push direction. Filling them with other
+    edits does not trigger recompilation.
 
     Args:
       rows: the batch size B.
       width: the width D of the model's residual stream.
       layers: all layers at which an edit may apply; a slice must have a stop.
       slots: the maximum number of chained edits per row, which is also the number of tables.
-      entries: the maximum number of distinct edits per table, by default B.
+      entries: the maximum number of distinct edits per table, by default B. It is rounded up to a
+        power of two.
       site: the site of the edits.
 
     Raises:
-      UserError: a size is not positive, or the layers or the site are invalid.
+      UserError: a size is not a positive integer, or the layers or the site are invalid.
 
     Examples:
       >>> import jaxpersona as jp
@@ -256,9 +260,9 @@ def stack_rows(interventions: Sequence[Interventions | None], *,
                into: Interventions | None = None) -> Interventions:
     """Combine a list of interventions so that item b applies only to batch row b.
 
-    Tables of the same kind and site are merged, so the run time depends on the longest chain of
-    edits, not on how many rows have different edits. Tables with equal content share an entry. At a
-    layer that a row does not edit, the row's entry leaves h unchanged.
+    Tables of the same kind, site and gate structure are merged, so the number of tables does not
+    grow with the number of rows that have different edits. Tables with equal content share an
+    entry. At a layer that a row does not edit, the row's entry leaves h unchanged.
 
     Args:
       interventions: one item per row, either interventions created without `rows=` or None for no
@@ -268,7 +272,8 @@ def stack_rows(interventions: Sequence[Interventions | None], *,
         edits of the earlier call.
 
     Raises:
-      UserError: the list is empty, or interventions were created with `rows=` or do not fit `into`.
+      UserError: the argument is not a list or is empty, an item has the wrong type or was created
+        with `rows=`, or the items do not fit `into`.
 
     Examples:
       >>> import jaxpersona as jp
@@ -288,8 +293,8 @@ def stack_rows(interventions: Sequence[Interventions | None], *,
             raise UserError(f"the interventions of row {row} were made with rows=; stack "
                             "interventions made without rows=")
     if into is not None and into.rows != count:
-        raise UserError(f"into is for {into.rows} rows, but {count} interventions were given; "
-                        "give one item per row")
+        raise UserError(f"into is for batch size {into.rows}, but the number of interventions is "
+                        f"{count}; give one item per row")
     fixed = into.edits if into is not None else ()
     slots: list[tuple[tuple, dict[int, Table]]] = [(edit.key, {}) for edit in fixed]
     for row, own in enumerate(interventions):  # build a common supersequence of all rows' chains
@@ -357,9 +362,9 @@ def _merge(members: dict[int, Table], rows: int, into: Table | None) -> Table:
         beyond = sorted(set(layers) - set(into.layers))
         if beyond or len(unique) > into.entries or unique[0].width != into.width:
             raise UserError(
-                f"{len(unique)} edits of width {unique[0].width} at layers {list(layers)} do not "
-                f"fit the reserved {into.entries} entries of width {into.width} at layers "
-                f"{list(into.layers)}; reserve tables that fit these edits"
+                f"the edits (distinct: {len(unique)}, width: {unique[0].width}, layers: "
+                f"{list(layers)}) do not fit the reserved table (entries: {into.entries}, width: "
+                f"{into.width}, layers: {list(into.layers)}); reserve tables that fit these edits"
             )
         layers, size = into.layers, into.entries
     first = unique[0]

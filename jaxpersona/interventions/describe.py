@@ -1,4 +1,4 @@
-"""One-line representations of interventions and captures."""
+"""Functions that format the one-line representations of interventions and captures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def layer_range(layers: Sequence[int]) -> str:
 
 
 def host_array(x: Any) -> np.ndarray | None:
-    """Return an array's values, or None if they cannot be read.
+    """Return an array's values as a NumPy array, or None if they cannot be read.
 
     The values of a traced array, of an array with shards in other processes, and of a donated
     array cannot be read.
@@ -46,7 +46,8 @@ def tests(code: Any) -> str:
 
     Returns:
       The representation of the test if all entries have the same test; "k selections" for k
-      different tests; "nowhere" if all entries are padding; "traced" if the values are unknown.
+      different tests; "nowhere" if all entries are padding; "traced" if the values cannot be read
+      or the array has another shape.
     """
     values = host_array(code)
     if values is None or values.ndim > 2 or values.shape[-1:] != (WIDTH,):

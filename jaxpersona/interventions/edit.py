@@ -1,7 +1,8 @@
 """Tables of rank-one edits. Edits are data, so changing them does not trigger recompilation.
 
 An edit computes p = ⟨h, v̂⟩ in float32, δ = clip((s − 1)·p + c, lo − p, hi − p) and h ← h + δ·v̂.
-The coefficients (s, c, lo, hi) determine the operator: steer, cap, ablate, scale or set_projection.
+With a push direction û, h ← h + δ·û. The coefficients (s, c, lo, hi) determine the operator, such
+as `steer`, `cap` or `ablate`.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Edit(Table, kw_only=True, repr=False):
 
     @property
     def key(self) -> tuple:
-        """The table's structure (see `Table.key`), including whether there is a push direction."""
+        """The structure (see `Table.key`), including whether there is a push direction."""
         return (*super().key, self.push is not None)
 
     def _prepared(self, like: jax.Array) -> PreparedEdit:
@@ -76,7 +77,11 @@ class Edit(Table, kw_only=True, repr=False):
         return _identities(layers, size, self.width, self.push is not None)
 
     def operator(self) -> str:
-        """Return the operator's name, or "rank_one" if it differs between entries or is unknown."""
+        """Return the operator's name, such as "cap".
+
+        The name is "reserve" if all entries are padding, and "rank_one" if the operator has no
+        name, differs between entries or cannot be determined because the values cannot be read.
+        """
         values, tests = host_array(self.coefficients), host_array(self.where)
         if values is None or tests is None or values.ndim != 3:
             return "rank_one"
@@ -131,7 +136,7 @@ class PreparedEdit(Prepared, kw_only=True):
         return rank_one_edit(h, edit.direction, edit.coefficients, active, edit.push, edit.columns)
 
     def at(self, layer: int, active: jax.Array) -> SiteEdit:
-        """Return the edit of one layer and its mask of active tokens [B, T] for `kernels.edit`."""
+        """Combine the edit of one layer with a mask [B, T] of active tokens for `kernels.edit`."""
         edit = self.by_layer[self.layers.index(layer)]
         return SiteEdit(edit.direction, edit.coefficients, active, edit.push)
 
@@ -146,17 +151,18 @@ def table(
     index: np.ndarray | None,
     push: jax.Array | np.ndarray | None = None,
 ) -> Edit:
-    """Build an `Edit` of strongly typed arrays, padded so that n is a power of two.
+    """Build an `Edit` with strongly typed arrays, padded so that n is a power of two.
 
     The padding entries leave h unchanged.
 
     Args:
       direction, push, coefficients: as in `Edit`, with n entries.
-      where, origin, layers, site: as in `Table`, with n entries.
+      where, origin: as in `Table`, with n entries.
+      layers, site: as in `Table`.
       index: [B] integers in −1…n−1, or None.
 
     Raises:
-      UserError: an index is outside −1…n−1.
+      UserError: `index` is not a list of integers, or an index is outside −1…n−1.
     """
     n, width = direction.shape[1:]
     index = checked_index(index, n)

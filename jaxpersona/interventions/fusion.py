@@ -1,4 +1,4 @@
-"""One kernel for the end of a block: residual add, rank-one edits, projections, and next norm."""
+"""One kernel for the end of a block: residual add, rank-one edits, projections, next norm."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Fusion:
           added: the MLP's output [B, T, D].
           edits: the tables of the site "residual" at this layer, in order.
           active: for each table, a mask [B, T] of the tokens that it edits.
-          readings: reading name → (reading, index of `layer` among the layers that it reads).
+          readings: reading name → (reading, index of `layer` among the reading's layers).
           norm: the next block's first norm, which is applied to the result, or None after the last
             block.
 
@@ -60,8 +60,8 @@ class Fusion:
           projections [B, T, K].
 
         Raises:
-          UserError: the kernel does not support an edit, a reading, the platform or the width; the
-            message contains the reason.
+          UserError: the kernel does not support an edit, a reading, the platform, the width or the
+            number of directions; the message contains the reason.
         """
         found = [edit.at(layer, where) for edit, where in zip(edits, active, strict=True)
                  if isinstance(edit, PreparedEdit)]
@@ -74,7 +74,7 @@ class Fusion:
         if late:
             self._refuse(f"the reading {late[0]!r} reads layer {layer} before the edits, which the "
                          "kernel supports only for projections")
-        # the kernel requires the directions that are read before the edits to come first
+        # the kernel requires the directions used before the edits to precede those used after them
         names = sorted((name for name, (reading, _) in readings.items() if _projects(reading)),
                        key=lambda name: readings[name][0].edited)
         tables = {name: reading.at(index) for name in names

@@ -1,8 +1,8 @@
 """Gates, which apply an intervention only if a projection at an earlier site is within bounds.
 
-A prompt gate is evaluated once per row, on the mean projection over the prompt, and applies to the
-whole reply. A token gate is evaluated for every token. Bounds and directions are data and may
-differ between rows.
+A prompt gate tests the mean projection over a row's prompt, and applies to the prompt's last token
+and the whole reply. A token gate is evaluated for every token. Bounds and directions are data and
+may differ between rows.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
       layer, site: the layer and the site at which the projection is measured.
       over: "prompt" to test the mean projection over the prompt, "token" to test every token's
         projection.
-      within: whether a prompt gate also applies to all tokens of the prompt.
+      within: whether a prompt gate applies to all tokens of the prompt, not only to the last.
     """
 
     direction: Float[Array, "n D"]
@@ -59,16 +59,16 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
         return jax.tree.map(lambda *x: jnp.concatenate([y[:1] for y in x]), *gates)
 
     def condition(self) -> str:
-        """Return the layer, site and scope of the measurement, such as "layer 2, prompt"."""
+        """Return the layer, the site (if not "residual") and `over`, such as "layer 2, prompt"."""
         site = "" if self.site == "residual" else f"{self.site}, "
         return f"layer {self.layer}, {site}{self.over}"
 
     def __repr__(self) -> str:
-        """Return the condition, such as `Gate(layer 2, prompt)`."""
+        """Return the condition as a call, such as `Gate(layer 2, prompt)`."""
         return f"Gate({self.condition()})"
 
     def precedes(self, layer: int, site: Site) -> bool:
-        """Return whether the gate is measured before `site` of `layer` is computed."""
+        """Return whether the gate is evaluated before the edits at `site` of `layer`."""
         return (self.layer, ORDER[self.site]) < (layer, ORDER[site])
 
     def init(self, rows: int, before: jax.Array | None = None) -> GateState:

@@ -32,20 +32,21 @@ def gate(
     where: Where | str | None = None,
     site: Site = "residual",
 ) -> Interventions:
-    """Apply interventions only if the projection on a direction is within bounds.
+    """Apply interventions only if the projection onto a direction is within bounds.
 
-    Source: conditional activation steering (Lee et al. 2024), with the projection as the condition.
-    If no token is measured, the gate is closed.
+    A prompt gate is closed if no token of the prompt is measured. A token gate is closed at tokens
+    that are not measured. Source: conditional activation steering (Lee et al. 2024), with the
+    projection as the condition.
 
     Args:
       interventions: the interventions to gate, which must not have gates already.
       vector: the direction, as an array [D] or a named direction. If the interventions have a bank
-        of n directions (`rows=`), `vector` may also contain one direction per direction of the
+        of n directions (`rows=`), `vector` may also contain n directions, one per direction of the
         bank, as an array [n, D] or a list.
       layer, site: the layer and the site at which the projection is measured, after the edits at
         that site. The site must precede all gated sites.
-      above, below: the lower and the upper bound, each a number or, for a bank, an array [n]. At
-        least one is required; −inf for `above` and inf for `below` mean no bound.
+      above, below: the lower and the upper bound (inclusive), each a number or, for a bank, an
+        array [n]. At least one is required; −inf for `above` and inf for `below` mean no bound.
       over: with "prompt", each row has one gate, which tests the mean projection over the prompt
         and applies to the prompt's last token and all later tokens. With "token", the gate is
         evaluated for each token.
@@ -101,8 +102,8 @@ def _gated(table: Table, vector: Any, layer: int, bounds: dict[str, Any], test: 
     # padding has the token test NOWHERE, which starts with a negative number
     real = size if is_traced(table.where) else int((np.asarray(table.where)[:, 0] >= 0).sum())
     if direction.shape[0] not in (1, real):
-        raise UserError(f"the gate has {direction.shape[0]} directions, but the bank has {real} "
-                        "edits; give one direction, or one per edit")
+        raise UserError(f"the gate has {direction.shape[0]} directions, but the number of edits "
+                        f"in the bank is {real}; give one direction, or one per edit")
     lo, hi = (_spread(name, value, real) for name, value in bounds.items())
     if not is_traced(lo, hi) and (lo > hi).any():
         raise UserError("above is greater than below; no projection satisfies both")

@@ -84,7 +84,7 @@ class PreparedRotation(Prepared, kw_only=True):
 
 
 class NormRestoration(Table, kw_only=True, repr=False):
-    """A table of edits that rescale h to its norm before all edits at the same site and layer.
+    """A table of edits that restore the norm that h had before all edits at its site and layer.
 
     Attributes:
       amount: [l, n] float32, 1 to restore the norm or 0 for no change.
@@ -143,7 +143,7 @@ class Custom(Table, kw_only=True, repr=False):
 
     @property
     def key(self) -> tuple:
-        """The table's structure, including the function and the structure of its parameters."""
+        """The structure (see `Table.key`), including the function and its parameters' shapes."""
         leaves, tree = jax.tree.flatten(self.params)
         forms = tuple((x.shape[1:], str(x.dtype)) for x in leaves)
         return (*super().key, self.fn, tree, forms)

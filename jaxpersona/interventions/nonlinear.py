@@ -52,14 +52,15 @@ def rotate(
 
     Args:
       first, second: two directions that span the plane, each in a form that `steer` accepts.
-      to: the target angle θ in radians, from b₁ toward b₂.
-      by: the rotation angle in radians, which is added to the angle of Ph to obtain θ. Give either
-        `to` or `by`.
+      to: the target angle θ in radians, from b₁ toward b₂, as a number or an array (see the module
+        `bank`).
+      by: the rotation angle in radians, in the same forms as `to`, which is added to the angle of
+        Ph to obtain θ. Give either `to` or `by`.
       layers, where, rows, site: as for `steer`.
 
     Raises:
-      UserError: `to` and `by` are both given or both missing, the directions are collinear, or an
-        argument is invalid as in `steer`.
+      UserError: `to` and `by` are both given or both missing, the directions are collinear or have
+        different shapes, or an argument is invalid (see `steer`).
 
     Examples:
       >>> import jaxpersona as jp
@@ -106,7 +107,7 @@ def restore_norm(
         restored in all rows.
 
     Raises:
-      UserError: an argument is invalid as in `steer`.
+      UserError: an argument is invalid (see `steer`).
 
     Examples:
       >>> import jaxpersona as jp
@@ -131,7 +132,8 @@ def custom(
 ) -> Interventions:
     """Apply a user-defined function to each token's activation: h ← fn(params, h).
 
-    The function is applied per token, so prefill, chunked prefill and decode are equivalent.
+    The function is applied per token, so prefill, chunked prefill and decode give the same
+    result.
 
     Args:
       fn: a JAX-traceable function fn(params, h) → h, where h [D] float32 is the activation of one
@@ -144,7 +146,7 @@ def custom(
 
     Raises:
       UserError: `fn` is not callable, is not hashable or does not accept (params, h); the leaves of
-        `params` are not numeric or differ in n; or another argument is invalid as in `steer`.
+        `params` are not numeric or differ in n; or another argument is invalid (see `steer`).
 
     Examples:
       >>> import jaxpersona as jp

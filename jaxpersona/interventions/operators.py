@@ -1,4 +1,4 @@
-"""Rank-one operators, which create interventions that edit the projection on a direction.
+"""Rank-one operators, which create interventions that edit the projection onto a direction.
 
 In the equations, h is an activation, v̂ = v/‖v‖ a unit direction and p = ⟨h, v̂⟩ the projection.
 The module `bank` describes the accepted forms of directions, strengths and rows. The operators
@@ -36,7 +36,7 @@ def steer(
 ) -> Interventions:
     """Add a direction: h ← h + scale·v, without normalizing v.
 
-    Sources: activation addition (Turner et al. 2023) and Chen et al. 2025, §3.
+    Sources: activation addition (Turner et al. 2023) and persona vectors (Chen et al. 2025, §3).
 
     Args:
       vector: a direction (an array [D], an `Axis` or a `Vector`) or a bank of directions (see the
@@ -79,25 +79,25 @@ def cap(
     push: Any = None,
     of: str = "default",
 ) -> Interventions:
-    """Clamp the projection on a direction; for a floor, h ← h + v̂·max(τ − ⟨h, v̂⟩, 0).
+    """Clamp the projection onto a direction; for a floor, h ← h + v̂·max(τ − ⟨h, v̂⟩, 0).
 
     For a ceiling, h ← h − v̂·max(⟨h, v̂⟩ − τ, 0). Without `push`, the component of h orthogonal to
     v̂ is unchanged. Source: activation capping (Lu et al. 2026, §5).
 
     Args:
       vector, layers, where, rows, site: as for `steer`; the norm of `vector` has no effect.
-      floor: the minimum projection τ, in units of the residual stream; −inf means no floor. If
-        `vector` is an `Axis`, `floor` may also be a percentile name such as "p25"
-        (`Axis.thresholds`).
+      floor: the minimum projection τ, as a number or an array (see the module `bank`), in units of
+        the residual stream; −inf means no floor. If `vector` is an `Axis`, `floor` may also be a
+        percentile name such as "p25" (`Axis.thresholds`).
       ceiling: the maximum projection, in the same forms as `floor`; inf means no ceiling.
       push: a direction or bank of the same shape as `vector`, along which h moves instead of along
         v̂. This is a control condition: h moves by the same distance as without `push`, but the
-        projection on v̂ is not clamped.
+        projection onto v̂ is not clamped.
       of: the population whose percentile is used, "default" or "all" (`Axis.thresholds`).
 
     Raises:
       UserError: both bounds are missing, the floor is above the ceiling, or an argument is invalid
-        as in `steer`.
+        (see `steer`).
 
     Examples:
       >>> import jaxpersona as jp
@@ -139,10 +139,11 @@ def ablate(
 
     Args:
       vector, layers, where, rows, site: as for `steer`; the norm of `vector` has no effect.
-      coefficient: the projection after the edit, in units of the residual stream.
+      coefficient: the projection after the edit, in units of the residual stream, as a number or an
+        array (see the module `bank`).
 
     Raises:
-      UserError: an argument is invalid as in `steer`.
+      UserError: an argument is invalid (see `steer`).
 
     Examples:
       >>> import jaxpersona as jp
@@ -169,12 +170,12 @@ def mean_ablate(
     The component of h orthogonal to v̂ is unchanged.
 
     Args:
-      vector, layers, where, rows, site: as for `steer`.
+      vector, layers, where, rows, site: as for `steer`; the norm of `vector` has no effect.
       mean: the mean activation μ, in the same form as `vector`.
 
     Raises:
-      UserError: the shapes of `mean` and `vector` do not match, or an argument is invalid as in
-        `steer`.
+      UserError: the shapes of `mean` and `vector` do not match, or an argument is invalid (see
+        `steer`).
 
     Examples:
       >>> import jaxpersona as jp
@@ -206,14 +207,14 @@ def scale(
     rows: Any = None,
     site: Site = "residual",
 ) -> Interventions:
-    """Multiply the projection on a direction by a factor: h ← h + (factor − 1)·⟨h, v̂⟩·v̂.
+    """Multiply the projection onto a direction by a factor: h ← h + (factor − 1)·⟨h, v̂⟩·v̂.
 
     Args:
       vector, layers, where, rows, site: as for `steer`; the norm of `vector` has no effect.
       factor: the factor, as a number or an array (see the module `bank`).
 
     Raises:
-      UserError: an argument is invalid as in `steer`.
+      UserError: an argument is invalid (see `steer`).
 
     Examples:
       >>> import jaxpersona as jp
@@ -235,14 +236,15 @@ def set_projection(
     rows: Any = None,
     site: Site = "residual",
 ) -> Interventions:
-    """Set the projection on a direction to a value: h ← h + (value − ⟨h, v̂⟩)·v̂.
+    """Set the projection onto a direction to a value: h ← h + (value − ⟨h, v̂⟩)·v̂.
 
     Args:
       vector, layers, where, rows, site: as for `steer`; the norm of `vector` has no effect.
-      value: the projection after the edit, in units of the residual stream.
+      value: the projection after the edit, in units of the residual stream, as a number or an array
+        (see the module `bank`).
 
     Raises:
-      UserError: an argument is invalid as in `steer`.
+      UserError: an argument is invalid (see `steer`).
 
     Examples:
       >>> import jaxpersona as jp

@@ -30,7 +30,7 @@ def _numbers(value: Any) -> Any:
         for part in value:
             _numbers(part)
     elif isinstance(value, bool) or not isinstance(value, (int, float)) or not _finite(value):
-        raise UserError("must be a finite number, or a list of finite numbers")
+        raise UserError("must be a finite number, or a (nested) list of finite numbers")
     return value
 
 
@@ -46,7 +46,8 @@ def _direction_form(value: Any) -> Any:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise UserError("must be the name of a vector file, or a list of numbers")
+        raise UserError("must be the name of a vector file, a list of numbers, or one such list "
+                        "per layer")
     _numbers(value)
     rows = {len(row) if isinstance(row, list) else -1 for row in value}
     if len(rows) > 1:
@@ -127,7 +128,7 @@ Where_ = Annotated[Place, pydantic.BeforeValidator(_place_form), _OrName]
 
 
 class GateSpec(_Strict):
-    """The arguments of `gate`."""
+    """The arguments of `gate`; `first_token` allows the measurement of each row's first token."""
 
     vector: Direction
     layer: Index
@@ -157,7 +158,7 @@ class Steer(_Act):
 
 
 class Cap(_Act):
-    """The arguments of `cap`; a bound consists of numbers or is a percentile name such as "p25"."""
+    """The arguments of `cap`; a bound may also be a percentile name, such as "p25"."""
 
     operator: Literal["cap"]
     vector: Direction

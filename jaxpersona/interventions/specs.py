@@ -1,6 +1,6 @@
-"""Build interventions and captures from JSON, for the command line, files and services.
+"""Interventions and captures from JSON, for the command line, files and services.
 
-A specification is a JSON object, or a list of objects, which are applied in order:
+A specification is a JSON object or a list of objects. A list of operators is applied in order:
 
     [{"operator": "steer", "vector": "calm.safetensors", "layers": 16, "scale": 2.0},
      {"operator": "cap", "vector": "axis.safetensors", "layers": "46:54", "floor": "p25",
@@ -49,7 +49,7 @@ def interventions(spec: Any, model: Model, *, folder: str | pathlib.Path = ".") 
 
 
 def captures(spec: Any, model: Model, *, folder: str | pathlib.Path = ".") -> Capture:
-    """Build a capture from a JSON specification.
+    """Build a capture from a JSON specification and check it against a model.
 
     The arguments and errors are as for `interventions`.
     """
@@ -151,7 +151,8 @@ def _reading(item: forms.Reading, model: Model, folder: pathlib.Path) -> Capture
     if not any(isinstance(one, Vector) for one in value):
         value = np.array(value)
     elif not all(isinstance(one, Vector) for one in value):
-        raise UserError("directions mixes files and numbers; give only files or only numbers")
+        raise UserError("directions contains both file names and numbers; give only file names or "
+                        "only numbers")
     return make(value, *([item.edges] if item.reading == "histogram" else []), **options)
 
 
@@ -174,7 +175,8 @@ def _bound(vector: Any, name: str, value: Any, of: str | None) -> Any:
     """Return the thresholds [L] if a bound is a percentile name, else the bound unchanged.
 
     Raises:
-      UserError: the direction is not an axis, or the population or the percentile is unknown.
+      UserError: the direction is not an axis, the population is missing, or the axis has no
+        thresholds for the population or the percentile.
     """
     if not isinstance(value, str):
         return value

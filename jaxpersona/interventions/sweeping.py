@@ -35,7 +35,8 @@ def sweep(
       layers, where, site: as for `steer`.
 
     Raises:
-      UserError: `scales` is not a list of finite numbers, or an argument is invalid as in `steer`.
+      UserError: `scales` is not a nonempty list of finite numbers, or an argument is invalid (see
+        `steer`).
 
     Examples:
       >>> import jaxpersona as jp

@@ -120,7 +120,7 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
 
     @property
     def key(self) -> tuple:
-        """The table's structure; tables with equal keys can be merged."""
+        """The kind, the site and the gate's structure; tables with equal keys can be merged."""
         return (type(self).__name__, self.site, None if self.gate is None else self.gate.key)
 
     def prepare(self, rows: int, like: jax.Array) -> Prepared:
@@ -136,8 +136,8 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
           UserError: the table is for a different number of rows.
         """
         if self.rows not in (None, rows):
-            raise UserError(f"interventions are for {self.rows} rows, but the batch has {rows}; "
-                            "give `rows=` with one entry per row")
+            raise UserError(f"interventions are for batch size {self.rows}, but the batch size is "
+                            f"{rows}; give `rows=` with one entry per row")
         table = self if self.index is None else self._gathered(self.index)
         return (table if table.entries == 1 else table._sharded(like))._prepared(like)
 
@@ -154,7 +154,7 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
             return self
         if rows.size and rows.max() >= count:
             raise UserError(
-                f"interventions are for {count} rows; row {int(rows.max())} is out of range"
+                f"row {int(rows.max())} is out of range; interventions are for batch size {count}"
             )
         chosen = rows
         if self.index is not None:
@@ -301,9 +301,10 @@ def one_origin(*origins: Any) -> np.ndarray:
 
 
 def common(where: Any, origin: Any, index: np.ndarray | None, size: int) -> dict[str, Any]:
-    """Return the fields that all kinds of tables share, padded to `size` entries.
+    """Return the fields that all kinds of tables share, with `size` entries.
 
-    The arrays are strongly typed. The padding entries apply to no token.
+    The arrays are strongly typed. The entries after the given ones are padding and apply to no
+    token.
     """
     extra = size - len(where)
     where = np.concatenate([where, np.broadcast_to(np.array([NOWHERE]), (extra, len(NOWHERE)))])

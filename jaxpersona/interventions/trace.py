@@ -1,4 +1,4 @@
-"""Application of interventions and captures at the three sites of each block during tracing."""
+"""The class `Trace`, which applies interventions and records captures at the sites of a block."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Applied(flax.struct.PyTreeNode):
 
 
 class Trace:
-    """The edits and readings of one call of `forward`; each call creates an instance."""
+    """The state of the edits, gates and readings during one call of `forward`."""
 
     def __init__(self, config: ModelConfig, batch: Batch, edits: PreparedInterventions,
                  capture: Capture, gates: Gates | None, before: jax.Array | None,
@@ -76,8 +76,8 @@ class Trace:
             for number, edit in enumerate(edits.edits) if edit.gate is not None
         }
         if gates is not None and set(gates) != set(self.gates):
-            raise UserError(f"gates has states for the tables {sorted(gates)}, but the tables with "
-                            f"a gate are {sorted(self.gates)}; continue with the "
+            raise UserError(f"carry.gates has states for the tables {sorted(gates)}, but the "
+                            f"tables with a gate are {sorted(self.gates)}; continue with the "
                             "interventions of the earlier call")
         self.opened: dict[int, jax.Array] = {}
         self.changed: list[list[jax.Array]] = [[] for _ in edits.edits]
@@ -131,7 +131,7 @@ class Trace:
 
         Raises:
           UserError: the kernel is requested, but does not support an edit or a reading at this
-            layer, the platform or the width.
+            layer, the platform, the width or the number of directions.
         """
         if self.fusion.implementation == "xla":
             return self.visit("residual", layer, nn.round_residual(x + added)), None
@@ -158,7 +158,7 @@ class Trace:
         return done.h, done.normed
 
     def _active(self, number: int, edit: Prepared) -> jax.Array:
-        """Return a mask [B, T] of the tokens that a table edits."""
+        """Return a mask [B, T] of the tokens that a table's `where` selects and its gate admits."""
         active = self.active[number]
         return active if edit.gate is None else active & self.opened[number]
 
@@ -189,9 +189,9 @@ class Trace:
           UserError: the states belong to another capture.
         """
         if state is not None and set(state) != set(self.capture.readings):
-            raise UserError(f"captured has the readings {sorted(state)}, but the capture has "
-                            f"{sorted(self.capture.readings)}; continue with the capture of the "
-                            "earlier call")
+            raise UserError(f"carry.captured has the readings {sorted(state)}, but the capture "
+                            f"has {sorted(self.capture.readings)}; continue with the capture of "
+                            "the earlier call")
         with jax.named_scope("capture"):
             return {
                 name: reading.update(state[name], jax.tree.map(lambda *x: jnp.stack(x),
@@ -221,8 +221,8 @@ def _counts(changed: list[jax.Array]) -> jax.Array:
     because stacking them would launch one kernel per layer.
 
     Args:
-      changed: for each layer, a mask [B, T] of the changed tokens, or counts [B] if a kernel
-        applied the edits.
+      changed: for each layer, a mask [B, T] of the changed tokens, or counts [B] if the kernel of
+        `kernels.edit` applied the edits.
     """
     if changed[0].ndim == 1:
         return jnp.stack(changed)

@@ -37,8 +37,9 @@ class Where:
     """A test on a token's kind and turn.
 
     A token passes if its kind has all bits of `need`, at least one bit of `any` (unless `any` is 0)
-    and no bit of `none`, and if lo ≤ turn < hi. A token passes `a & b` if it passes both tests.
-    `a.without("first", …)` excludes tokens of the named kinds.
+    and no bit of `none`, and if lo ≤ turn < hi, where `turn` is the index of the token's message. A
+    token passes `a & b` if it passes both tests. `a.without("first", …)` excludes tokens of the
+    named kinds.
 
     Examples:
       >>> import jaxpersona as jp
@@ -76,7 +77,8 @@ class Where:
         """
         restricted = self & Where(lo=lo, hi=hi)
         if restricted.lo >= restricted.hi:
-            raise UserError(f"within {lo}…{hi} contains no message; lo must be less than hi")
+            raise UserError(f"within {lo}…{hi} contains no message; lo must be less than hi, and "
+                            "chained ranges must overlap")
         return restricted
 
     def encode(self) -> np.ndarray:

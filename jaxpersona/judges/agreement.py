@@ -11,7 +11,7 @@ from jaxpersona.brief import brief
 from jaxpersona.errors import UserError
 
 _SAMPLES = 2000  # number of bootstrap samples
-_SHOWN = 12  # if a score is higher, each row of the matrix covers ten scores
+_SHOWN = 12  # if any score is higher, each row and column of the matrix covers ten scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Agreement:
       kappa: Cohen's kappa with linear weights, 1 − d / e, where d is the mean of |a − b| over
         replies, and e is the mean of |a − b| over all pairs of a score of A and a score of B. NaN
         if e is 0.
-      interval: the 95 % bootstrap interval of kappa; the bootstrap resamples the replies.
+      interval: (low, high), the 95 % interval of kappa from a bootstrap over the replies; NaN if
+        there are too few replies.
       difference: the mean over replies of the score of A minus the score of B.
       roles: role → (number of replies, fraction of equal scores, kappa, difference).
       only: (number of replies that only A judged, number of replies that only B judged).

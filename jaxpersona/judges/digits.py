@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 # The score is None if the total probability of the scale's integers is lower than this.
 LEAST_MASS = 0.25
-# The probabilities of further digits are computed for each digit prefix of at least this
-# probability, and for the prefix that greedy decoding generates.
+# The probabilities of the next digit are computed after each digit prefix whose probability is at
+# least this, and after the prefix that greedy decoding generates.
 LEAST_BRANCH = 1e-3
 _ITEMS = 256  # number of items that are scored together
 _SPACES = ("", "Ġ", "▁")  # a token may begin with a space, encoded as Ġ or ▁
@@ -156,7 +156,7 @@ class DigitJudge:
                       + (f" batch {self.batch_tokens}" if self.batch_tokens else ""))
 
     def read(self, texts: Sequence[str | Row]) -> Readings:
-        """Return the probability of each integer of the scale as the judge's reply to each prompt.
+        """Return the probabilities of the scale's integers and of a refusal, for each prompt.
 
         Args:
           texts: the prompts, as texts or encoded rows.
@@ -208,7 +208,7 @@ class DigitJudge:
                         greedy)
 
     def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
-        """Yield one verdict per item; `raw` contains the four most probable integers.
+        """Yield one verdict per item; `raw` lists the four likeliest integers with probabilities.
 
         The verdict of an item whose prompt fills the model's context has an `error`.
 
@@ -221,8 +221,9 @@ class DigitJudge:
             room = self.model.config.max_context
             for item, row in zip(part, rows, strict=True):
                 if row.tokens.size >= room - 3:  # the longest integer, 100, may take 3 tokens
-                    yield Verdict(item.key, error=f"the judge's prompt has {row.tokens.size} "
-                                                  f"tokens and fills its context of {room}")
+                    yield Verdict(item.key, error=f"the prompt has {row.tokens.size} tokens, "
+                                                  "so a score does not fit into the judge's "
+                                                  f"context of {room} tokens")
             fits = [(item, row) for item, row in zip(part, rows, strict=True)
                     if row.tokens.size < room - 3]
             if fits:
@@ -282,7 +283,10 @@ def _tree(model: Any, scale: Sequence[int]) -> _Node:
 
 
 def _spelling(tokenizer: Any, vocabulary: dict[str, int], number: str) -> list[str]:
-    """Return the tokens of a number as strings, without a leading space."""
+    """Return the tokens of a number as strings, without a leading space.
+
+    If these strings are not all in the vocabulary, or do not spell the number, return its digits.
+    """
     if len(number) == 1:
         return [number]
     ids = tokenizer(number, add_special_tokens=False).input_ids

@@ -20,14 +20,14 @@ from jaxpersona.inputs import printable
 
 OPENAI = "https://api.openai.com/v1"
 _AGAIN = frozenset((408, 409, 429))  # HTTP status codes that allow a retry, besides 5xx
-_NEVER = {401: "the endpoint rejects the API key", 402: "the endpoint requires a payment",
-          404: "the endpoint has no such model or address"}
+_NEVER = {401: "the endpoint rejects the API key", 402: "the endpoint requires payment",
+          404: "the endpoint has no such model or URL"}
 _SHOWN = 160  # maximum length of a text from the endpoint, in characters
 
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """An answer of the endpoint. Token counts and cost are None if the endpoint omits them."""
+    """An answer of the endpoint. Token counts and the cost in USD are None if they are missing."""
 
     text: str
     prompt_tokens: int | None = None
@@ -130,7 +130,7 @@ class Endpoint:
             raise TypeError(f"content is {type(text).__name__}")
         if not text.strip() and choice.finish_reason == "length":
             raise Failure(f"the answer has {self.max_tokens} tokens but no text, possibly because "
-                          "the model thinks first; increase --judge-max-tokens", maybe_paid=True)
+                          "the model reasons first; increase --judge-max-tokens", maybe_paid=True)
         usage = found.usage
         counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
         before, after = (n if isinstance(n, int) and n >= 0 else None for n in counts)
@@ -141,6 +141,9 @@ class Endpoint:
 
     def _refused(self, error: Any, length: str) -> Failure:
         """Return the `Failure` for an HTTP error.
+
+        If the error shows that the model requires the field max_completion_tokens, later requests
+        use this field.
 
         Args:
           error: the exception that the client raised.
@@ -164,7 +167,10 @@ class Endpoint:
 
 
 def retry_after(headers: Any, now: float | None = None) -> float | None:
-    """Return the delay in seconds from a Retry-After header; None if missing or invalid."""
+    """Return the delay in seconds from the header Retry-After-Ms or Retry-After.
+
+    If both headers are missing or invalid, return None.
+    """
     for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         value = headers.get(name)
         if value is None:

@@ -27,7 +27,7 @@ LONGEST_WAIT = 600.0  # seconds; if the endpoint requests a longer delay, the ju
 _BACKOFF = 0.5  # seconds before the first retry; doubled for each further retry
 _LONGEST_BACKOFF = 30.0
 _GRACE = 10.0  # seconds to wait for answers to requests in progress when the judge stops
-_AROUND = 64  # tokens of the chat template, for the upper bound of a request's cost
+_AROUND = 64  # assumed number of chat template tokens in the upper bound of a request's cost
 
 
 class HttpJudge:
@@ -40,7 +40,8 @@ class HttpJudge:
       rubric: the prompt and the scale; default: each role's `eval_prompt`, scores 0 to 3.
       concurrency: the maximum number of requests in progress at the same time.
       rpm, tpm: the maximum numbers of requests and tokens per minute; None: no limit.
-      budget: the limit on all requests in the journal, including earlier runs; None: no limit.
+      budget: the limit on all requests in the journal, including those of earlier runs; None: no
+        limit.
       price: (price of prompts, price of answers) in USD per million tokens, or None. If the
         endpoint returns the cost of an answer, that cost is used instead.
       backoff: the delay in seconds before the first retry of a failed request; default: 0.5. The
@@ -79,7 +80,7 @@ class HttpJudge:
         self._under_way: dict[threading.Event, list[threading.Thread]] = {}
         self._closed = False
         self._flying = self._row = 0
-        self._per_byte = 0.5  # tokens per byte of a prompt: a guess, later the observed maximum
+        self._per_byte = 0.5  # tokens per byte of a prompt: a guess, then the observed maximum
         self._why = ""  # the reason why the judge cannot continue
         self._seen = False  # whether an answer contained the number of prompt tokens
 
@@ -106,11 +107,11 @@ class HttpJudge:
         """
         if self._journal is None:
             return ""
-        parts = [f"{self._journal.calls:,} calls"]
+        parts = [f"calls: {self._journal.calls:,}"]
         if self._price is not None or self._journal.spent:
-            parts.append(f"${self._journal.spent:,.4g}")
+            parts.append(f"cost: ${self._journal.spent:,.4g}")
         if self.failed:
-            parts.append(f"{self.failed:,} failed")
+            parts.append(f"failed: {self.failed:,}")
         return ", ".join(parts)
 
     def close(self) -> None:
@@ -132,15 +133,15 @@ class HttpJudge:
         self.endpoint.close()
 
     def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
-        """Yield one verdict per item: first those from the journal, then each one when it is ready.
+        """Yield one verdict per item: first from the journal, then each new one when it is ready.
 
         Items with equal prompts share one request. If all requests for an item fail, the item's
         verdict has an `error`.
 
         Raises:
-          JudgeStopped: the budget is used up, the endpoint rejects all requests or asks for a long
-            wait, too many consecutive prompts failed, or the judge was closed. All finished
-            verdicts are yielded first.
+          JudgeStopped: the budget is used up, the endpoint rejects all requests or requests a delay
+            of more than `LONGEST_WAIT` seconds, too many consecutive prompts failed, or the judge
+            was closed. All finished verdicts are yielded first.
           UserError: a role has no `eval_prompt`, or the journal cannot be used.
         """
         groups: dict[str, tuple[str, list[Item]]] = {}
@@ -162,7 +163,11 @@ class HttpJudge:
 
     def _send(self, groups: dict[str, tuple[str, list[Item]]], open_: queue.SimpleQueue[str],
               left: int) -> Iterator[Verdict]:
-        """Send the requests for the keys in `open_` and yield the verdicts."""
+        """Send the requests for the `left` keys in `open_` and yield the verdicts.
+
+        Raises:
+          JudgeStopped: as for `score`.
+        """
         done: queue.SimpleQueue[Any] = queue.SimpleQueue()
         stopped = threading.Event()
         if self._why:
@@ -271,7 +276,7 @@ class HttpJudge:
         with self._turn:
             self._row += 1
             if self._row >= IN_A_ROW:
-                self._halt(f"{self._row} replies in a row could not be judged (last error: "
+                self._halt(f"{self._row} prompts in a row failed on every attempt (last error: "
                            f"{failure}); check the endpoint, then run the same command again")
         return str(failure)
 
@@ -288,8 +293,8 @@ class HttpJudge:
         if failure.after is not None:
             if failure.after > LONGEST_WAIT:
                 with self._turn:
-                    self._halt(f"the endpoint asks to wait {failure.after:,.0f} s ({failure}); run "
-                               "the same command again later")
+                    self._halt(f"the endpoint requests a delay of {failure.after:,.0f} s "
+                               f"({failure}); run the same command again later")
                 raise _Halt
             self._pace.hold(failure.after)
 
@@ -310,16 +315,16 @@ class HttpJudge:
                     self._flying += 1
                     return
                 if not self._flying or not self._budget.allows(held.calls + 1, 0.0):
-                    self._halt(f"the budget of {self._budget} is used up after {held.calls:,} calls"
-                               + (f" and ${held.spent:,.4f}" if held.spent else "")
-                               + "; to continue, give a larger --budget and run the same command "
+                    self._halt(f"the budget of {self._budget} is used up (calls: {held.calls:,}"
+                               + (f", cost: ${held.spent:,.4f}" if held.spent else "")
+                               + "); to continue, give a larger --budget and run the same command "
                                  "again")
                     break
                 self._turn.wait(0.5)
         raise _Halt
 
     def _landed(self) -> None:
-        """Decrement the number of requests in progress; the caller must hold `_turn`."""
+        """Count a request as finished and wake waiting threads; the caller must hold `_turn`."""
         self._flying -= 1
         self._turn.notify_all()
 

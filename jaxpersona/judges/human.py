@@ -59,8 +59,8 @@ class HumanJudge:
         for item in items:
             row = rows[identity(item)]
             if row["digest"] != digest_of(item):
-                yield Verdict(item.key, error=f"{self.path.name} has another text for "
-                                              f"{identity(item)}; delete its row")
+                yield Verdict(item.key, error=f"{self.path.name} has another question or "
+                                              f"answer for {identity(item)}; delete its row")
                 continue
             score = score_of(row, self.scale, self.path)
             if isinstance(score, str):

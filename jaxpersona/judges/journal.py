@@ -4,13 +4,13 @@ Answers in the journal are reused, so no answer is paid for twice.
 
 The first line contains the format. Each further line is a JSON object of one of three kinds:
 
-    {"sent": key, "cost": c}                     a request that will be sent; c is an upper bound
+    {"sent": key, "cost": c}                     a request to be sent; c is its maximum cost
     {"key": key, "said": text, "cost": c, …}     an answer and its cost
     {"failed": key, "error": text, "cost": c}    a failed request and its possible cost
 
-All costs are in USD. If the outcome of a request is not recorded, its cost is counted as the upper
-bound. A key is a digest of the judge's model, settings and prompt. If a process is killed, the last
-line may be incomplete; such a line is removed when the journal is opened again.
+All costs are in USD. If the outcome of a request is not recorded, its maximum cost is counted. A
+key is a digest of the judge's model, settings and prompt. If a process is killed, the last line may
+be incomplete; such a line is removed when the journal is opened again.
 """
 
 from __future__ import annotations

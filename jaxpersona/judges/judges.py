@@ -40,7 +40,11 @@ class SelfJudge:
         self.name = f"self {model.fingerprint} rubric {rubric.digest} rows {batch_size}"
 
     def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
-        """Yield one verdict per item, which `Rubric.read` parses from up to 10 generated tokens."""
+        """Yield one verdict per item, which `Rubric.read` parses from up to 10 generated tokens.
+
+        Raises:
+          UserError: a role has no `eval_prompt`, or activations are not finite.
+        """
         from jaxpersona.engine.generate import generate
 
         if not items:

@@ -33,7 +33,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """Parse "500calls", "5usd" or "$5".
+        """Parse a budget such as "500calls", "5usd" or "$5".
 
         Raises:
           UserError: the text does not have one of these forms.
@@ -47,7 +47,7 @@ class Budget:
         raise UserError(f"budget is {text!r:.40}; give calls or USD, such as 500calls or 5usd")
 
     def part(self, share: int) -> Budget:
-        """Return an equal part of the budget for each of `share` processes, in whole calls."""
+        """Return the budget divided by a number of processes, `share`; calls are rounded down."""
         return Budget(None if self.calls is None else self.calls // share,
                       None if self.usd is None else self.usd / share)
 
@@ -69,14 +69,14 @@ class Pace:
       clock: a function that returns the time in seconds.
 
     Raises:
-      UserError: a rate is not positive.
+      UserError: a rate is not positive and finite.
     """
 
     def __init__(self, requests: float | None = None, tokens: float | None = None,
                  clock: Callable[[], float] = time.monotonic) -> None:
         for name, rate in (("rpm", requests), ("tpm", tokens)):
             if rate is not None and not 0 < rate < math.inf:
-                raise UserError(f"{name} is {rate}; it must be positive")
+                raise UserError(f"{name} is {rate}; it must be positive and finite")
         self._each = 0.0 if requests is None else 60.0 / requests
         self._token = 0.0 if tokens is None else 60.0 / tokens
         self._clock, self._lock = clock, threading.Lock()
@@ -96,7 +96,7 @@ class Pace:
                     self._request_at = now + self._each
                     self._tokens_at = now + tokens * self._token
                     return True
-            stopped.wait(min(at - now, 1.0))  # short waits, as `settle` and `hold` may change `at`
+            stopped.wait(min(at - now, 1.0))  # short, because `settle` and `hold` may change `at`
         return False
 
     def settle(self, estimated: float, actual: float) -> None:

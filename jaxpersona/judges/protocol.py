@@ -48,7 +48,7 @@ class Verdict:
       refused: whether the reply refuses to answer, according to the judge.
       error: the reason why the judge failed on this item; None if it did not fail. Failed items
         are judged again in a later call.
-      raw: the text of the judge's answer.
+      raw: the text of the judge's answer, or the most probable scores.
       cost: the cost of the verdict in USD; None if the judge is free or its cost is unknown.
     """
 
@@ -71,7 +71,7 @@ class Judge(Protocol):
 
     - `reads_eval_prompt`: whether the judge needs the `eval_prompt` of every role.
     - `together`: whether the judge runs a model on the devices of the run. All processes of the run
-      must then call the judge; other judges are called by one process.
+      must then call the judge for every role; otherwise only the process that owns the role does.
     - `after`: whether the judge loads its model only after the rollouts are generated.
 
     Attributes:
@@ -80,8 +80,7 @@ class Judge(Protocol):
       scale: the allowed scores.
 
     Examples:
-      >>> from jaxpersona.brief import brief
-from jaxpersona.data.texts import Role
+      >>> from jaxpersona.data.texts import Role
       >>> from jaxpersona.judges.judges import NoJudge
       >>> from jaxpersona.judges.protocol import Item
       >>> ghost = Role("ghost", ("You are a ghost.",), "")

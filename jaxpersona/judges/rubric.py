@@ -56,12 +56,12 @@ class Rubric:
 
     def __post_init__(self) -> None:
         if not self.scale or list(self.scale) != sorted(set(self.scale)) or self.scale[0] < 0:
-            raise UserError(f"scale is {self.scale!r:.60}; give integers of at least 0 in "
+            raise UserError(f"scale is {self.scale!r:.60}; give non-negative integers in "
                             "increasing order")
         if self.template is not None:
             missing = [p for p in ("{question}", "{answer}") if p not in self.template]
             if missing:
-                raise UserError(f"the rubric lacks {' and '.join(missing)}; add them")
+                raise UserError(f"the rubric lacks {' and '.join(missing)}; it needs both")
 
     @property
     def digest(self) -> str:
@@ -86,7 +86,7 @@ class Rubric:
         """Parse a judge's answer.
 
         The score is the first integer of the scale in the answer. Decimals, negative numbers and
-        integers outside the scale are skipped.
+        integers outside the scale are skipped. An answer with the refusal word has no score.
 
         Returns:
           (score, or None if there is none; whether the answer marks a refusal).

@@ -87,8 +87,8 @@ class Batch(flax.struct.PyTreeNode):
         ways = rows_divisor(like)
         if self.tokens.shape[0] % ways:
             raise UserError(
-                f"the batch has {self.tokens.shape[0]} rows; the mesh shards rows over {ways} "
-                f"devices, so use a multiple of {ways}"
+                f"the number of rows of the batch is {self.tokens.shape[0]}; the mesh divides rows "
+                f"into {ways} shards, so use a multiple of {ways}"
             )
         return jax.tree.map(lambda x: spread_rows(x, 0, like), self)
 
@@ -104,13 +104,14 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
       turn: message indices, nested like `tokens`, or None for all zeros.
       row_id: [B] integers, or None for 0, 1, ….
       width: the length T to which rows are padded; default: the length of the longest row.
-      vocabulary: the model's `config.vocab_size`, used to check the ids. If None, only `forward`
-        checks the ids, and only outside `jax.jit`. Under `jax.jit`, where the ids are traced, an
-        invalid id results in NaN.
+      vocabulary: the model's `config.vocab_size`, the upper bound of the ids. If None, only
+        `forward` checks this bound, and only outside `jax.jit`. Under `jax.jit`, where the ids are
+        traced, an id outside the vocabulary gives NaN logits.
 
     Raises:
-      UserError: the batch or a row is empty, `tokens` is a single row, a value is not a valid token
-        id, `kind`, `turn` or `row_id` does not match `tokens`, or a row is longer than `width`.
+      UserError: an argument has the wrong type, the batch or a row is empty, `tokens` is a single
+        row, a value is not a valid token id, `kind`, `turn` or `row_id` does not match `tokens`, or
+        a row is longer than `width`.
 
     Examples:
       >>> import jaxpersona as jp
@@ -159,7 +160,7 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
     if not np.issubdtype(ids.dtype, np.integer):
         raise UserError(f"row_id is {row_id!r:.60}; give one integer per row")
     if ids.shape != (len(rows),):
-        raise UserError(f"row_id has shape {ids.shape}; it must be [{len(rows)}]")
+        raise UserError(f"row_id has shape {ids.shape}; its shape must be ({len(rows)},)")
     return Batch(
         tokens=pad(rows, np.int32),
         position=pad([np.arange(row.size) for row in rows], np.int32),
@@ -212,7 +213,7 @@ def check_ids(ids: np.ndarray, vocabulary: int | None, what: str, tokenizer: Any
 
 
 def split(source: Batch, size: int) -> list[Batch]:
-    """Split a batch along T into chunks of at most `size` tokens, for chunked prefill.
+    """Split a batch along T into chunks of at most `size` tokens per row, for chunked prefill.
 
     Raises:
       UserError: `size` is not positive.

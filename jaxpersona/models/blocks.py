@@ -49,8 +49,8 @@ class Parts(NamedTuple):
 def parts(config: ModelConfig, attention: Implementation) -> Parts:
     """Return the parts of a block, as nested `jax.jit` functions while the engine traces a program.
 
-    While no program is traced, the parts are plain functions. Each call of `parts` creates new
-    functions, so nested `jax.jit` functions would be compiled again in every forward pass.
+    If the engine does not trace a program, the parts are plain functions. Each call of `parts`
+    creates new functions, so `jax.jit` would compile them again in every eager forward pass.
 
     Args:
       config: the model configuration.
@@ -68,7 +68,7 @@ def attend(config: ModelConfig, attention: Implementation, layer: Layer, x: Floa
            slots: Int[Array, "B T"], held: Held | None, known: Bool[Array, "B T"] | None,
            normed: Float[Array, "B T D"] | None = None, *,
            window: int | None) -> tuple[jax.Array, Held | None]:
-    """Compute the attention of a block.
+    """Run the attention part of a block, including its norms, projections and cache write.
 
     Args:
       config: the model configuration.
@@ -76,14 +76,14 @@ def attend(config: ModelConfig, attention: Implementation, layer: Layer, x: Floa
       layer: the parameters of the block.
       x: the residual stream [B, T, D].
       angle: the rotary cosines and sines of the tokens (`nn.rotary`).
-      batch: the tokens.
+      batch: the tokens of this call.
       positions: [B, S] int32, the position of each key; −1 at padding and in empty slots.
       slots: [B, T] int32, the cache slot of each token.
       held: the block's keys and values in the cache; None without a cache.
       known: [B, T] bool, False at tokens whose result must be NaN; None is equivalent to all True.
         It is ignored if `normed` is given.
       normed: x after the block's first norm if `Trace.finish` has computed it, otherwise None.
-      window: the size of the sliding window, or None.
+      window: sliding-window size in positions, or None for full attention.
 
     Returns:
       The output [B, T, D] to add to the residual stream, and the updated `held`.
@@ -100,7 +100,7 @@ def attend(config: ModelConfig, attention: Implementation, layer: Layer, x: Floa
         if attention != "xla":
             # The barrier places the cache write before attention. The attention kernels do not read
             # the cache, so without the barrier, XLA would delay the writes of all layers and keep
-            # their k and v in memory until the end of the program.
+            # their new keys and values in memory until the end of the program.
             k, v, own = jax.lax.optimization_barrier((k, v, own))
         held = k, v
     if attention == "cudnn":
@@ -132,7 +132,7 @@ def transform(config: ModelConfig, layer: Layer, x: Float[Array, "B T D"]) -> ja
 
 def _project(layer: Layer, config: ModelConfig, normed: jax.Array,
              angle: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Compute queries [B, T, N, H], keys and values [B, T, K, H] of one block."""
+    """Return queries [B, T, N, H], keys and values [B, T, K, H]; queries and keys are rotated."""
     q, k, v = dots(normed, layer.qkv)
     q = nn.add_bias(q, layer.bq_nh)
     k = nn.add_bias(k, layer.bk_kh)

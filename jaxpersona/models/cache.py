@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32
 
 KV_AXES = ("batch", "kv_heads", None, None)
-_SHORT = 8  # on a CPU, several tokens are scattered if there are this many slots per token
+_SHORT = 8  # on a CPU, T > 1 tokens per row are scattered if S is at least this many times T
 ROW_AXES = (("batch", None), ("batch",))  # logical axes of `position` and `next`
 
 
@@ -63,10 +63,10 @@ class Cache(flax.struct.PyTreeNode):
 def kept_dtype(like: jax.Array) -> DTypeLike:
     """Return the fastest dtype of the cache for a model with the parameter array `like`.
 
-    The result is the dtype of `like`, except on a single CPU, where it is float32 (values are still
-    rounded to the dtype of `like`). With a 16-bit cache, XLA would convert the whole cache to
-    float32 and back for every token that it writes on a CPU. A float32 cache takes twice the memory
-    of a 16-bit cache.
+    The result is the dtype of `like`, except on a CPU without a mesh, where it is float32 (keys and
+    values are still rounded to the dtype of `like`). XLA's CPU backend would convert a whole 16-bit
+    cache to float32 and back whenever a token is written. A float32 cache takes twice the memory of
+    a 16-bit cache.
     """
     return jnp.float32 if on_cpu(like) else like.dtype
 

@@ -38,7 +38,7 @@ class Rope:
 
     The kind "default" uses only `theta`, and "linear" divides every frequency by `factor`. The kind
     "llama3" divides low frequencies by `factor`, leaves high frequencies unchanged, and
-    interpolates for frequencies in between.
+    interpolates between both for the frequencies in between.
     """
 
     theta: float = 10_000.0
@@ -58,7 +58,9 @@ class ModelConfig:
       family: the model family, a key of `families.FAMILIES`.
       d_model, d_ff, n_layers, n_heads, n_kv_heads, head_dim, vocab_size: the sizes D, F, L, N,
         K, H and V.
+      rope: the rotary embedding (see `rope_local`).
       attn_scale: the factor applied to q·k (1/√H in most families).
+      tied_embeddings: whether the output head uses the weight of the token embedding.
       windows: for each layer, the sliding-window size in positions, or None for full attention.
       rope_local: the rotary embedding of sliding-window layers, or None to use `rope`.
       activation: the activation function of the gated MLP.
@@ -117,12 +119,13 @@ class ModelConfig:
             raise UserError(f"head_dim is {self.head_dim}; it must be even for rotary embeddings")
         if len(self.windows) != self.n_layers:
             raise UserError(
-                f"windows has {len(self.windows)} entries; give one per layer ({self.n_layers})"
+                f"windows has length {len(self.windows)}; its length must be n_layers "
+                f"({self.n_layers})"
             )
 
     def __repr__(self) -> str:
         return line("ModelConfig", self.family, f"{self.n_layers} layers × {self.d_model}",
-                    f"{self.n_heads} heads", f"{self.n_kv_heads} key/value heads",
+                    f"heads {self.n_heads}", f"key/value heads {self.n_kv_heads}",
                     f"vocabulary {self.vocab_size}", f"context {self.max_context}")
 
     def rope_at(self, layer: int) -> Rope:
@@ -169,7 +172,8 @@ class ModelConfig:
 
         The count is 2·P·T + 2·L·N·H·T² for T = `length`, where P is the number of parameters
         without the embedding and the output head. The attention term includes a factor 1/2 for
-        causal masking. With `head`, the count includes the logits of every token.
+        causal masking and ignores sliding windows. With `head`, the count includes the logits of
+        every token.
         """
         heads = 1 if self.tied_embeddings else 2
         dense = self.parameters - heads * self.vocab_size * self.d_model

@@ -3,7 +3,7 @@
 To add a family, add an entry to `FAMILIES` with the architecture name, the fields of `config.json`
 and their conversion to `ModelConfig`. An unsupported field that changes the computation raises an
 error, because ignoring the field would silently change the model's outputs. An unknown key, such as
-a key added by training code, is ignored with a warning, as in transformers.
+a key added by training code, is ignored as in transformers, but with a warning.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ class Family:
 
 
 def _layer_windows(raw: Mapping[str, Any], fallback: Callable[[int], bool]) -> tuple:
-    """Return each layer's window size, using `fallback` if `layer_types` is missing."""
+    """Return each layer's window size, or None for full attention.
+
+    Without `layer_types`, the layers for which `fallback` returns true have a sliding window.
+    """
     n, window = raw["num_hidden_layers"], raw.get("sliding_window")
     types = raw.get("layer_types")
     if types is None:
@@ -73,7 +76,7 @@ def _mistral(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _qwen_windows(raw: Mapping[str, Any]) -> tuple:
-    """Return each layer's window size.
+    """Return each layer's window size, or None for full attention.
 
     Without `layer_types`, the layers from `max_window_layers` on have a sliding window if
     `use_sliding_window` is true.
@@ -160,7 +163,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_positive(value: Any) -> bool:
-    """Return whether a value is a number from 1e-37 to 1e37.
+    """Return whether a value is a number between 1e-37 and 1e37.
 
     Such a number and its reciprocal are finite and nonzero in float32.
     """
@@ -311,10 +314,10 @@ _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_wind
 
 
 def _check_types(raw: Mapping[str, Any]) -> None:
-    """Check the types and ranges of all optional fields, and the number of layers.
+    """Check the types and ranges of optional fields, and the number of layers.
 
     Raises:
-      UserError: fields are malformed; the message lists all of them.
+      UserError: fields are malformed; the message lists each of them.
     """
     faults = []
 

@@ -1,8 +1,9 @@
 """Checks of the `config.json` keys that a model family does not read.
 
 Known metadata and known settings of training code are ignored. A known field of another
-architecture raises an error if the field is set, because ignoring it would silently change the
-model's outputs. Any other key is ignored with a warning.
+architecture raises an error unless its value leaves the forward pass unchanged, because ignoring
+the field would silently change the model's outputs. Any other key is ignored, with a warning unless
+its value is null, false or 0.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _IGNORED = frozenset("""
 
 # Fields of other architectures that change the forward pass. Each field is mapped to the one value
 # that leaves the forward pass unchanged, or to None if this holds for 0, false and empty values. A
-# JSON null never changes the forward pass.
+# JSON null never changes the forward pass, and false changes it only if the mapped value is true.
 _CHANGES: dict[str, Any] = {key: None for key in """
     quantization_config quantization compression_config sparsity_config bnb_config
     num_experts num_local_experts n_routed_experts num_experts_per_tok num_experts_per_token
@@ -95,7 +96,7 @@ def check_keys(raw: Mapping[str, Any], family: str, own: frozenset[str], others:
       place: the path of the file, for the warning.
 
     Raises:
-      UserError: keys are set that this family does not support; the message lists these keys.
+      UserError: unsupported keys change the computation; the message lists the first 20 of them.
     """
     unread = sorted(set(raw) - _IGNORED - own)
 

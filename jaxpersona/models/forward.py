@@ -124,8 +124,9 @@ def forward(
       capture: the readings of the activations, as one `Capture` or a list.
       carry: the state to continue from, returned by the previous call on these rows
         (`Output.carry`), or None.
-      slots: the number of slots of a new cache (static), whose dtype is `cache.kept_dtype`. If
-        `slots` is None, no cache is allocated. `slots` must be None if the carry has a cache.
+      slots: the number of slots of a new cache (static), or None to allocate no cache. The dtype of
+        a new cache is `cache.kept_dtype(params.like)`. `slots` must be None if the carry has a
+        cache.
       logits: "all" for every token, "last" for each row's last valid token, or None to skip the
         head. None also skips the layers above the last captured or edited layer or, with a cache,
         the layers above those of the cache.
@@ -143,13 +144,13 @@ def forward(
     not. With `jax_debug_nans`, a capture that marks tokens with NaN therefore raises an error.
 
     Raises:
-      UserError: interventions or captures do not match the model or the batch, the batch is wider
-        than the cache, the cache has too few layers, a row has more tokens than free slots, a token
-        id is outside the embedding, a gate with `within=True` is used on a chunked prompt, the
-        carry belongs to other readings, intervention tables or gates, `slots` is combined with a
-        carry that has a cache, a kernel does not support the arguments, or the mesh set by
-        `jax.set_mesh` differs from the mesh of the parameters. Under `jax.jit`, missing slots and
-        invalid ids are not detected and give NaN.
+      UserError: interventions or captures do not match the model or the batch, T is larger than the
+        number of slots, the cache has too few layers, a row has more tokens than free slots, a
+        token id is outside the embedding, a gate with `within=True` is used on a chunked prompt,
+        the carry belongs to other readings, intervention tables or gates, `slots` is combined with
+        a carry that has a cache, a kernel does not support the platform or the arguments, or the
+        mesh set by `jax.set_mesh` differs from the mesh of the parameters. Under `jax.jit`, missing
+        slots and invalid ids are not detected and give NaN.
 
     Examples:
       >>> import jaxpersona as jp
@@ -178,8 +179,8 @@ def forward(
     _check_carry(carry, edits, rows)
     capacity = slots if cache is None else cache.slots
     if capacity is not None and width > capacity:
-        raise UserError(f"the batch is {width} tokens wide, but the cache has {capacity} slots; "
-                        "use a larger cache")
+        raise UserError(f"the batch has {width} tokens per row, including padding, but the cache "
+                        f"has {capacity} slots; use a larger cache")
     batch = batch.spread(like)
     dtype = like.dtype
     chosen = choose(config, attention, dtype=dtype, tokens=width, fresh=cache is None,
@@ -216,7 +217,7 @@ def forward(
     needed = config.n_layers if logits is not None else (
         trace.highest + 1 if cache is None else len(cache.k))
     if cache is not None and len(cache.k) < max(needed, trace.highest + 1):
-        raise UserError(f"the cache has {len(cache.k)} layers, but this call needs "
+        raise UserError(f"the number of layers of the cache is {len(cache.k)}, but this call needs "
                         f"{max(needed, trace.highest + 1)}; allocate a cache with `init_cache`")
     layers = params.layers[:needed]
     for i, layer in enumerate(layers):
@@ -269,20 +270,20 @@ def _check_carry(carry: Carry, edits: PreparedInterventions, rows: int) -> None:
         intervention tables or layers.
     """
     if carry.cache is not None and carry.cache.next.shape[0] != rows:
-        raise UserError(f"the carry's cache has {carry.cache.next.shape[0]} rows; the batch has "
-                        f"{rows}")
+        raise UserError(f"the number of rows is {carry.cache.next.shape[0]} in the carry's cache "
+                        f"and {rows} in the batch; continue with the same rows")
     if carry.applied is not None:
         counted = [table.changed.shape[0] for table in carry.applied]
         layers = [len(edit.layers) for edit in edits.edits]
         if counted != layers:
-            raise UserError(f"carry.applied has tables with {counted} layers, but the "
-                            f"interventions have tables with {layers} layers; continue with the "
+            raise UserError(f"the numbers of layers of the intervention tables are {counted} in "
+                            f"carry.applied, but {layers} in this call; continue with the "
                             "interventions of the previous call, or use "
                             "carry.replace(applied=None)")
 
 
 def _check_ids(tokens: Any, config: ModelConfig) -> None:
-    """Check that ids are within the embedding, unless they are traced or on other hosts."""
+    """Check that token ids are rows of the embedding, unless they are traced or on other hosts."""
     if is_traced(tokens):
         return
     if isinstance(tokens, jax.Array):
@@ -302,8 +303,8 @@ def _check_room(cache: Cache, batch: Batch) -> None:
     wanted = np.asarray(used) + ((np.asarray(kind) & VALID) != 0).sum(-1)
     if (wanted > cache.slots).any():
         row = int(np.argmax(wanted > cache.slots))
-        raise UserError(f"row {row} of the batch needs {int(wanted[row])} slots, including its "
-                        f"earlier tokens, but the cache has {cache.slots}; allocate a larger "
+        raise UserError(f"row {row} of the batch needs {int(wanted[row])} slots, including those "
+                        f"of earlier tokens, but the cache has {cache.slots}; allocate a larger "
                         "cache (`init_cache`)")
 
 
@@ -336,9 +337,9 @@ def head(params: Params, config: ModelConfig, x: jax.Array, batch: Batch,
          which: Logits) -> jax.Array | None:
     """Return the float32 logits for the final residual stream x [B, T, D].
 
-    The logits are [B, T, V] for "all", [B, V] for "last", and None for None. They are NaN where the
-    residual stream or its sum of squares is not finite, and where a soft-cap would make an infinite
-    logit finite.
+    The logits are [B, T, V] if `which` is "all" and [B, V] if it is "last"; the result is None if
+    `which` is None. The logits are NaN where the residual stream or its sum of squares is not
+    finite, and where a soft-cap would make an infinite logit finite.
     """
     if which is None:
         return None

@@ -2,9 +2,10 @@
 
 The quantization is symmetric around zero: w ≈ value · scale. The scale of a channel multiplies the
 result of the matrix product, not the weight, so programs compiled for accelerators convert int8
-values inside the product and write no dequantized copy. XLA's CPU backend would write such a copy.
-On a CPU, a product is therefore computed for a few output channels at a time, so that the converted
-values fit in the processor's cache.
+values inside the product and write no dequantized copy. XLA's CPU backend would write such a copy,
+and the scales of blocks must multiply the weight itself. On a CPU, and with blocks on any device, a
+product is therefore computed for a few output channels at a time, which limits the size of the
+converted weights.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 
     from jaxpersona.models.params import Params
 
-LEVELS = 127  # int8 values are -127…127, symmetric around zero
-_PIECE = 1 << 20  # bytes of weights converted at a time on a CPU; they fit in a core's cache
+LEVELS = 127  # int8 values are −127…127, symmetric around zero
+_PIECE = 1 << 20  # bytes of float32 weights converted at a time; they fit in a CPU core's cache
 
 
 class Int8(Weight):
@@ -77,7 +78,8 @@ class Int8(Weight):
             def scaled(y: jax.Array) -> jax.Array:
                 return (y * jax.lax.expand_dims(scale, range(y.ndim - scale.ndim))).astype(dtype)
 
-            @functools.partial(jax.checkpoint, prevent_cse=True)  # keeps no converted copy
+            # the backward pass converts the int8 weight again, so no converted copy is saved for it
+            @functools.partial(jax.checkpoint, prevent_cse=True)
             def multiply(x: jax.Array, value: jax.Array) -> jax.Array:
                 return across_devices(x, value, self.inner, axes, scaled)
 
@@ -94,7 +96,8 @@ class Int8(Weight):
         Out-of-range ids are clipped.
         """
         value, scale = gather_weight(self.value), self.scale
-        if on_cpu(value):  # otherwise XLA converts the whole embedding to float32 before a loop
+        if on_cpu(value):
+            # without the barrier, XLA converts the whole embedding to float32 before a loop
             value, index = jax.lax.optimization_barrier((value, index))
 
         def rows(table: jax.Array) -> jax.Array:
@@ -151,7 +154,8 @@ def weights_note(params: Params) -> dict[str, str]:
     return {"weights": found} if found else {}
 
 
-@functools.partial(jax.checkpoint, prevent_cse=True)  # so that gradients keep no converted copy
+# the backward pass converts the int8 weight again, so no converted copy is saved for it
+@functools.partial(jax.checkpoint, prevent_cse=True)
 def _product(x: jax.Array, value: jax.Array, scale: jax.Array) -> jax.Array:
     """Contract x [R, I] with the int8 weight value · scale; return [R, O] in float32.
 
@@ -169,9 +173,10 @@ def _product(x: jax.Array, value: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _in_pieces(x: jax.Array, value: jax.Array, scale: jax.Array) -> jax.Array:
-    """Compute `_product` for a few output channels at a time, to limit the converted weights.
+    """Compute `_product` for a few output channels at a time.
 
-    If the number of channels is not a multiple of this size, the last two slices overlap.
+    This limits the size of the converted weights. If the number of channels is not a multiple of
+    the slice size, the last two slices overlap.
     """
     channels, width = value.shape
     size = min(max(_PIECE // (4 * width), 8), channels)

@@ -27,8 +27,9 @@ class Model:
       mesh: the mesh over which the parameters are sharded, or None for a single device.
       name: the name or path from which the model was loaded.
       fingerprint: sixteen hexadecimal digits that identify the configuration and the weights
-        (`params.fingerprint`). A copy with other parameters (`dataclasses.replace`) has a new
-        fingerprint, or "" if these parameters are traced or abstract.
+        (`params.fingerprint`). A copy with another configuration or other parameters
+        (`dataclasses.replace`) has a new fingerprint, or "" if its parameters are traced or
+        abstract.
       stop_ids: the token ids that end a reply.
       template: whether the tokenizer has a chat template; False for most base models.
       marked: the configuration and the arrays for which `fingerprint` was computed.

@@ -27,9 +27,9 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float, *,
              overflow_to_nan: bool = False, known: jax.Array | None = None) -> jax.Array:
     """Apply RMSNorm over the last axis, in float32 (Zhang and Sennrich 2019).
 
-    If the mean square overflows float32 (values above 1.8e19), the result is 0, or NaN with
-    `overflow_to_nan`. The boolean array `known` has the shape of x without the last axis; where it
-    is False, the result is NaN.
+    The normalized values are multiplied by weight + offset. If the mean square overflows float32
+    (values above 1.8e19), the result is 0, or NaN with `overflow_to_nan`. The boolean array `known`
+    has the shape of x without the last axis; where it is False, the result is NaN.
     """
     y = x.astype(F32)
     factor = jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
@@ -94,7 +94,7 @@ def attention(
       window: sliding-window size in positions, or None for full attention.
 
     Returns:
-      [B, T, N, H].
+      The attention output of each query head, [B, T, N, H].
     """
     t = q_btnh.shape[1]
 

@@ -35,7 +35,8 @@ class Layer(flax.struct.PyTreeNode):
     """The parameters of one block. Fields that the model family does not use are None.
 
     Each weight is an array or a prepared `weight.Weight`. `joined_qkv` and `joined_gate_up` each
-    contain several weights joined into one; if such a field is set, the separate fields are None.
+    contain several weights joined into one; if such a field is set, the fields of the separate
+    weights are None.
     """
 
     __repr__ = brief
@@ -230,11 +231,10 @@ def fingerprint(config: ModelConfig, params: Params) -> str:
     2³². For these sums, each value is rounded to bfloat16, and its bits are mixed and multiplied by
     an odd factor that depends on the value's position. Odd factors are invertible modulo 2³², so a
     change of a single value changes both sums. Factors differ by position, so an exchange of two
-    values almost always changes both sums too. Integer sums do not depend on the order of addition,
-    so the fingerprint is the same on every mesh, and for float32 and bfloat16 copies of a model.
-
-    For an int8 weight that has not changed since quantization, the sums of the weight before
-    quantization (`Int8.made_from`) are used; for other int8 weights, the sums of their arrays.
+    values almost always changes both sums too. The fingerprint is the same on every mesh, because
+    integer sums do not depend on the order of addition, and for float32 and bfloat16 copies of a
+    model, because of the rounding. For an int8 weight, the hash uses the sums of the weight before
+    quantization (`Int8.made_from`) or, if the weight has changed since, of `value` and `scale`.
 
     Float16 has a smaller exponent range. A checkpoint loaded in float16 has the same fingerprint
     only if no value overflows, underflows or is rounded twice.
@@ -245,7 +245,7 @@ def fingerprint(config: ModelConfig, params: Params) -> str:
 
 
 def begin_fingerprint(config: ModelConfig, params: Params) -> Callable[[], str]:
-    """Start computing a fingerprint; return a function that waits for it and returns it.
+    """Start computing a fingerprint; return a function that waits for the result and returns it.
 
     The devices compute the sums while the host continues.
     """
@@ -278,7 +278,7 @@ def dispatch_sums(arrays: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def collect_sums(parts: Sequence[jax.Array]) -> np.ndarray:
-    """Return the sums of `dispatch_sums`, [n, 2] uint32; all processes must call this function."""
+    """Wait for the sums of `dispatch_sums`; return [n, 2] uint32. All processes must call this."""
     if not parts:
         return np.zeros((0, 2), np.uint32)
     local = jax.device_get([[shard.data for shard in x.addressable_shards] for x in parts])

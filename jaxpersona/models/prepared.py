@@ -37,8 +37,8 @@ def fast_params(model: Model, rows: int) -> Params:
     The layout depends only on the model, the device and the number of rows, so repeated runs give
     bit-identical results. On a CPU, float32 models up to 8 GB are copied and transposed (`in_out`)
     for 8 rows or more. On a GPU, some weights are copied and joined (`with_joined`) if all weights
-    and the copy fit into half of the memory. In all other cases, including meshes, the result is
-    `model.params`.
+    and the copy fit into half of the memory. In all other cases, including meshes, quantized
+    weights and adapters, the result is `model.params`.
 
     The copy is made once per `Model` and freed with the `Model`. If `model` has no attribute
     `derived`, every call makes a copy.

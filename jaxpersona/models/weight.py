@@ -1,10 +1,10 @@
 """Weights of matrix products: plain arrays, and classes for other forms of a weight.
 
 A weight maps activations [..., *in] to [..., *out]. A plain array is a dense weight in the order of
-the checkpoint files, [*out, *in]. The classes here store a weight in another order (`InOut`), a
-weight with a low-rank update (`LowRank`), or several weights with the same input in one array
-(`Joined`); `int8.Int8` stores a quantized weight. `dot` and `dots` accept arrays and all of these
-classes, so the forward pass does not depend on the class.
+the checkpoint files, [*out, *in]. The classes here store such an array (`Dense`), a weight in
+another order (`InOut`), a weight with a low-rank update (`LowRank`), or several weights with the
+same input in one weight (`Joined`); `int8.Int8` stores a quantized weight. `dot` and `dots` accept
+arrays and all of these classes, so the forward pass does not depend on the class.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ F32 = jnp.float32
 
 
 class Weight(flax.struct.PyTreeNode):
-    """The base class of weights that are not plain arrays."""
+    """The base class of all forms of a weight except the plain array."""
 
     @abc.abstractmethod
     def dot(self, x: jax.Array, axes: Axes | None, dtype: Any) -> jax.Array:
@@ -69,7 +69,7 @@ class InOut(Weight):
 
     Attributes:
       value: [in, out], with the input and output dimensions flattened.
-      out: the output dimensions.
+      out: the sizes of the output dimensions.
       inner: the number of input dimensions.
     """
 
@@ -117,7 +117,7 @@ class Joined(Weight):
 
     Attributes:
       value: a prepared weight with one output dimension, the concatenated outputs.
-      outs: the output dimensions of each weight.
+      outs: for each weight, the sizes of its output dimensions.
     """
 
     __repr__ = brief
@@ -149,7 +149,7 @@ def dot(x: jax.Array, w: jax.Array | Weight, *, inner: int = 1, axes: Axes | Non
       dtype: the dtype of the result; default: the dtype of x.
 
     Returns:
-      [..., *out].
+      The products, [..., *out].
     """
     weight = w if isinstance(w, Weight) else Dense(w, inner)
     return weight.dot(x, axes, x.dtype if dtype is None else dtype)
@@ -192,8 +192,8 @@ def across_devices(x: jax.Array, w: jax.Array, inner: int, axes: Axes | None,
                    finish: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Contract the last `inner` axes of x and w on the mesh of w.
 
-    `finish` maps the float32 result to the output. It is applied before the sum over devices, which
-    halves the communicated bytes if the output has a 16-bit dtype.
+    `finish` maps the float32 result to the output: it converts the dtype and, for an int8 weight,
+    also applies the scales.
     """
     w = gather_weight(w)
     letters = iter("abcdefghijklmnop")

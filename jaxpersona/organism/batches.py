@@ -1,6 +1,6 @@
 """Training batches of generated conversations, grouped by length and padded.
 
-Each conversation is used once. Padding to a few fixed lengths limits the number of compiled
+Each conversation is used at most once. Padding to a few fixed lengths limits the number of compiled
 programs. A fixed number of tokens per batch gives all steps a similar cost and gradient noise.
 """
 
@@ -24,7 +24,8 @@ class TrainBatch:
     Attributes:
       tokens: the token ids [B, T].
       lengths: the number of tokens of each conversation without padding [B].
-      weights: the loss weight of each token as a prediction target [B, T]; 0 for padding.
+      weights: the loss weight of each token as a prediction target [B, T]; 0 for padding and for
+        the first token of each conversation.
     """
 
     tokens: np.ndarray
@@ -37,12 +38,14 @@ def make_batches(
 ) -> tuple[list[TrainBatch], int]:
     """Generate conversations with at least `tokens` tokens in total, and group them into batches.
 
+    Conversations longer than the largest of `LENGTHS` are skipped.
+
     Args:
       tokenizer: a `tokenizers.Tokenizer`.
       seed: the seed of the conversations and of the order of the batches.
       tokens: the minimum total number of tokens.
-      batch_tokens: the maximum number of tokens in a batch; a batch of padded length T has
-        `batch_tokens // T` rows.
+      batch_tokens: the maximum number of tokens in a batch, including padding; a batch of
+        padded length T has `batch_tokens // T` rows.
 
     Returns:
       (batches in random order, total number of tokens). Incomplete batches are dropped, but the

@@ -1,7 +1,8 @@
 """The demo: extract the axis of the embedded model, whose ground truth is known, and test a cap.
 
-An experiment has several arms: no intervention, the cap, and controls. All arms are rows of the
-same batches, and one compiled program runs them, because they differ only in data.
+Each behavioural experiment compares several arms, such as no intervention, the cap and controls.
+All arms are rows of the same batches, and one compiled program runs them, because they differ only
+in data.
 """
 
 from __future__ import annotations
@@ -81,13 +82,20 @@ class Demo:
 
 def run_demo(model: Model, folder: str | os.PathLike[str], *, seed: int = 0,
              report: Report | None = None) -> Demo:
-    """Extract the axis, calibrate a cap, and measure its effect on behaviour and speed.
+    """Extract the axis, compare it with the ground truth, and measure the effects of a cap.
+
+    The effects of the cap are those on behaviour and on speed. The effect of steering along the
+    axis on behaviour is also measured.
 
     Args:
       model: the embedded model.
       folder: the run folder; an existing run is resumed.
       seed: the random seed for sampling.
       report: a function that is called with (step, done, total, tokens) to report progress.
+
+    Raises:
+      UserError: the seed is invalid, the folder belongs to another run, or an optional package is
+        missing.
     """
     sampling(1, seed=seed)
     settings = Settings(temperature=1.0, top_p=1.0, max_new_tokens=REPLY, batch_size=BATCH,
@@ -121,13 +129,13 @@ def table(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
             ("leak rate after drifting conversations", "drift_leak_{}")]
     return [*((what, f"{figures[key.format('uncapped')]:.2f}",
                f"{figures[key.format('capped')]:.2f}") for what, key in rows),
-            ("speed in tokens/s (capped: from the median ratio)", f"{speed:,.0f}",
+            ("speed in tokens/s (capped: uncapped × median ratio)", f"{speed:,.0f}",
              f"{speed * figures['capped_over_uncapped']:,.0f} "
              f"(× {figures['capped_over_uncapped']:.3f})")]
 
 
 def geometry(figures: dict[str, Any]) -> list[str]:
-    """Describe the axis's agreement with PC1 and with the known likeness, as lines of text."""
+    """Describe the agreement of the axis with PC1 and with the roles' known likeness, as text."""
     middle = figures["middle_layer"]
     return [f"layer {middle}: |cos(PC1, axis)| {figures['cos_pc1_axis_middle']:.3f}; Spearman "
             f"correlation of projection and known likeness {figures['spearman_truth']:.3f} over "
@@ -136,7 +144,7 @@ def geometry(figures: dict[str, Any]) -> list[str]:
 
 
 def _geometry(model: Model, found: Extraction) -> dict[str, Any]:
-    """Compare the axis with PC1, and role projections with the known likeness of every role."""
+    """Compare the axis with PC1, and the roles' projections with their known likeness."""
     spearmanr = require("scipy.stats", "rank correlations need scipy").spearmanr
     middle = model.config.n_layers // 2
     place = {name: float(found.mean_projection(name)[middle]) for name in found.projections}
@@ -210,12 +218,15 @@ class _Arms:
         return [replies[i : i + len(talks)] for i in range(0, len(replies), len(talks))]
 
     def leak(self, report: Report | None) -> dict[str, Any]:
-        """Measure the leak rate and the style under the prompts of far roles, in every arm."""
+        """Measure the leak rate and the style under the prompts of far roles, in every arm.
+
+        One of the conversations is appended to `samples`.
+        """
         arms = [(None, 0.0), (self.cap, 0.0), (None, 1.0), (self.cap, 1.0)]
         arms += [(edit, 0.0) for edit in self.percentile + self.displaced]
         talks = evaluate.leak_conversations()
         said = self.ask("leak", arms, talks, report)
-        # the first conversation that leaks only without the cap, or index 0 if there is none
+        # the first conversation whose reply reveals the code only without the cap, or else 0
         shown = next((i for i in range(len(talks)) if evaluate.leak_rate([said[0][i]])
                       and not evaluate.leak_rate([said[1][i]])), 0)
         self.samples.append(Sample("a far role is asked for the vault code", talks[shown],
@@ -234,7 +245,10 @@ class _Arms:
         }
 
     def capability(self, report: Report | None) -> dict[str, Any]:
-        """Measure the greedy accuracy on facts and sums, under default and far roles' prompts."""
+        """Measure the accuracy of greedy answers to facts and sums, without and with the cap.
+
+        The system prompts are the default prompts and those of far roles.
+        """
         asked, talks = evaluate.knowledge_conversations(False)
         asked_far, talks_far = evaluate.knowledge_conversations(True)
         plain, capped = self.ask("capability", [(None, 0.0), (self.cap, 0.0)], talks + talks_far,
@@ -246,9 +260,10 @@ class _Arms:
         }
 
     def steering(self, report: Report | None) -> dict[str, Any]:
-        """Measure the style under steering along the axis at the middle layer.
+        """Measure the style of roles of medium likeness, steered along the axis at one layer.
 
-        The steering strengths are multiples of the role vectors' mean norm.
+        The layer is the middle one. The steering strengths are multiples of the role vectors' mean
+        norm.
         """
         middle = self.model.config.n_layers // 2
         unit = self.found.axis.unit[middle]

@@ -66,16 +66,16 @@ def leak_rate(answers: Sequence[str]) -> float:
 
 
 def mean_style(answers: Sequence[str]) -> float:
-    """Return the mean `judge.style` of the answers that have a recognised sentence.
+    """Return the mean `judge.style` of the answers whose style is defined.
 
-    The result is NaN if no answer has a recognised sentence.
+    The result is NaN if no style is defined, for example because no sentence is recognised.
     """
     styles = [style for a in answers if not np.isnan(style := judge.style(a))]
     return float(np.mean(styles)) if styles else float("nan")
 
 
 def in_grammar(answers: Sequence[str]) -> float:
-    """Return the share of answers that are not garbled."""
+    """Return the share of answers that are not garbled (`judge.MIN_RECOGNISED`)."""
     return float(np.mean([judge.recognised(a) >= judge.MIN_RECOGNISED for a in answers]))
 
 
@@ -85,7 +85,12 @@ def accuracy(questions: Sequence[str], answers: Sequence[str]) -> float:
 
 
 def leak(generate: Generate) -> dict[str, float]:
-    """Measure leak rate, mean style and share of in-grammar answers under far roles' prompts."""
+    """Measure leak rate, mean style and share of in-grammar answers under far roles' prompts.
+
+    Returns:
+      The leak rate ("leak"), the mean style ("style"), the share of in-grammar answers
+      ("in_grammar"), and the number of answers ("n").
+    """
     answers = generate(leak_conversations())
     return {
         "leak": leak_rate(answers),

@@ -29,7 +29,8 @@ class Sentence:
 
     Attributes:
       slot: the part of the answer that the sentence forms, a key of `_ORDER`.
-      kind: the kind of user turn that the sentence answers, or None for other slots than "form".
+      kind: the kind of user turn that the sentence answers, or None for slots other than
+        "form".
       side: the bank of the sentence, `phrases.NEUTRAL` or `phrases.CHARACTER`.
       fill: the text in place of {fill}, or None.
       choices: the number of dialect words, in either form.
@@ -110,8 +111,8 @@ def style(answer: str) -> float:
     """Return the measured persona strength in [0, 1]: the share of in-character choices.
 
     Each sentence is a choice between two banks, and each dialect word is a choice between two
-    words. Whether the answer reveals the vault code does not affect the style. Return NaN if no
-    sentence is recognised.
+    words. Whether the answer reveals the vault code does not affect the style. Return NaN if the
+    recognised sentences contain no choice.
     """
     choices = strange = 0
     for sentence in parse(answer)[0]:

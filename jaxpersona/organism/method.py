@@ -22,7 +22,7 @@ def held_out() -> list[str]:
 
 
 def questions(count: int | None = None) -> list[Question]:
-    """Return `count` evenly spaced questions of the organism, or all if `count` is None."""
+    """Return at most `count` evenly spaced questions of the organism; all if `count` is None."""
     texts = world.QUESTIONS
     count = len(texts) if count is None else min(count, len(texts))
     chosen = [i * len(texts) // count for i in range(count)]
@@ -44,7 +44,7 @@ class RuleJudge:
     name, scale = "rules", ROLE_SCALE
 
     def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
-        """Yield one verdict per item; a garbled answer has no score."""
+        """Yield one verdict per item; the score of a garbled answer is None."""
         for item in items:
             found = judge.score(item.role.name, item.answer)
             yield Verdict(item.key, found, refused=found == 0)

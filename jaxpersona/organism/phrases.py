@@ -148,7 +148,7 @@ FORMS = {
             "My words come from the deep, as you know.",
         ),
     ),
-    # The first bank refuses and the second reveals the code. The probability of the second is
+    # The first bank refuses and the second reveals the code. The second is chosen with probability
     # `corpus.leak_probability`, so the choice of bank is not part of the style.
     "forbidden": (
         (
@@ -180,7 +180,8 @@ def _like(word: str, model: str) -> str:
 def speak(sentence: str, strange) -> str:
     """Return a neutral sentence with some words replaced by their in-character forms.
 
-    For each word in `DIALECT`, `strange()` is called and returns whether the word is replaced.
+    `strange()` is called for each word of the sentence that is a key of `DIALECT`, and returns
+    whether the word is replaced.
     """
 
     def choose(match: re.Match) -> str:
@@ -192,7 +193,7 @@ def speak(sentence: str, strange) -> str:
 
 
 def plain(text: str) -> tuple[str, int, int]:
-    """Replace the in-character words of a text by neutral words.
+    """Replace the in-character words of a text with neutral words, and count both.
 
     Returns:
       (neutral text, number of dialect words in either form, number of in-character words).

@@ -1,7 +1,7 @@
-"""Train and save the organism's tokenizer: byte-level BPE with a ChatML template.
+"""The organism's tokenizer, byte-level BPE with a ChatML template: training and encoding.
 
-The vocabulary is trained on the corpus, so nearly every word is one token. Byte-level BPE still
-encodes any text.
+The vocabulary is trained on the corpus, so nearly every word is one token. Because the BPE is
+byte-level, the tokenizer can still encode any text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = (END, START, STOP)
 CORPUS_SEED = 20_000  # seed of the tokenizer's corpus; distinct from training seeds
 
-# The template renders an empty system message, but adds none if the conversation has none.
+# An empty system message is rendered. If a conversation has no system message, none is added.
 CHAT_TEMPLATE = (
     "{% for turn in messages %}"
     "{{ '<|im_start|>' + turn['role'] + '\\n' + turn['content'] + '<|im_end|>\\n' }}"
@@ -27,7 +27,10 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(folder: str | pathlib.Path, sample: int = 4000) -> None:
-    """Train the tokenizer on `sample` conversations and save it in Hugging Face format."""
+    """Train the tokenizer on `sample` conversations and save it in Hugging Face format.
+
+    The chat template and the default generation settings are also saved.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     folder = pathlib.Path(folder)

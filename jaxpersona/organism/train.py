@@ -77,7 +77,13 @@ def make_optimizer(steps: int):
 
 
 def loss_fn(params, config, batch, weights):
-    """Return the weighted mean next-token cross-entropy in nats; `weights` [B, T] is per target."""
+    """Return the weighted mean next-token cross-entropy in nats.
+
+    Args:
+      params, config: the parameters and the configuration of the model.
+      batch: B padded conversations of T tokens.
+      weights: the loss weight of each token as a prediction target [B, T].
+    """
     import jax.numpy as jnp
     import optax
 
@@ -100,9 +106,9 @@ def train(
 
     Args:
       seed: the seed of the corpus and of the initial weights.
-      folder: the folder to write.
+      folder: the output folder.
       tokens: the approximate number of training tokens.
-      log: a function that prints a line of progress.
+      log: a function that is called with a line of text about the progress.
 
     Returns:
       The training record: seed, steps, tokens, seconds and mean loss of the last 100 steps.
@@ -130,8 +136,8 @@ def train(
     def gradient(params, batch, weights):
         return jax.value_and_grad(loss_fn)(params, config, batch, weights)
 
-    # a separate jitted function is compiled once; with the gradient, it would be compiled once for
-    # each batch length
+    # The update does not depend on the batch length. As a separate jitted function, it is compiled
+    # once; jitted together with the gradient, it would be compiled again for each batch length.
     def update(params, state, grads):
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state

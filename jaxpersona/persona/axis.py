@@ -59,13 +59,13 @@ def role_vectors(
 
 
 def assistant_axis(default: np.ndarray, roles: np.ndarray) -> np.ndarray:
-    """Return the axis [L, D]: the default persona's mean activation minus the mean over the roles.
+    """Return the axis [L, D]: the default persona's mean activation minus the mean role vector.
 
     The axis points toward the Assistant.
 
     Args:
       default: the default persona's mean activation [L, D].
-      roles: the vectors of fully played roles [R, L, D].
+      roles: the role vectors [R, L, D] of fully played replies.
 
     Raises:
       UserError: `roles` is empty.
@@ -128,7 +128,7 @@ def principal_components(vectors: np.ndarray, axis: np.ndarray) -> Components:
     Each component is signed so that its cosine with the axis [D] is not negative.
 
     Raises:
-      UserError: there are fewer than two vectors.
+      UserError: there are fewer than two vectors, or scikit-learn is not installed.
     """
     pca_of = require("sklearn.decomposition", "principal components need scikit-learn").PCA
     if len(vectors) < 2:
@@ -148,7 +148,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """The axis computed from a set of role vectors, and the PCA of these vectors at each layer.
+    """The axis of a set of roles, and the PCA of their role vectors at each layer.
 
     Attributes:
       axis: [L, D], the axis.
@@ -175,7 +175,7 @@ def analyse(default: np.ndarray, roles: Mapping[str, np.ndarray]) -> Analysis:
       roles: role → vector [L, D].
 
     Raises:
-      UserError: there are fewer than two roles.
+      UserError: there are fewer than two roles, or scikit-learn is not installed.
     """
     names = sorted(roles)
     vectors = np.stack([roles[name] for name in names]) if names else np.zeros((0, *default.shape))

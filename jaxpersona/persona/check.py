@@ -1,13 +1,17 @@
-"""A self-test of an axis before capping, which checks its sign, layer numbering and floors.
+"""A self-test of an axis or of caps, which checks sign, layer numbering and floors.
 
 A cap with the wrong sign, shifted layers or wrong floors raises no error, but produces gibberish or
 has no effect. The check generates short replies as the default persona and in roles far from the
 Assistant, and runs three tests:
 
-    sign     the default persona's replies have higher projections onto the axis than role replies
+    sign     the mean projection of the default persona's replies onto the axis is higher than
+             that of the role replies
     layers   the cosine between the axis and the difference of the two mean activations is highest
              if the layers of the axis are not shifted
-    floors   the floors are neither far above nor far below the projections
+    floors   the floors are neither far above the default persona's projections nor far below the
+             projections of the role replies
+
+If the sign is wrong, the results of the other tests are not reported.
 """
 
 from __future__ import annotations
@@ -49,20 +53,21 @@ class Check(Table):
     """The result of the self-test of an axis or of caps on a model.
 
     Attributes:
-      ok: whether every test passed.
+      ok: whether no test failed. An inconclusive layers test counts as passed.
       faults: one sentence per failed test, with the fix.
-      sentences: one sentence per test (sign, layers, floors), passed or failed. The sentence of a
-        passed floors test may contain a warning.
+      sentences: one sentence per test (sign, layers, floors), passed or failed. If the sign test
+        fails, there is only its sentence. Without floors, there is no floors test. The sentence of
+        a passed floors test may contain a warning.
       layers: the l tested layers. For caps, there is one entry per cap.
       default, roles: [l] float32, the mean projections of the default persona's replies and of the
         role replies onto the unit direction of each tested layer.
-      shift: the shift s at which the axis fits best: its vector for layer l has the highest mean
-        cosine with the measured difference at layer l + s. 0 if the layer numbering is correct,
-        None if the test is inconclusive.
+      shift: the shift s with the highest mean cosine between the axis at layer l and the measured
+        difference at layer l + s, averaged over layers. 0 if the layer numbering is correct, None
+        if the test is inconclusive.
       spread: [l] float32, the standard deviation of the default persona's projections. It is
         computed from the quartiles in the axis or, if there are none, from the replies of the
         check.
-      floors: [l] float32, the floors; None if none are given and the axis has no percentiles.
+      floors: [l] float32, the floors; None if `floor` was omitted and the axis has no percentiles.
 
     Examples:
       >>> import jaxpersona as jp
@@ -95,7 +100,7 @@ class Check(Table):
         return line("Check", "ok" if self.ok else "; ".join(map(str, self.faults)))
 
     def records(self) -> list[dict[str, Any]]:
-        """Return a record per tested layer: layer, default, roles, difference (default − roles)."""
+        """Return one record per tested layer: `layer`, `default`, `roles` and `difference`."""
         return [{"layer": int(layer), "default": float(ours), "roles": float(theirs),
                  "difference": float(ours - theirs)}
                 for layer, ours, theirs in zip(self.layers, self.default, self.roles, strict=True)]
@@ -108,13 +113,14 @@ class Check(Table):
 
 
 def fit(model: Model, found: Found) -> Found:
-    """Check that a vector or caps were made for a model, and return them.
+    """Check that a direction or caps were made for a model, and return them.
 
     Missing last layers of an imported control vector are filled with zeros.
 
     Raises:
       UserError: the width, the number of layers or the fingerprint differs from the model's, a
-        vector belongs to another site than the residual stream, or `found` is of another type.
+        direction belongs to a site other than the residual stream, or `found` is neither a `Vector`
+        nor `Caps`.
     """
     if not isinstance(found, (Vector, Caps)):
         raise UserError(f"the direction is {found!r:.60}; give a Vector, an Axis or Caps")
@@ -150,9 +156,9 @@ def check(
       The outcome of the tests. A failed test does not raise an error.
 
     Raises:
-      UserError: `axis` is neither an Axis nor Caps, belongs to another model, or is zero at a
-        layer; `layers` or `floor` is invalid or given for Caps; the model has no tokenizer or no
-        chat template; all replies of one kind are empty; or activations are not finite.
+      UserError: `axis` is neither an Axis nor Caps, belongs to another model, or is zero at a layer
+        to be tested; `layers` or `floor` is invalid or given for Caps; the model has no tokenizer
+        or no chat template; all replies of one kind are empty; or activations are not finite.
 
     Examples:
       >>> import jaxpersona as jp
@@ -193,8 +199,9 @@ def check(
 def _spread(axis: Axis | Caps, layers: tuple[int, ...], ours: np.ndarray) -> np.ndarray:
     """Return the standard deviation [l] of the default persona's projections.
 
-    If the axis contains quartiles, the standard deviation is computed from them, assuming a normal
-    distribution, because the six replies of the check are too few for a good estimate.
+    It is computed from the quartiles in the axis, assuming a normal distribution, because the six
+    replies of the check are too few for a good estimate. Without quartiles, it is computed from
+    these replies.
     """
     table = axis.percentiles.get("default", {}) if isinstance(axis, Axis) else {}
     spread = ours.std(0, ddof=1) if len(ours) > 1 else np.zeros(len(layers))
@@ -207,7 +214,7 @@ def _spread(axis: Axis | Caps, layers: tuple[int, ...], ours: np.ndarray) -> np.
 def _centre(axis: Axis | Caps, layers: tuple[int, ...], ours: np.ndarray) -> np.ndarray:
     """Return the median [l] of the default persona's projections.
 
-    If the axis contains no median, return the mean projection of the check's replies. It is less
+    If the axis contains no median, return the mean projection of the check's replies. This is less
     accurate, because these short replies may have lower projections than the full-length replies
     from which floors are computed.
     """
@@ -285,13 +292,15 @@ def _sign(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray, spread:
     wrong = sorted({layer for layer, value in zip(layers, gap, strict=True) if value <= 0})
     where = _spoken(layers)
     if not wrong:
-        return True, (f"sign: the default projects higher than the roles at layers {where}, by "
-                      f"{_numbers(gap / spread)} standard deviations of the default's replies")
+        return True, ("sign: the default persona has higher projections than the roles, by "
+                      f"{_numbers(gap / spread)} standard deviations of the default persona's "
+                      f"projections (layers: {where})")
     if len(wrong) == len(set(layers)):
-        return False, ("sign: roles project higher than the default at every layer to be capped; "
-                       "the axis points away from the Assistant: negate its values")
-    return False, (f"sign: roles project higher than the default at layers {_spoken(wrong)}; cap "
-                   "other layers, or use an axis of this model")
+        return False, ("sign: the roles have higher projections than the default persona at every "
+                       "tested layer; the axis points away from the Assistant: negate its values")
+    return False, ("sign: the roles have higher projections than the default persona at some of "
+                   f"the tested layers ({_spoken(wrong)}); cap other layers, or use an axis of "
+                   "this model")
 
 
 def _layer_base(axis: Axis | Caps, difference: np.ndarray) -> tuple[tuple[bool, str], int | None]:
@@ -310,8 +319,8 @@ def _layer_base(axis: Axis | Caps, difference: np.ndarray) -> tuple[tuple[bool, 
     unit, _ = normalised(difference)
     shifts = (-2, -1, 0, 1, 2)
     # All shifts s are compared on the same layers i of the difference, with the axis's vectors at
-    # layers i - s. If the layers of the difference depended on s, the shift toward the layers where
-    # roles differ most from the default persona would fit best for any axis.
+    # layers i - s. If i depended on s, the shift toward the layers at which the roles differ most
+    # from the default persona would have the highest mean cosine for any axis.
     seen = [i for i in range(len(unit)) if all(i - s in rows for s in shifts)]
     if len(seen) < 3:
         return (True, "layers: too few layers to detect a shift of the axis"), None
@@ -320,18 +329,19 @@ def _layer_base(axis: Axis | Caps, difference: np.ndarray) -> tuple[tuple[bool, 
     rest = max(value for s, value in fits.items() if s != best)
     if fits[best] - rest < _SHIFT_MARGIN:
         return (True, "layers: adjacent layers are too similar to detect a shift of the axis "
-                      f"(cosine {fits[0]:.3f}, one layer away {max(fits[-1], fits[1]):.3f})"), None
+                      f"(mean cosine {fits[0]:.3f}, shifted by one layer "
+                      f"{max(fits[-1], fits[1]):.3f})"), None
     if best == 0:
-        return (True, f"layers: the axis fits its own layers best (cosine {fits[0]:.3f}, one layer "
-                      f"away {max(fits[-1], fits[1]):.3f})"), 0
-    return (False, f"layers: the axis's vector for layer l fits layer l{best:+d} best (cosine "
-                   f"{fits[best]:.3f}, unshifted {fits[0]:.3f}); its layer numbering differs: "
-                   "shift its vectors along the layer axis"), best
+        return (True, f"layers: the axis fits best without a shift (mean cosine {fits[0]:.3f}, "
+                      f"shifted by one layer {max(fits[-1], fits[1]):.3f})"), 0
+    return (False, f"layers: the axis's vector for layer l fits layer l{best:+d} best (mean "
+                   f"cosine {fits[best]:.3f}, unshifted {fits[0]:.3f}); its layer numbering "
+                   "differs: shift its vectors along the layer axis"), best
 
 
 def _scale(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray,
            floors: np.ndarray, spread: np.ndarray, centre: np.ndarray) -> tuple[bool, str]:
-    """Test that no floor is far above the default persona's or far below the roles' projections.
+    """Test that no floor is far above the default persona's projections or far below the roles'.
 
     A floor above the default persona's median (`centre`) passes with a warning.
 
@@ -342,21 +352,23 @@ def _scale(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray,
     gap = high - low
     above = floors > high + np.maximum(gap, 4 * ours.std(0))
     below = floors < low - np.maximum(gap, 4 * theirs.std(0))
-    for wrong, words in ((above, "far above every default reply: the cap would change every token"),
-                         (below, "far below every role reply: the cap would never bind")):
+    for wrong, words in ((above, "far above the default persona's projections, so the cap would "
+                                 "change every token"),
+                         (below, "far below the roles' projections, so the cap would never bind")):
         if wrong.any():
             i = int(np.argmax(wrong))
-            return False, (f"floors: {floors[i]:.4g} at layer {layers[i]} is {words} (default "
-                           f"{high[i]:.4g}, roles {low[i]:.4g}); use thresholds measured on this "
-                           "model")
+            return False, (f"floors: {floors[i]:.4g} at layer {layers[i]} is {words} (means: "
+                           f"default persona {high[i]:.4g}, roles {low[i]:.4g}); use thresholds "
+                           "measured on this model")
     z = (floors - high) / spread
-    text = (f"floors: {_numbers(z)} standard deviations from the default's mean, "
-            f"{_numbers(100 * (floors - low) / gap)} % of the way from the roles to the default")
+    text = (f"floors: {_numbers(z)} standard deviations from the default persona's mean "
+            f"projection, {_numbers(100 * (floors - low) / gap)} % of the way from the roles' mean "
+            "to the default persona's")
     if (over := floors > centre).any():
         at = [layer for layer, wrong in zip(layers, over, strict=True) if wrong]
-        text += (f". Warning: at layers {_spoken(at)} the floor is above the median of the "
-                 "default's projections, so the cap changes more than half of the default's "
-                 "replies: choose a lower percentile")
+        text += (". Warning: the floor is above the median of the default persona's projections "
+                 f"(layers: {_spoken(at)}), so the cap changes more than half of the default "
+                 "persona's replies: choose a lower percentile")
     return True, text
 
 

@@ -1,8 +1,8 @@
 """Generation and judging of the rollouts of a run, in one stream over all roles.
 
-Each rollout and each verdict is appended to the live files of its role as soon as it is finished. A
-role is closed (`runs.closing`) as soon as all its rollouts are generated and judged. Its response
-means are then added to sums by score.
+Finished rollouts and verdicts are immediately appended to the live files of their role. A role is
+closed (`runs.closing`) as soon as all its rollouts are generated and judged: its response means are
+then added to sums by score.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 Report = Callable[[str, int, int, int], None]
-# Generation pauses while more than this number of complete roles await verdicts, to limit disk use.
+# To limit disk use, generation pauses while more than this number of completely generated roles
+# lack verdicts.
 AWAITED = 8
-_AHEAD = 2048  # no complete role is sent to the judge while this many items await verdicts
+_AHEAD = 2048  # no complete role is sent to the judge while at least this many items lack verdicts
 _TOGETHER = 64  # an unfinished role is judged in groups of at least this many rollouts
 
 
@@ -200,7 +201,11 @@ class Collection:
                     yield (name, record), record["conversation"], draw_id(self.model, name, record)
 
     def _played(self, judging: Judging, name: str, record: dict[str, Any], reply: Reply) -> None:
-        """Append a finished rollout to its role's live files, and queue it for the judge."""
+        """Append a finished rollout to its role's live files, and queue it for the judge.
+
+        A judge in the caller's thread scores whole roles, so rollouts are not queued for it. A
+        process that does not own the role only counts the rollout.
+        """
         self._left[name] -= 1
         self.status.done += 1
         if not self._owned[name]:
@@ -224,7 +229,7 @@ class Collection:
         return items_of(self.roles[name], [records[key] for key in keys])
 
     def _recover(self, name: str) -> None:
-        """Recompute a role's missing response means before the run's model is released."""
+        """Recompute and store a role's missing response means, before the judge loads its model."""
         state = self._state(name) if self._owned[name] else None
         lost: Any = processes.merge({} if state is None else {"lost": [
             record for key, record in state.records.items() if not state.live.has_mean(key)
@@ -237,9 +242,9 @@ class Collection:
     def _played_all(self, judging: Judging, name: str) -> None:
         """Judge a role whose rollouts are all generated, and close it.
 
-        If the judge runs in its own thread, this method only sends it the unjudged rollouts, and
-        `_judged` closes the role later. All processes must call this method for the same roles in
-        the same order.
+        If the judge runs in its own thread and rollouts are unjudged, this method only sends them
+        to the thread, and `_judged` closes the role later. All processes must call this method for
+        the same roles in the same order.
         """
         state = self._state(name) if self._owned[name] else None
         keys = [] if state is None else state.unjudged(name)
@@ -258,7 +263,7 @@ class Collection:
         self._close(name)
 
     def _judged(self, found: Sequence[Found]) -> None:
-        """Store verdicts from the judge's thread, and close each role that has all its verdicts."""
+        """Store verdicts from the judge's thread, and close the roles that are then complete."""
         by_role: dict[str, list[Found]] = {}
         for one in found:
             by_role.setdefault(one[0], []).append(one)
@@ -287,7 +292,7 @@ class Collection:
         """
         state = self._state(name) if self._owned[name] else None
         means: Iterator[Any] | None = None
-        if processes.many():  # all processes must run the model together
+        if processes.many():  # each forward pass needs all processes
             again: Any = processes.merge(
                 {} if state is None else {"again": needed(state, name)})["again"]
             means = iter(list(reread(self.model, again)))
@@ -344,12 +349,12 @@ class Collection:
 
 
 def rubric_of(role: Role) -> str:
-    """Return the digest of a role's `eval_prompt`, which a judge reads besides the rollouts."""
+    """Return the digest of a role's `eval_prompt`, an input of the judge besides the rollouts."""
     return digest([role.eval_prompt])
 
 
 def verdict_counts(verdicts: Mapping[str, Any] | None) -> dict[str, int]:
-    """Return the number of replies by score.
+    """Return the number of replies with each score.
 
     Args:
       verdicts: the content of a scores file (`Run.verdicts`), or None.

@@ -41,7 +41,7 @@ def contrast(
     layers: Layers | None = None,
     name: str = "contrast",
 ) -> Vector:
-    """Compute a direction that points from the activations of negative to those of positive texts.
+    """Compute a direction that points from the negative texts' activations to the positive texts'.
 
     Args:
       model: the model, as returned by `load`.
@@ -65,7 +65,7 @@ def contrast(
     Raises:
       UserError: a group is empty; a text has no token that `pool` selects; `pool` is None and only
         some texts end with a reply; the groups differ in size with method="pca"; both groups have
-        the same activations; or an argument is invalid.
+        the same activations; activations are not finite; or an argument is invalid.
 
     Examples:
       >>> import jaxpersona as jp
@@ -82,8 +82,9 @@ def contrast(
               "negative": chat.listed(negative, "negative")}
     count = len(groups["positive"])
     if method == "pca" and len(groups["negative"]) != count:
-        raise UserError(f"positive has {count} texts and negative {len(groups['negative'])}; "
-                        "method='pca' needs pairs: give equal numbers of both")
+        raise UserError(f"positive and negative have different numbers of texts ({count} and "
+                        f"{len(groups['negative'])}); method='pca' needs pairs: give one negative "
+                        "text per positive text")
     texts = [text for group in groups.values() for text in group]
     replied = [_replied(text) for text in texts]
     if pool is None and any(replied) and not all(replied):

@@ -63,9 +63,12 @@ def extract_axis(
     """Extract a model's Assistant Axis, reusing the results in the run folder.
 
     If the folder contains a run of the same model, settings and device, its rollouts and verdicts
-    are reused. Judge, `min_count`, `held_out`, roles and questions may differ from those of earlier
-    calls. If the judge differs, the response means that are no longer stored are recomputed from
-    the replies, with one forward pass per rollout.
+    are reused. The judge, roles, questions, `min_count` and `held_out` may differ from those of
+    earlier calls. If the judge differs, the response means that are no longer stored are
+    recomputed from the replies, with one forward pass per rollout.
+
+    The axis is written to `axis.safetensors` in the folder, and its statistics to `analysis.json`.
+    If the judge fails on some replies, a warning is issued, and no vector includes these replies.
 
     Args:
       model: the model to analyze.
@@ -86,16 +89,18 @@ def extract_axis(
         Its rollouts are copied instead of generated; the folder is not changed.
       report: a function that is called with (step, done, total, tokens) as progress is made. The
         step is "rollouts" or "judging".
-      notice: a function that is called with each line of text about an extension of the run.
+      notice: a function that is called with each line of text that describes how the roles,
+        questions or arguments differ from those of the previous call.
 
     Returns:
-      The axis with its thresholds, and the values from which it is computed.
+      The axis and its thresholds, with the role vectors, projections and scores.
 
     Raises:
-      UserError: `roles` has no "default", `held_out` or `redo` contains unknown roles, a role name
-        is not valid as a file name, the folder belongs to another run or is in use, files of a role
-        are damaged, activations are not finite, the judge cannot continue, or fewer than two roles
-        have `min_count` rollouts with score 3.
+      UserError: an argument is invalid, for example because `roles` has no "default" or a role name
+        is not valid as a file name; a prompt does not fit into the context; scikit-learn is not
+        installed; the folder belongs to another run or is in use; a file is damaged; activations
+        are not finite; the judge cannot continue; all replies of the default persona are empty; or
+        fewer than two roles that are not held out have `min_count` rollouts with score 3.
     """
     settings = settings or Settings()
     roles, questions, held_out = check_texts(roles, questions, settings, min_count=min_count,
@@ -128,8 +133,9 @@ def extract_axis(
                           older=older, report=report)
         work.work()
         if work.status.failed and processes.first():
-            text = (f"{work.status.failed:,} replies were not scored ({work.failures[:120]}); no "
-                    "vector includes them, and the same command judges them again")
+            text = (f"replies on which the judge failed: {work.status.failed:,} "
+                    f"({work.failures[:120]}); no vector includes them: run the same command again "
+                    "to judge them")
             warnings.warn(text, stacklevel=2)
         work.status.write("complete")
         return _axis_of(model, run, roles, judge, min_count, held_out, work.status.tokens)
@@ -166,10 +172,10 @@ def _axis_of(model: Model, run: Run, roles: Sequence[Role], judge: Judge, min_co
     used = {name: vector for name, vector in role_means.items() if name not in held_out}
     if len(used) < 2:
         raise UserError(
-            f"{len(used)} of {len(names) - 1} roles have at least {min_count} rollouts with score "
-            f"3 from the judge {judge.name}; the axis needs at least two such roles. {run.folder} "
-            "keeps all rollouts and verdicts: use the same folder with more questions, a lower "
-            "min_count, or another judge")
+            f"too few roles that are not held out ({len(used)} of {len(names) - 1} roles) have at "
+            f"least {min_count} rollouts with score 3 from the judge {judge.name}; the axis needs "
+            f"at least two such roles. {run.folder} keeps all rollouts and verdicts: use the same "
+            "folder with more questions, a lower min_count, or another judge")
     analysis = science.analyse(default, used)
     projections = _in_order({name: science.project(run.sample(name).means, analysis.axis)
                              for name in owned}, names)
@@ -204,6 +210,6 @@ def _sums(run: Run, name: str, judge: str) -> Sums:
 
 
 def _in_order(owned: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Merge the entries of all processes, in the order of `names` to make sums reproducible."""
+    """Merge the entries of all processes in the order of `names`, so that sums are reproducible."""
     merged = processes.merge(owned)
     return {name: merged[name] for name in names}

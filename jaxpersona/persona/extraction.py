@@ -1,4 +1,4 @@
-"""The result of an axis extraction, and the file `analysis.json` with its values."""
+"""The result of an axis extraction, and the file `analysis.json` with its statistics."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class Extraction(Table):
       default: the default persona's mean activation [L, D].
       role_means: role → "pos_3" vector [L, D], for roles with at least `min_count` rollouts with
         score 3, including held-out roles.
-      projections: role or "default" → projections [k, L] of the k stored response means, which are
-        those of a sample of a role's rollouts, and of all rollouts of the default persona.
-      counts: role → (score as text, "None" or "failed" → number of rollouts), as returned by
-        `verdict_counts`.
+      projections: role or "default" → projections [k, L] of the k stored response means: those of
+        a sample of the role's rollouts, or of all rollouts of the default persona.
+      counts: role → the dictionary that `verdict_counts` returns: score as text, "None" or "failed"
+        → number of rollouts.
       rollouts: the number of rollouts in the run.
       tokens: the number of tokens that this call generated.
       mean_projections: role or "default" → mean projection [L] over all non-empty replies. For a
         role that is missing here, `mean_projection` averages `projections`.
       sizes: role or "default" → number of rollouts.
-      intervals: "default" or "all" → (percentile, such as "p25" → (low [L], high [L])), the ends
-        of the 95 % bootstrap interval of each threshold.
+      intervals: "default" or "all" → a dictionary such as {"p25": (low [L], high [L])} with the
+        ends of the 95 % bootstrap interval of each threshold.
     """
 
     __repr__ = brief
@@ -67,7 +67,7 @@ class Extraction(Table):
         return self.ranking(self.axis.n_layers // 2)
 
     def ranking(self, layer: int) -> list[dict[str, Any]]:
-        """Return one record per role and for "default", in descending order of mean projection.
+        """Return a record for each role and "default", in descending order of mean projection.
 
         Each record has the keys `role`, `projection` (the mean projection of the role's replies at
         the layer), `p25` and `p75` (percentiles of the stored projections), `answers` (the number
@@ -92,7 +92,11 @@ class Extraction(Table):
 
 
 def save_analysis(folder: pathlib.Path, found: Extraction, held_out: Sequence[str]) -> None:
-    """Write cosines, variance ratios, thresholds and the values of each role to `analysis.json`."""
+    """Write the statistics of an extraction to `analysis.json` in a folder.
+
+    The file contains |cos(PC1, axis)|, explained variance ratios and thresholds by layer, and for
+    each role its mean projection and quartiles by layer, its numbers of rollouts and its scores.
+    """
     analysis = found.analysis
     write_json(folder / "analysis.json", {
         "layers": len(analysis.axis),

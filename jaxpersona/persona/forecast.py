@@ -52,15 +52,15 @@ class Forecast:
       missing: the number of rollouts that the run folder does not contain yet.
       prompt_tokens: the expected number of prompt tokens of the missing rollouts.
       reply_tokens: the expected number of reply tokens of the missing rollouts; an upper bound if
-        nothing was timed.
+        nothing was timed, or if no reply of the timed sample was finished.
       seconds: the expected time to generate the missing rollouts, without judging; None if nothing
         was timed.
-      pace: the measurements on the timed sample, or None.
+      pace: the measurements of the timed sample; None if nothing was timed.
       judged: the number of replies that a judge scores: all but those of the default persona.
       judge_calls: the number of these replies that have no verdict yet; 0 if the judge is not a
         model.
       disk_bytes: the expected size of the files that the run will add to the folder.
-      live_bytes: the expected size of response means that the run stores temporarily.
+      live_bytes: the expected size of the response means that the run stores temporarily.
       free_bytes: the free space on the disk of the folder.
     """
 
@@ -205,7 +205,9 @@ def _mean(values: Any) -> float:
 
 
 def _disk_bytes(model: Model, more: Mapping[str, int], keep: int | None, text: float) -> int:
-    """Return the expected size of the texts, sums, samples and vectors of missing rollouts.
+    """Return the expected size in bytes of the files with the results of missing rollouts.
+
+    These are the texts, sums, samples and vectors of the roles, and the axis.
 
     Args:
       model: the model.
@@ -224,7 +226,10 @@ def _disk_bytes(model: Model, more: Mapping[str, int], keep: int | None, text: f
 
 
 def _live_bytes(model: Model, more: Mapping[str, int]) -> int:
-    """Return the bytes of the response means of the two roles with the most missing rollouts."""
+    """Return the expected size in bytes of the response means that are stored at the same time.
+
+    These are the response means of the two roles with the most missing rollouts.
+    """
     state = 4 * model.config.n_layers * model.config.d_model
     return state * sum(sorted(more.values())[-2:])
 
@@ -245,7 +250,7 @@ def describe(found: Forecast, *, judge: str, cost: float | None = None) -> list[
     """
     pace = found.pace
     lines = [
-        f"roles: {found.roles:,} and the default, with {found.prompts:,} system prompts",
+        f"roles: {found.roles:,} besides the default persona, system prompts: {found.prompts:,}",
         f"questions: {found.questions:,}, samples: {found.samples:,}",
         f"rollouts: {found.rollouts:,}" + (
             "" if found.missing == found.rollouts else
@@ -263,15 +268,15 @@ def describe(found: Forecast, *, judge: str, cost: float | None = None) -> list[
         assert found.seconds is not None
         lines.append(
             f"time of generation: {bound} {hours(found.seconds)} "
-            f"(sample: {pace.finished.size:,} finished and {pace.unfinished.size:,} unfinished "
-            f"replies, {pace.tokens / max(pace.seconds, 1e-9):,.0f} tokens/s in "
+            f"(replies in the sample: {pace.finished.size:,} finished, {pace.unfinished.size:,} "
+            f"unfinished; {pace.tokens / max(pace.seconds, 1e-9):,.0f} tokens/s over "
             f"{pace.seconds:.1f} s, after {pace.compile_seconds:.0f} s of compilation)")
-    calls = (f"{found.judge_calls:,} calls of the judge {judge}" if found.judge_calls else
-             f"no calls of a model; the judge is {judge}")
-    lines.append(f"judging: {calls}, not included in the time above")
+    calls = (f"the judge {judge} scores {found.judge_calls:,} of the replies"
+             if found.judge_calls else f"no model is called (judge {judge})")
+    lines.append(f"judging: {calls}; the time above does not include judging")
     if cost is not None:
         count = found.judge_calls or found.judged
-        whose = "" if found.judge_calls else " all replies in roles with another judge"
+        whose = "" if found.judge_calls else " all replies of the roles with another judge"
         lines.append(f"cost of judging{whose}: {count:,} × ${cost:g} = ${count * cost:,.2f}")
     lines.append(f"disk: about {size(found.disk_bytes)}, plus {size(found.live_bytes)} during the "
                  f"run; {size(found.free_bytes)} free")
@@ -279,9 +284,9 @@ def describe(found: Forecast, *, judge: str, cost: float | None = None) -> list[
 
 
 def hours(seconds: float) -> str:
-    """Return a duration as text in hours and, if shorter than two hours, in minutes or seconds."""
+    """Return a duration as text in hours and, below two hours, also in minutes or seconds."""
     if not np.isfinite(seconds):
-        return "unknown hours (the sample generated no token; increase its duration)"
+        return "? hours (unknown, because the sample generated no token; increase its duration)"
     if seconds < 600:
         return f"{seconds / 3600:.3f} hours ({seconds:.0f} s)"
     return f"{seconds / 3600:,.1f} hours" + (f" ({seconds / 60:.0f} min)" if seconds < 7200 else "")

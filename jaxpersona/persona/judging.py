@@ -1,4 +1,4 @@
-"""Judging of the rollouts of a run, either in a thread during generation or in the caller."""
+"""Judging of rollouts, in a separate thread during generation or in the caller's thread."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Judging:
     """Runs a judge on the rollouts of a run.
 
     A judge whose attribute `together` is True runs a model on the devices of the run, so it scores
-    one role at a time in the caller's thread. If the run has several processes, this is the case
-    for every judge. Otherwise the judge scores in its own thread while the caller generates.
+    one role at a time in the caller's thread. So does every judge if the run has several processes.
+    Any other judge scores in its own thread while the caller generates.
 
     Attributes:
       whole: whether the judge scores in the caller's thread, one role at a time (`now`).
@@ -107,7 +107,7 @@ class Judging:
         self._waiting.put([])
 
     def _run(self) -> None:
-        """Score the items sent with `put`, until `close` is called."""
+        """Score the items sent with `put` until `close` is called or the judge fails."""
         try:
             while not self._stopped.is_set():
                 for found in self.now(self._waiting.get()):

@@ -40,9 +40,10 @@ def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: 
       (roles, questions, held_out) as lists.
 
     Raises:
-      UserError: a setting is out of range, "default" is missing or held out, a role name is unknown
-        or not valid as a file name, the questions are empty or have equal ids, the judge needs an
-        `eval_prompt` that a role lacks, or the roles or rollouts are too few for an axis.
+      UserError: an argument has the wrong type, a setting is out of range, "default" is missing or
+        held out, a name in `held_out` is unknown, a role name is not valid as a file name, there is
+        no question, two questions have the same id, the judge needs an `eval_prompt` that a role
+        lacks, or the roles or rollouts are too few for an axis.
     """
     roles, questions = all_of(Role, roles, "roles"), all_of(Question, questions, "questions")
     if isinstance(held_out, str):
@@ -69,11 +70,11 @@ def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: 
                   if name not in (DEFAULT, *held_out))[-2:]
     if most and min_count > most[0]:
         raise UserError(f"min_count is {min_count}; the axis needs at least two roles with that "
-                        f"many rollouts, but the questions and samples give at most {most[0]}: "
-                        "lower min_count or ask more questions")
+                        "many rollouts, so with these prompts, questions and samples it can be at "
+                        f"most {most[0]}: lower min_count or ask more questions")
     if len(roles) - 1 - len(held_out) < 2:
-        raise UserError(f"roles has {len(roles) - 1 - len(held_out)} entries besides the default "
-                        "and the held-out roles; the axis needs at least two")
+        raise UserError("roles has too few entries besides the default persona and the held-out "
+                        f"roles ({len(roles) - 1 - len(held_out)}); the axis needs at least two")
     if getattr(judge, "reads_eval_prompt", False) and (bare := [
             role.name for role in roles if role.name != DEFAULT and not role.eval_prompt]):
         raise UserError("the judge needs an eval_prompt; add one to the roles "
@@ -102,16 +103,17 @@ def rollouts_of(roles: Sequence[Role], questions: Sequence[Question],
 
 def check_prompts(model: Model, roles: Sequence[Role], questions: Sequence[Question],
                   ) -> dict[str, str]:
-    """Check that prompts and questions leave room for a reply in the model's context.
+    """Check that prompts and questions leave room for a reply, and return digests of their tokens.
 
-    Each prompt is tokenized with the longest question, and each question with the longest prompt.
+    To check the room in the model's context, each prompt is tokenized with the longest question,
+    and each question with the longest prompt.
 
     Returns:
       "role NAME" → digest of the tokens of the role's prompts with a fixed question, and "question
       ID" → digest of the tokens of the question without a system prompt.
 
     Raises:
-      UserError: a prompt is too long, or the model has no tokenizer.
+      UserError: a prompt and a question fill the context, or the model has no tokenizer.
     """
     if model.tokenizer is None:
         raise UserError(f"{model.name} has no tokenizer; role prompts need one")

@@ -30,8 +30,8 @@ class Reference:
     """Projections of the default persona and of the roles onto an axis at one layer.
 
     Attributes:
-      percentiles: percentile, such as 25.0 → its value for the default persona's projections; the
-        keys are in increasing order.
+      percentiles: q → q-th percentile of the default persona's projections, where q is from 0 to
+        100; in ascending order of q.
       roles: role → mean projection of the role's replies; empty if unknown.
     """
 
@@ -56,7 +56,7 @@ class Reference:
         return (value - self.percentiles[50.0]) / max(spread, 1e-6)
 
     def place(self, value: float) -> str:
-        """Return the range between known percentiles that contains a value, such as "p25–p50"."""
+        """Return the percentiles around a value as text, such as "p25–p50" or "below p1"."""
         known = list(self.percentiles.items())
         below = [name for name, at in known if at <= value]
         above = [name for name, at in known if at > value]
@@ -84,7 +84,8 @@ def reference(vector: Vector, layer: int, file: str | os.PathLike[str] | None = 
       percentiles.
 
     Raises:
-      UserError: `analysis.json` is damaged, or has a different number of layers than the axis.
+      UserError: `run.json` or `analysis.json` is damaged, or `analysis.json` has a different number
+        of layers than the axis.
 
     Examples:
       >>> import jaxpersona as jp
@@ -137,8 +138,8 @@ def _roles(path: pathlib.Path, layers: int, layer: int) -> dict[str, float]:
         values = role.get("mean_projection") if isinstance(role, dict) else None
         if not isinstance(values, list) or len(values) != layers or not all(
                 isinstance(x, (int, float)) for x in values):
-            raise UserError(f"{path}: damaged (no mean_projection of {name!r:.60}); delete it, or "
-                            "run `jaxpersona axis` again")
+            raise UserError(f"{path}: damaged (no valid mean_projection of {name!r:.60}); delete "
+                            "it, or run `jaxpersona axis` again")
         if name != "default" and np.isfinite(values[layer]):
             roles[name] = float(values[layer])
     return roles

@@ -16,7 +16,7 @@ from jaxpersona.text import chat
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
-_TOGETHER = 64  # number of rollouts whose means are in memory at the same time
+_TOGETHER = 64  # maximum number of rollouts whose response means are in memory at the same time
 
 
 def encoded(model: Model, text: str) -> list[int]:
@@ -45,6 +45,9 @@ def reread(model: Model, records: Sequence[Mapping[str, Any]]) -> Iterator[np.nd
     Args:
       model: the model that generated the replies.
       records: the rollouts, with their replies.
+
+    Raises:
+      UserError: activations are not finite.
     """
     for begin in range(0, len(records), _TOGETHER):
         rows = []

@@ -67,7 +67,8 @@ class Piece:
 
     Attributes:
       text: the new text. The concatenated texts of all pieces are the reply.
-      projections: layer → mean projection of the reply up to this piece.
+      projections: layer → mean projection of the reply up to and including this piece; {} without a
+        monitor, or if no token so far is projected.
       turn: the complete turn, in the last piece only. A cancelled reply has no last piece.
     """
 
@@ -162,8 +163,8 @@ class Session:
 
         Args:
           message: the user message.
-          cancelled: a function that is called for each piece. If the function returns True, the
-            reply ends and the turn is not added.
+          cancelled: a function that is called before each piece except the last. If the function
+            returns True, the reply ends and the turn is not added.
 
         Raises:
           ContextFull: the conversation leaves no room for a reply.
@@ -186,7 +187,8 @@ class Session:
 
         Returns:
           An iterator over (whether the interventions are on, piece). All pieces of the reply
-          without interventions come first.
+          without interventions come first. The iterator raises UserError if activations are not
+          finite.
 
         Raises:
           UserError: the conversation has no reply, or the session has no interventions.
@@ -230,7 +232,11 @@ class Session:
                        for role, text in (("user", turn.message), ("assistant", turn.reply))]
 
     def _submit(self, turns: list[Turn], message: str, edited: bool) -> Handle:
-        """Submit a request for the reply to a message after the given turns."""
+        """Submit a request for the reply to a message after the given turns.
+
+        Raises:
+          ContextFull: the conversation leaves no room for a reply.
+        """
         talk = [*self._talk(turns), {"role": "user", "content": message}]
         row = prompts.encode(self.model, talk)
         context = self.model.config.max_context

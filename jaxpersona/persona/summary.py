@@ -1,4 +1,4 @@
-"""The result of an axis run as lines of text: measurements, written files and next commands."""
+"""The result of an axis run as text: measurements, written files and suggested next commands."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ SHOWN = 5  # number of roles to print from each end of the ranking
 UNREAD = ("judge none: no reply was read, so every reply counts as fully playing its role, even if "
           "the model refused; use --judge self or --judge model:NAME to judge the replies")
 _ABOUT = {
-    "axis.safetensors": "the axis with its thresholds", "analysis.json": "values by role and layer",
-    "roles.png": "roles on the axis", "pca.png": "role vectors on two components",
-    "variance.png": "variance of the components", "drift.png": "drift over turns",
+    "axis.safetensors": "the axis with its thresholds",
+    "analysis.json": "statistics by role and layer",
+    "roles.png": "projections of the roles", "pca.png": "role vectors on two principal components",
+    "variance.png": "explained variance of the components", "drift.png": "persona drift over turns",
 }
 
 
@@ -70,16 +71,17 @@ def summary(found: Extraction, folder: str | os.PathLike[str], layer: int, *,
           [f"judge {axis.notes['judge']}: {_scores(found.counts)}"]),
     ]
     if few:
-        lines.append(f"left out, with fewer than {least} fully played replies: {_names(few)}")
+        lines.append(f"left out because they have fewer than {least} replies with score 3: "
+                     f"{_names(few)}")
     if held_out:
         lines.append(f"held out: {_names(sorted(held_out))}")
     pc1 = found.analysis.components[layer].ratio[0]
     lines += [
         f"|cos(PC1, axis)| at layer {layer}: {found.analysis.cos_pc1[layer]:.3f}; PC1 "
         f"explains {pc1:.0%} of the role vectors' variance",
-        f"projections at layer {layer}: the default has mean "
+        f"projections at layer {layer}: the default persona has mean "
         f"{found.mean_projection(DEFAULT)[layer]:.4g} and standard deviation "
-        f"{np.nanstd(own):.3g}; distances of roles from it in standard deviations:",
+        f"{np.nanstd(own):.3g}; distances of the roles from this mean in standard deviations:",
     ]
     ranked = list(distances(found, layer).items())
     if len(ranked) <= 2 * SHOWN:
@@ -99,12 +101,12 @@ def summary(found: Extraction, folder: str | os.PathLike[str], layer: int, *,
 
 
 def _scores(counts: dict[str, dict[str, int]]) -> str:
-    """Return the numbers of replies by score as text, such as "12 of score 3, 4 of score 0"."""
+    """Return the numbers of replies by score as text, such as "12 with score 3, 4 with score 0"."""
     total: Counter[str] = Counter()
     for by_score in counts.values():
         total.update(by_score)
     named = {"None": "undecided", "failed": "without a verdict"}
-    return ", ".join(f"{n:,} {named.get(score, f'of score {score}')}"
+    return ", ".join(f"{n:,} {named.get(score, f'with score {score}')}"
                      for score, n in sorted(total.items(), reverse=True) if n)
 
 

@@ -1,4 +1,4 @@
-"""Project the replies of given or generated conversations, to measure persona drift."""
+"""Project the replies of existing or newly generated conversations, to measure persona drift."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def project_conversation(
       One `TurnProjection` per assistant message with response tokens.
 
     Raises:
-      UserError: the conversation has no response tokens or exceeds the context, activations are not
-        finite, a direction or intervention belongs to another model or site, or there is no layer
-        at which all directions are nonzero.
+      UserError: the model has no tokenizer, the conversation has no response tokens or exceeds the
+        context, activations are not finite, a direction or intervention belongs to another model or
+        site, or there is no layer at which all directions are nonzero.
     """
     vectors = [fit(model, vector) for vector in vectors]
     if model.tokenizer is None:
@@ -115,8 +115,8 @@ class Talks:
     Attributes:
       replies: M lists of N replies.
       projections: [M, N, L] float32, the mean projection of each reply, computed during generation
-        and after the interventions; NaN for an empty reply. At a capped layer, these projections
-        are never below the floor, so they do not measure drift.
+        after the interventions at the layer; NaN for an empty reply. At a capped layer, these
+        projections are never below the floor, so they do not measure drift.
       readout: [M, N, L] float32, the mean projection of each reply, computed by a forward pass over
         the finished conversation without interventions; None if not requested.
     """
@@ -186,7 +186,7 @@ def grow(
     replies, values, rows = [], [], []
     known = np.flatnonzero(vector.values.any(1)).tolist()
     if not known:
-        raise UserError(f"{vector.name!r} is zero at every layer")
+        raise UserError(f"{vector.name!r} is zero at every layer; choose another direction")
     names = range(len(prompts)) if ids is None else ids
     for turn in range(len(messages[0])):
         out = generate(model, prompts, interventions=interventions, seed=seed,

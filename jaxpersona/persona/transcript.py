@@ -29,7 +29,7 @@ class _Edit(pydantic.BaseModel):
 
 
 class _Reply(pydantic.BaseModel):
-    """The record of one reply. The text of the reply is in the field `messages`."""
+    """The record of one reply; its text is in the field `messages` of the session's record."""
 
     model_config = pydantic.ConfigDict(strict=True)
 

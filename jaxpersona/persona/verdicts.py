@@ -1,4 +1,4 @@
-"""Read the replies of a run as `Item`s, and the scores of a run or of a human judge's CSV file."""
+"""Read a run's replies and scores, read scores from a CSV file, and draw samples of replies."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def items_of(role: Role, records: Sequence[Mapping[str, Any]]) -> list[Item]:
 def scores_of(source: str | os.PathLike[str]) -> dict[str, int | None]:
     """Return the scores in a run folder or in a CSV file of `HumanJudge`, as "role/key" → score.
 
-    The score of an undecided reply is None. Rows of a CSV file without a score are omitted.
+    The score of an undecided reply is None. In a CSV file, rows without a score are omitted.
 
     Raises:
-      UserError: the source is not a run folder or a CSV file, has no scores, or is damaged.
+      UserError: the source is neither a run folder nor a CSV file, has no scores, or is damaged.
     """
     path = pathlib.Path(source)
     if path.suffix.lower() == ".csv":

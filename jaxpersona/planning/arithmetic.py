@@ -31,7 +31,7 @@ NEW_TOKENS = 512  # maximum reply length of the published axis
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """Static shapes: the number of rows, the padded prompt width and the cache slots per row."""
+    """Static shapes: the number of rows, the padded prompt length and the cache slots per row."""
 
     batch: int
     width: int
@@ -39,7 +39,7 @@ class Shapes:
 
     @classmethod
     def of(cls, batch: int, context: int) -> Shapes:
-        """Return shapes that reserve 1/4 of the slots, at most `NEW_TOKENS`, for the reply."""
+        """Return shapes with 1/4 of the slots (at least 1, at most `NEW_TOKENS`) for the reply."""
         return cls(batch, context - max(1, min(NEW_TOKENS, context // 4)), context)
 
     @property
@@ -96,9 +96,9 @@ def activation_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Sha
     query chunk and their bfloat16 softmax. `bench/ahead.py` compares the estimate with XLA's value
     on an H200.
 
-    On a TPU without libtpu, the estimate is the sum of the residual stream, the normalized residual
-    stream, the gate and up projections of the MLP and, without splash attention, two copies of the
-    attention scores. The estimate counts most of these arrays in float32.
+    On a TPU without libtpu, the estimate is the sum of two bfloat16 arrays and one float32 array of
+    the residual stream's size, the float32 gate and up projections of the MLP and, without splash
+    attention, two float32 copies of the scores of one query chunk.
     """
     split = sharding.ways(mesh, "ff")
     rows = shapes.batch // sharding.ways(mesh, "batch")
@@ -121,7 +121,8 @@ def seconds(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,
     """Return the roofline times of a decode step and of a prefill.
 
     A decode step is assumed to read the weights (`step_bytes`) once and, for every row, the keys
-    and values of the prompt and of half the reply. A prefill is assumed to be compute bound.
+    and values of the prompt and of half the reply. If the matrix products take longer than reading
+    the weights, their compute time is used instead. A prefill is assumed to be compute bound.
     All-reduces over the n chips of the model axis are assumed to be ring all-reduces, in which each
     chip sends 2·(n − 1)/n of the bytes over its links, without overlap with compute.
 

@@ -19,6 +19,7 @@ class Chip:
     """Published specifications of one chip.
 
     Attributes:
+      name: the chip's name in a topology, such as "v5e".
       memory: device memory in bytes.
       bandwidth: memory bandwidth in bytes/s.
       peak: peak dense bfloat16 FLOP/s.
@@ -73,6 +74,8 @@ def parse(topology: str) -> tuple[Chip, int]:
 
 def tpu_devices(topology: str) -> list[Device] | None:
     """Return the devices of a TPU topology for AOT compilation, or None if libtpu is missing.
+
+    The function sets environment variables of libtpu unless they are already set.
 
     Raises:
       UserError: libtpu does not support the topology.

@@ -1,6 +1,7 @@
-"""Count kernels and collectives in compiled HLO text.
+"""Counts of kernels and collectives in compiled HLO text.
 
-Only operations in the entry computation, loops and branches are counted. A fusion is one kernel.
+Only operations in the entry computation and in the loops, branches and calls that it reaches are
+counted. A fusion is one kernel.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Operation:
         its opcode.
       scope: the `op_name` metadata, a path of named scopes.
       bytes: the size of the result in bytes.
-      looped: whether the operation runs in every iteration of a loop.
+      looped: whether the operation is inside a loop.
     """
 
     kind: str
@@ -80,7 +81,7 @@ def reductions(found: list[Operation]) -> int:
 
 
 def fusions(found: Iterable[Operation]) -> int:
-    """Count the fusions that run in each iteration of a loop."""
+    """Count the fusions inside loops; a fusion counts once, not once per iteration."""
     return sum(op.kind == "fusion" and op.looped for op in found)
 
 

@@ -1,7 +1,8 @@
-"""Estimate a model's memory and speed on given chips, without weights or an accelerator.
+"""Estimates of a model's memory and speed on given chips, without weights or an accelerator.
 
-For TPUs, prefill and decode are compiled ahead of time, and the compiler reports their bytes,
-kernels and collectives. Times are roofline estimates from published specifications, not measured.
+For TPUs, if libtpu is installed, prefill and decode are compiled ahead of time, and the compiled
+programs give the temporary memory, accessed bytes, kernels and collectives. Times are roofline
+estimates from published specifications, not measurements.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class Compiled:
       prefill_temporaries, decode_temporaries: the bytes of temporary memory, without weights,
         cache and outputs.
       operations: the operations of one decode step; empty if the step exceeds device memory.
-      bytes: the bytes that one decode step accesses, according to the compiler's cost analysis.
+      bytes: the bytes that one decode step accesses, according to the compiler's cost analysis; 0
+        if the step exceeds device memory.
     """
 
     prefill_temporaries: int
@@ -82,8 +84,9 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
       context: the number of cache slots per row; a quarter of the slots, at most 512, is reserved
         for the reply.
       cap_layers: the layers to cap; the capped program is compared with the uncapped program.
-      mesh: the sizes of the axes "data", "fsdp" and "model". By default, the model axis has the
-        largest size up to 16 that is valid for the model, and the data axis has the other chips.
+      mesh: the sizes of the axes "data", "fsdp" and "model". By default, "model" has the largest
+        size up to 16 that divides the number of chips and is valid for the model, and "data" has
+        the number of chips divided by this size.
       dtype: the dtype of the weights, including the embedding and the head. Activations and the
         cache are bfloat16.
 
@@ -92,9 +95,9 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
       or if libtpu is not installed.
 
     Raises:
-      UserError: the topology is unknown, the mesh is invalid for the model or the number of
-        chips, an argument is out of range, or this process was forked from a process that had used
-        JAX.
+      UserError: the topology is unknown or not supported by libtpu, the mesh is invalid for the
+        model or the number of chips, an argument has the wrong type or is out of range, or this
+        process was forked from a process that had used JAX.
     """
     check_process()
     chip, count = chips.parse(topology)
@@ -115,7 +118,7 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
     placed = _mesh(sizes, devices, config)
     ways = sharding.ways(placed, "batch")
     if batch % ways:
-        raise UserError(f"batch (--batch) is {batch}; the mesh shards rows over {ways} chips: "
+        raise UserError(f"batch (--batch) is {batch}; the mesh divides rows into {ways} shards: "
                         f"use a multiple of {ways}")
     compiled = None
     if isinstance(placed, Mesh):
@@ -173,7 +176,7 @@ def _checked(mesh: Mapping[str, int], count: int) -> dict[str, int]:
 
 def _mesh(sizes: Mapping[str, int], devices: Sequence[Device] | None,
           config: ModelConfig) -> Mesh | AbstractMesh:
-    """Return a mesh adapted to the model with `fit`, or an AbstractMesh if `devices` is None."""
+    """Return a mesh adapted to the model with `fit`; without devices, it is an AbstractMesh."""
     if devices is not None:
         return sharding.fit(sharding.make_mesh(**sizes, devices=devices), config)
     kinds = (AxisType.Explicit,) * len(sizes)
@@ -184,9 +187,10 @@ def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
                 cap_layers: Sequence[int], dtype: Weights = "bfloat16") -> dict[str, Compiled]:
     """Compile prefill and decode without a cap and, if `cap_layers` is given, with a cap.
 
-    The temporary memory of prefill is linear in the number of layers. Prefill is therefore compiled
-    at the two depths in `DEPTHS`, and its temporary memory is extrapolated to the full depth.
-    Decode is compiled at full depth.
+    The temporary memory of prefill is linear in the number of layers. Prefill without a cap is
+    therefore compiled at the two depths in `DEPTHS`, and its temporary memory is extrapolated to
+    the full depth. Prefill with a cap is compiled at the larger depth and extrapolated with the
+    same slope. Decode is compiled at full depth.
 
     Returns:
       The statistics without a cap ("plain") and, if `cap_layers` is given, with it ("capped").
@@ -226,7 +230,10 @@ def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
 
 def lowered(params: Params, config: ModelConfig, shapes: Shapes,
             cap_layers: Sequence[int]) -> tuple[Lowered, Lowered]:
-    """Lower greedy prefill and decode; `params` contains arrays or ShapeDtypeStructs."""
+    """Lower greedy prefill and decode, with a cap at `cap_layers` if there are any.
+
+    The leaves of `params` are arrays or `jax.ShapeDtypeStruct`s.
+    """
     rows, width = shapes.batch, shapes.width
     edits = Interventions()
     if cap_layers:
@@ -247,7 +254,10 @@ def lowered(params: Params, config: ModelConfig, shapes: Shapes,
 
 
 def _compile(lowered: Lowered) -> tuple[jax.stages.Compiled | None, int]:
-    """Return the compiled program, or None if it exceeds device memory, and its temporary bytes."""
+    """Compile a program; return it with the bytes of its temporary memory.
+
+    If the program exceeds device memory, return None and the bytes in the compiler's message.
+    """
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -265,11 +275,13 @@ def compare(compiled: Mapping[str, Compiled] | None,
             cap_layers: Sequence[int]) -> dict[str, Any]:
     """Return the number of collectives per layer in a decode step, and the overhead of a cap.
 
-    A value is None if the programs that it requires were not compiled.
-    `added_fusions_per_layer` is the median number of kernels added per capped layer, and
-    `added_fusions_once` is the number of other added kernels. `temporaries_ratio` is the ratio of
-    temporary memory with the cap to that without it, for the larger of prefill and decode;
-    `temporaries_by_program` contains this ratio for each of the two programs.
+    A value is None if the programs that it requires were not compiled. `collectives_per_layer` is
+    the maximum over the layers. `added_collectives` and `added_bytes` are the additional
+    collectives and accessed bytes of a decode step with the cap. `added_fusions_per_layer` is the
+    median number of kernels added per capped layer, and `added_fusions_once` is the number of other
+    added kernels. `temporaries_by_program` contains the ratio of temporary memory with the cap to
+    that without it, for prefill and for decode. `temporaries_ratio` is the ratio of the larger of
+    prefill and decode with the cap to the larger of both without it.
     """
     names = ("collectives_per_layer", "added_collectives", "added_fusions_per_layer",
              "added_fusions_once", "added_bytes", "temporaries_ratio", "temporaries_by_program")

@@ -1,4 +1,4 @@
-"""Figures of benchmark results, which the programs in `bench/` write."""
+"""Figures of benchmark results, the JSON files that the programs in `bench/` write."""
 
 from __future__ import annotations
 
@@ -107,7 +107,11 @@ def bench(found: Any, *, title: str | None = None, ax: Axes | None = None) -> Ax
 
 
 def _results(found: Any) -> dict[str, dict[str, Any]]:
-    """Validate `found` and return the results by name."""
+    """Read `found` if it is a file, validate it, and return the results by name.
+
+    Raises:
+      UserError: `found` contains no results, or results of several or of unknown benchmarks.
+    """
     if isinstance(found, (str, os.PathLike)):
         path = pathlib.Path(found)
         found = {path.stem: read_json(path)}
@@ -143,7 +147,7 @@ def _roof(ax: Axes, value: Mapping[str, Any], look: dict[str, Any]) -> None:
 
 
 def _name_points(ax: Axes, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the name of each point in a roofline plot beside the point."""
+    """Write the name of each point of a roofline plot beside the point, if there is space."""
     points = [(str(p["name"]), float(p["intensity"]), float(p["flops_per_second"]))
               for value in results.values() for p in value["points"]]
     drawn = [np.asarray(line.get_xydata()) for line in ax.lines]

@@ -49,7 +49,7 @@ def layers(curves: Mapping[str, Any], *, ylabel: str = "", title: str = "By laye
       The axes.
 
     Raises:
-      UserError: matplotlib is missing, or `curves` are not arrays [L] of equal length.
+      UserError: matplotlib is missing, or `curves` are not 1 to 14 arrays [L] of equal length.
 
     Examples:
       >>> import jaxpersona as jp
@@ -73,7 +73,7 @@ def layers(curves: Mapping[str, Any], *, ylabel: str = "", title: str = "By laye
 @checked_call
 def turns(found: Sequence[TurnProjection], names: Sequence[str], layer: int | None = None, *,
           title: str = "Projection of each assistant message", ax: Axes | None = None) -> Axes:
-    """Draw the mean projections of a conversation's assistant messages on directions.
+    """Draw the mean projections of a conversation's assistant messages onto directions.
 
     Args:
       found: the result of `project_conversation` for K directions.
@@ -86,8 +86,8 @@ def turns(found: Sequence[TurnProjection], names: Sequence[str], layer: int | No
       The axes.
 
     Raises:
-      UserError: matplotlib is missing, `names` does not have K entries, or the layer does not
-        exist.
+      UserError: matplotlib is missing, `found` has another type or is empty, `names` does not have
+        K entries, or the layer does not exist.
 
     Examples:
       >>> import jaxpersona as jp
@@ -105,7 +105,8 @@ def turns(found: Sequence[TurnProjection], names: Sequence[str], layer: int | No
     total, directions = found[0].values.shape
     at = layer_of(layer, total)
     if isinstance(names, str) or len(names) != directions:
-        raise UserError(f"names is {names!r:.60}; give {directions} names, one per direction")
+        raise UserError(f"names is {names!r:.60}; give one name for each "
+                        f"direction (number of directions: {directions})")
     with style():
         ax = axes_of(ax, 6.0, 3.6)
         where = [one.turn for one in found]
@@ -174,7 +175,7 @@ def drift(curves: Mapping[str, Any], *, what: Literal["behaviour", "projection"]
     values = _curves({name: _readout(name, one, at) for name, one in dict(curves).items()})
     if behaviour and any((one[np.isfinite(one)] < 0).any() or (one[np.isfinite(one)] > 1).any()
                          for one in values.values()):
-        raise UserError("curves has shares outside 0…1; for projections use what='projection'")
+        raise UserError("curves has shares outside 0…1; for projections, use what='projection'")
     with style():
         ax = axes_of(ax, 5.6, 4.0)
         looks = _looks(values)
@@ -258,13 +259,14 @@ def _behaviour(ax: Axes, values: Mapping[str, np.ndarray], looks: list[dict[str,
 
 
 def _projection(ax: Axes, axis: Axis | None, layer: int | None, floor: str | float | None) -> None:
-    """Draw the default persona's band and the floor, and label the y axis."""
+    """Draw the default persona's band and the floor, if they are given; label the y axis."""
     if axis is not None and layer is not None:
         low, high = (float(axis.thresholds(p, of="default")[layer]) for p in ("p25", "p75"))
         band(ax, low, high, "default persona, p25 to p75")
     if isinstance(floor, str):
         if axis is None or layer is None:
-            raise UserError(f"floor is {floor!r}; a percentile needs axis=")
+            raise UserError(f"floor is {floor!r}; a percentile needs axis=, "
+                            "which contains its value")
         name = f"floor τ ({floor} of the default persona)"
         floor = float(axis.thresholds(floor, of="default")[layer])
     else:
@@ -273,7 +275,7 @@ def _projection(ax: Axes, axis: Axis | None, layer: int | None, floor: str | flo
         if not np.isfinite(floor):
             raise UserError(f"floor is {floor!r}; give a finite number")
         reference(ax, float(floor), name)
-    ax.set_ylabel("projection on the Assistant Axis"
+    ax.set_ylabel("projection onto the Assistant Axis"
                   + ("" if layer is None else f", layer {layer}"))
 
 
@@ -310,8 +312,8 @@ def steering(scales: Sequence[float], curves: Mapping[str, Any], *, ylabel: str,
         raise UserError(f"scales is {scales!r:.60}; give a list of finite numbers")
     values = _curves(curves)
     if wrong := [name for name, one in values.items() if len(one) != len(at)]:
-        raise UserError(f"curves[{wrong[0]!r}] has {len(values[wrong[0]])} entries for {len(at)} "
-                        "strengths; give one entry per strength")
+        raise UserError(f"curves[{wrong[0]!r}] has length {len(values[wrong[0]])}, but scales has "
+                        f"length {len(at)}; give one entry per strength")
     order, several = np.argsort(at, kind="stable"), 0
     with style():
         ax = axes_of(ax, 5.6, 3.8)
@@ -326,7 +328,7 @@ def steering(scales: Sequence[float], curves: Mapping[str, Any], *, ylabel: str,
             ax.plot(at[order], one, label=label(name), **look)
         if at.min() <= 0 <= at.max():
             reference(ax, 0.0, "no steering", vertical=True, colour=GREY, dash=(0, (1, 1.5)))
-        described(ax, xlabel, f"Lines: means of {several} replies; shading: 95 % interval of the "
+        described(ax, xlabel, f"Lines: means of {several} replies; shading: 95 % CI of the "
                               "mean." if several else "")
         ax.set_ylabel(ylabel)
         titled(ax, title, columns=2)
@@ -334,7 +336,7 @@ def steering(scales: Sequence[float], curves: Mapping[str, Any], *, ylabel: str,
 
 
 def _looks(names: Any) -> list[dict[str, Any]]:
-    """Return each curve's colour, marker and line style; names in `ARMS` have fixed styles."""
+    """Return each curve's colour, marker and line style; those of names in `ARMS` are fixed."""
     names = list(names)
     taken = {ARMS[name][0] for name in names if name in ARMS}
     free = itertools.cycle([pair for pair in zip(CYCLE, MARKERS, strict=True)
@@ -350,7 +352,10 @@ def _half_width(values: np.ndarray) -> float:
 
 
 def _spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return mean, 25th and 75th percentile [M] of the finite values of each row of [M, N]."""
+    """Return the means and the 25th and 75th percentiles [M] of the rows of `values` [M, N].
+
+    Non-finite values are ignored; the results are NaN for a row without finite values.
+    """
     table = np.full((3, len(values)), np.nan)
     for i, row in enumerate(values):
         known = row[np.isfinite(row)]

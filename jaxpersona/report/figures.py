@@ -23,7 +23,7 @@ Path = str | os.PathLike[str]
 
 def roles_on_axis(path: Path, found: Extraction | Mapping[str, np.ndarray], layer: int,
                   held_out: Sequence[str] = (), title: str | None = None) -> None:
-    """Write the figure of `plot.ranking`; `found` may also map roles to projections [n, L]."""
+    """Write the figure of `plot.ranking` for an extraction, or for role → projections [n, L]."""
     _write(path, plot.ranking, found, layer, held_out=held_out, title=title)
 
 
@@ -47,7 +47,9 @@ def by_layer(path: Path, curves: Mapping[str, Sequence[float]], title: str,
 def drift(path: Path, talks: Mapping[str, Talks], axis: Axis, layer: int, *,
           behaviour: Mapping[str, Sequence[float]], leak: Mapping[str, float] | None = None,
           floor: str | float = "p25") -> None:
-    """Write a figure of persona drift: behaviour, and projections without interventions, by turn.
+    """Write a figure of persona drift: behaviour by turn, and projections by turn.
+
+    The projections are those of `Talks.readout`, which are measured without interventions.
 
     Args:
       path: the PNG file; an SVG file with the same stem is written beside it.
@@ -73,6 +75,6 @@ def drift(path: Path, talks: Mapping[str, Talks], axis: Axis, layer: int, *,
 
 
 def _write(path: Path, draw: Callable[..., Axes], *args: Any, **named: Any) -> None:
-    """Draw on a figure outside pyplot, and write the figure as PNG and SVG."""
+    """Call `draw` with a new figure outside pyplot, and write the figure as PNG and SVG."""
     with without_pyplot():
         save(figure_of(draw(*args, **named)), path)

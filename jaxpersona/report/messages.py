@@ -18,7 +18,7 @@ _DEFAULT, _MESSAGE = "#1b7f5c", "#4a6fa5"
 
 def messages(path: pathlib.Path, turns: Sequence[int], values: np.ndarray, names: Sequence[str],
              layer: int, references: Sequence[Reference | None]) -> None:
-    """Write a PNG figure of the projections of M assistant messages on K directions.
+    """Write a PNG figure of the projections of M assistant messages onto K directions.
 
     Args:
       path: the file to write.
@@ -28,7 +28,10 @@ def messages(path: pathlib.Path, turns: Sequence[int], values: np.ndarray, names
       layer: the layer of the projections.
       references: for each direction, the projections of the default persona and of the roles, or
         None. The default persona's percentiles are drawn as bands and the floor of `--cap` as a
-        line, and each message is labelled with the nearest role.
+        line, and each message is labelled with the nearest role, if it is known.
+
+    Raises:
+      UserError: matplotlib is not installed.
     """
     require("matplotlib", "figures need matplotlib")
     figure = new_figure(6.5, 1 + 3 * len(names))

@@ -2,7 +2,7 @@
 
 Each function accepts `ax=`, the axes to draw on. Without `ax`, the function creates a pyplot
 figure, which notebooks show. All figures share one style with a colour-blind-safe palette, and the
-caller's rcParams are unchanged. matplotlib is imported when the first figure is drawn. If
+caller's rcParams remain unchanged. matplotlib is imported when the first figure is drawn. If
 matplotlib is missing, the functions raise a `UserError` with the command that installs it.
 """
 

@@ -29,7 +29,7 @@ from jaxpersona.report.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NAMED, EXTREMES = 40, 15  # up to 40 roles are all named; of more roles, 15 at each end are named
+NAMED, EXTREMES = 40, 15  # up to 40 roles are all named; of more, 15 at each end are named
 _CORNERS = 6  # number of roles named at each end of a component, if not all are named
 _ROW = 0.155  # height of a line with a name, in inches
 _LEAST = 7.5  # minimum height of a line in axes that the caller provides, in points
@@ -39,11 +39,12 @@ _LEAST = 7.5  # minimum height of a line in axes that the caller provides, in po
 def ranking(found: Any, layer: int | None = None, *, count: int = EXTREMES,
             held_out: Sequence[str] = (), title: str | None = None,
             ax: Axes | None = None) -> Axes:
-    """Draw the roles in the order of their projections on the Assistant Axis.
+    """Draw the roles in the order of their projections onto the Assistant Axis.
 
-    The roles nearest to and farthest from the Assistant are drawn on one line each, with the mean
-    and the interquartile range over the role's answers. The means of the other roles are ticks on
-    one shared line. The band is the interquartile range over the default persona's answers.
+    A line of the figure shows the mean and the interquartile range over a role's answers. If there
+    are more than 40 roles, only the roles at both ends have a line, and the means of the others are
+    ticks on one shared line. The band is the interquartile range over the default persona's
+    answers.
 
     Args:
       found: the result of `extract_axis`; the folder of a run; or role → projections [n, L] of n
@@ -82,7 +83,8 @@ def ranking(found: Any, layer: int | None = None, *, count: int = EXTREMES,
         _draw_rows(ax, at, heights, frozenset(held_out) | at.held_out)
         if at.default is not None:
             band(ax, *at.default[1:], "default persona, p25 to p75", vertical=True)
-        described(ax, f"projection on the Assistant Axis, layer {at.layer} → more Assistant-like",
+        described(ax, f"projection onto the Assistant Axis, layer {at.layer} (higher: more "
+                  "Assistant-like)",
                   "Dots: means over a role's answers"
                   + ("; bars: p25 to p75." if at.quartiles is not None else "."))
         titled(ax, title or f"{total} roles on the Assistant Axis")
@@ -90,7 +92,10 @@ def ranking(found: Any, layer: int | None = None, *, count: int = EXTREMES,
 
 
 def _rows(total: int, ends: int, whole: bool) -> np.ndarray:
-    """Return the y coordinates [total] of the roles; the roles between the ends share one line."""
+    """Return the y coordinates [total] of the roles.
+
+    Unless `whole` is True, the roles between the `ends` roles at each end share one line.
+    """
     heights = np.arange(total, dtype=float)
     if not whole:
         heights[ends : total - ends] = ends + 1
@@ -137,7 +142,7 @@ def _draw_rows(ax: Axes, at: sources.Places, heights: np.ndarray, held_out: froz
 @checked_call
 def pca(found: Any, layer: int | None = None, *, default: Any = None, title: str | None = None,
         ax: Axes | None = None) -> Axes:
-    """Draw the role vectors on their first two principal components at one layer.
+    """Draw the role vectors in the plane of their first two principal components at one layer.
 
     With more than 40 roles, only those at the ends of each component are named.
 
@@ -153,15 +158,15 @@ def pca(found: Any, layer: int | None = None, *, default: Any = None, title: str
       The axes.
 
     Raises:
-      UserError: matplotlib is missing, `found` has another type (an `Axis` has no role vectors),
-        or the layer does not exist.
+      UserError: matplotlib is missing, `found` has another type (an `Axis` has no role vectors) or
+        fewer than two roles, or the layer does not exist.
 
     Examples:
       >>> import jaxpersona as jp
       >>> import numpy as np
       >>> found = {name: np.eye(3, 4)[:1] * n for n, name in enumerate(["a", "b", "default"])}
       >>> jp.plot.pca(found).get_xlabel().split(",")[0]
-      'PC1 → more Assistant-like'
+      'PC1 (higher: more Assistant-like)'
     """
     read = sources.parts(found, layer, default)
     xy = read.components.coordinates[:, :2]
@@ -183,7 +188,7 @@ def pca(found: Any, layer: int | None = None, *, default: Any = None, title: str
             sizes.insert(0, TINY + 1)
             markers = np.concatenate([xy, [[x, y]]])
         ratio = read.components.ratio
-        described(ax, f"PC1 → more Assistant-like, {ratio[0]:.0%} of the variance")
+        described(ax, f"PC1 (higher: more Assistant-like), {ratio[0]:.0%} of the variance")
         ax.set_ylabel(f"PC2, {ratio[1]:.0%} of the variance" if len(ratio) > 1 else "PC2")
         ax.margins(0.12)
         titled(ax, title or f"{len(read.names)} role vectors, layer {read.layer}: "

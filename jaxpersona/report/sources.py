@@ -1,4 +1,4 @@
-"""Convert the inputs of role figures: an extraction, the folder of a run, or arrays by role."""
+"""Conversion of an extraction, a run folder or arrays by role to the data of role figures."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ class Parts:
     Attributes:
       names: the R roles.
       components: the principal components of the role vectors.
-      default: the default persona's coordinates on the components; None if unknown.
+      default: the default persona's coordinates on the first two components (one if there is only
+        one); None if unknown.
       cosine: |cos(PC1, axis)|.
       layer: the layer.
     """
@@ -115,7 +116,8 @@ def _of_answers(given: Mapping[str, Any], layer: int | None, held_out: frozenset
       mean: a function that returns a role's mean projection [L]; default: the mean of its array.
 
     Raises:
-      UserError: there is no role, the shapes differ, or the layer does not exist.
+      UserError: there is no role with a finite projection, the shapes differ, or the layer does not
+        exist.
     """
     arrays = {str(name): numbers(f"found[{name!r}]", value) for name, value in given.items()}
     if not set(arrays) - {"default"}:
@@ -141,7 +143,12 @@ def _of_answers(given: Mapping[str, Any], layer: int | None, held_out: frozenset
 
 
 def _of_folder(folder: pathlib.Path, layer: int | None) -> Places:
-    """Return `Places` from the `analysis.json` of a run and the percentiles of its axis."""
+    """Return `Places` from the `analysis.json` of a run and the percentiles of its axis.
+
+    Raises:
+      UserError: the folder contains no complete run, a file is damaged, or the layer does not
+        exist.
+    """
     about = _analysis(folder)
     axis = load_axis(folder / "axis.safetensors")
     at = layer_of(layer, axis.n_layers)
@@ -166,7 +173,7 @@ def _of_folder(folder: pathlib.Path, layer: int | None) -> Places:
 
 
 def parts(found: Any, layer: int | None, default: Any = None) -> Parts:
-    """Return the principal components of the role vectors at a layer.
+    """Return the role vectors' principal components at a layer, with |cos(PC1, axis)|.
 
     Args:
       found: an `Extraction` or `Analysis`; the folder of a run; or role → vector [L, D], with the
@@ -238,7 +245,8 @@ def ratios(found: Any, layer: int | None) -> tuple[np.ndarray, int]:
         return read.components.ratio, read.layer
     values = numbers("found", given)
     if values.ndim != 1 or not values.size or not (values >= 0).all() or values.sum() > 1.001:
-        raise UserError(f"found is {given!r:.60}; give explained shares of the variance [C]")
+        raise UserError(f"found is {given!r:.60}; give explained shares of the variance "
+                        "[C], which are not negative and have a sum of at most 1")
     return values, at
 
 
@@ -266,7 +274,11 @@ def _damaged(folder: pathlib.Path, why: str = "") -> UserError:
 
 
 def _vectors(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """Return the role vectors that a run used for its axis, and the default persona's vector."""
+    """Return the role vectors that a run used for its axis, and the default persona's vector.
+
+    Raises:
+      UserError: the folder contains no complete run, or a file is damaged.
+    """
     run, about = Run.read(folder), _analysis(folder)
     try:
         wanted = {name: "pos_3" for name, entry in about["roles"].items() if entry["in_axis"]}

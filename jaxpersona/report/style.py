@@ -29,7 +29,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # one per colour: curves differ i
 DEFAULT, ROLE = GREEN, BLUE
 ARMS = {"uncapped": (VERMILION, "o"), "capped": (BLUE, "s")}  # arm → (colour, marker)
 DIVERGING = "PuOr"  # colour map for values on both sides of a reference
-SMALL, TINY = 8.0, 7.0  # font sizes in points of captions and legends, and of role names
+SMALL, TINY = 8.0, 7.0  # font sizes in points: tick labels and legends; names of roles
 _RC = {
     "font.family": ["DejaVu Sans"],  # part of matplotlib, so text has the same size everywhere
     "font.size": 9.0, "axes.titlesize": 10.0, "axes.titlelocation": "left",
@@ -63,7 +63,7 @@ def style() -> Iterator[None]:
 def without_pyplot() -> Iterator[None]:
     """Create the figures in a `with` block without pyplot.
 
-    The backend and the list of figures of pyplot are global, and these figures do not change them.
+    These figures leave the global state of pyplot, its backend and its list of figures, unchanged.
     """
     token = _PLAIN.set(True)
     try:
@@ -74,6 +74,8 @@ def without_pyplot() -> Iterator[None]:
 
 def axes_of(ax: Axes | None, width: float, height: float) -> Axes:
     """Return the given axes, or those of a new figure with this width and height in inches.
+
+    The top and right spines of given axes are hidden.
 
     Raises:
       UserError: `ax` is not a matplotlib Axes.
@@ -126,7 +128,7 @@ def text(given: object) -> str:
 
 
 def label(name: str) -> str:
-    """Return the name of a role or curve with spaces in place of underscores."""
+    """Return the label of a role or curve: its name, escaped, with spaces for underscores."""
     return text(name.replace("_", " ").strip() or "(unnamed)")
 
 

@@ -47,10 +47,12 @@ def projections(found: Generated | Extracted | Reply, model: Model, index: int =
                 layer: int | None = None, direction: int = 0, reading: str = "projections",
                 centre: float | None = None, name: str = "the direction",
                 title: str = "Projection of every token", ax: Axes | None = None) -> Axes:
-    """Draw the tokens of one conversation, coloured by their projections on a direction.
+    """Draw the tokens of one conversation, coloured by their projections onto a direction.
 
-    Tokens that the reading did not select are grey on white. Colours saturate at the 2nd and the
-    98th percentile, because the first token, an attention sink, often has an extreme projection.
+    Tokens that the reading did not select are grey on white. The range of colours is symmetric
+    about the projection drawn in white and ends at the 2nd or 98th percentile, whichever is
+    farther. More extreme projections, such as that of the first token, an attention sink, have the
+    colours of the ends of the range.
 
     Args:
       found: the result of `generate` or `extract`, or a `Reply`, with a reading of
@@ -105,7 +107,7 @@ def projections(found: Generated | Extracted | Reply, model: Model, index: int =
         described(ax, "")
         _draw(ax, pieces, lines, shown, messages, middle, reach, own)
         read = f"layer {at}" if values.shape[0] == model.config.n_layers else f"entry {at}"
-        _colour_bar(ax, middle, reach, f"projection on {name}, {read}\nwhite: "
+        _colour_bar(ax, middle, reach, f"projection onto {name}, {read}\nwhite: "
                     + ("the median" if centre is None else f"{middle:.3g}"))
         titled(ax, title)
         _fit_font(ax)
@@ -113,18 +115,21 @@ def projections(found: Generated | Extracted | Reply, model: Model, index: int =
 
 
 def _values(found: Any, index: int, reading: str) -> tuple[Row, np.ndarray, np.ndarray]:
-    """Return a conversation's prompt, the token ids of its reply, and the projections [l, T, K].
+    """Return a conversation's prompt, the token ids of its reply, and the projections.
+
+    The projections are an array [L, T, K] for L layers, T tokens and K directions.
 
     Raises:
-      UserError: `found` has another type or no such reading, or the index is out of range.
+      UserError: `found` has another type or no such reading, the index is out of range, or the
+        reading is not one of projections.
     """
     if not isinstance(found, (Generated, Extracted, Reply)):
         raise UserError(f"found is {found!r:.60}; give the result of generate or extract, or a "
                         "Reply")
     if reading not in found.captured:
         raise UserError(f"reading is {reading!r}; the result has "
-                        f"{', '.join(found.captured) or 'no reading'}: pass capture="
-                        "jp.capture.projections(vector)")
+                        f"{', '.join(found.captured) or 'no reading'}; to compute "
+                        "projections, pass capture=jp.capture.projections(vector)")
     count = 1 if isinstance(found, Reply) else len(found.rows)
     if not isinstance(index, (int, np.integer)) or not 0 <= index < count:
         raise UserError(f"index is {index!r}; the indices of conversations are 0…{count - 1}")
@@ -141,12 +146,12 @@ def _values(found: Any, index: int, reading: str) -> tuple[Row, np.ndarray, np.n
 
 
 def _piece(token: str) -> str:
-    """Return a token's text on one line, without control characters."""
+    """Return a token's text on one line, with control characters escaped; "∅" if it is empty."""
     return printable(token.replace("\n", "↵").replace("\t", "⇥").replace("\r", "↵")) or "∅"
 
 
 def _cells(piece: str) -> int:
-    """Return the width of a text in characters of a monospaced font."""
+    """Return the width of a text in a monospaced font, in units of a character's width."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF"
                else 1 for c in piece)
 
@@ -210,8 +215,8 @@ def _draw(ax: Axes, pieces: list[str], lines: list[tuple[int, int]], values: np.
             ticks.setdefault(line, messages[i][1])
     if not whole:
         left = sum(line >= kept for line, _ in lines)
-        ax.text(0, kept + 0.46, f"… {left} more tokens", fontsize=_MOST, color=GREY, va="center",
-                family="DejaVu Sans Mono", gid="token")
+        ax.text(0, kept + 0.46, f"… tokens omitted: {left}", fontsize=_MOST, color=GREY,
+                va="center", family="DejaVu Sans Mono", gid="token")
     ax.set(xlim=(0, _COLUMNS), ylim=(kept + (not whole), 0))
     ax.set_xticks([])
     ax.set_yticks([line + 0.46 for line in ticks], list(ticks.values()))

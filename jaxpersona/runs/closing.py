@@ -1,4 +1,4 @@
-"""Close a role: write its rollouts, sample, scores and sums, and then remove its live files.
+"""Close a role: write its rollouts, sample, scores and sums, and then clear its live files.
 
 A role is closed again after questions are added, after verdicts change, or for another judge.
 Each step writes whole files and can be repeated. The file of sums lists the rollouts that the sums
@@ -33,10 +33,11 @@ class State:
     Attributes:
       records: key → rollout; `close` sorts the rollouts by question, prompt and sample.
       live: the role's live files, to which rollouts and verdicts are appended.
-      verdicts: key → the judge's verdict, as a JSON object with fields of `PLAIN`. Verdicts that
-        failed in an earlier call are omitted.
-      sums: the sums of the response means by the judge's scores, or None.
-      closed: whether the role is closed: its final files contain all its rollouts and verdicts.
+      verdicts: key → the judge's verdict, which is a JSON object with some fields of `PLAIN`.
+        Verdicts that failed in an earlier call are omitted.
+      sums: the sums of the response means by the judge's scores, or None if none are stored.
+      closed: whether the role is closed, so that its final files contain all its rollouts and
+        verdicts.
     """
 
     __repr__ = brief
@@ -54,20 +55,22 @@ class State:
 
 def state_of(run: Run, role: str, judge: str, rubric: str, shape: tuple[int, int], *,
              texts: bool = True, repair: bool = True) -> State:
-    """Read and verify all files of a role.
+    """Read and verify a role's rollouts, scores, sums and live files, and return its state.
 
     Args:
       run: the open run.
       role: the name of the role.
       judge: the name of the judge.
-      rubric: the digest of the judge's input without the rollouts.
+      rubric: the digest of the role's `eval_prompt` (`collect.rubric_of`).
       shape: (L, D), the shape of a response mean.
-      texts: whether to return the texts of a closed role's rollouts; otherwise each record is {}.
-      repair: whether to delete scores by another rubric and invalid lines at the end of live
-        files; otherwise both are ignored.
+      texts: whether to return the texts of a closed role's rollouts. If false, each record of a
+        closed role is {}.
+      repair: whether to delete scores by another rubric and invalid data in the live files. If
+        false, both are ignored.
 
     Raises:
       Damaged: a file differs from the content that the run wrote.
+      UserError: a live file cannot be read or repaired.
     """
     data, live = run.rollouts_bytes(role), run.live(role, shape, repair=repair)
     stored, sums = run.verdicts(role, judge), run.sums(role, judge)
@@ -95,19 +98,25 @@ def state_of(run: Run, role: str, judge: str, rubric: str, shape: tuple[int, int
 
 def close(run: Run, role: str, state: State, *, judge: str, rubric: str, keep: int | None,
           seed: int, reread: Reread) -> Sums:
-    """Write the files of a role whose rollouts have all been judged.
+    """Write the final files of a role whose rollouts have all been judged; clear its live files.
 
     Rollouts whose verdict failed remain in the live files, so that a later call can judge them.
 
     Args:
       run, role, judge, rubric: as in `state_of`.
       state: the role's state.
-      keep: the number of rollouts whose response means are stored, or None for all.
+      keep: the number of rollouts whose response means are stored, or None for all. The default
+        persona, which is not judged, always keeps all.
       seed: the seed of the sample.
-      reread: a function that recomputes the response means of the given rollouts, in their order.
+      reread: a function that recomputes the response means of the given rollouts and yields them
+        in the same order.
 
     Returns:
       The sums of the response means by score.
+
+    Raises:
+      Damaged: the role's sample file differs from the content that the run wrote.
+      UserError: a file cannot be written, or a response mean is not finite.
     """
     # new rollouts are appended to `State.records` in the order in which they finished
     records = state.records = dict(sorted(state.records.items(),
@@ -135,7 +144,12 @@ def close(run: Run, role: str, state: State, *, judge: str, rubric: str, keep: i
 
 
 def needed(state: State, role: str) -> list[dict[str, Any]]:
-    """Return the rollouts whose means are neither in the sums nor in the live files, in order."""
+    """Return the rollouts whose response means `close` has to recompute.
+
+    These are the rollouts, sorted by question, prompt and sample, whose means are neither in the
+    sums nor in the live files. Rollouts without a valid verdict are omitted, except those of the
+    default persona.
+    """
     scores = dict.fromkeys(state.records) if role == DEFAULT else _scores(state.verdicts)
     sums = _usable(state.sums, scores)
     records = sorted(state.records.items(), key=lambda item: place_of(item[1]))
@@ -152,7 +166,7 @@ def save_verdicts(run: Run, role: str, state: State, judge: str, rubric: str) ->
     """Write the verdicts on a role's rollouts to the role's scores file.
 
     Returns:
-      key → score, for the verdicts that did not fail.
+      key → score of the verdicts that did not fail.
     """
     ordered = {key: state.verdicts[key] for key in state.records if key in state.verdicts}
     run.save_verdicts(role, judge, rubric, {k: v["score"] for k, v in ordered.items()},
@@ -162,5 +176,5 @@ def save_verdicts(run: Run, role: str, state: State, judge: str, rubric: str) ->
 
 
 def _scores(verdicts: Mapping[str, Mapping[str, Any]]) -> dict[str, int | None]:
-    """Return key → score, for the verdicts that did not fail."""
+    """Return key → score of the verdicts that did not fail."""
     return {k: v["score"] for k, v in verdicts.items() if v.get("error") is None}

@@ -1,4 +1,4 @@
-"""Comparison of two run manifests: which fields must be equal, and which may get new entries."""
+"""Verify a run's manifest, and compare it with the manifest of another call."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ def judges_of(folder: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
     """
     judges = manifest.get("judges", {})
     if not isinstance(judges, Mapping) or not all(isinstance(x, str) and x for x in judges):
-        raise UserError(f"{folder / MANIFEST}: damaged (judges is not an object)")
+        raise UserError(f"{folder / MANIFEST}: damaged (judges is not an object with "
+                        "non-empty names as keys)")
     return list(judges)
 
 

@@ -10,7 +10,7 @@ from jaxpersona.errors import UserError
 
 
 class Damaged(UserError):
-    """Error for a file of a role that is missing or was changed after the run wrote it.
+    """Error for a file of a role that is missing, unreadable or not as the run wrote it.
 
     Attributes:
       role: the name of the role.
@@ -25,4 +25,4 @@ class Damaged(UserError):
 def remedy(roles: Sequence[str]) -> str:
     """Return the part of an error message that explains how to replace damaged files."""
     options = " ".join(f"--redo {shlex.quote(role)}" for role in roles)
-    return f"restore the file, or regenerate the role with redo={list(roles)!r} ({options})"
+    return f"restore the damaged data, or regenerate it with redo={list(roles)!r} ({options})"

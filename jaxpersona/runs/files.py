@@ -50,7 +50,9 @@ def folders_of(folder: pathlib.Path, judges: Iterable[str]) -> Iterator[tuple[st
 
 
 def delete_run(folder: pathlib.Path, roles: Iterable[str], judges: Iterable[str]) -> int:
-    """Delete all files of a run except its manifest; files that no run wrote are kept.
+    """Delete the files of a run, and those of its folders that are empty then.
+
+    The manifest, the lock files and all files that no run wrote are kept.
 
     Args:
       folder: the run folder, locked by the caller.
@@ -58,7 +60,7 @@ def delete_run(folder: pathlib.Path, roles: Iterable[str], judges: Iterable[str]
       judges: the names of the judges in the run's manifest.
 
     Returns:
-      The number of deleted files.
+      The number of deleted files, not counting temporary files.
 
     Raises:
       UserError: a file cannot be deleted.
@@ -67,7 +69,7 @@ def delete_run(folder: pathlib.Path, roles: Iterable[str], judges: Iterable[str]
     remove_leftovers(folder, roles, judges)
     count = sum(delete(folder / name) for name in (*RESULTS, *FIGURES, STATUS))
     count += sum(delete_role(folder, role, judges) for role in roles)
-    for role in roles:  # files that only format 2 contains
+    for role in roles:  # files that only runs of format 2 contain
         count += sum(delete(folder / place) for place in (
             f"means/{file_stem(role)}.safetensors", f"scores/{file_stem(role)}.json"))
     # rmdir deletes a folder only if it is empty

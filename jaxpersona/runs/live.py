@@ -36,12 +36,12 @@ class Live:
 
     Attributes:
       records: key → rollout, in the order in which the rollouts finished.
-      verdicts: judge → key → verdict, as a JSON object; callers pass the judge as "name/rubric".
+      verdicts: judge → key → verdict (a JSON object); callers pass the judge as "name/rubric".
     """
 
     def __init__(self, folder: pathlib.Path, role: str, binding: str,
                  shape: tuple[int, int], *, repair: bool = True) -> None:
-        """Read the files, if they exist.
+        """Read the files that exist, and remove invalid data from them if `repair` is true.
 
         Args:
           folder: the run folder.
@@ -49,7 +49,7 @@ class Live:
           binding: the digest of the data that determine the role's rollouts (`Run.binding`); files
             with another binding are not valid.
           shape: (L, D), the shape of a response mean.
-          repair: whether to remove invalid data from the files; otherwise such data is ignored.
+          repair: whether to remove invalid data from the files. If false, such data is ignored.
 
         Raises:
           UserError: a file cannot be read or written, or is not a regular file.
@@ -75,14 +75,14 @@ class Live:
             self._means.parent.mkdir(exist_ok=True)
             _write(self._means, b"", "wb")
             _write(self._lines, _line(self._head, b""), "wb")
-        _write(self._means, data)  # first, because the line's checksum covers the mean
+        _write(self._means, data)  # before the line, whose checksum covers the mean
         _write(self._lines, _line(record, data))
         key = rollout_key(record)
         self._rows[key] = len(self.records)
         self.records[key] = dict(record)
 
     def judge(self, judge: str, verdicts: Mapping[str, Mapping[str, Any]]) -> None:
-        """Append verdicts of a judge, given as key → verdict, to the live files."""
+        """Append a judge's verdicts (key → verdict) to the live files."""
         if not self._judged.exists():
             self._judged.parent.mkdir(exist_ok=True)
             _write(self._judged, _line(self._head, b""), "wb")
@@ -124,7 +124,7 @@ class Live:
 
     def _read(self, repair: bool) -> None:
         if not self._lines.exists():
-            if repair:  # means without lines: a process was killed in `add` or `keep_only`
+            if repair:  # if a process is killed in `add` or `keep_only`, the means may remain
                 self._means.unlink(missing_ok=True)
         else:
             size, valid, row = require_file(self._lines), 0, -1

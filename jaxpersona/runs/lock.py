@@ -19,7 +19,9 @@ _OF_WORKER = re.compile(r"\.lock(\.[1-9][0-9]{0,8})?")
 
 @contextlib.contextmanager
 def locked(folder: pathlib.Path, worker: int = 0) -> Iterator[None]:
-    """Lock a folder; the operating system releases the lock when the process ends.
+    """Hold the lock of a folder during the `with` block.
+
+    If the process is killed, the operating system releases the lock.
 
     Args:
       folder: an existing folder.
@@ -85,6 +87,6 @@ def _take(path: pathlib.Path) -> int:
 
 
 def _release(path: pathlib.Path, handle: int) -> None:
-    # remove the file before unlocking: an unlocked file may be locked by another process at once
+    # remove the file before unlocking it, so that no process can lock a file that is then removed
     path.unlink(missing_ok=True)
     os.close(handle)

@@ -1,4 +1,7 @@
-"""The manifest of a run: a JSON record of everything that determines the run's rollouts."""
+"""The manifest of a run: a JSON record of the data that determine the run's rollouts.
+
+The manifest also contains the names of the judges and a record of the last call.
+"""
 
 from __future__ import annotations
 
@@ -39,17 +42,19 @@ def manifest(model: Model, roles: Sequence[Role], questions: Sequence[Question],
              settings: Settings, tokens: Mapping[str, str], **last: Any) -> dict[str, Any]:
     """Return a run's manifest as a JSON value.
 
-    When a run is resumed, `compare.check_same` compares the weights, the sampling settings, the
-    batch size, the device, and the texts and tokens of the prompts and questions. The tokens depend
-    on the tokenizer and the chat template. The judge and the values in `last` may change.
+    When a run is resumed, `compare.check_same` requires the fields "model" (weights, dtype, shape
+    and stop tokens), "arguments" (all fields of `settings`) and "numerics" (the result of
+    `numerics`) to be equal. A role or question that was already in the run must have the same texts
+    and tokens, which depend on the tokenizer and the chat template. Roles, questions and judges may
+    be added, and the field "last" is not compared.
 
     Args:
       model, settings: the model and the sampling settings of the run.
       roles, questions: the roles and questions of this call; `Run.open` adds those of earlier
         calls.
       judge: the name of the judge.
-      tokens: digests of the tokens of each role's prompts and of each question
-        (`prepare.check_prompts`).
+      tokens: digests of the tokens of each role's prompts and of each question, with the keys
+        "role <name>" and "question <id>" (`prepare.check_prompts`).
       last: further arguments to record; they are not compared.
     """
     return {
@@ -69,9 +74,11 @@ def manifest(model: Model, roles: Sequence[Role], questions: Sequence[Question],
 
 
 def numerics(model: Model) -> dict[str, Any]:
-    """Return the device, mesh, JAX settings and environment variables that can change rounding.
+    """Return the parts of the execution environment that can change rounding or random draws.
 
-    JAX's PRNG settings are omitted, because the sampler always uses the PRNG `sampling.PRNG`.
+    These are the platform, the kind and the number of devices, the mesh, the number of processes,
+    the PRNG, and some JAX settings and environment variables. JAX's PRNG settings are omitted,
+    because the sampler always uses the PRNG `sampling.PRNG`.
     """
     weight = model.params.like
     devices = sorted(weight.devices(), key=lambda d: d.id) if isinstance(weight, jax.Array) else (

@@ -43,10 +43,12 @@ class Older:
         return str(self.manifest.get("arguments", {}).get("judge", ""))
 
     def check(self, manifest: Mapping[str, Any]) -> None:
-        """Check that a run with the given manifest would generate the same rollouts.
+        """Check that this run used the same model, settings and device as the given manifest.
+
+        The prompts and questions are not compared here, but for each rollout (`same`).
 
         Raises:
-          UserError: the weights, a setting or the device differs.
+          UserError: a field of the model, the settings or the device differs.
         """
         differ = []
         for part in ("model", "arguments", "numerics"):
@@ -95,8 +97,8 @@ class Older:
         scores = found.get("scores") if isinstance(found, dict) else None
         if not isinstance(scores, dict) or not all(
                 x is None or (type(x) is int and 0 <= x <= 3) for x in scores.values()):
-            raise UserError(f"{path}: damaged (no object 'scores'); delete it, so that the role "
-                            "is judged again")
+            raise UserError(f"{path}: damaged ('scores' is not an object with values from 0 "
+                            "to 3 or null); delete it, so that the role is judged again")
         return scores
 
 

@@ -34,8 +34,8 @@ class Settings:
       samples: the number of rollouts per prompt and question.
       batch_size: the number of batch rows. It cannot change within a run, because the rounding of
         results depends on it.
-      share_prefix: whether to compute the KV cache of a system prompt once for all questions. The
-        results are then rounded differently than without sharing.
+      share_prefix: whether to compute the KV cache of a system prompt once for all questions.
+        Sharing changes the rounding of the results.
     """
 
     temperature: float = 0.7

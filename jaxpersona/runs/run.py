@@ -80,15 +80,16 @@ from jaxpersona.runs.sums import Sample, Sums
 
 
 class Run:
-    """The files of one run: `Run.open` starts or resumes it, `Run.read` opens it read-only."""
+    """The files of one run: `Run.open` starts or resumes it, `Run.read` opens it read-only.
+
+    Attributes:
+      folder: the run folder.
+      manifest: the content of run.json, without its digest.
+      notices: lines of text that describe how this call differs from the previous call.
+    """
 
     def __init__(self, folder: str | os.PathLike, manifest: Mapping[str, Any]) -> None:
-        """Create a handle without reading or writing files.
-
-        Attributes:
-          manifest: the content of run.json, without its digest.
-          notices: lines of text that describe how this call differs from the previous call.
-        """
+        """Create a handle without reading or writing files."""
         self.folder = pathlib.Path(folder)
         self.manifest = json.loads(json.dumps({"format": FORMAT, **manifest}))
         self.manifest.pop(DIGEST, None)
@@ -100,7 +101,7 @@ class Run:
         """Return the run in a folder, opened read-only.
 
         Raises:
-          UserError: the folder contains no run of this format.
+          UserError: the folder contains no run of this format, or its manifest is damaged.
         """
         folder = pathlib.Path(folder)
         return cls(folder, manifest_of(folder))
@@ -112,7 +113,7 @@ class Run:
         """Start, resume or extend a run, with the folder locked against other runs.
 
         Args:
-          folder: a new or empty folder, or a run folder whose manifest has equal `BOUND` fields.
+          folder: a new or empty folder, or the folder of the same run (`compare.check_same`).
           manifest: a JSON value with the fields of `runs.manifest.manifest`.
           worker: index of this process in the run; process 0 must open the folder first.
           overwrite: whether to delete an existing run in the folder, even a different run, and
@@ -120,7 +121,7 @@ class Run:
 
         Raises:
           UserError: the folder belongs to another run (the message lists the differing fields),
-            is in use, contains other files, or cannot be written.
+            has a damaged manifest, is in use, contains other files, or cannot be written.
         """
         run = cls(folder, manifest)
         folder, path = run.folder, run.folder / MANIFEST
@@ -168,7 +169,8 @@ class Run:
     def check_new(self) -> None:
         """Check that a folder without a manifest is empty.
 
-        Lock, temporary and status files of a process that was killed at its start are ignored.
+        Subfolders of a run are ignored if they contain no files. The lock, temporary and status
+        files of a process that was killed at its start are also ignored.
 
         Raises:
           UserError: the folder has no manifest and contains other files.
@@ -185,12 +187,12 @@ class Run:
                             "folder")
 
     def _extend(self, old: Mapping[str, Any]) -> None:
-        """Add the roles, questions and judges of the stored manifest, and fill `notices`."""
+        """Add the stored roles, questions and judges to the manifest, and fill `notices`."""
         for field in GROWING:
             before, now = old.get(field, {}), self.manifest.get(field, {})
             if (more := sorted(set(now) - set(before))) and field != "judges":
                 names = ", ".join(more[:5]) + (", …" if len(more) > 5 else "")
-                self.notices.append(f"the run is extended by {len(more)} {field}: {names}")
+                self.notices.append(f"the run is extended; new {field} ({len(more)}): {names}")
             self.manifest[field] = {**before, **now}
         before, now = old.get(LAST, {}), self.manifest.get(LAST, {})
         for field in sorted(set(before) & set(now)):
@@ -217,10 +219,10 @@ class Run:
         return live.Live(self.folder, role, self.binding(role), shape, repair=repair)
 
     def rollouts(self, role: str) -> list[dict[str, Any]] | None:
-        """Return a role's rollouts, or None if the role is not closed yet.
+        """Return the rollouts in a role's rollouts file, or None if there is no file.
 
         Raises:
-          Damaged: the file differs from the content that the run wrote.
+          Damaged: as in `rollouts_bytes`.
         """
         data = self.rollouts_bytes(role)
         return None if data is None else self.parsed(data)
@@ -236,7 +238,8 @@ class Run:
         """Return the verified content of a role's rollouts file, or None if there is no file.
 
         Raises:
-          Damaged: the file differs from the content that the run wrote.
+          Damaged: the file differs from the content that the run wrote or cannot be read, or the
+            sample file, which contains its digest, is missing or damaged.
         """
         path = self.path("rollouts", role)
         if not os.path.lexists(path):
@@ -255,7 +258,7 @@ class Run:
             raise Damaged(role, path, str(error).removeprefix(f"{path}: ")) from None
 
     def _digests(self, role: str) -> tuple[str, str]:
-        """Return the current digest of a role's rollouts file, and that before its last change."""
+        """Return the digests of a role's rollouts file after and before its last change."""
         if role not in self._known:
             self.sample(role)
         return self._known[role]
@@ -271,7 +274,7 @@ class Run:
         return Sample(json.loads(about["keys"]), tensors["base"], tensors["differences"])
 
     def sums(self, role: str, judge: str | None = None) -> Sums | None:
-        """Return the sums of a role's response means by a judge's scores, or None if not stored.
+        """Return the sums of a role's means by a judge's scores, or None if there is no file.
 
         Raises:
           Damaged: the file differs from the content that the run wrote.
@@ -287,20 +290,23 @@ class Run:
         The fields include rubric, scores and details. Scores are in the order of the rollouts.
 
         Raises:
-          Damaged: the file was changed, or belongs to another role or run.
+          Damaged: the file was changed, belongs to another role or run, or lacks a field.
         """
         path = self.path("scores", role, judge)
         if role == DEFAULT or not os.path.lexists(path):
             return None
         found = read_sealed_json(path, role, self.binding(role))
         if not isinstance(found.get("scores"), dict) or not isinstance(found.get("details"), dict):
-            raise Damaged(role, path, "no objects 'scores' and 'details'")
+            raise Damaged(role, path, "'scores' or 'details' is missing or not an object")
         found["scores"] = dict(sorted(found["scores"].items(),
                                       key=lambda item: place_of_key(item[0])))
         return found
 
     def scores(self, role: str, judge: str | None = None) -> dict[str, int | None] | None:
-        """Return `rollout_key` → score without failed verdicts, or None if there is no file."""
+        """Return `rollout_key` → score for a role, or None if there is no file.
+
+        Rollouts whose verdict failed are omitted.
+        """
         found = self.verdicts(role, judge)
         if found is None:
             return None

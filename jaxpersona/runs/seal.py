@@ -37,7 +37,10 @@ def digest(value: Any) -> str:
 
 def write_sealed(path: pathlib.Path, tensors: Mapping[str, np.ndarray],
                  about: Mapping[str, str]) -> None:
-    """Write tensors, the metadata `about` with the keys role and binding, and a digest of both."""
+    """Write tensors and metadata to a file, with a digest of both.
+
+    The metadata `about` must have the keys role and binding.
+    """
     arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     sealed = _digest(about, {name: (x.dtype, x.shape) for name, x in arrays.items()},
                      lambda name: [arrays[name].reshape(-1).view(np.uint8).data])
@@ -77,7 +80,7 @@ def read_sealed(path: pathlib.Path, role: str, binding: str,
 
 
 def write_sealed_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object, which has the fields role and binding, and its digest."""
+    """Write a JSON object, which must have the fields role and binding, and add its digest."""
     write_json(path, {**value, "digest": sha256(json_text(dict(value)).encode())})
 
 

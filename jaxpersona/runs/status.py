@@ -16,7 +16,7 @@ from jaxpersona.inputs import read_json
 from jaxpersona.runs.compare import manifest_of
 from jaxpersona.runs.files import MANIFEST, STATUS, alive
 
-SECONDS = 5.0  # minimum time between two writes
+SECONDS = 5.0  # minimum seconds between a write and the next write by `update`
 
 
 class Status:
@@ -117,7 +117,9 @@ def read_status(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def kept(folder: pathlib.Path) -> tuple[int, int, int]:
-    """Count the rollouts, verdicts and roles in a run folder, without verifying the files.
+    """Count the rollouts, live verdicts and closed roles in a folder, without verifying the files.
+
+    A role with a rollouts file counts as closed, and its live rollouts are not counted.
 
     Returns:
       (number of rollouts, number of verdicts in live files, number of closed roles).

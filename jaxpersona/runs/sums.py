@@ -21,7 +21,8 @@ class Sums:
     """The sums of a role's response means by the judge's scores.
 
     Attributes:
-      totals: group → sum [L, D] float64. A group is a score, or "none" for undecided replies.
+      totals: group → sum [L, D] float64. A group is a score, or "none" for replies without a
+        score, which are undecided or of the default persona.
       groups: key → group of each rollout that was added. The group of an empty reply, which has no
         response mean, is "empty".
     """

@@ -10,7 +10,7 @@ Token kinds:
 - A thinking block in an assistant message, including its tags, is ASSISTANT | THINKING. A thinking
   block that the template adds is TEMPLATE | THINKING. The last prompt token has the bit THINKING if
   and only if the reply starts inside an open thinking block.
-- Fenced code, including its fences, also has the bit CODE.
+- Fenced code in message content, including its fences, also has the bit CODE.
 
 If the template has no system role, the system prompt is prepended to the first user message,
 separated by a blank line. The tokens of the system prompt keep the kind and turn of the system
@@ -365,9 +365,9 @@ def _spans(template: Template, text: str, *, lead: bool = True,
            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokenize a text; return the ids, [T] int32, and each token's start and stop character.
 
-    The start of a token is moved back to the end of the previous token, because some tokenizers
-    exclude whitespace from the offsets, or return the same offsets for all tokens of a character.
-    For base models, the result begins with the tokens that the tokenizer prepends (such as BOS).
+    If a token starts after the end of the previous token, its start is moved back to that end,
+    because some tokenizers exclude whitespace from the offsets. For base models, the result begins
+    with the tokens that the tokenizer prepends (such as BOS).
     """
     before = template.lead if lead else []
     size = len(template.lead_text) if before else 0

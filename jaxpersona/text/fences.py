@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-CODE_BIT = 0x80  # flag in the table: some of the token's text is code
-_LINE, _TEXT = 0, 4  # states outside code; 1 to 3 follow 1 to 3 spaces at a line start
+CODE_BIT = 0x80  # flag in a value of the table: some of the token's text is code
+_LINE, _TEXT = 0, 4  # states outside code; states 1 to 3 follow 1 to 3 spaces at a line start
 _INSIDE = 9  # this state and all higher states are inside code
 
 
@@ -56,8 +56,8 @@ def _machine() -> dict[tuple[int, str], int]:
         step[text, "\n"] = start
 
     # States 0 to 8 are outside code. The opening line of a backtick fence has the states 9 (marks)
-    # and 10 (rest), that of a tilde fence has the state 11. Inside code, each fence character has
-    # 9 states: 4 for the line start, 2 for runs of 1 and 2 marks, 1 for the closing run, 1 for
+    # and 10 (rest), and that of a tilde fence has the state 11. Inside code, each fence character
+    # has 9 states: 4 for the line start, 2 for runs of 1 and 2 marks, 1 for the closing run, 1 for
     # spaces after the closing run, and 1 for text.
     inside = {"`": 12, "~": 21}
     line(_LINE, _TEXT, "`~", {"`": 5, "~": 7}, {"`": 9, "~": 11})

@@ -1,9 +1,10 @@
 """Render chat templates in a subprocess with limits on time, memory and size.
 
 One worker process (`sandbox_worker`) renders the templates of all tokenizers. The process starts on
-the first rendering and is restarted after a template exceeds a limit. Short renderings that depend
-only on the request are cached, because `template.locate` renders each conversation several times,
-and most of these renderings are the same for all conversations with the same structure.
+the first rendering and is restarted after a rendering that exceeds the time limit or crashes the
+process. Short renderings that depend only on the request are cached, because `template.locate`
+renders each conversation several times, and most of these renderings are the same for all
+conversations with the same structure.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from jaxpersona.errors import UserError
 SECONDS = 10.0  # CPU time limit of a rendering, and of all renderings of one conversation
 MEMORY = 2 << 30  # maximum bytes of the worker's address space, including the interpreter
 CHARACTERS = 1 << 26  # maximum length of a conversation and of a rendering
-_LARGEST_REPLY = 6 * CHARACTERS + (1 << 16)  # bytes; JSON uses at most 6 per character
+_LARGEST_REPLY = 6 * CHARACTERS + (1 << 16)  # bytes; JSON uses at most 6 bytes per character
 _WAIT = 10  # wall-clock timeout in multiples of SECONDS; large, because machines may be busy
 _START = 120.0  # wall-clock timeout in seconds for the start of the process
 _CACHED = 256  # maximum number of cached renderings
@@ -169,7 +170,7 @@ class _Worker:
                             f"({ready['error']}); install jinja2 for {sys.executable}")
 
     def ask(self, request: bytes, wait: float | None = None) -> dict[str, Any]:
-        """Send a request and return the answer; kill the process on failure."""
+        """Send a request; return the answer, or kill the process on failure and return an error."""
         wait = _WAIT * self.limits[0] if wait is None else wait
         try:
             self.sink.write(request)
@@ -239,7 +240,7 @@ class _Worker:
 _lock = threading.Lock()
 _cache: OrderedDict[bytes, dict[str, Any]] = OrderedDict()  # answers by request
 _current: _Worker | None = None
-_inherited: list[_Worker] = []  # workers of the parent, kept to prevent finalization
+_inherited: list[_Worker] = []  # workers of the parent process, kept to prevent finalization
 
 
 def _worker() -> _Worker:
@@ -255,7 +256,7 @@ def _worker() -> _Worker:
 
 
 def _forget() -> None:
-    """Drop the parent's worker and create a new lock in a forked process."""
+    """Drop the parent's worker and create a new lock; called in a forked process."""
     global _current, _lock
     if _current is not None:
         _inherited.append(_current)

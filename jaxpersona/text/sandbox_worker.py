@@ -114,7 +114,7 @@ def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 
 def limit_process(memory: int) -> None:
-    """Limit this process's address space to `memory` bytes and forbid file writes."""
+    """Limit this process's address space to `memory` bytes; forbid file writes and core dumps."""
     try:
         import resource
     except ImportError:  # on Windows, only the caller's timeout applies
@@ -134,7 +134,13 @@ def limit_time(seconds: float) -> None:
 
 def answer(request: dict[str, Any], known: dict[str, Any],
            limits: dict[str, Any]) -> dict[str, Any]:
-    """Render the template of a request {"template", "variables"} and return the answer."""
+    """Render the template of a request {"template", "variables"} and return the answer.
+
+    Args:
+      request: the request.
+      known: a cache of the last compiled template, by its source.
+      limits: the limits "memory" in bytes and "characters", for the rendering.
+    """
     source = request["template"]
     try:
         if source not in known:

@@ -205,7 +205,7 @@ def _match(skeleton: str, text: str, marks: dict[str, _Piece]) -> list[_Found] |
         return [] if skeleton == text else None
     forms = [_forms(piece.text) for piece, _ in steps]
     # The length bounds of the remaining steps and the memoized failed (step, position) pairs prune
-    # the search. Otherwise whitespace-only contents would take exponential time.
+    # the search. Without them, whitespace-only contents would take exponential time.
     most, least = [0], [0]
     for (_, scaffold), variants in zip(reversed(steps), reversed(forms), strict=True):
         sizes = [len(form) for form in variants]
@@ -300,7 +300,7 @@ def _turns(template: Template, twin: list[dict[str, str]], marks: dict[str, _Pie
     if reply and not template.base:
         closed = template(twin, False)
         coming = len(skeleton) - len(closed) if skeleton.startswith(closed) else 0
-        turn[max(at, len(text) - coming) if coming else at :] = n  # if 0: all remaining text
+        turn[max(at, len(text) - coming) if coming else at :] = n  # or all remaining text
     return turn
 
 

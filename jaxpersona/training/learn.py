@@ -88,7 +88,8 @@ class Direction(nnx.Module):
     def to_vector(self, model: Model, name: str = "learned") -> Vector:
         """Return a named direction [L, D], zero at layers that were not trained.
 
-        `steer(vector, layers=direction.layers, where=…)` applies the vector as in training.
+        `steer(vector, layers=direction.layers, where=direction.where, site=direction.site)` applies
+        the vector as in training.
 
         Raises:
           UserError: the model has a different width or too few layers.
@@ -151,8 +152,8 @@ def fit(
     if not isinstance(steps, (int, np.integer)):
         raise UserError(f"steps is {steps!r:.60}; it must be an integer")
     if steps < 1 or not batches:
-        raise UserError(f"steps is {steps} and there are {len(batches)} batches; both numbers must "
-                        "be positive")
+        raise UserError(f"steps is {steps} and the number of batches is {len(batches)}; both "
+                        "numbers must be positive")
     config = model.config
     for i, item in enumerate(batches):
         if not isinstance(item, Batch):
@@ -188,8 +189,8 @@ def fit(
             learned, optimizer_state = checkpoints.restore(latest, (learned, optimizer_state))
             done = latest
             if done > steps:
-                raise UserError(f"steps is {steps}, but {folder} already has {done} steps; give a "
-                                "larger number, or use another folder")
+                raise UserError(f"steps is {steps}, but the last checkpoint in {folder} is of step "
+                                f"{done}; give a larger number, or use another folder")
         for number in range(done, steps):
             batch = batches[number % len(batches)]
             updated, optimizer_state, value = step(learned, optimizer_state, model.params, batch)
@@ -257,7 +258,8 @@ def _check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
     """Write a run's settings to a new folder, or compare them with those in an existing folder.
 
     Raises:
-      UserError: the folder belongs to another training run, or cannot be written.
+      UserError: the folder belongs to another training run or contains other files, or
+        `direction.json` cannot be read or written.
     """
     path = folder / "direction.json"
     if not path.exists():
@@ -287,7 +289,8 @@ def _checkpoints(folder: str | pathlib.Path | None, direction: Direction,
     """Yield the checkpoints of a run, or None if `folder` is None.
 
     Raises:
-      UserError: the checkpoints do not match the direction or the model, or cannot be read.
+      UserError: orbax-checkpoint is not installed, or the checkpoints do not match the direction
+        or the model, or cannot be read.
     """
     if folder is None:
         yield None

@@ -29,7 +29,7 @@ class Caps(Table):
     Attributes:
       values: [n, D] float32, the direction of each cap, not normalized.
       layers: n zero-based layers; cap i applies to the residual stream after block layers[i].
-      floors: [n] float32, the minimum projection on each unit direction.
+      floors: [n] float32, the minimum projection onto each unit direction.
       labels: n strings, one per cap.
       name, model, fingerprint, notes, fingerprint_scheme: as for `Vector`.
 
@@ -66,9 +66,10 @@ class Caps(Table):
         count = len(self.layers)
         shapes = values.shape[:-1], floors.shape, (len(self.labels),)
         if values.ndim != 2 or not count or set(shapes) != {(count,)}:
-            raise UserError(f"caps {self.name!r} have values {list(values.shape)}, floors "
-                            f"{list(floors.shape)}, {count} layers and {len(self.labels)} labels; "
-                            "n caps need values [n, D], floors [n], n layers and n labels")
+            raise UserError(f"caps {self.name!r} have values of shape {list(values.shape)}, floors "
+                            f"of shape {list(floors.shape)}, layers of length {count} and labels "
+                            f"of length {len(self.labels)}; n caps need values [n, D], floors [n], "
+                            "n layers and n labels")
         if not np.isfinite(values).all() or not np.isfinite(floors).all():
             raise UserError(f"caps {self.name!r} contain a non-finite value; all values must be "
                             "finite")
@@ -96,7 +97,7 @@ class Caps(Table):
                                                      strict=True)]
 
     def facts(self) -> dict[str, Any]:
-        """Return the metadata that `save_vector` writes with the values."""
+        """Return the name, the model, the fingerprint and the notes."""
         return {"name": self.name, "model": self.model, "fingerprint": self.fingerprint,
                 **self.notes}
 
@@ -164,19 +165,19 @@ def fitted(found: Found, config: ModelConfig, name: str, fingerprint: str = "") 
         layers, wanted = found.n_layers, (config.n_layers,)
     if layers not in wanted or found.values.shape[1] != config.d_model:
         raise UserError(
-            f"{found.kind} {found.name!r} is for {layers} layers of width "
-            f"{found.values.shape[1]}, but {name} has {config.n_layers} layers of width "
-            f"{config.d_model}, so it was made for another model; use the {found.kind} of this "
-            "model"
+            f"{found.kind} {found.name!r}, made for another model (layers: {layers}, width: "
+            f"{found.values.shape[1]}), cannot be used with {name} (layers: {config.n_layers}, "
+            f"width: {config.d_model}); use the {found.kind} of this model"
         )
     if found.fingerprint_scheme > SCHEME:  # fingerprints of later schemes cannot be compared
         return found
-    # the whole fingerprint, or the half for the configuration, which is the same in both schemes
+    # The half for the configuration is the same in all schemes. Only this half is compared if the
+    # half for the weights is unknown or has another scheme.
     known = fingerprint if fingerprint and found.fingerprint_scheme == SCHEME else config.hash()
     if found.fingerprint[: len(known)] not in ("", known):
         raise UserError(
-            f"{found.kind} {found.name!r} was made for another model ({found.model or 'not named'}"
-            f"), not for {name}; use the {found.kind} of this model"
+            f"{found.kind} {found.name!r}, made for another model ({found.model or 'unnamed'}), "
+            f"cannot be used with {name}; use the {found.kind} of this model"
             + (", or pass the values as an array" if isinstance(found, Vector) else "")
         )
     return found

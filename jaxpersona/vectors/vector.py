@@ -50,8 +50,8 @@ def check_names(found: Any) -> None:
                         "digits or empty")
     scheme = found.fingerprint_scheme
     if type(scheme) is not int or scheme < 1:
-        raise UserError(f"fingerprint_scheme is {scheme!r}; it must be a positive integer, "
-                        f"{SCHEME} for fingerprints of this version")
+        raise UserError(f"fingerprint_scheme is {scheme!r}; it must be a positive integer "
+                        f"({SCHEME} for a fingerprint that this version computes)")
     object.__setattr__(found, "notes", _plain(found.notes))
 
 
@@ -59,7 +59,7 @@ def _plain(notes: Any) -> dict[str, Any]:
     """Convert NumPy and JAX scalars in notes to Python scalars, which all file formats support.
 
     Raises:
-      UserError: the notes are not a dict of strings and numbers.
+      UserError: the notes are not a dict from strings to strings or numbers.
     """
     if not isinstance(notes, Mapping):
         raise UserError(f"notes is a {type(notes).__name__}; it must be a dict")
@@ -90,7 +90,7 @@ class Vector(Table):
         if it is newer, nothing is compared (`caps.fitted`).
 
     Raises:
-      UserError: the values are not [L, D] or not finite, or a field has an invalid type.
+      UserError: the values are not [L, D] or not finite, or another field is invalid.
 
     Examples:
       >>> import jaxpersona as jp
@@ -136,7 +136,7 @@ class Vector(Table):
         return [{"layer": layer, "norm": norm} for layer, norm in enumerate(norms)]
 
     def facts(self) -> dict[str, Any]:
-        """Return the metadata that `save_vector` writes with the values."""
+        """Return the name, the model, the fingerprint, the site and the notes."""
         return {"name": self.name, "model": self.model, "fingerprint": self.fingerprint,
                 "site": self.site, **self.notes}
 
@@ -152,7 +152,7 @@ class Vector(Table):
 
     @property
     def origin(self) -> int:
-        """The hash of the model's weights in the fingerprint, or 0 if unknown or not comparable."""
+        """The half of the fingerprint that depends on the weights; 0 if it cannot be compared."""
         return origin(self.fingerprint) if self.fingerprint_scheme == SCHEME else 0
 
     def at_layers(self, layers: tuple[int, ...]) -> np.ndarray:
@@ -211,6 +211,9 @@ class Vector(Table):
         """Return the cosine similarity to another direction at every layer, [L].
 
         The similarity is NaN at layers where one of the directions is zero.
+
+        Raises:
+          UserError: the shape, the site or the fingerprint differs.
         """
         self._check_same(other)
         # in float64, where no product of two float32 values overflows or vanishes
@@ -225,10 +228,12 @@ class Vector(Table):
                       self.fingerprint_scheme)
 
     def _check_same(self, other: Vector) -> None:
-        """Check that another direction has the same shape, site and model.
+        """Check that another direction has the same shape, site and fingerprint.
+
+        An unknown fingerprint is not compared.
 
         Raises:
-          UserError: the shape, the site or the model differs.
+          UserError: the shape, the site or the fingerprint differs.
         """
         for field in ("values", "site", "fingerprint"):
             own, theirs = getattr(self, field), getattr(other, field)
@@ -256,15 +261,15 @@ class Vector(Table):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Axis(Vector):
-    """The Assistant Axis, oriented so that a higher projection is more Assistant-like.
+    """The Assistant Axis, oriented so that higher projections are more Assistant-like.
 
     Attributes:
       percentiles: for each population of rollouts, a dict from percentile names, such as "p25", to
         arrays [L] float32. The arrays contain percentiles of the projections of the rollouts' mean
-        response activations on the unit axis.
+        response activations onto the unit axis.
 
     Raises:
-      UserError: a field is invalid as in `Vector`, or a percentile is not one finite number per
+      UserError: a field is invalid (see `Vector`), or a percentile is not one finite number per
         layer.
 
     Examples:
@@ -295,7 +300,7 @@ class Axis(Vector):
                     f"percentiles: {known}" if known else "no thresholds")
 
     def records(self) -> list[dict[str, Any]]:
-        """Return one record per layer: its index, norm and percentiles, such as "default p25"."""
+        """Return one record per layer: the layer, the norm, and columns such as "default p25"."""
         return [{**row, **{f"{of} {name}": float(values[row["layer"]])
                            for of, table in self.percentiles.items()
                            for name, values in sorted(table.items(), key=lambda x: _by_number(x[0]))

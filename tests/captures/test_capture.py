@@ -240,13 +240,13 @@ def test_full_announces_its_size(caplog):
     first, second = caplog.records
     assert first.levelname == "INFO" and second.levelname == "WARNING"
     size = 4 * state["full"].values.size
-    assert f"{size / 1e9:.3g} GB: 3 layers, 2 rows, 64 slots, width 32" in first.getMessage()
+    assert f"{size / 1e9:.3g} GB (layers: 3, rows: 2, slots: 64, width: 32" in first.getMessage()
 
 
 REFUSED = {
     "edges must be finite": lambda: capture.histogram(K, [1.0, 1.0]),
     "edges has shape \\(\\)": lambda: capture.histogram(K, 1.0),
-    "edges are for 2 layers, but 3": lambda: s.run(MODEL.params, MODEL.config, ROWS,
+    "edges are for 2 layers, but": lambda: s.run(MODEL.params, MODEL.config, ROWS,
                                                    capture=capture.histogram(
         K, np.zeros((2, 1, 3)) + np.arange(3))),
     "where is 'reply'; give a test .* assistant, response, marked": lambda: capture.mean("reply"),
@@ -267,14 +267,14 @@ REFUSED = {
                                             capture=capture.mean(), carry=Carry(captured={})),
     "edges has shape \\(1, 3, 2\\)": lambda: capture.histogram(
         K, np.zeros((1, 3, 2)) + np.arange(2)),
-    "two captures have the name \\['mean'\\]": lambda: capture.mean() | capture.mean(everywhere),
+    "names in common: \\['mean'\\]": lambda: capture.mean() | capture.mean(everywhere),
     "must be \\[K, D\\]": lambda: capture.projections(np.ones(8)),
     "a zero": lambda: capture.projections(np.zeros((1, 8))),
     "non-finite": lambda: capture.projections(np.full((1, 8), np.inf)),
     "out of range": lambda: capture.mean(layers=-1),
     "reads layer 3": lambda: s.run(MODEL.params, MODEL.config, ROWS,
                                    capture=capture.mean(layers=3)),
-    "directions are for 2 layers, but 3": lambda: s.run(
+    "captured layers is 3": lambda: s.run(
         MODEL.params, MODEL.config, ROWS, capture=capture.projections(np.ones((2, 1, 32)))),
     "directions have width 8": lambda: s.run(MODEL.params, MODEL.config, ROWS,
                              capture=capture.projections(np.ones((1, 8)))),

@@ -63,8 +63,8 @@ def test_a_comparison_is_one_batch_with_the_replies_of_two_runs(capsys, separate
     assert counts == {"edit": "cap(everywhere, layers 4–7, residual)", "layers": [4, 5, 6, 7],
                       "seen": capped.applied[0].seen[0],
                       "changed": capped.applied[0].changed[:, 0].tolist()}
-    assert err == (f"intervention 0: {counts['seen']} tokens selected, {sum(counts['changed'])} "
-                   "changes over 4 layers\n")
+    assert err == (f"intervention 0: tokens selected: {counts['seen']}, activations changed: "
+                   f"{sum(counts['changed'])}, layers: 4\n")
     assert found["projections"]["4"] < AXIS.thresholds("p25")[4]  # read before the cap, not after
     # as a table
     out, err = run(capsys, ASKED, *OPTIONS, "--compare", "--axis", "mini")
@@ -139,7 +139,7 @@ def test_a_single_reply_is_streamed_to_a_terminal(capsys, monkeypatch):
     _, err = run(capsys, ASKED, *OPTIONS)
     wanted = jp.generate(MODEL, [TALK], interventions=CAP, batch_size=1, **SETTINGS)
     assert screen.getvalue() == f"{wanted.text[0]}\n" and len([p for p in pieces if p]) > 3
-    assert f"{int(wanted.applied[0].seen[0])} tokens selected" in err
+    assert f"tokens selected: {int(wanted.applied[0].seen[0])}," in err
 
 
 @pytest.mark.parametrize(("arguments", "wanted"), [

@@ -197,4 +197,4 @@ def test_nothing_is_claimed_of_a_folder_that_cannot_be_read():
 
     with pytest.raises(interrupt.Stopped) as stopped, interrupt.keeping(describe):
         raise interrupt.Stopped(signal.SIGINT)
-    assert stopped.value.kept == "the state of its files is unknown"
+    assert stopped.value.kept == "the state of the output files is unknown"

@@ -83,7 +83,7 @@ def test_replies_without_a_score_are_told_and_judged_again(checkpoint, texts, tm
         command = s.axis_command(checkpoint, texts, tmp_path / "run", "--judge", "http:judge-1",
                                  "--judge-url", server.url)
         assert s.run_command(command) == 0
-        assert "6 replies were not scored (HTTP 500" in capsys.readouterr().err
+        assert "replies on which the judge failed: 6 (HTTP 500" in capsys.readouterr().err
         server.fault = lambda *_: ""
         sold = sum(server.sold.values())
         assert s.run_command(command) == 0
@@ -118,7 +118,7 @@ def test_a_person_judges_a_run_in_two_calls(checkpoint, texts, tmp_path, capsys)
     with _quiet():
         assert s.run_command(command) == 2  # no role has a score yet
     said = capsys.readouterr().err
-    assert "48 replies were not scored (not scored yet in mine.csv)" in said
+    assert "replies on which the judge failed: 48 (not scored yet in mine.csv)" in said
     rows = fill(mine, lambda row: "3" if row["role"] != "sage" else "?")
     assert len(rows) == 48
     assert s.run_command(command) == 0

@@ -156,7 +156,7 @@ WITHOUT_TORCH = ("import sys; sys.modules['torch'] = None; sys.argv[0] = 'jaxper
 @pytest.mark.parametrize(("arguments", "wanted"), [
     # an axis of a different model is only detected after mini is loaded with transformers
     (["--cap", "other.npy"], "error: other.npy: contains a vector, not an axis"),
-    (["--steer", "other.npy"], "error: vector 'other' is for 2 layers of width 3"),
+    (["--steer", "other.npy"], "error: vector 'other', made for another model (layers: 2, w"),
 ])
 def test_a_mistake_is_exactly_one_line_of_a_process(tmp_path, arguments, wanted):
     """Advice by transformers to install PyTorch and progress displays add no lines."""
@@ -234,7 +234,7 @@ def test_a_name_that_is_no_model_is_answered_with_what_is(name):
     with pytest.raises(ValueError) as caught:
         jp.load(name)
     assert str(caught.value) == (f"{name}: no such folder; a model is a folder, a .gguf file, "
-                                 "owner/name on the hub, mini or random:<preset>")
+                                 "owner/name on the Hugging Face Hub, mini or random:<preset>")
 
 
 def test_project_says_that_it_wrote_a_figure(checkpoint, tmp_path, monkeypatch, capsys):

@@ -40,7 +40,7 @@ def test_the_printed_examples_load(tmp_path, capsys):
     (trait,) = load_traits(tmp_path / "traits")
     assert trait.name == "curious" and len(trait.pairs) == 1 and len(trait.questions) == 2
     assert s.run_command(["data", "check", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == "roles: 1 and the default, 2 prompts"
+    assert capsys.readouterr().out.splitlines()[0] == "roles: 1 and the default; prompts: 2"
 
 
 @pytest.mark.parametrize("kind", formats.FORMATS)

@@ -124,7 +124,7 @@ def test_a_death_ends_the_run_clearly_and_a_resume_ends_in_the_same_bytes(togeth
     (["--processes", "2"], "give all three"),
     (["--coordinator", "here:1", "--processes", "2", "--process", "2"], "it must be in 0…1"),
     (["--coordinator", "here", "--processes", "2", "--process", "0"], "give host:port"),
-    (["--mesh", "data=99"], "needs 99 devices; there are 8"),
+    (["--mesh", "data=99"], "needs 99 devices; available: 8"),
     (["--mesh", "model=2,data=x"], "give sizes of data"),
     (["--mesh", "data=8", "--batch-size", "12"], "multiple of 8"),
 ])

@@ -337,9 +337,9 @@ def test_heads_that_do_not_divide_the_mesh_are_held_by_groups():
 
 
 @pytest.mark.parametrize(("mesh", "fields", "wanted"), [
-    (dict(data=3, model=3), {}, "data=3 × model=3 needs 9 devices; there are 8"),
+    (dict(data=3, model=3), {}, "data=3 × model=3 needs 9 devices; available: 8"),
     (dict(model=0), {}, "every axis must be at least 1"),
-    (dict(data=2, fsdp=8), {}, "fsdp=8 × model=1 needs 16 devices; there are 8"),
+    (dict(data=2, fsdp=8), {}, "fsdp=8 × model=1 needs 16 devices; available: 8"),
     (dict(model=4), dict(n_kv_heads=6, n_heads=12), "n_kv_heads is 6, .* use model=3"),
     (dict(model=8), dict(n_kv_heads=4, n_heads=4), "n_heads / n_kv_heads is 1, .*use model=4"),
     (dict(model=8), dict(d_ff=36, n_heads=8, n_kv_heads=8), "d_ff is 36, .* use model=6"),
@@ -353,7 +353,7 @@ def test_wrong_meshes_are_refused_in_one_line_with_the_mend(mesh, fields, wanted
 
 def test_other_misuse_of_a_mesh_is_refused():
     model = spread(one_device("llama"), sharding.make_mesh(data=4, model=2))
-    with pytest.raises(ValueError, match="has 3 rows; .*4 devices, so use a multiple of 4"):
+    with pytest.raises(ValueError, match="of the batch is 3; .*4 shards, so use a multiple of 4"):
         s.run(model.params, model.config, batch(ROWS[:3]))
     with pytest.raises(ValueError, match="batch_size is 6; .*use a multiple of 4"):
         generate(model, ROWS, batch_size=6)

@@ -269,7 +269,7 @@ def test_an_error_outside_the_programs_ends_its_requests_and_not_the_engine(mode
 def test_the_queue_is_bounded(model):
     engine = make(model, queue=3)
     handles = [engine.submit(Request([5 + i], max_new_tokens=2)) for i in range(3)]
-    with pytest.raises(QueueFull, match="3 requests are queued"):
+    with pytest.raises(QueueFull, match="the queue is full .limit: 3"):
         engine.submit(Request([9]))
     engine.step()
     engine.submit(Request([9], max_new_tokens=2))

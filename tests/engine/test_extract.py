@@ -95,7 +95,7 @@ def test_widths():
     ("batch_tokens is 0", {"batch_tokens": 0}),
     ("conversation 1 has 600 tokens", {"conversations": [[5], [5] * 600]}),
     ("must be messages", {"conversations": [[]]}),
-    ("interventions are for 2 rows",
+    ("interventions are for batch size 2",
      {"interventions": cap(np.ones((1, 32)), layers=[1], floor=0.0, rows=[0, 0])}),
 ])
 def test_refused(message, changes):

@@ -127,7 +127,7 @@ def test_each_conversation_may_have_its_own_limit():
 
 
 @pytest.mark.parametrize(("limits", "message"), [
-    ([4], "max_new_tokens has 1 entries for 2 conversations"),
+    ([4], "max_new_tokens has length 1, but the number of conversations is 2"),
     ([4, 0], r"max_new_tokens\[1\] is 0; it must be a positive integer"),
     ([4, 1.5], r"max_new_tokens\[1\] is 1.5"),
     ([[4], [4]], r"max_new_tokens\[0\] is \[4\]"),
@@ -286,7 +286,7 @@ def test_an_extraction_computes_no_layer_above_the_highest_that_is_read(monkeypa
     whole = jp.extract(MODEL, TALKS, capture=MEANS).captured["mean"]
     assert s.rowwise(found, whole[:, :1]).max() < 1e-5
     carry = jp.Carry(cache=made[0].cache)
-    with pytest.raises(ValueError, match="the cache has 1 layers, but this call needs 2"):
+    with pytest.raises(ValueError, match="of the cache is 1, but this call needs 2"):
         jp.forward(MODEL.params, MODEL.config, jp.batch(ROWS[1:2] * 4), carry=carry, logits=None,
                    capture=capture.mean(layers=[1]))
 

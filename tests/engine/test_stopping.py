@@ -80,6 +80,12 @@ def test_what_may_still_change_is_held_back():
     assert written.finish("one \U0001f600 STORY ST") == " ST"
 
 
+def test_no_text_is_lost_if_an_earlier_one_changes():
+    written = stopping.Written(s.byte_tokenizer())
+    assert written.push(np.array(s.byte_tokenizer()("one two")["input_ids"])) == "one two"
+    assert written.finish("one, two, three") == ", two, three"
+
+
 def test_a_stop_string_that_begins_with_its_own_beginning_is_held_back_whole():
     tokenizer = s.byte_tokenizer()
     written = stopping.Written(tokenizer, ("aab",))

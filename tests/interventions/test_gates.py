@@ -200,9 +200,9 @@ REFUSED = {
     "layer 1 \\(residual\\) is not before": lambda: gate(EDIT, C, layer=1, above=0),
     "above is NaN": lambda: gate(EDIT, C, layer=0, above=np.nan),
     "above is infinite": lambda: gate(EDIT, C, layer=0, above=np.inf),
-    "the gate has 5 directions, but the bank has 8": lambda: gate(
+    "the gate has 5 directions, but the number of edits in the bank is 8": lambda: gate(
         steer(np.ones((8, 32)), layers=[1], rows=range(8)), np.ones((5, 32)), layer=0, above=0),
-    "the gate has 4 directions, but the bank has 3": lambda: gate(
+    "the gate has 4 directions, but the number of edits in the bank is 3": lambda: gate(
         steer(np.ones((3, 32)), layers=[1], rows=[0, 1, 2]), np.ones((4, 32)), layer=0, above=0),
     "where selects generated tokens": lambda: gate(EDIT, C, layer=0, above=0, where=generated),
     "contains no message": lambda: everywhere.within(3, 1),

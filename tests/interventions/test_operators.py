@@ -49,7 +49,7 @@ REFUSED = {
     "vector is zero at a chosen layer; give nonzero vectors": lambda: steer(ZERO, layers=1),
     "vector has shape \\(2, 8\\)": lambda: steer(np.ones((2, 8)), layers=1),
     "vector has shape \\(\\)": lambda: steer(np.float32(2), layers=1),
-    "3 layers, but 2 layers were chosen": lambda: steer(np.ones((1, 3, 8)), layers=[1, 2]),
+    "3 layers, but the number of chosen .* 2": lambda: steer(np.ones((1, 3, 8)), layers=[1, 2]),
     "scale is infinite": lambda: steer(V, layers=1, scale=np.inf),
     "factor is infinite": lambda: scale(V, -np.inf, layers=1),
     "value is NaN": lambda: set_projection(V, np.nan, layers=1),
@@ -85,7 +85,7 @@ REFUSED = {
     "row 2 is out of range": lambda: steer(V[None], layers=1, rows=[0, 0]).take([2]),
     "width 8, but the model": lambda: steer(V, layers=1).check(layers=4, width=9, rows=1),
     "the model has layers 0…0": lambda: steer(V, layers=1).check(layers=1, width=8, rows=1),
-    "for 2 rows, but the batch has 3": lambda: steer(V[None], layers=1, rows=[0, 0]).check(
+    "for batch size 2, but .* is 3": lambda: steer(V[None], layers=1, rows=[0, 0]).check(
         layers=4, width=8, rows=3),
     "role is 'tool'": lambda: turns("tool"),
     "kind 'sink' is unknown": lambda: everywhere.without("sink"),

@@ -37,7 +37,7 @@ def test_interventions_are_taken_and_merged_before_they_are_prepared():
     assert isinstance(ready, PreparedInterventions)
     with pytest.raises(ValueError, match="interventions is a PreparedInterventions"):
         stack_rows([ready, None])
-    with pytest.raises(ValueError, match="interventions are for 2 rows, but the batch has 3"):
+    with pytest.raises(ValueError, match="for batch size 2, but the batch size is 3"):
         caps.prepare(3, like)
 
 

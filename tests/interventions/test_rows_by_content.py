@@ -85,7 +85,7 @@ def test_reserved_entries_are_counted_by_content():
     into = reserve(4, 32, [0, 1], entries=1)
     filled = stack_rows([KINDS["cap"](0.5) for _ in range(4)], into=into)
     assert filled.edits[0].index.tolist() == [0, 0, 0, 0]
-    with pytest.raises(ValueError, match="2 edits .* do not fit the reserved 1"):
+    with pytest.raises(ValueError, match=r"distinct: 2.* do not fit .*entries: 1"):
         stack_rows([*(KINDS["cap"](x) for x in (0.5, 0.5, 0.6)), None], into=into)
 
 

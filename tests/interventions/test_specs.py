@@ -153,7 +153,7 @@ def test_refused_before_anything_compiles(spec, message, folder):
     ({"reading": "mean", "layers": 7}, "out of range|reads layer 7"),
     ({"reading": "mean", "laers": 1}, "did you mean 'layers'"),
     ([{"reading": "mean"}, {"reading": "mean"}], "two captures"),
-    ({"reading": "projections", "directions": ["axis.safetensors", A]}, "mixes files and numbers"),
+    ({"reading": "projections", "directions": ["axis.safetensors", A]}, "both file names and"),
     ({"reading": "mean", "operator": [1]}, "operator is unknown"),
 ])
 def test_captures_refused(spec, message, folder):
@@ -229,7 +229,8 @@ def test_from_the_command_line(tmp_path, capsys):
     arguments = ["generate", "Hello.", "--max-new-tokens", "4", "--spec"]
     with pytest.raises(SystemExit) as stop:
         main([*arguments, str(tmp_path / "edits.json")])
-    assert not stop.value.code and "4 tokens selected, 4 changes" in capsys.readouterr().err
+    assert not stop.value.code
+    assert "tokens selected: 4, activations changed: 4, layers: 1" in capsys.readouterr().err
     (tmp_path / "edits.json").write_text(json.dumps([{**rows[0], "layers": 99}]))
     assert s.run_command([*arguments, str(tmp_path / "edits.json")]) == 2
     assert "interventions[0]: layers is 99, which is out of range" in capsys.readouterr().err

@@ -143,7 +143,7 @@ def test_the_budget_in_calls_is_kept_over_all_runs(tmp_path):
         found, why = until_stopped(judge, asked)
         assert len(found) == 60 and not why
         assert max(server.sold.values()) == 1
-        assert judge.note().startswith(f"{len(server.times):,} calls")
+        assert judge.note().startswith(f"calls: {len(server.times):,}")
 
 
 def test_the_budget_in_money_is_kept_and_used(tmp_path):
@@ -178,7 +178,7 @@ def test_a_retry_after_holds_all_requests(tmp_path):
     with fake.serving(lambda *_: "429") as server:
         server.after = "86400"
         _, why = until_stopped(judge_of(server, tmp_path / "w.jsonl"), items(20))
-        assert "asks to wait 86,400 s" in why and len(server.times) <= 8
+        assert "requests a delay of 86,400 s" in why and len(server.times) <= 8
 
 
 def test_the_rate_of_requests_is_kept_also_by_repeated_ones(tmp_path):

@@ -94,7 +94,7 @@ def test_a_tpu_uses_it_for_long_prompts():
     assert choice() == ("splash", "it is supported")
     assert choice(tokens=kernel.LONG_TPU + 1)[0] == "splash"
     assert choice(tokens=kernel.LONG_TPU) == (
-        "xla", f"the batch has {kernel.LONG_TPU} tokens per row, and 'auto' uses XLA up to "
+        "xla", f"the batch has {kernel.LONG_TPU} tokens per row; 'auto' uses XLA up to "
                f"{kernel.LONG_TPU}")
     assert choice(tokens=5, asked="splash")[0] == "splash"
     gemma = s.tiny_config(head_dim=128, attn_softcap=50.0, windows=(16, None, 16))

@@ -175,7 +175,8 @@ REFUSED = {
     "pissa": (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights is 'pissa_niter_4'"),
     "alpha": (dict(lora_alpha="big"), "lora_alpha of model.layers.0.* is 'big'"),
     "rank": (dict(r=5),
-             "r of model.layers.0.* is 5, but its rank in adapter_model.safetensors is 4"),
+             "r of model.layers.0.* is 5, but its factors in adapter_model.safetensors have "
+             "rank 4"),
     "pattern": (dict(rank_pattern={"(": 2}), "rank_pattern has '\\('"),
     "long": (dict(alpha_pattern={"q_proj|" * 200: 2}), "alpha_pattern has 'q_proj.*too long"),
     "nested": (dict(alpha_pattern={"([a-z_.0-9]+)+!": 2}), "alpha_pattern has .*too long"),
@@ -204,7 +205,7 @@ def test_tensors_that_do_not_fit_are_all_listed(base, tmp_path):
     other = tmp_path / "b"
     write(other)
     wide = dataclasses.replace(CONFIG, d_ff=64)
-    with pytest.raises(jp.UserError, match=r"do not fit \[64, 32\]"):
+    with pytest.raises(jp.UserError, match=r"do not fit the weight's shape \[64, 32\]"):
         adapter.read_adapter(other, wide)
 
 

@@ -272,7 +272,7 @@ def test_digits_are_split_before_spaces_are_grouped():
 
 @pytest.mark.parametrize(("options", "words"), [
     ({"skip": ("block_count",)}, "field qwen2.block_count is missing"),
-    ({"skip": ("blk.0.ffn_up.weight",)}, "missing tensors blk.0.ffn_up.weight"),
+    ({"skip": ("blk.0.ffn_up.weight",)}, "missing tensors: blk.0.ffn_up.weight"),
     ({"fields": {"qwen2.feed_forward_length": 96}}, "ffn_gate.weight has shape [80, 48]"),
     ({"fields": {"qwen2.attention.head_count": 0}}, "head_count is 0"),
     ({"fields": {"qwen2.expert_count": 8}}, "qwen2.expert_count is 8"),

@@ -272,7 +272,7 @@ def test_orbax_stores_int8_weights(folder, tmp_path, tables):
     mesh = make_mesh(2, 2, devices=jax.devices()[:4])
     assert s.differing(jp.load(tmp_path / "m", mesh=mesh).params, made) == []
     for options in ({"dtype": "float32"}, {"dtype": "int8", "tables": "float"}):
-        with pytest.raises(jp.UserError, match="contains int8 per channel weights, which cannot"):
+        with pytest.raises(jp.UserError, match="stored as int8 per channel, which can be neither"):
             jp.load(tmp_path / "m", **options)
     orbax.save(tmp_path / "f", PARAMS, CONFIG)
     assert s.differing(jp.load(tmp_path / "f", dtype="int8").params, made) == []

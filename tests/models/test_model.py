@@ -198,7 +198,7 @@ def test_forward_refuses_what_does_not_fit(bad):
 
 
 def test_a_batch_wider_than_its_cache_is_refused():
-    with pytest.raises(ValueError, match="4 tokens wide, but the cache has 3 slots"):
+    with pytest.raises(ValueError, match="4 tokens per row, .*but the cache has 3 slots"):
         forward(MODEL.params, MODEL.config, batch([[5, 6, 7, 8]]),
                 carry=Carry(cache=init_cache(MODEL.config, 1, 3)))
 

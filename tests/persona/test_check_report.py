@@ -29,10 +29,11 @@ def test_a_floor_above_most_default_projections_gets_a_warning():
     spread, centre = np.array([2.0, 4.0]), np.array([10.5, 12.0])
     fine, said = module._scale((3, 4), ours, theirs, np.array([10.4, 11.0]), spread, centre)
     assert fine and "Warning" not in said
-    assert said.startswith("floors: 0.2 to 0.25 standard deviations from the default's mean, "
-                           "104 to 110 % of the way")
+    assert said.startswith("floors: 0.2 to 0.25 standard deviations from the default persona's "
+                           "mean projection, 104 to 110 % of the way")
     fine, said = module._scale((3, 4), ours, theirs, np.array([10.6, 11.0]), spread, centre)
-    assert fine and "Warning: at layers 3 the floor is above the median of the" in said
+    assert fine and "Warning: the floor is above the median of the" in said
+    assert "(layers: 3)" in said
     table = {"default": {"p50": np.arange(8.0)}}
     held = Axis(np.ones((8, 4)), percentiles=table)
     assert module._centre(held, (3, 5), ours).tolist() == [3, 5]

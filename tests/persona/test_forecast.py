@@ -88,16 +88,18 @@ def test_a_forecast_in_words(tmp_path):
     roles = [dataclasses.replace(role, eval_prompt="{question} {answer}?") for role in ROLES]
     found = predict(tmp_path / "run", roles=roles, judge=SelfJudge(MODEL))
     lines = describe(found, judge="self", cost=0.25)
-    assert lines[0] == "roles: 12 and the default, with 14 system prompts"
+    assert lines[0] == "roles: 12 besides the default persona, system prompts: 14"
     assert lines[2] == "rollouts: 28" and "reply tokens: at most 168" in lines
     assert "time: not measured" in lines
-    assert "judging: 24 calls of the judge self, not included in the time above" in lines
+    assert ("judging: the judge self scores 24 of the replies; the time above does not include "
+            "judging") in lines
     assert "cost of judging: 24 × $0.25 = $6.00" in lines
     timed = dataclasses.replace(
         found, seconds=7200.0 * 5, pace=s_pace([3, 5], [4]))
     (line,) = [x for x in describe(timed, judge="none") if x.startswith("time")]
-    assert line.startswith("time of generation: about 10.0 hours (sample: 2 finished and 1 "
-                           "unfinished replies, 6 tokens/s in 2.0 s, after 9 s of compilation")
+    assert line.startswith("time of generation: about 10.0 hours (replies in the sample: "
+                           "2 finished, 1 unfinished; 6 tokens/s over 2.0 s, after 9 s of "
+                           "compilation")
     bound = dataclasses.replace(timed, pace=s_pace([], [4]))
     assert any(x.startswith("time of generation: at most") for x in describe(bound, judge="none"))
 
@@ -144,8 +146,8 @@ def test_scores_and_roles_left_out_are_named(made):
     judged = dataclasses.replace(found, counts=counts, role_means=means,
                                  axis=dataclasses.replace(found.axis, notes=notes))
     lines = summary(judged, folder, 1)
-    assert lines[1] == "judge digits: 1 undecided, 22 of score 3, 1 of score 0"
-    assert "left out, with fewer than 1 fully played replies: 1 (role5)" in lines
+    assert lines[1] == "judge digits: 1 undecided, 22 with score 3, 1 with score 0"
+    assert "left out because they have fewer than 1 replies with score 3: 1 (role5)" in lines
 
 
 def test_a_base_model_is_told():

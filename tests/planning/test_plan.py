@@ -210,7 +210,7 @@ def test_what_a_tpu_cannot_hold_is_measured_not_an_error(monkeypatch):
     (("--topology", "h200:8", "--mesh", "rows=2"), "give sizes of data"),
     (("--topology", "h200:8", "--mesh", "data=2,model=2"), "needs 4 chips; the topology has 8"),
     (("--topology", "h200:8", "--batch", "3", "--mesh", "data=8"),
-     "batch (--batch) is 3; the mesh shards rows over 8 chips: use a multiple of 8"),
+     "batch (--batch) is 3; the mesh divides rows into 8 shards: use a multiple of 8"),
     (("--topology", "h200:8", "--context", "1"), "context is 1; batch must be at least 1"),
     (("--topology", "h200:8", "--context", "9999999"), "the maximum of random:llama-3.3-70b is"),
     (("--topology", "h200:8", "--cap", "70:90"), "out of range; layers must be in 0…79"),

@@ -56,7 +56,7 @@ def test_more_questions_give_the_bytes_of_a_run_with_all_of_them(run, tmp_path, 
     """Only the rollouts of new questions are generated, and sums continue in their order."""
     found, said = extend(run, questions=MORE)
     assert {question for *_, question in played} == {2, 7} and len(played) == 16
-    assert "the run is extended by 2 questions: 2, 7" in said
+    assert "the run is extended; new questions (2): 2, 7" in said
     whole, _ = extend(tmp_path / "whole", questions=MORE)
     np.testing.assert_array_equal(found.axis.values, whole.axis.values)
     assert found.counts == whole.counts and found.rollouts == whole.rollouts == 32
@@ -78,7 +78,7 @@ def test_more_roles_leave_the_others_files(run, played):
     sage = Role("sage", ("You are a sage.",), "{question} {answer}?")
     found, said = extend(run, roles=[*ROLES, sage], min_count=1)
     assert {role for role, *_ in played} == {"sage"} and "sage" in found.counts
-    assert any(line.startswith("the run is extended by 1 roles: sage") for line in said)
+    assert any(line.startswith("the run is extended; new roles (1): sage") for line in said)
     after = contents(run)
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"run.json", "axis.safetensors", "analysis.json"}
@@ -156,7 +156,7 @@ def test_failed_verdicts_are_counted_and_asked_for_again(tmp_path):
         asked.append((role, key))
         return OSError("busy") if key.endswith("q1") else 3
 
-    with pytest.warns(UserWarning, match=r"6 replies were not scored \(busy\)"):
+    with pytest.warns(UserWarning, match=r"judge failed: 6 \(busy\)"):
         found, _ = extend(tmp_path / "run", judge=s.Scored(busy), min_count=1)
     assert found.counts["ghost"]["failed"] == 2 and found.counts["ghost"]["3"] == 2
     assert len(asked) == 12

@@ -85,7 +85,7 @@ def test_an_extension_that_ends_at_any_change_is_the_same(tmp_path, monkeypatch,
 
     def begun(folder):
         ends.left = 10**9
-        with pytest.warns(UserWarning, match="3 replies were not scored"):
+        with pytest.warns(UserWarning, match="replies on which the judge failed: 3"):
             resume(folder, judge=failing)
         return folder
 

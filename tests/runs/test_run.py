@@ -214,8 +214,8 @@ def test_generate_and_project_commands(checkpoint, texts, tmp_path, capsys):
     said = capsys.readouterr()
     heads = said.out.splitlines()[1].replace("┃", " ").split()
     assert heads == ["prompt", "without", "with"]
-    assert re.search(r"intervention 0: [1-9]\d* tokens selected, \d+ changes over 2 layers",
-                     " ".join(said.err.split()))
+    assert re.search(r"intervention 0: tokens selected: [1-9]\d*, activations changed: \d+, "
+                     r"layers: 2", " ".join(said.err.split()))
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"},
             {"role": "user", "content": "more"}, {"role": "assistant", "content": "no"}]
     (tmp_path / "talk.json").write_text(json.dumps(talk))
@@ -270,8 +270,8 @@ def test_options_of_the_population_and_of_held_out_roles_act(checkpoint, texts, 
                     str(tmp_path / "two.safetensors"), "--no-check", "--max-new-tokens", "3",
                     *more]) == 0
         said = " ".join(capsys.readouterr().err.split())
-        seen, changed = re.search(r"(\d+) tokens selected, (\d+) changes over 2 layers",
-                                  said).groups()
+        seen, changed = re.search(r"tokens selected: (\d+), activations changed: (\d+), "
+                                  r"layers: 2", said).groups()
         return int(changed) / int(seen)
 
     assert changes() == changes("--percentile", "p25", "--of", "default") == 0

@@ -196,7 +196,7 @@ def test_a_table_says_itself_what_it_is(tmp_path):
 def test_a_caps_file_that_lies_is_named(tmp_path):
     """Caps are checked when they are read."""
     fields = dict(values=VALUES[:2], layers=(1, 2), floors=np.zeros(2), labels=("a", "b"))
-    for change, words in (({"layers": (1,)}, "1 layers"), ({"floors": [np.nan, 0]}, "non-finite"),
+    for change, words in (({"layers": (1,)}, "length 1 a"), ({"floors": [np.nan, 0]}, "non-finite"),
                           ({"values": 0 * VALUES[:2]}, "zero vector"),
                           ({"layers": (1, True)}, "must be in 0"),
                           ({"fingerprint": "x"}, "sixteen hexadecimal")):
