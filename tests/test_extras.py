@@ -123,8 +123,8 @@ def test_figures_that_cannot_be_drawn_do_not_end_a_run(tmp_path, monkeypatch, ca
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     run = SimpleNamespace(projections={"default": np.ones((2, 3)), "ghost": np.zeros((2, 3))})
     support.draw_run(tmp_path, run, 1, [])
-    assert capsys.readouterr().err == ("no figures were drawn: figures need matplotlib: pip "
-                                       "install 'jaxpersona[figures]'\n")
+    assert capsys.readouterr().err == ("not all figures could be drawn: figures need matplotlib: "
+                                       "pip install 'jaxpersona[figures]'\n")
 
 
 def test_transformers_does_not_advise_to_install_pytorch():

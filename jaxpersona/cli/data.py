@@ -1,4 +1,6 @@
-"""The commands of `jaxpersona data`: check, show, export and explain the prompt data."""
+"""The commands of `jaxpersona data`: check, show and export the prompt data, and
+explain its file formats.
+"""
 
 from __future__ import annotations
 

@@ -282,8 +282,8 @@ class Dialogue:
             text = str(error)
             raise UserError(text if text.startswith(f"{file}") else f"{file}: {text}") from None
         say(f"read {file}: {count(len(self.session.turns), 'turn')}"
-            + ("" if kept else "; its projections are missing, or belong to another model or "
-                               "direction, and were not restored"), error=True)
+            + ("" if kept else "; its projections were not restored, because they are missing or "
+                               "belong to another model, direction or set of layers"), error=True)
 
 
 def _first(both: Iterator[tuple[bool, Piece]]) -> Iterator[Piece]:

@@ -133,10 +133,12 @@ class Edits:
         return self
 
     def _cap_file(self) -> pathlib.Path | None:
-        """Return the file of `--cap`; for FILE:FROM:TO:pNN, also set `cap_layers` and `percentile`.
+        """Return the file of `--cap`, or None if the option was not given.
+
+        For FILE:FROM:TO[:pNN], also set `cap_layers` and, with pNN, `percentile`.
 
         Raises:
-          UserError: the layers or the percentile are also set by another option.
+          UserError: another option also sets the layers or the percentile.
         """
         if self.cap is None:
             return None

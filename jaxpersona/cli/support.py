@@ -199,10 +199,13 @@ def check_output(option: str, file: pathlib.Path) -> None:
         raise UserError(f"{option} is {file}, a folder; give the name of a file")
     if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
         raise UserError(f"{option} is {file}, not a regular file; give another name")
-    if not file.exists():  # create and delete the file, as a test
+    if not file.exists():  # create and delete the file and its folders, as a test
+        missing = [folder for folder in file.absolute().parents if not folder.exists()]
         with atomic(file) as temporary:
             temporary.touch()
         file.unlink()
+        for folder in missing:
+            folder.rmdir()
 
 
 def kept_of(folder: pathlib.Path) -> str:
@@ -236,6 +239,6 @@ def draw_run(folder: pathlib.Path, extraction: Extraction, middle: int,
         figures.components(folder / "pca.png", extraction.analysis, middle, extraction.default)
         figures.variance(folder / "variance.png", extraction.analysis, middle)
     except UserError as error:  # e.g. matplotlib is missing; the run is complete without figures
-        say(f"no figures were drawn: {error}", error=True)
+        say(f"not all figures could be drawn: {error}", error=True)
         return False
     return True

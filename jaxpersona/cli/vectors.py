@@ -62,8 +62,9 @@ def check(
 ) -> None:
     """Run the self-test of `generate --cap` for an axis or caps, on short replies of a model.
 
-    Distances are in standard deviations of the default persona's projections at the layer. If a
-    test fails, the command prints its result and ends with an error.
+    The table lists the mean projections at each tested layer. The columns z contain distances from
+    the default persona's mean, in standard deviations of its projections at that layer. The results
+    of all tests are printed. If a test fails, the command ends with an error.
     """
     from jaxpersona.cli.caps import open_caps
     from jaxpersona.cli.support import open_model, progress

@@ -82,10 +82,10 @@ class Demo:
 
 def run_demo(model: Model, folder: str | os.PathLike[str], *, seed: int = 0,
              report: Report | None = None) -> Demo:
-    """Extract the axis, compare it with the ground truth, and measure the effects of a cap.
+    """Extract the axis, compare it with the ground truth, and evaluate interventions.
 
-    The effects of the cap are those on behaviour and on speed. The effect of steering along the
-    axis on behaviour is also measured.
+    The demo measures how a cap affects behaviour and speed, and how steering along the axis affects
+    behaviour.
 
     Args:
       model: the embedded model.

@@ -34,8 +34,8 @@ _KINDS = {  # benchmark → (field of the curves, title, label of the x axis, la
     "decode": ("by_batch", "Throughput of decoding", "rows", "tokens/s"),
     "cap_overhead": ("by_layers", "Speed with capped layers", "capped layers",
                      "speed, capped ÷ uncapped"),
-    "rows": ("by_distinct", "Speed with distinct settings", "distinct settings in a batch",
-             "speed ÷ speed with one shared setting"),
+    "rows": ("by_distinct", "Speed with distinct caps", "distinct caps in a batch",
+             "speed, distinct ÷ shared caps"),
     "roofline": ("points", "Roofline", "FLOP/byte", "FLOP/s"),
 }
 

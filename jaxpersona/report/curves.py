@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -339,11 +338,11 @@ def _looks(names: Any) -> list[dict[str, Any]]:
     """Return each curve's colour, marker and line style; those of names in `ARMS` are fixed."""
     names = list(names)
     taken = {ARMS[name][0] for name in names if name in ARMS}
-    free = itertools.cycle([pair for pair in zip(CYCLE, MARKERS, strict=True)
-                            if pair[0] not in taken])
-    looks = [dict(zip(("color", "marker"), ARMS.get(name) or next(free), strict=True))
-             for name in names]
-    return [{**look, "linestyle": "-" if i < len(CYCLE) else "--"} for i, look in enumerate(looks)]
+    pairs = [pair for pair in zip(CYCLE, MARKERS, strict=True) if pair[0] not in taken]
+    free = iter([(*pair, style) for style in ("-", "--", ":") for pair in pairs])
+    return [dict(zip(("color", "marker", "linestyle"),
+                     (*ARMS[name], "-") if name in ARMS else next(free), strict=True))
+            for name in names]
 
 
 def _half_width(values: np.ndarray) -> float:

@@ -46,7 +46,8 @@ def place(ax: Axes, points: Sequence[tuple[str, float, float]], markers: np.ndar
     frame = np.array([ax.bbox.x0, ax.bbox.y0, ax.bbox.x1, ax.bbox.y1])
     offsets = _offsets()
     away = np.hypot(*offsets.T)
-    side = np.sign(np.where(np.abs(offsets[:, 0]) < 1, 0, offsets[:, 0]))  # −1 left, 1 right
+    # the side of the label: −1 left of the marker, 0 centred, 1 right of it
+    side = np.sign(np.where(np.abs(offsets[:, 0]) < 1, 0, offsets[:, 0]))
     taken, written = np.zeros((0, 4)), []
     each = [sizes] * len(points) if isinstance(sizes, (int, float)) else list(sizes)
     probe = ax.text(0, 0, "")

@@ -49,13 +49,13 @@ class Places:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """R role vectors at one layer and their principal components.
+    """The principal components of R role vectors at one layer.
 
     Attributes:
       names: the R roles.
       components: the principal components of the role vectors.
-      default: the default persona's coordinates on the first two components (one if there is only
-        one); None if unknown.
+      default: the default persona's coordinates on the first min(2, C) of the C components; None
+        if unknown.
       cosine: |cos(PC1, axis)|.
       layer: the layer.
     """
