@@ -290,7 +290,7 @@ class Engine:
 
     def _shape(self, row: Row, limit: int, edits: Interventions) -> tuple[Shape, int]:
         """Return the static sizes of a prompt's prefill, and the limit of the reply's length."""
-        piece = piece_of(self._params.like, edits, self.rows)
+        piece = piece_of(self.model.config, self._params.like, edits, self.rows)
         if self.sizes is not None:
             return shape_within(row, limit, self.sizes, piece)
         context = self.model.config.max_context
@@ -303,9 +303,9 @@ class Engine:
 
     def _open(self, kind: Any) -> Lane:
         """Return a new lane for a kind of request."""
-        return Lane(self.model.config, self._params, kind.setting(self.model),
-                    RowEdits(kind.neutral, self.rows), self.rows, self._together,
-                    piece_of(self._params.like, kind.neutral, self.rows), self._stats)
+        config, params, rows = self.model.config, self._params, self.rows
+        return Lane(config, params, kind.setting(self.model), RowEdits(kind.neutral, rows), rows,
+                    self._together, piece_of(config, params.like, kind.neutral, rows), self._stats)
 
     def _step(self) -> bool:
         """Run `step`; the caller must hold the device lock."""

@@ -247,7 +247,7 @@ def queue(model: Model, rows: list[chat.Row], ids: UInt32[np.ndarray, " N"],
       stats: the counters to update, or None.
     """
     greedy = bool((np.asarray(settings.temperature) == 0).all())
-    piece, shared = piece_of(model.params.like, edits, batch_size), SharedEdits(edits)
+    piece, shared = piece_of(model.config, model.params.like, edits, batch_size), SharedEdits(edits)
     scheduler = Scheduler(
         lane_opener(model, shared, capture, stops, greedy, batch_size, stats), collect,
         refill=refill)
@@ -279,7 +279,7 @@ def lane_opener(model: Model, edits: SharedEdits, capture: Capture, stops: Stops
     # On a mesh, all rows are replaced at once: rows are sharded over devices, so a partial write
     # would need communication.
     together = max(1, batch_size // 4) if model.mesh is None else batch_size
-    piece = piece_of(model.params.like, edits.edits, batch_size)
+    piece = piece_of(model.config, model.params.like, edits.edits, batch_size)
 
     def open_lane(slots: Any) -> Lane:
         # `State.tokens` can hold one token per slot, so programs do not depend on length limits

@@ -36,7 +36,7 @@ def plain_shapes(model: Model, sizes: Sequence[int], capacity: Interventions | N
     """
     edits, capture = for_one_row(None, capacity), Capture()
     code, neutral = asks_for_code(edits, capture), neutral_row(edits)
-    piece = piece_of(model.params.like, neutral, rows)
+    piece = piece_of(model.config, model.params.like, neutral, rows)
     for slots in sizes:
         wide = widths(slots, model.config.max_context) if piece is None else [piece]
         for greedy in (True, False):

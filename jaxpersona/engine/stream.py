@@ -140,7 +140,7 @@ class Stream:
         row = prompts.encode(model, conversation)
         limit = int(prompts.limits(model, [row], self._max_new)[0])
         shape = shape_of(row, self._max_new, self._prefix, model.config.max_context, self._rows,
-                         piece_of(model.params.like, self._edits.edits, self._rows))
+                         piece_of(model.config, model.params.like, self._edits.edits, self._rows))
         self._tags[self._count] = tag
         self._count += 1
         return Task(self._count - 1, row, int(row_id), limit, self._settings, shape, shape.slots)

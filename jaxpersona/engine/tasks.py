@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxpersona.captures.capture import Capture
 from jaxpersona.distributed.sharding import on_cpu
-from jaxpersona.engine.pieces import needs_whole, parts
+from jaxpersona.engine.pieces import large, needs_whole, parts
 from jaxpersona.engine.programs import Stops
 from jaxpersona.engine.prompts import FEW_ROWS, bucket, padded
 from jaxpersona.engine.sampling import Sampling
@@ -23,6 +23,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.models.batch import LAST, USER, Batch
 from jaxpersona.models.batch import batch as make_batch
+from jaxpersona.models.config import ModelConfig
 from jaxpersona.text.chat import Row
 
 PIECE = 16  # tokens; small enough for little padding, large enough for fast matrix products
@@ -119,21 +120,25 @@ class Shape(NamedTuple):
     slots: int
 
 
-def piece_of(like: jax.Array, edits: Interventions, rows: int) -> int | None:
+def piece_of(config: ModelConfig, like: jax.Array, edits: Interventions, rows: int) -> int | None:
     """Return the number of tokens in a piece, or None if a prompt runs in one call.
 
     On a CPU, where the time of a call is proportional to its number of tokens, a prompt runs in
     pieces of `PIECE` tokens, so that prompts of all lengths share one program with little padding.
     On a GPU or TPU, a prompt runs in one call, because short calls take as long as long ones. A
-    prompt also runs in one call if a gate needs the whole prompt, on a mesh, and in a lane of at
-    most `FEW_ROWS` rows, which needs few programs even without pieces (`prompts.padded`).
+    prompt also runs in one call if the model is small (`pieces.large`), if a gate needs the whole
+    prompt, on a mesh, and in a lane of at most `FEW_ROWS` rows, which needs few programs even
+    without pieces (`prompts.padded`).
 
     Args:
+      config: the model's configuration.
       like: an array on the device of the parameters.
       edits: interventions with the lane's structure.
       rows: the number of rows B of the lane.
     """
-    return None if needs_whole(edits) or rows <= FEW_ROWS or not on_cpu(like) else PIECE
+    if rows <= FEW_ROWS or needs_whole(edits) or not on_cpu(like) or not large(config):
+        return None
+    return PIECE
 
 
 def shape_of(row: Row, max_new: int, share_prefix: bool, context: int, rows: int,

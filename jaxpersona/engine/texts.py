@@ -20,6 +20,7 @@ from jaxpersona.distributed.sharding import on_cpu
 from jaxpersona.engine.pieces import (
     Call,
     blank_carry,
+    large,
     light,
     may_hide_nonfinite,
     needs_whole,
@@ -65,10 +66,11 @@ class Step(NamedTuple):
 def fits_pieces(model: Model, edits: Interventions, capture: Capture) -> bool:
     """Return whether texts run in pieces: on a CPU, if the edits and the readings allow it.
 
-    A gate may need the whole prompt in one call. A reading with one value per token has a state of
-    the size of the cache, which would be copied for every piece.
+    The texts of a small model run in batches (`pieces.large`). A gate may need the whole prompt in
+    one call. A reading with one value per token has a state of the size of the cache, which would
+    be copied for every piece.
     """
-    if needs_whole(edits) or not on_cpu(model.params.like):
+    if needs_whole(edits) or not on_cpu(model.params.like) or not large(model.config):
         return False
     states = jax.eval_shape(lambda: capture.init(model.config, 1, 1))
     return not any(state.per_token for state in states.values())

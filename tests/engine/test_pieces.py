@@ -28,6 +28,11 @@ READ = capture.mean(everywhere) | capture.last(everywhere) | s.READ
 EDITS = cap(np.stack([V, W]), layers=[1, 2], floor=[0.4, 0.9], rows=np.arange(len(ROWS)) % 3 - 1)
 
 
+@pytest.fixture(autouse=True)
+def small_models_too(monkeypatch):
+    monkeypatch.setattr(pieces, "LEAST_PARAMETERS", 0)
+
+
 def go(rows=ROWS, ids=IDS, **changes):
     how = dict(capture=READ, max_new_tokens=9, batch_size=12, **changes)
     return jp.generate(MODEL, rows, ids=ids, **how)
@@ -160,16 +165,33 @@ def row(n):
 
 def test_where_prompts_run_in_pieces():
     like, none = MODEL.params.like, Interventions()
-    assert piece_of(like, none, 9) == PIECE and piece_of(like, none, 8) is None
+
+    def piece(edits, rows=9, config=MODEL.config):
+        return piece_of(config, like, edits, rows)
+
+    assert piece(none) == PIECE and piece(none, 8) is None
     opened = gate(steer(V, layers=[2], scale=0.3), V, layer=0, above=0.0)
     whole = gate(steer(V, layers=[2], scale=0.3), V, layer=0, above=0.0, within=True)
-    assert piece_of(like, opened, 9) == PIECE and piece_of(like, whole, 9) is None
+    assert piece(opened) == PIECE and piece(whole) is None
     assert jp.generate(MODEL, ROWS[:3], interventions=whole, max_new_tokens=2,
                        batch_size=12).stats.padded_tokens == 3 * 32
     shape, limit = shape_within(row(100), 500, [128, 256], PIECE)
     assert shape == (0, PIECE, 256) and limit == 156
     with pytest.raises(ValueError, match="has 256 tokens; the engine's largest cache holds 256"):
         shape_within(row(256), 1, [128, 256], PIECE)
+
+
+def test_small_models_run_in_calls_of_their_own_width(monkeypatch):
+    """There a call has a fixed cost that is larger than that of padding."""
+    in_pieces = jp.extract(MODEL, TALKS[:4], capture=MEANS).padded
+    monkeypatch.undo()
+    like = MODEL.params.like
+    small, larger = jp.preset("qwen3-mini"), jp.preset("qwen2.5-0.5b")
+    assert piece_of(small, like, Interventions(), 32) is None
+    assert piece_of(larger, like, Interventions(), 32) == PIECE
+    stats = go([ROWS[0]], IDS[:1]).stats
+    assert stats.padded_tokens != PIECE and jp.extract(
+        MODEL, TALKS[:4], capture=MEANS).padded != in_pieces
 
 
 def test_an_engine_prefills_in_pieces_and_counts():
