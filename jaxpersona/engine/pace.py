@@ -151,8 +151,9 @@ def measure(model: Model, conversations: Sequence[Any], *, seconds: float, captu
     rows = [prompts.encode(model, item) for item in conversations]
     lengths: list[int] = []
 
-    def collect(tasks: list[Task], state: State) -> None:
-        lengths.extend(processes.fetch(state.length)[: len(tasks)].tolist())
+    def collect(tasks: list[Task], places: np.ndarray, state: State) -> None:
+        del tasks
+        lengths.extend(processes.fetch(state.length)[places].tolist())
 
     begun = time.perf_counter()
     scheduler = queue(

@@ -42,7 +42,7 @@ def test_a_monitor_reads_the_middle_layer_or_one_that_is_known():
     (jp.Vector(np.zeros((8, 128))), None, "zero at every layer"),
     (axis_at(5), 4, "'part' is zero at layer 4; choose other layers"),
     (axis_at(5), 8, "layers is 8, which is out of range"),
-    (jp.Vector(np.ones((3, 4))), None, "3 layers"),
+    (jp.Vector(np.ones((3, 4))), None, "layers: 3, width: 4"),
     (jp.Vector(np.ones((8, 128)), site="mlp"), None, "measured at site"),
 ], ids=["empty", "zero", "beyond", "another model", "another site"])
 def test_a_direction_that_cannot_be_monitored_is_refused(vector, layers, wanted):
