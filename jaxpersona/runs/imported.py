@@ -47,4 +47,4 @@ def check_origin(folder: pathlib.Path, stored: Mapping[str, Any],
 def continued(origin: Mapping[str, Any]) -> str:
     """Return the notice of a call that continues an imported run."""
     return (f"{origin.get('rollouts', 0):,} rollouts of the run were imported from "
-            f"{origin.get('folder', '')!r}; this call generates further rollouts with this package")
+            f"{origin.get('folder', '')!r}; further rollouts are generated with this package")

@@ -186,6 +186,8 @@ def test_what_a_folder_lacks_is_said_and_is_not_in_the_sums(tmp_path):
     counts, _ = judge_run(tmp_path / "run", [role_of(name) for name in "abc"], again)
     assert sorted(judged) == [("a", "pos_p0_q1"), ("a", "pos_p0_q2")]
     assert counts["b"]["3"] == 5
+    with pytest.raises(UserError, match="role 'a' is not complete"):  # no sum has the new scores
+        export_reference(tmp_path / "run", tmp_path / "out", activations="none")
 
 
 def test_an_imported_run_works_without_its_model(tmp_path, capsys):
@@ -240,10 +242,12 @@ def test_a_bound_run_is_continued_without_generating(made, tmp_path, monkeypatch
     asked, task = [], stream.Stream._task
     monkeypatch.setattr(stream.Stream, "_task", lambda self, tag, *rest: asked.append(
         tag) or task(self, tag, *rest))
-    notices = []
-    again = extract(tmp_path / "run", notice=notices.append)
-    assert not asked and near(again.axis.values, first.axis.values)
+    notices, judged = [], []
+    judge = s.Scored(lambda role, key: judged.append(key) or JUDGE._score(role, key), "judge")
+    again = extract(tmp_path / "run", notice=notices.append, judge=judge)
+    assert not asked and not judged and near(again.axis.values, first.axis.values)
     assert "rollouts of the run were imported from" in notices[0]
+    assert Run.read(tmp_path / "run").manifest["imported"]["rollouts"] == first.rollouts
     more = extract(tmp_path / "run", method.questions()[:3])
     assert len(asked) == sum(len(role.prompts) for role in ROLES)
     assert more.rollouts == first.rollouts + len(asked)
