@@ -30,22 +30,28 @@ _TABLES = {"experiments": "caps", "axis": "axis", "vector": "role"}  # kind of a
 _PERCENTILE = re.compile(r"p(0?\.\d+)(?!\d)")
 
 
-def read_pickle(path: str | os.PathLike) -> Any:
+def read_pickle(path: str | os.PathLike, limit: int = VECTOR_BYTES, *, convert: bool = True) -> Any:
     """Read a `.pt` file of tensors and plain values; convert the tensors to float32 arrays.
+
+    Args:
+      path: the file.
+      limit: the maximum size of the file in bytes.
+      convert: whether to convert the tensors; otherwise they are returned as PyTorch tensors, and
+        the caller must check how many elements they declare.
 
     Raises:
       UserError: the file is missing, too large or damaged, PyTorch is not installed, or the pickle
         contains anything except float tensors and plain values; no code from the file is run.
     """
     path = pathlib.Path(path)
-    size = require_file(path, VECTOR_BYTES)
+    size = require_file(path, limit)
     _check_archive(path, size)
     torch = require("torch", f"{path}: .pt files need PyTorch",
                     "or convert the file to .safetensors on another machine")
     try:
         with warnings.catch_warnings(action="ignore"):
             value = torch.load(path, map_location="cpu", weights_only=True)
-        return _Plain(torch, size)(value)
+        return _Plain(torch, size)(value) if convert else value
     except Exception as error:  # a damaged archive raises many exception types
         message = " ".join(str(error).split())
         call = re.search(r"GLOBAL ([\w.]+)", message)

@@ -173,7 +173,7 @@ def axis(
                     max_tokens=judge_max_tokens, cache=judge_cache)
     length = max_new_tokens if max_new_tokens is not None else 64 if model == "mini" else 512
     settings = Settings(temperature, top_p, length, samples, batch_size, seed, share_prefix)
-    kept = _kept(keep_means)
+    kept = kept_means(keep_means)
     cast, asked, named = _texts(model, roles, questions, limit, limit_questions, held_out, own)
     prepare.check_texts(cast, asked, settings, min_count=min_count, held_out=named, judge=choice)
     if joining.many() and mesh is None:
@@ -273,7 +273,7 @@ def _texts(model: str, roles: str | None, questions: str | None, limit: int | No
     return cast, asked if limit_questions is None else asked[: max(limit_questions, 1)], named
 
 
-def _kept(text: str) -> int | None:
+def kept_means(text: str) -> int | None:
     """Parse the value of `--keep-means`; return None for `all`.
 
     Raises:

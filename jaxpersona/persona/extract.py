@@ -138,11 +138,11 @@ def extract_axis(
                     "to judge them")
             warnings.warn(text, stacklevel=2)
         work.status.write("complete")
-        return _axis_of(model, run, roles, judge, min_count, held_out, work.status.tokens)
+        return axis_of(model, run, roles, judge, min_count, held_out, work.status.tokens)
 
 
-def _axis_of(model: Model, run: Run, roles: Sequence[Role], judge: Judge, min_count: int,
-             held_out: Sequence[str], tokens: int) -> Extraction:
+def axis_of(model: Model, run: Run, roles: Sequence[Role], judge: Judge, min_count: int,
+            held_out: Sequence[str], tokens: int) -> Extraction:
     """Compute the axis of a run whose roles are all closed, and write its files."""
     names = [role.name for role in roles]
     owned = [name for i, name in enumerate(names) if processes.owns(i)]

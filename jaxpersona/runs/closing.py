@@ -125,6 +125,10 @@ def close(run: Run, role: str, state: State, *, judge: str, rubric: str, keep: i
     text = "".join(json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n"
                    for record in records.values())
     before = run.sample(role) if run.path("samples", role).exists() else None
+    if before is not None and not len(before):  # an imported role without response means
+        before, lost = None, needed(state, role)
+        for record, mean in zip(lost, reread(lost), strict=True):
+            live.add(record, mean)
     wanted = chosen({key: record["prompt_index"] for key, record in records.items()},
                     None if role == DEFAULT else keep, seed=seed, role=role)
     run.save_sample(role, sampled(

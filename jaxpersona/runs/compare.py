@@ -11,6 +11,7 @@ from jaxpersona.ckpts.files import json_text
 from jaxpersona.errors import UserError
 from jaxpersona.inputs import read_json, require_file
 from jaxpersona.runs.files import MANIFEST
+from jaxpersona.runs.imported import IMPORTED, check_origin
 from jaxpersona.runs.names import check_names
 from jaxpersona.runs.seal import sha256
 
@@ -107,7 +108,10 @@ def check_same(folder: pathlib.Path, stored: Any, wanted: Mapping[str, Any]) -> 
         pairs = (flat(v, f"{prefix}.{k}" if prefix else k) for k, v in value.items())
         return {key: item for pair in pairs for key, item in pair.items()}
 
+    check_origin(folder, stored, wanted)
     old, new = dict(stored), dict(wanted)
+    old.pop(IMPORTED, None)
+    new.pop(IMPORTED, None)
     for field in GROWING:
         one, two = old.get(field), new.get(field, {})
         if not isinstance(one, dict):

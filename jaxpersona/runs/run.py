@@ -66,6 +66,7 @@ from jaxpersona.runs.files import (
     path_of,
     remove_leftovers,
 )
+from jaxpersona.runs.imported import IMPORTED, continued
 from jaxpersona.runs.lock import is_lock, locked
 from jaxpersona.runs.rollouts import place_of_key
 from jaxpersona.runs.seal import (
@@ -194,6 +195,10 @@ class Run:
                 names = ", ".join(more[:5]) + (", …" if len(more) > 5 else "")
                 self.notices.append(f"the run is extended; new {field} ({len(more)}): {names}")
             self.manifest[field] = {**before, **now}
+        if IMPORTED in old:
+            if IMPORTED not in self.manifest:
+                self.notices.append(continued(old[IMPORTED]))
+            self.manifest[IMPORTED] = old[IMPORTED]
         before, now = old.get(LAST, {}), self.manifest.get(LAST, {})
         for field in sorted(set(before) & set(now)):
             if before[field] != now[field]:

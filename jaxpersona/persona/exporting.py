@@ -1,0 +1,326 @@
+"""Export a run folder to the output folder of the published Assistant Axis code.
+
+The module `runs.published` describes the files. Texts, scores, vectors and the axis of a run are
+exported without loss. A run folder stores the response means of a sample of the rollouts, rounded
+to bfloat16 differences from their average (`runs.sums.Sample`). If all means of a role are stored,
+the export adds one constant per role and score to them, which makes their averages equal to those
+of the exact sums. Steps 4 and 5 of the published code then compute the run's vectors and axis.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxpersona.brief import brief
+from jaxpersona.ckpts.files import write_json, write_text
+from jaxpersona.ckpts.torchmeans import write_pickle
+from jaxpersona.data.texts import DEFAULT
+from jaxpersona.errors import UserError
+from jaxpersona.extras import require
+from jaxpersona.persona import axis as science
+from jaxpersona.runs import published
+from jaxpersona.runs.compare import LAST
+from jaxpersona.runs.imported import IMPORTED
+from jaxpersona.runs.live import Live
+from jaxpersona.runs.rollouts import rollout_key
+from jaxpersona.runs.run import Run
+from jaxpersona.runs.sums import EMPTY, Sums
+
+CHOICES = ("all", "sample", "none")  # values of the argument `activations`
+ORIGIN = "jaxpersona.json"  # the run's model, judge and settings; only this package reads it
+FORMAT = "jaxpersona-export 1"
+Report = Callable[[str, int, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """The result of `export_reference`.
+
+    Attributes:
+      folder: the written folder.
+      rollouts, scores, means: the numbers of exported rollouts, scores and response means.
+      roles: the roles whose vectors define the exported axis; [] if there is no axis.
+      notes: sentences about everything that the folder lacks or that its user has to know.
+    """
+
+    __repr__ = brief
+
+    folder: pathlib.Path
+    rollouts: int
+    scores: int
+    means: int
+    roles: list[str]
+    notes: list[str]
+
+
+def export_reference(run: str | os.PathLike[str], folder: str | os.PathLike[str], *,
+                     activations: str = "all", judge: str | None = None,
+                     min_count: int | None = None, fold_system: bool = False,
+                     incomplete: bool = False, report: Report | None = None) -> Exported:
+    """Write the output folder of the published Assistant Axis code from a run folder.
+
+    The folder contains responses, scores, vectors, the axis and, depending on `activations`, the
+    response means, so that each script of the published pipeline can continue. Vectors and axis are
+    those of the run's sums. The folder is written under a temporary name and then renamed.
+
+    Args:
+      run: the run folder; it is not changed.
+      folder: a new or empty folder.
+      activations: "all" writes the response means of all rollouts, and raises an error if the run
+        does not store them (`keep_means=None` stores them); "sample" writes the stored ones to the
+        folder `activations_sample`, which the published code does not read; "none" writes none.
+      judge: the name of the judge whose scores are exported; default: the judge of the last call.
+      min_count: the number of rollouts with score 3 that a role needs for a vector; default: that
+        of the last call.
+      fold_system: whether to write a system prompt as the beginning of the user's message, as the
+        published code does for models whose chat template has no system role, such as Gemma 2.
+      incomplete: whether to omit roles whose rollouts are not complete; otherwise they are an
+        error.
+      report: a function that is called with ("export", finished roles, all roles, 0).
+
+    Returns:
+      The numbers of exported items, and notes.
+
+    Raises:
+      UserError: `run` is not a run folder, a file of it is damaged, a role is incomplete, response
+        means are missing, the run has several samples per question, a role name is not valid in
+        the published format, PyTorch is not installed, or `folder` is not empty.
+
+    Examples:
+      >>> import tempfile
+      >>> from jaxpersona.persona.exporting import export_reference
+      >>> try:
+      ...     export_reference(tempfile.mkdtemp(), "out")
+      ... except ValueError as error:
+      ...     print(str(error).split(": ")[-1])
+      no such file
+    """
+    if activations not in CHOICES:
+        raise UserError(f"activations is {activations!r}; it must be one of {', '.join(CHOICES)}")
+    if min_count is not None and min_count < 1:
+        raise UserError(f"min_count is {min_count}; it must be positive")
+    found = Run.read(run)
+    judge = found.judge if judge is None else judge
+    if judge not in found.manifest["judges"]:
+        raise UserError(f"judge is {judge!r}; the judges of {found.folder} are "
+                        f"{', '.join(map(repr, found.manifest['judges']))}")
+    require("torch", "the published format contains .pt files, which need PyTorch")
+    target = pathlib.Path(os.path.abspath(folder))
+    with _renamed(target) as temporary:
+        return _Export(found, temporary, target, activations, judge, min_count, fold_system,
+                       incomplete).write(report)
+
+
+@contextlib.contextmanager
+def _renamed(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield a temporary folder, which replaces `folder` if the block succeeds.
+
+    Raises:
+      UserError: `folder` is a file, is not empty, or cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; give a folder")
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder}: is not empty; give a new folder")
+        temporary.mkdir(parents=True)
+        yield temporary
+        if folder.exists():
+            folder.rmdir()
+        os.rename(temporary, folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class _Export:
+    """One export: the arguments of `export_reference`, and what was written so far."""
+
+    def __init__(self, run: Run, temporary: pathlib.Path, target: pathlib.Path, activations: str,
+                 judge: str, min_count: int | None, fold_system: bool, incomplete: bool) -> None:
+        last = run.manifest.get(LAST, {})
+        self.run, self.folder, self.target = run, temporary, target
+        self.activations, self.judge, self.fold = activations, judge, fold_system
+        self.incomplete, self.held_out = incomplete, set(last.get("held_out", ()))
+        self.least = int(last.get("min_count", 1)) if min_count is None else min_count
+        about = run.manifest["model"]
+        self.shape = (about["layers"], about["width"])
+        self.rollouts = self.scores = self.means = 0
+        self.vectors: dict[str, np.ndarray] = {}
+        self.omitted: list[str] = []  # incomplete roles
+        self.unsummed: list[str] = []  # roles without sums of the judge
+        self.few: list[str] = []  # roles with fewer than `least` rollouts of score 3
+
+    def write(self, report: Report | None) -> Exported:
+        names = list(self.run.manifest["roles"])
+        for name in names:
+            published.check_role(name)
+        for i, name in enumerate(names):
+            self._role(name)
+            if report is not None:
+                report("export", i + 1, len(names), 0)
+        used = self._axis(names)
+        last = self.run.manifest.get(LAST, {})
+        about = self.run.manifest["model"]
+        write_json(self.folder / ORIGIN, {
+            "format": FORMAT, "model": last.get("model", ""), "fingerprint": about["fingerprint"],
+            "fingerprint_scheme": about["fingerprint_scheme"], "judge": self.judge,
+            "min_count": self.least, "held_out": sorted(self.held_out), "roles_in_axis": used,
+            "activations": self.activations, "arguments": self.run.manifest["arguments"],
+            **({IMPORTED: self.run.manifest[IMPORTED]} if IMPORTED in self.run.manifest else {})})
+        return Exported(self.target, self.rollouts, self.scores, self.means, used,
+                        self._notes(used))
+
+    def _role(self, name: str) -> None:
+        """Write the files of one role."""
+        records = self.run.rollouts(name)
+        live = self.run.live(name, self.shape, repair=False)
+        known = {} if records is None else {rollout_key(record): record for record in records}
+        newer = any(verdict.get("error") is None for of, verdicts in live.verdicts.items()
+                    for verdict in verdicts.values() if of.rpartition("/")[0] == self.judge)
+        if records is None or set(live.records) - set(known) or newer:
+            if not self.incomplete:
+                raise UserError(f"{self.run.folder}: role {name!r} is not complete; finish the run "
+                                "with `jaxpersona axis`, or omit such roles with incomplete=True "
+                                "(--incomplete)")
+            self.omitted.append(name)
+            return
+        if any(record.get("sample") for record in records):
+            raise UserError(f"{self.run.folder}: has several samples per prompt and question, but "
+                            "the published format has one; export a run with samples=1")
+        keys = {key: published.published_key(record) for key, record in known.items()}
+        write_text(self.folder / published.RESPONSES / f"{name}.jsonl", "".join(
+            json.dumps(published.published_record(record, fold_system=self.fold),
+                       ensure_ascii=_has_surrogates(record)) + "\n" for record in records))
+        self.rollouts += len(records)
+        scores = {keys[key]: score for key, score
+                  in (self.run.scores(name, self.judge) or {}).items() if score is not None}
+        if scores:
+            write_text(self.folder / published.SCORES / f"{name}.json",
+                       json.dumps(scores, indent=2) + "\n")
+            self.scores += len(scores)
+        sums = self.run.sums(name, self.judge)
+        self._vector(name, sums)
+        if self.activations == "none":
+            return
+        means, lost = self._means(name, set(known), sums, live)
+        if self.activations == "all" and lost:
+            raise UserError(f"{self.run.folder}: does not store the response means of {len(lost)} "
+                            f"of the {len(known)} rollouts of role {name!r}; export without them "
+                            "(activations=\"none\", --activations none) and compute them with "
+                            "2_activations.py, export a sample (\"sample\"), or extract the axis "
+                            "with keep_means=None (--keep-means all)")
+        part = published.ACTIVATIONS if self.activations == "all" else published.SAMPLE
+        if means:
+            write_pickle(self.folder / part / f"{name}.pt",
+                         {keys[key]: mean for key, mean in means.items()})
+            self.means += len(means)
+
+    def _means(self, name: str, known: set[str], sums: Sums | None, live: Live,
+               ) -> tuple[dict[str, np.ndarray], set[str]]:
+        """Return the stored response means of a role, and the keys of the rollouts without one.
+
+        Empty replies are in neither of them, because they have no response mean.
+
+        Args:
+          name: the name of the role.
+          known: the keys of the role's rollouts.
+          sums: the sums of the role's response means, or None.
+          live: the live files of the role.
+        """
+        sample, sums = self.run.sample(name), Sums({}, {}) if sums is None else sums
+        means = dict(zip(sample.keys, sample.means, strict=True))
+        by_group: dict[str, list[str]] = {}
+        for key, group in sums.groups.items():
+            by_group.setdefault(group, []).append(key)
+        empty = set(by_group.pop(EMPTY, ()))
+        for group, keys in by_group.items():
+            if all(key in means for key in keys):
+                held = [means[key] for key in keys]
+                shift = sums.totals[group] / len(keys) - np.mean(held, axis=0, dtype=np.float64)
+                means.update((key, (mean + shift).astype(np.float32))
+                             for key, mean in zip(keys, held, strict=True))
+        means.update((key, live.mean(key)) for key in live.records)
+        empty |= {key for key, mean in means.items() if np.isnan(mean).all()}
+        found = {key: mean for key, mean in means.items() if key in known - empty}
+        return found, known - set(found) - empty
+
+    def _vector(self, name: str, sums: Sums | None) -> None:
+        """Write a role's vector, if the role defines the axis, or that of the default persona."""
+        label = "mean" if name == DEFAULT else "pos_3"
+        found = {} if sums is None else sums.vectors(science.LABELS)
+        if not found:
+            self.unsummed.append(name)
+            return
+        if label not in found or (name != DEFAULT and found[label][1] < self.least):
+            self.few.append(name)
+            return
+        if name in self.held_out:
+            return
+        self.vectors[name] = found[label][0]
+        write_pickle(self.folder / published.VECTORS / f"{name}.pt",
+                     {"vector": found[label][0], "type": label, "role": name})
+
+    def _axis(self, names: Sequence[str]) -> list[str]:
+        """Write the axis, if all roles have sums; return the names of the roles that define it."""
+        used = sorted(set(self.vectors) - {DEFAULT})
+        if DEFAULT not in self.vectors or len(used) < 2 or self.unsummed or self.omitted:
+            return []
+        default, roles = self.vectors[DEFAULT], np.stack([self.vectors[name] for name in used])
+        write_pickle(self.folder / published.AXIS, {
+            "axis": science.assistant_axis(default, roles), "default_mean": default,
+            "role_mean": roles.mean(0, dtype=np.float64).astype(np.float32),
+            "n_default": 1, "n_roles": len(used)})
+        return used
+
+    def _notes(self, used: Sequence[str]) -> list[str]:
+        """Return sentences about what the folder lacks, and what its user has to know."""
+        found = []
+        for names, why in ((self.omitted, "are incomplete and were omitted"),
+                           (self.unsummed, f"have no sums by the scores of the judge "
+                                           f"{self.judge!r} and therefore no vector; run "
+                                           "`jaxpersona axis` with this judge"),
+                           (self.few, f"have fewer than {self.least} rollouts with score 3 and "
+                                      "therefore no vector"),
+                           (sorted(self.held_out - set(self.omitted)),
+                            "are held out: they have no vector; 4_vectors.py would use them, so "
+                            "move their files away before")):
+            if names:
+                found.append(f"{len(names)} roles ({', '.join(names[:5])}"
+                             f"{', …' if len(names) > 5 else ''}) {why}")
+        if not used:
+            found.append(f"{published.AXIS} was not written: it needs the sums of all roles, and "
+                         "two roles with a vector")
+        if self.activations == "none":
+            found.append("the response means were not exported; 2_activations.py computes them "
+                         "again")
+        if self.activations == "sample":
+            found.append(f"{published.SAMPLE} contains only the response means that the run "
+                         "stores; vectors and axis are averages over all rollouts")
+        if self.activations == "all":
+            found.append("the response means are rounded to eight bits of their difference from "
+                         "the role's average; their averages by score are exact")
+        if self.judge == "none":
+            found.append("the judge 'none' gave score 3 to every reply without reading it; delete "
+                         f"{published.SCORES} to judge the replies with 3_judge.py")
+        found.append(f"4_vectors.py needs --min_count {self.least} to use the same roles")
+        return found
+
+
+def _has_surrogates(record: Mapping[str, Any]) -> bool:
+    """Return whether a rollout has a lone surrogate, which UTF-8 cannot encode."""
+    texts = [record["system_prompt"], record["question"],
+             *(message["content"] for message in record["conversation"])]
+    return any(0xD800 <= ord(character) <= 0xDFFF for text in texts for character in text)
