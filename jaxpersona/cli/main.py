@@ -17,6 +17,7 @@ from jaxpersona.cli.generate import generate
 from jaxpersona.cli.judge import app as judge_app
 from jaxpersona.cli.plan import plan
 from jaxpersona.cli.project import project
+from jaxpersona.cli.report import report
 from jaxpersona.cli.status import status
 from jaxpersona.cli.vectors import app as vectors_app
 from jaxpersona.errors import UserError
@@ -27,7 +28,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 app.add_typer(vectors_app, name="vectors")
 app.add_typer(data_app, name="data")
 app.add_typer(judge_app, name="judge")
-for command in (axis, status, generate, chat, project, demo, plan):
+for command in (axis, status, report, generate, chat, project, demo, plan):
     app.command()(command)
 
 

@@ -24,6 +24,7 @@ _ABOUT = {
     "axis.safetensors": "the axis with its thresholds", "analysis.json": "values by role and layer",
     "roles.png": "roles on the axis", "pca.png": "role vectors on two components",
     "variance.png": "variance of the components", "drift.png": "drift over turns",
+    "drift.json": "drift over turns, as numbers", "report.html": "the page of `jaxpersona report`",
 }
 
 
@@ -92,6 +93,7 @@ def summary(found: Extraction, folder: str | os.PathLike[str], layer: int, *,
     file, more = shlex.quote(str(folder / "axis.safetensors")), shlex.join(options)
     more = f" {more}" if more else ""
     return [*lines, "next:",
+            f"  jaxpersona report {shlex.quote(str(folder))}",
             f"  jaxpersona vectors check {file}{more}",
             f"  jaxpersona project talk.json --on {file}{more}",
             f'  jaxpersona generate "Who are you?" --cap {file} --compare{more}']
