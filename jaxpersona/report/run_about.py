@@ -54,7 +54,7 @@ def state(found: Contents) -> dict[str, Any]:
         lines = [f"The folder has no status.json, so the state of the run is unknown; {closed}."]
         return {"complete": False, "name": "unknown", "lines": lines}
     name = found.status["state"]
-    lines = [*describe(found.status)]
+    lines = describe(found.status)[:-1]  # the last line names the machine
     complete = name == "complete" and len(found.closed) == total and found.axis is not None
     if not complete:
         lines.insert(0, {
@@ -103,7 +103,8 @@ def gaps(found: Contents, data: dict[str, Any]) -> Rows:
     if found.analysis is None:
         done = found.status is not None and found.status["state"] == "complete"
         rows.append(("Components, ranking, values by layer and thresholds", (
-            "the run has no axis: fewer than two roles have enough replies with score 3" if done
+            "the folder has no axis: the last call ended without one, for example because fewer "
+            "than two roles have enough replies with score 3" if done
             else "the run has not computed its axis yet")))
     elif data["pca"] is None:
         rows.append(("Role vectors on two components",

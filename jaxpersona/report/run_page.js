@@ -19,7 +19,7 @@
     const points = Array.from(text);
     return points.length <= most ? text : points.slice(0, most - 1).join("") + "…";
   };
-  const shown = (value) => known(value) ? String(+value.toPrecision(4)).replace("-", "−") : "–";
+  const shown = (value) => known(value) ? value.toPrecision(4).replace("-", "−") : "–";
   const faded = (hex, alpha) => {
     const part = (i) => parseInt(hex.slice(i, i + 2), 16);
     return `rgba(${part(1)},${part(3)},${part(5)},${alpha})`;
@@ -65,7 +65,7 @@
       width: box.clientWidth, height: layout.height || box.clientHeight, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: FONT, size: 12, color: ink }, hovermode: "closest", dragmode: false,
       hoverlabel: { bgcolor: colour("panel"), bordercolor: colour("line"), align: "left", font: { family: FONT, size: 12, color: ink } },
-      legend: { orientation: "h", x: 0, y: 1, xanchor: "left", yanchor: "bottom", font: { size: 12 } }, ...layout };
+      legend: { traceorder: "normal", orientation: "h", x: 0, y: 1, xanchor: "left", yanchor: "bottom", font: { size: 12 } }, ...layout };
     const fresh = !box.data;
     Plotly.react(box, traces, whole, CONFIG);
     return fresh ? box : null;
@@ -88,7 +88,7 @@
     const top = curves.length > 1 ? 46 : 12;
     const fresh = draw(id, traces, {
       margin: { l: 52, r: 12, t: top, b: 46 }, shapes: [marker()], showlegend: curves.length > 1,
-      xaxis: axisOf("layer", { range: [-0.5, layers - 0.5], ...(layers <= 12 ? { dtick: 1 } : { nticks: 10 }) }),
+      xaxis: axisOf("layer", { zeroline: false, range: [-0.5, layers - 0.5], ...(layers <= 12 ? { dtick: 1 } : { nticks: 10 }) }),
       yaxis: axisOf("", axis) });
     if (fresh) fresh.on("plotly_click", (event) => setLayer(event.points[event.points.length - 1].x));
   }
@@ -106,6 +106,12 @@
 
   // Names beside dots: each is placed on the side where it covers nothing, or left out.
   const pen = document.createElement("canvas").getContext("2d");
+  function fitted(text, size, width) {  // the longest beginning that is at most `width` pixels wide
+    pen.font = `${size}px ${FONT}`;
+    let short = text;
+    for (let most = Array.from(text).length; pen.measureText(short).width > width && most > 2; most--) short = cut(text, most - 1);
+    return short;
+  }
   function sides(points, dots, width, height) {
     pen.font = `11px ${FONT}`;
     const taken = [], found = new Map();
@@ -115,11 +121,11 @@
       const boxes = {
         "middle right": [point.x + gap, point.y - tall / 2], "middle left": [point.x - gap - wide, point.y - tall / 2],
         "top center": [point.x - wide / 2, point.y - gap - tall], "bottom center": [point.x - wide / 2, point.y + gap] };
-      let best = null, least = point.must ? Infinity : 1.5;
+      let best = null, least = point.must ? Infinity : 1;
       for (const [side, [x, y]] of Object.entries(boxes)) {
         const box = [x, y, x + wide, y + tall];
         if (box[0] < 0 || box[1] < 0 || box[2] > width || box[3] > height || taken.some((one) => meets(one, box))) continue;
-        const covered = dots.filter((dot) => dot !== point.dot && meets([dot.x - 4, dot.y - 4, dot.x + 4, dot.y + 4], box)).length;
+        const covered = dots.filter((dot) => dot !== point.dot && meets([dot.x - dot.r, dot.y - dot.r, dot.x + dot.r, dot.y + dot.r], box)).length;
         if (covered < least) { least = covered; best = [side, box]; }
       }
       if (best) { taken.push(best[1]); found.set(point.dot, best[0]); }
@@ -138,9 +144,9 @@
     const box = at("plot-pca");
     if (!box) return;
     const l = state.layer, ratio = data.pca.ratio;
-    const name = (role) => role === own ? "default persona" : cut(role.name.replace(/_/g, " "), 24);
+    const name = (role) => role === own ? "default persona" : cut(role.name.replace(/_/g, " "), box.clientWidth < 560 ? 14 : 24);
     const placed = [...roles, own].filter((one) => one.x && known(one.x[l]) && known(one.y[l]));
-    const margin = { l: 56, r: 14, t: 34, b: 50 };
+    const margin = { l: 56, r: 14, t: 10, b: 50 }, narrow = box.clientWidth < 560;
     const width = box.clientWidth - margin.l - margin.r, height = box.clientHeight - margin.t - margin.b;
     const span = (values, room) => {
       const low = Math.min(...values), high = Math.max(...values), pad = Math.max((high - low) * room, 1e-9);
@@ -148,7 +154,7 @@
     };
     const xs = span(placed.map((one) => one.x[l]), 0.13), ys = span(placed.map((one) => one.y[l]), 0.1);
     const dots = new Map(placed.map((one) => [one, {
-      x: (one.x[l] - xs[0]) / (xs[1] - xs[0]) * width, y: (ys[1] - one.y[l]) / (ys[1] - ys[0]) * height }]));
+      x: (one.x[l] - xs[0]) / (xs[1] - xs[0]) * width, y: (ys[1] - one.y[l]) / (ys[1] - ys[0]) * height, r: one === own ? 10 : 4 }]));
     const out = (one) => Math.max(Math.abs(dots.get(one).x / width - 0.5), Math.abs(dots.get(one).y / height - 0.5));
     const marked = roles[state.role];
     const first = placed.filter((one) => one === own || one === marked);
@@ -172,9 +178,9 @@
       textfont: { size: 11, color: colour("own") } }));
     if (placed.includes(marked)) traces.push({ name: "marked role", mode: "markers", x: [marked.x[l]], y: [marked.y[l]], hoverinfo: "skip",
       marker: { size: 17, symbol: "circle-open", color: colour("mark"), line: { width: 2.5 } } });
-    const share = (i) => known(ratio[i][l]) ? `, ${(100 * ratio[i][l]).toFixed(0)} % of the variance` : "";
+    const share = (i) => known(ratio[i][l]) ? `, ${(100 * ratio[i][l]).toFixed(0)} %${narrow ? "" : " of the variance"}` : "";
     const fresh = draw("plot-pca", traces, {
-      margin, dragmode: coarse.matches ? false : "zoom", height: box.clientHeight,
+      margin, showlegend: false, dragmode: coarse.matches ? false : "zoom", height: box.clientHeight,
       xaxis: axisOf(`PC1 → more Assistant-like${share(0)}`, { range: xs, fixedrange: coarse.matches, zeroline: true }),
       yaxis: axisOf(`PC2${share(1)}`, { range: ys, fixedrange: coarse.matches, zeroline: true }) });
     if (fresh) fresh.on("plotly_click", (event) => setRole(event.points[0].customdata));
@@ -249,8 +255,8 @@
       return line;
     }));
     const ticks = at("ranking-ticks"), room = ticks.clientWidth || 300;
-    ticks.replaceChildren(...steps(low, high, Math.max(2, room / 90)).map((value) => {
-      const tick = element("b", shown(value));
+    ticks.replaceChildren(...steps(low, high, Math.max(2, room / 60)).map((value) => {
+      const tick = element("b", String(value).replace("-", "−"));
       tick.style.left = part(value);
       return tick;
     }));
@@ -261,7 +267,8 @@
   // ---- thresholds
   function thresholds() {
     if (!at("plot-thresholds")) return;
-    const l = state.layer, populations = Object.keys(data.thresholds);
+    const l = state.layer, populations = Object.keys(data.thresholds)
+      .sort((a, b) => (a !== "default") - (b !== "default"));
     const names = Object.keys(data.thresholds[populations[0]]).sort((a, b) => a.slice(1) - b.slice(1));
     const title = { default: "default persona", all: "all roles and the default persona" };
     const traces = populations.map((of, i) => {
@@ -271,7 +278,7 @@
       const inside = names.filter((name) => known(value(name, "value")));
       return {
         name: title[of] || escaped(of), mode: "markers", x: inside.map((name) => value(name, "value")),
-        y: inside.map((name) => names.indexOf(name) + (i - (populations.length - 1) / 2) * 0.26),
+        y: inside.map((name) => names.indexOf(name) - (i - (populations.length - 1) / 2) * 0.26),
         marker: { size: 9, symbol: SYMBOLS[i % 4], color: colour(of === "default" ? "own" : "role") }, hoverinfo: "text",
         hovertext: inside.map((name) => `${escaped(name)} of ${title[of] || escaped(of)}: ${shown(value(name, "value"))}`
           + (known(value(name, "low")) ? `<br>95 % interval ${shown(value(name, "low"))} to ${shown(value(name, "high"))}` : "")),
@@ -280,7 +287,7 @@
     });
     draw("plot-thresholds", traces, {
       margin: { l: 50, r: 14, t: 52, b: 50 }, showlegend: true, xaxis: axisOf(`projection on the axis, layer ${l}`, { zeroline: false }),
-      yaxis: axisOf("", { tickvals: names.map((_, i) => i), ticktext: names, range: [-0.6, names.length - 0.4] }) });
+      yaxis: axisOf("", { tickvals: names.map((_, i) => i), ticktext: names, range: [-0.6, names.length - 0.4], zeroline: false }) });
     const table = at("threshold-table");
     const head = element("tr");
     head.append(element("th", "percentile"), ...populations.map((of) => element("th", title[of] || of)));
@@ -319,13 +326,13 @@
       type: "bar", orientation: "h", name: TITLES[score], y: ys, x: judged.map(([role]) => role.counts[score] || 0),
       marker: { color: colour(`s${score.toLowerCase()}`), line: { width: 0 } }, customdata: judged.map(([, i]) => i), hoverinfo: "text",
       hovertext: judged.map(([role]) => `<b>${wrapped(cut(role.name, 80), 44)}</b><br>${wrapped(scores(role.counts), 52)}`) }));
-    const height = judged.length * 19 + 62;
+    const height = judged.length * 19 + 70;
     const fresh = draw("plot-scores", traces, {
-      barmode: "stack", bargap: 0.25, height, showlegend: false, margin: { l: narrow ? 118 : 190, r: 16, t: 46, b: 10 },
+      barmode: "stack", bargap: 0.25, height, showlegend: false, margin: { l: narrow ? 118 : 190, r: 16, t: 54, b: 10 },
       xaxis: axisOf("number of replies", { side: "top", zeroline: false }),
-      yaxis: axisOf("", { tickvals: ys, range: [judged.length - 0.4, -0.6], ticks: "", showgrid: false, tickfont: { size: 12 },
+      yaxis: axisOf("", { tickvals: ys, range: [judged.length - 0.4, -0.6], ticks: "", showgrid: false, zeroline: false, tickfont: { size: 12 },
         ticktext: judged.map(([role, i]) => {
-          const text = escaped(cut(role.name.replace(/_/g, " "), narrow ? 16 : 28));
+          const text = escaped(fitted(cut(role.name.replace(/_/g, " "), 60), 12, narrow ? 100 : 170));
           return i === state.role ? `<b>${text}</b>` : text;
         }) }) });
     if (fresh) fresh.on("plotly_click", (event) => setRole(event.points[0].customdata));

@@ -23,11 +23,11 @@ from jaxpersona.runs.rollouts import Settings, rollout_key
 SETTINGS = Settings(temperature=1.0, top_p=1.0, max_new_tokens=8, batch_size=8)
 
 
-def model(layers: int = 3) -> Any:
+def model(layers: int, name: str) -> Any:
     """Return a random model of `layers` × 32 with a byte tokenizer."""
     config = s.tiny_config(n_layers=layers, vocab_size=258)
     params = s.random_params(config)
-    return s.Tiny(config, params, (257,), "tiny <b>&", s.fingerprint(config, params),
+    return s.Tiny(config, params, (257,), name, s.fingerprint(config, params),
                   s.byte_tokenizer())
 
 
@@ -56,19 +56,20 @@ def given_stream(mean: Callable[[str, str], np.ndarray], text: Callable[[str, st
 
 def make(folder: pathlib.Path, names: list[str], mean: Callable[[str, str], np.ndarray],
          text: Callable[[str, str], str], *, questions: int = 2, layers: int = 3,
-         judge: Any = None, **more: Any) -> pathlib.Path:
+         judge: Any = None, called: str = "tiny <b>&", **more: Any) -> pathlib.Path:
     """Write a finished run of the default persona and of the named roles; return the folder.
 
     Args:
       mean: (role, key) → response mean [layers, 32].
       text: (role, key) → reply.
       judge: default: the judge `none`.
+      called: the name of the model.
     """
     roles = [Role("default", ("",), "")] + [
         Role(name, (f"You are {name}.",), "", "") for name in names]
     asked = [Question(i, f"What is {i} < {i + 1}?") for i in range(questions)]
     with mock.patch("jaxpersona.persona.collect.Stream", given_stream(mean, text)):
-        extract_axis(model(layers), roles, asked, folder, judge=judge or NoJudge(),
+        extract_axis(model(layers, called), roles, asked, folder, judge=judge or NoJudge(),
                      settings=SETTINGS, **{"min_count": 2, **more})
     return folder
 

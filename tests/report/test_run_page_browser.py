@@ -87,7 +87,11 @@ def check(browser, page, tmp_path, count, width, dark):
     assert browser.run("document.querySelectorAll('img, a[href^=http]').length") == 0
     labels = boxes_of(browser, "#plot-pca .textpoint text")
     assert labels and not overlapping(labels), overlapping(labels)
-    assert not overlapping(boxes_of(browser, "#plot-scores .ytick text"))
+    names = boxes_of(browser, "#plot-scores .ytick text")
+    left = browser.run("document.getElementById('plot-scores').getBoundingClientRect().left")
+    assert not overlapping(names) and min(box[0] for box in names) >= left
+    for title in boxes_of(browser, ".xtitle"):
+        assert 0 <= title[0] and title[2] <= width, title
     assert not overlapping(boxes_of(browser, "#ranking-ticks b"))
     file = tmp_path / f"{count}-{width}-{dark}.png"
     browser.picture(file)
