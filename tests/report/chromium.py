@@ -76,7 +76,8 @@ class Browser:
             self.messages.append(str(params["entry"])[:600])
         elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning"):
             self.messages.append(str(params["args"])[:600])
-        elif method == "Network.requestWillBeSent":
+        elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(
+                "data:"):
             self.requests.append(params["request"]["url"][:200])
 
     def open(self, path: pathlib.Path, width: int = 1280, height: int = 900,

@@ -12,13 +12,16 @@ import socket
 import sys
 
 import made_runs
+import ml_dtypes
 import numpy as np
 import pytest
 import support as s
 
 import jaxpersona as jp
 from jaxpersona.report import run_page
+from jaxpersona.report.run_halves import Halves
 from jaxpersona.runs.files import PAGE
+from jaxpersona.runs.sums import Sample
 
 EVIL = "</script><script>alert(1)</script>"
 ODD = "🦜 \"q\" & <img src=x onerror=alert(2)>"
@@ -129,6 +132,23 @@ def test_halves_agree_as_computed_by_hand(parsed):
         assert parsed.data["reliability"][line] == [pytest.approx(wanted, rel=1e-4)] * 3
     assert "of 2 roles 2 replies with score 3 each, and of the default persona 2 replies" in (
         parsed.text)
+
+
+def test_halves_have_only_finite_replies_of_score_3():
+    """Two roles at 0, the default at (1, ±1); a reply of score 2 and an empty one do not count."""
+    def sample(*rows):
+        return Sample([f"k{i}" for i in range(len(rows))], np.full((1, 2), 0.5, np.float32),
+                      np.array(rows, np.float32)[:, None].astype(ml_dtypes.bfloat16) - 0.5)
+
+    halves = Halves((1, 2))
+    halves.add("default", sample((1, 1), (1, -1), (np.nan, np.nan)), None)
+    for role in ("a", "b"):
+        halves.add(role, sample((0, 0), (64, 0), (0, 0)), {"k0": 3, "k1": 2, "k2": 3})
+    halves.add("c", sample((9, 9), (9, 9)), {"k0": 3, "k1": None})
+    found = halves.agreement()
+    assert found.mean.tolist() == found.low.tolist() == [0.0]  # (1, 1) and (1, −1)
+    assert (found.roles, found.replies, found.default) == (2, (2, 2), 2)
+    assert halves.left_out == ["c"]
 
 
 def test_scores_and_replies_are_those_of_the_role(parsed, roles):
