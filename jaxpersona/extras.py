@@ -19,7 +19,7 @@ from jaxpersona.errors import UserError
 REQUIREMENTS = (
     ("torch", "'jaxpersona[torch]'"), ("gguf", "'jaxpersona[gguf]'"),
     ("libtpu", "'jaxpersona[tpu]'"), ("matplotlib", "'jaxpersona[figures]'"),
-    ("openai", "'jaxpersona[http]'"),
+    ("openai", "'jaxpersona[http]'"), ("plotly", "'jaxpersona[report]'"),
     ("pandas", "'jaxpersona[frames]'"), ("sklearn", "scikit-learn"), ("scipy", "scipy"),
     ("orbax", "orbax-checkpoint"), ("transformers", "transformers"),
     ("huggingface_hub", "huggingface_hub"),

@@ -20,7 +20,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.judges.endpoint import Endpoint
 from jaxpersona.persona import axis as science
 from jaxpersona.planning import chips
-from jaxpersona.report import figures
+from jaxpersona.report import figures, run_page
 from jaxpersona.training import learn
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -57,6 +57,7 @@ USES = {
     "orbax": _orbax, "transformers": _tokenizer,
     "huggingface_hub": lambda _: hub.download("owner/name", None),
     "openai": lambda _: Endpoint("m", url="http://localhost:1/v1"),
+    "plotly": lambda _: run_page.plotly_js(),
 }
 
 

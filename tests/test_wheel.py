@@ -31,6 +31,7 @@ def test_the_wheel_is_whole(tmp_path):
     data = ROOT / "jaxpersona" / "data"
     wanted |= {f"jaxpersona/data/{p.relative_to(data).as_posix()}" for p in data.rglob("*")
                if p.suffix in (".json", ".jsonl", ".md", ".png")}
+    wanted |= {f"jaxpersona/report/run_page.{kind}" for kind in ("html", "css", "js")}
     wanted |= {f"jaxpersona/ckpts/mini/{name}" for name in (
         "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "README.md",
         "axis.safetensors")}

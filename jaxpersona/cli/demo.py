@@ -33,6 +33,7 @@ def demo(
     from jaxpersona.organism.demo import run_demo
     from jaxpersona.organism.method import held_out
     from jaxpersona.report import figures
+    from jaxpersona.report.run_drift import save_drift
 
     started = time.perf_counter()
     if model != "mini":
@@ -44,10 +45,11 @@ def demo(
     with interrupt.keeping(lambda: kept_of(out)):
         with progress(log=True) as report:
             done = run_demo(loaded, out, seed=seed, report=report)
+        leak = {name: done.figures[f"drift_leak_{name}"] for name in done.talks}
+        save_drift(out, done.talks, done.extraction.axis, middle, behaviour=done.styles, leak=leak)
         if support.draw_run(out, done.extraction, middle, held_out()):
             figures.drift(out / "drift.png", done.talks, done.extraction.axis, middle,
-                          behaviour=done.styles,
-                          leak={name: done.figures[f"drift_leak_{name}"] for name in done.talks})
+                          behaviour=done.styles, leak=leak)
     _show(done)
     say(f"wrote the run, with its axis and vectors, to {out}", error=True)
     head = {"run": str(out), "model": loaded.name,

@@ -17,6 +17,7 @@ from jaxpersona.cli.generate import generate
 from jaxpersona.cli.judge import app as judge_app
 from jaxpersona.cli.plan import plan
 from jaxpersona.cli.project import project
+from jaxpersona.cli.report import report
 from jaxpersona.cli.runs import app as runs_app
 from jaxpersona.cli.status import status
 from jaxpersona.cli.vectors import app as vectors_app
@@ -29,7 +30,7 @@ app.add_typer(vectors_app, name="vectors")
 app.add_typer(data_app, name="data")
 app.add_typer(judge_app, name="judge")
 app.add_typer(runs_app, name="runs")
-for command in (axis, status, generate, chat, project, demo, plan):
+for command in (axis, status, report, generate, chat, project, demo, plan):
     app.command()(command)
 
 

@@ -25,6 +25,7 @@ _ABOUT = {
     "analysis.json": "statistics by role and layer",
     "roles.png": "projections of the roles", "pca.png": "role vectors on two principal components",
     "variance.png": "explained variance of the components", "drift.png": "persona drift over turns",
+    "drift.json": "drift over turns, as numbers", "report.html": "the page of `jaxpersona report`",
 }
 
 
@@ -95,6 +96,7 @@ def summary(found: Extraction, folder: str | os.PathLike[str], layer: int, *,
     file, more = shlex.quote(str(folder / "axis.safetensors")), shlex.join(options)
     more = f" {more}" if more else ""
     return [*lines, "next:",
+            f"  jaxpersona report {shlex.quote(str(folder))}",
             f"  jaxpersona vectors check {file}{more}",
             f"  jaxpersona project talk.json --on {file}{more}",
             f'  jaxpersona generate "Who are you?" --cap {file} --compare{more}']

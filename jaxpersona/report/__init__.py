@@ -1,1 +1,7 @@
-"""Figures of results, drawn with matplotlib."""
+"""Figures of results, drawn with matplotlib, and the page of a run."""
+
+from __future__ import annotations
+
+from jaxpersona.report.run_page import page, write_page
+
+__all__ = ["page", "write_page"]

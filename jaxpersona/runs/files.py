@@ -13,8 +13,9 @@ from jaxpersona.errors import UserError
 from jaxpersona.runs import live
 from jaxpersona.runs.names import file_stem, judge_folder
 
-FIGURES = tuple(f"{name}.{kind}" for name in ("roles", "pca", "variance", "drift")
-                for kind in ("png", "svg"))
+DRIFT, PAGE = "drift.json", "report.html"  # written without the lock, like the figures
+FIGURES = (*(f"{name}.{kind}" for name in ("roles", "pca", "variance", "drift")
+             for kind in ("png", "svg")), DRIFT, PAGE)
 RESULTS = ("axis.safetensors", "analysis.json")
 STATUS = "status.json"
 MANIFEST = "run.json"
