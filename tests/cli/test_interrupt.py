@@ -142,6 +142,7 @@ def test_a_signal_whose_exception_is_discarded_sets_the_exit_code():
         time.sleep(5)
 
 
+@pytest.mark.slow
 def test_a_killed_command_of_its_own_process_is_one_line(checkpoint, texts, tmp_path):
     """A signal at any point ends the command cleanly."""
     process = start(*s.axis_command(checkpoint, texts, tmp_path / "out", "--samples", "2000"))

@@ -18,7 +18,8 @@ from jaxpersona.models.batch import batch
 from jaxpersona.models.forward import forward
 
 
-@pytest.mark.parametrize("setting", ["the caller's", "the model's", "another"])
+@pytest.mark.parametrize("setting", [
+    "the caller's", *(pytest.param(x, marks=pytest.mark.slow) for x in ("the model's", "another"))])
 def test_a_mesh_that_is_set_does_not_reach_the_functions_of_a_model(setting):
     """`fit` splits a "model" axis of 4 for 2 key/value heads, so the two meshes differ."""
     given = sharding.make_mesh(data=2, model=4)

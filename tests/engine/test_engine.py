@@ -74,7 +74,7 @@ def kinds(reads=(None, READ)):
 
 
 @pytest.mark.parametrize(("count", "reads"), [
-    (64, (READ,)), pytest.param(300, (None, READ), marks=pytest.mark.slow)], ids=["64", "300"])
+    (40, (READ,)), pytest.param(300, (None, READ), marks=pytest.mark.slow)], ids=["40", "300"])
 def test_requests_from_eight_threads_have_the_bits_they_have_alone(model, count, reads):
     engine = make(model)
     engine.warm_up(kinds(reads))

@@ -111,7 +111,7 @@ def joined(head, tail, kind=SYSTEM):
     return Row(np.array([*head, *tail], np.int32), kinds, turn, "")
 
 
-@pytest.mark.parametrize("kind", ["shared", "bank"])
+@pytest.mark.parametrize("kind", [pytest.param("shared", marks=pytest.mark.slow), "bank"])
 def test_a_shared_prefix_is_computed_once_and_changes_rounding_alone(kind):
     v = np.random.default_rng(4).normal(size=32)
     edits = bank() if kind == "bank" else steer(v, layers=[0], scale=0.3)

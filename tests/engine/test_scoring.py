@@ -97,7 +97,8 @@ def test_candidates_have_the_probability_of_the_next_token():
     assert logsumexp(everything) == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.parametrize("data,ways", [(4, 2), (1, 8), (8, 1)])
+@pytest.mark.parametrize("data,ways", [
+    (4, 2), pytest.param(1, 8, marks=pytest.mark.slow), pytest.param(8, 1, marks=pytest.mark.slow)])
 def test_a_mesh_gives_the_same_values(data, ways):
     tiny = s.tiny_model(n_heads=8, n_kv_heads=8, vocab_size=104)
     mesh = sharding.fit(sharding.make_mesh(data=data, model=ways), tiny.config)
