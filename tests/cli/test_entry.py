@@ -158,7 +158,7 @@ def test_one_text_in_place_of_several_is_refused():
         (lambda: Role("pirate", (None,), ""), "prompts of role 'pirate'"),
         (lambda: Trait("kind", (("a", "b"),), "Who?", ""), "questions of trait 'kind'"),
         (lambda: Trait("kind", ("ab",), ("Who?",), ""), "pair 0 of trait 'kind'"),
-        (lambda: Trait("kind", (("a", "b", "c"),), ("Who?",), ""), "3 texts"),
+        (lambda: Trait("kind", (("a", "b", "c"),), ("Who?",), ""), "length 3"),
         (lambda: extract_axis(m, role, [asked], "x", judge=NoJudge()), "roles is Role"),
         (lambda: extract_axis(m, [default, role], "Who?", "x", judge=NoJudge()),
          "questions is 'Who"),

@@ -181,7 +181,7 @@ MIXED = [Vector(np.eye(8)[:2] + i, fingerprint=f"{i}" * 16) for i in (1, 2)]
         [restore_norm(layers=1)], into=reserve(1, 8, [1]))),
     ("do not fit the reserved", lambda u: stack_rows([steer(u, layers=2)],
                                                      into=reserve(1, 8, [1]))),
-    ("of width 8", lambda u: stack_rows([steer(u, layers=1)], into=reserve(1, 9, [1]))),
+    ("width: 8, ", lambda u: stack_rows([steer(u, layers=1)], into=reserve(1, 9, [1]))),
 ])
 def test_refused(message, made):
     with pytest.raises(ValueError, match=message):

@@ -49,7 +49,7 @@ def test_forward_accepts_prepared_interventions():
     assert s.same_bits(found.logits, wanted.logits)
     assert s.same_bits(found.applied, wanted.applied)
     assert np.asarray(wanted.applied[0].changed).any()
-    with pytest.raises(ValueError, match="prepared for 3 rows .* the batch has 2 rows"):
+    with pytest.raises(ValueError, match="prepared for batch size 3 .* the batch size is 2"):
         forward(MODEL.params, MODEL.config, TEXT, interventions=cap(
             G[:1], layers=[0], floor=0.0, rows=[0, 0, 0]).prepare(3, MODEL.params.embed_vd))
 

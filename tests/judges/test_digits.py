@@ -201,7 +201,7 @@ def test_it_is_a_judge(model):
 
 def test_a_prompt_that_fills_the_context_is_an_error_of_its_item(model):
     found = in_order(DigitJudge(model), items("boo", "x" * 600))
-    assert found[0].error is None and "its context 512" in found[1].error
+    assert found[0].error is None and "context of 512 tokens" in found[1].error
 
 
 def test_what_it_needs_is_said(model):

@@ -187,7 +187,7 @@ def test_mistakes_are_one_line_and_leave_nothing(checkpoint, texts, tmp_path, ca
         "contains another run": command(checkpoint, texts, finished, "--seed", "5"),
         "cannot be written": command(checkpoint, texts, tmp_path / "file" / "run"),
         "no run.json": command(checkpoint, texts, texts),
-        "width 7": [*ask, "--cap", str(tmp_path / "wide.safetensors")],
+        "width: 7)": [*ask, "--cap", str(tmp_path / "wide.safetensors")],
         "another model": [*ask, "--cap", str(tmp_path / "other.safetensors")],
         "out of range; layers must be in 0": [
             *ask, "--cap", str(tmp_path / "fits.safetensors"), "--cap-layers", "1:9"],
