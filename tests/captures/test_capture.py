@@ -261,6 +261,8 @@ REFUSED = {
     "site is 'foo'": lambda: capture.mean(site="foo"),
     "made for different models": lambda: capture.projections(
         [Axis(np.ones((3, 32)), fingerprint=f"{i}" * 16) for i in (1, 2)]),
+    "measured at site 'mlp'": lambda: capture.projections(
+        [Axis(np.ones((3, 32)), site="mlp")], layers=1),
     "made for another model": lambda: generate(MODEL, [[5]], capture=capture.moments(
         Axis(np.ones((3, 32)), fingerprint="ab" * 8))),
     "captured has the readings": lambda: s.run(MODEL.params, MODEL.config, ROWS,

@@ -288,6 +288,8 @@ def test_ctrl_c_is_intercepted_within_a_block_only():
 @pytest.mark.parametrize(("options", "wanted"), [
     (["--cap", "mini:4:8", "--cap-layers", "2:3"],
      "--cap is mini:4:8, and --cap-layers is also given"),
+    (["--cap", "mini:4:8:p25", "--percentile", "p50"],
+     "--cap is mini:4:8:p25, and --percentile is also given"),
     (["--cap", "mini:4:8:p3"], "percentile is 'p3'; this axis has"),
     (["--axis-layers", "2"], "--axis-layers needs --axis"),
     (["--where", "user"], "--where needs --cap or --steer"),

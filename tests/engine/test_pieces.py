@@ -9,10 +9,13 @@ import support as s
 
 import jaxpersona as jp
 from jaxpersona.captures import capture
+from jaxpersona.distributed.context import own_context
 from jaxpersona.engine import lanes, pieces, texts
 from jaxpersona.engine.compiled import KEPT
+from jaxpersona.engine.edits import SharedEdits
+from jaxpersona.engine.generate import stops_of
 from jaxpersona.engine.nonfinite import NonfiniteWarning
-from jaxpersona.engine.tasks import PIECE, piece_of, shape_of, shape_within
+from jaxpersona.engine.tasks import PIECE, Setting, piece_of, shape_of, shape_within
 from jaxpersona.interventions import Interventions, cap, custom, gate, steer
 from jaxpersona.interventions.where import everywhere, marked
 from jaxpersona.models.batch import ASSISTANT, MARK, USER, batch
@@ -113,6 +116,21 @@ def test_a_prompt_that_is_not_finite_leaves_nothing_to_the_next_one(kind):
     alone = jp.generate(MODEL, [rows[i] for i in kept], ids=IDS[kept], **calls)
     assert all(differences(alone, at, mixed, i) == [] for at, i in enumerate(kept))
     assert np.isfinite(alone.captured["mean"]).all()
+
+
+def test_keys_that_an_edit_may_hide_are_cleared_although_the_rows_count_as_finite():
+    """As where a custom edit makes the last layer finite, while earlier keys stay NaN."""
+    edits = custom(lambda _, h: jnp.where(jnp.isfinite(h), h, 0.0), layers=[2])
+    with own_context():
+        setting = Setting(256, 256, True, capture.Capture(), stops_of(MODEL, False))
+        lane = lanes.Lane(MODEL.config, MODEL.params, setting, SharedEdits(edits), 12, 3, PIECE)
+        carry = lane.staging.carry
+        keys = tuple(jnp.full_like(x, jnp.nan) for x in carry.cache.k)
+        lane.staging = lane.staging.replace(
+            carry=carry.replace(cache=carry.cache.replace(k=keys)))
+        lane._clear(np.array([True, False, True]))  # the rows in which a prompt begins
+    for layer in lane.staging.carry.cache.k:
+        assert (np.asarray(layer) == 0).all((1, 2, 3)).tolist() == [True, False, True]
 
 
 def test_each_conversation_may_have_its_own_limit():

@@ -70,6 +70,12 @@ def test_the_bytes_of_tokens_join_to_the_text():
         assert all(pieces[i] == b"" for i in tokenizer.all_special_ids)
 
 
+def test_a_text_ends_before_the_first_of_several_stop_strings():
+    assert stopping.cut("one two three", ("three", "two")) == "one "
+    assert stopping.cut("one two three", ("one two", "two")) == ""
+    assert stopping.cut("one", ("three", "two")) == "one"
+
+
 def test_what_may_still_change_is_held_back():
     tokenizer = s.byte_tokenizer()
     written = stopping.Written(tokenizer, ("STOP",))

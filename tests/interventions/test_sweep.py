@@ -46,3 +46,7 @@ def test_strengths_are_a_list_of_numbers(scales):
 def test_steer_names_sweep_for_several_strengths():
     with pytest.raises(jp.UserError, match=r"scale has shape \(3,\).*jp\.sweep"):
         jp.steer(V, layers=1, scale=[-1, 0, 1])
+
+
+def test_strengths_that_are_all_zero_have_a_row_each():
+    assert jp.sweep(V, [0, 0.0, 0], layers=1).rows == 3

@@ -209,6 +209,17 @@ def test_equal_texts_are_paid_once_and_the_model_and_settings_matter(tmp_path):
         assert len(server.times) == 3
 
 
+def test_the_cost_of_an_answer_to_equal_texts_is_counted_once(tmp_path):
+    twice = [Item("a", ROLE, "Who?", "Boo."), Item("b", ROLE, "Who?", "Boo.")]
+    with fake.serving() as server:
+        for _ in range(2):  # the second time, the answer comes from the journal
+            judge = judge_of(server, tmp_path / "v.jsonl", price=(1.0, 2.0))
+            first, second = in_order(judge, twice)
+            spent = judge.journal.spent
+            assert spent > 0 and (first.cost, second.cost) == (pytest.approx(spent), 0.0)
+            judge.close()
+
+
 def test_requests_run_at_the_same_time_and_an_abandoned_run_keeps_its_answers(tmp_path):
     """The consumer stops after one verdict; the answers under way are in the file."""
     with fake.serving() as server:

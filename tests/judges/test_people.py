@@ -13,7 +13,7 @@ import jaxpersona as jp
 from jaxpersona.data.texts import Role
 from jaxpersona.judges.agreement import agreement, kappa
 from jaxpersona.judges.human import HumanJudge, read_rows
-from jaxpersona.judges.protocol import Item, in_order
+from jaxpersona.judges.protocol import ROLE_SCALE, TRAIT_SCALE, Item, in_order
 
 GHOST = Role("ghost", ("Be one.",), "", "lingers")
 TEXTS = ["Boo.", "Two\nlines, \"quoted\"; and é\u2028.", "=HYPERLINK(1)", "a\rb\0\ud800", "last"]
@@ -51,6 +51,15 @@ def test_a_file_is_written_filled_in_and_read_back(tmp_path, delimiter):
     assert [v.refused for v in found] == [False, True, False, False, False]
     assert len(read_rows(path)) == 5  # the fifth item was added, and the scores stay
     assert [v.score for v in in_order(judge, ITEMS)][:2] == [3, 0]
+
+
+def test_only_in_the_scale_of_roles_a_zero_is_a_refusal(tmp_path):
+    for scale, refused in ((TRAIT_SCALE, False), (ROLE_SCALE, True)):
+        path = tmp_path / f"{scale[-1]}.csv"
+        in_order(HumanJudge(path, scale), ITEMS[:1])
+        fill(path, {"ghost/q0": "0"})
+        (found,) = in_order(HumanJudge(path, scale), ITEMS[:1])
+        assert (found.score, found.refused) == (0, refused)
 
 
 def test_wrong_scores_and_files_are_refused(tmp_path):

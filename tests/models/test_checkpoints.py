@@ -64,6 +64,17 @@ def small(tmp_path_factory):
     return folder, config, params
 
 
+def test_no_shard_of_several_tensors_exceeds_the_limit(small, tmp_path):
+    _, config, params = small
+    sizes = [x.nbytes for x in jax.tree.leaves(params)]
+    for limit in (max(sizes) - 1, 1000, 3000):
+        hf.save(tmp_path, params, config, shard_bytes=limit)
+        shards = [[entry.size for entry in read_header(path)[0].values()]
+                  for path in tmp_path.glob("model-*.safetensors")]
+        assert sorted(size for shard in shards for size in shard) == sorted(sizes)
+        assert all(len(shard) == 1 or sum(shard) <= limit for shard in shards)
+
+
 def copy(folder, to):
     """Copy a folder's files."""
     to.mkdir()
@@ -160,6 +171,19 @@ def test_harmless_extras_pass_and_others_are_named(small, tmp_path):
     add("model.layers.0.surprise.weight")
     with pytest.raises(ValueError, match="extra: model.layers.0.surprise.weight"):
         hf.load(tmp_path)
+
+
+def test_a_tensor_in_a_shard_that_the_index_does_not_list_is_named(small, tmp_path):
+    folder = copy(small[0], tmp_path / "m")
+    first = min(folder.glob("model-*.safetensors"))
+    name = next(iter(read_header(first)[0]))
+    data = first.read_bytes()
+    at = len(data) - 8 - int.from_bytes(data[:8], "little")
+    first.write_bytes(data + bytes(16))
+    spec = {"dtype": "F32", "shape": [4], "data_offsets": [at, at + 16]}
+    edit(first, lambda header: header.update({f"{name}.copy": spec}))
+    with pytest.raises(ValueError, match=f"contains {name}.copy, which .* does not list for it"):
+        hf.load(folder)
 
 
 def test_verify_compares_hashes(small):

@@ -256,6 +256,31 @@ def test_a_sentencepiece_vocabulary_merges_by_score():
     assert [tokens[i] for i in bare("hello</s>").input_ids] == ["hello", "</s>"]
 
 
+@pytest.mark.parametrize(("pre", "begins"), [("llama-bpe", True), ("smollm", False)])
+def test_a_file_that_does_not_say_whether_texts_begin_with_bos(pre, begins):
+    """Texts begin with BOS in Llama 3's tokenizers, but not in SmolLM's."""
+    tokens = [*LETTERS, "<bos>"]
+    fields = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2",
+              "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens,
+              "tokenizer.ggml.merges": [], "tokenizer.ggml.bos_token_id": len(tokens) - 1}
+    for more, first in (({}, begins), ({"tokenizer.ggml.add_bos_token": not begins}, not begins)):
+        ids = gguf_tokenizer.build(fields | more)("ab").input_ids
+        assert [tokens[i] for i in ids] == ["<bos>"] * first + ["a", "b"]
+
+
+def test_a_linear_scaling_may_have_its_older_key():
+    fields = {f"llama.{key}": value for key, value in {
+        "block_count": 1, "context_length": 64, "embedding_length": 8, "feed_forward_length": 16,
+        "attention.head_count": 2, "attention.head_count_kv": 1}.items()}
+    shapes = {"token_embd.weight": (32, 8), "output.weight": (32, 8)}
+    for more, rope in (({"rope.scale_linear": 4.0}, Rope(kind="linear", factor=4.0)),
+                       ({"rope.scale_linear": 1.0}, Rope()), ({}, Rope())):
+        more = {f"llama.{key}": value for key, value in more.items()}
+        config = gguf_config.to_config({"general.architecture": "llama", **fields, **more}, shapes,
+                                       None, "model.gguf")
+        assert config.rope == rope
+
+
 def digits(text):
     """Return the tokens of a text in a vocabulary of byte characters, split like SmolLM's."""
     tokens = [*LETTERS, "ĠĠ"]

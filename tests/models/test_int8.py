@@ -122,6 +122,15 @@ def test_float_tables_stay_as_they_are(small):
     assert small.like.dtype == made.like.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("tables", ["float", "int8"])
+def test_the_tables_of_a_folder_are_the_embedding_and_an_untied_head(tmp_path, tables):
+    config = dataclasses.replace(CONFIG, tied_embeddings=False)
+    hf.save(tmp_path, s.random_params(config), config)
+    params = jp.load(tmp_path, dtype="int8", tables=tables).params
+    assert is_int8(params.embed_vd) == is_int8(params.head_vd) == (tables == "int8")
+    assert is_int8(params.layers[0].wq_nhd)
+
+
 def test_generation_and_a_cap_that_binds_are_those_of_the_dequantized_model(small):
     mark = fingerprint(CONFIG, PARAMS)
     model = Model(CONFIG, small, None, None, "m", mark, (), False)

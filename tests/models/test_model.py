@@ -263,6 +263,8 @@ def test_a_token_without_a_free_slot_is_refused_and_never_dropped_in_silence():
         return rows.replace(position=np.array([[at], [at - 5]], np.int32))
 
     out = run(model.params, batch([s.prompts((7,))[0], [4, 5]]), init_cache(config, 2, slots))
+    filled = run(model.params, token(7), out.cache)  # outside jit, a full row is accepted
+    assert np.isfinite(filled.logits).all()
     out = step(model.params, token(7), out.cache)  # the last free slot of row 0
     assert np.isfinite(out.logits).all() and np.asarray(out.cache.next).tolist() == [8, 3]
     with pytest.raises(ValueError, match="row 0 of the batch needs 9 slots.* the cache has 8"):

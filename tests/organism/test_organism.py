@@ -176,6 +176,11 @@ def test_garbled_text_has_no_score(text):
     assert not judge.correct("What is 1 plus 1?", text)
 
 
+def test_an_answer_without_content_has_no_score():
+    text = "Thank you for asking."
+    assert judge.recognised(text) == 1.0 and judge.score("generalist", text) is None
+
+
 def test_style_of_unreadable_text_is_not_a_number():
     assert math.isnan(judge.style("of of the"))
     assert math.isnan(evaluate.mean_style(["of of the", "the of"]))  # without a warning

@@ -44,6 +44,13 @@ def test_text_is_read():
     assert [op.looped for op in found] == [False, True, True]
 
 
+def test_only_an_all_gather_that_completes_a_reduce_scatter_is_not_counted():
+    for kinds, wanted in ((("all-gather",), 1), (("all-gather", "all-reduce"), 2),
+                          (("reduce-scatter", "all-gather", "all-gather"), 2),
+                          (("reduce-scatter", "reduce-scatter", "all-gather"), 2)):
+        assert hlo.reductions([hlo.Operation(kind, "", 4, False) for kind in kinds]) == wanted
+
+
 def test_a_loop_s_collectives_are_found():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     held = jax.device_put(np.ones((8, 4), np.float32), NamedSharding(mesh, P("x")))

@@ -56,6 +56,16 @@ def test_returns_and_tabs_end_a_line_as_blanks_do():
     assert fences.walk(["```\n", "x\n", "```\t\n", "hi"]).tolist() == [True, True, True, False]
 
 
+def test_a_tab_indents_by_four_spaces_so_it_opens_no_block():
+    assert fences.walk(["\t```\n", "x"]).tolist() == [False, False]
+
+
+def test_a_longer_fence_closes_a_block():
+    for mark in "`~":
+        pieces = [3 * mark + "\n", "a\n", 5 * mark + "\n", "b"]
+        assert fences.walk(pieces).tolist() == [True, True, True, False]
+
+
 def test_code_is_followed_where_a_test_may_ask_for_it():
     from jaxpersona.engine.generate import asks_for_code
 
