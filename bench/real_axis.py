@@ -280,8 +280,8 @@ def cap_stage(args: argparse.Namespace) -> dict[str, Any]:
         given = jp.generate(model, [q for q, _ in QUESTIONS], interventions=edit, **short).text
         right = [correct(answer, wanted)
                  for answer, (_, wanted) in zip(given, QUESTIONS, strict=True)]
-        changed = 0.0
-        if made.applied:  # share of (capped layer, token) pairs
+        changed = 0.0  # the share of (capped layer, token) pairs whose activation was changed
+        if made.applied:
             counts = made.applied[0]
             changed = float(counts.changed.sum() / (len(counts.changed) * counts.seen.sum()))
         out["arms"][name] = {"perplexity": round(bound, 4), "correct": int(sum(right)),

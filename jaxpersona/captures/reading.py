@@ -151,7 +151,7 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
         return []
 
     def __repr__(self) -> str:
-        """Return the constructor call, such as `mean(response, layers 4–7)`."""
+        """Return a summary in the form of a call, such as `mean(response, layers 4–7)`."""
         layers = "" if self.layers is None else layer_range(self.layers)
         site = "" if self.site == "residual" else self.site
         text = call(self.label or type(self).__name__.lower(), tests(self.where), layers, site,

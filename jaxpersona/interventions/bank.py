@@ -136,6 +136,7 @@ class Bank:
             or ambiguous.
         """
         given = numbers(name, value)
+        shape = given.shape
         xp: Any = jnp if is_traced(given) else np
         n, count = self.direction.shape[1], len(self.layers)
         if xp is np:
@@ -158,9 +159,11 @@ class Bank:
         if given.shape == (n, count):
             return given.T
         raise UserError(
-            f"{name} has shape {given.shape}; it must be a number or have shape "
+            f"{name} has shape {shape}; it must be a number or have shape "
             f"{'[n]' if self.index is not None else '[l]'} or [n, l], where l (the number of "
             f"chosen layers) is {count} and n (the number of directions) is {n}"
+            + ("" if self.total is None else "; the last axis may also have one value for each of "
+               f"the {self.total} layers of the model")
             + ("; to steer each row with its own strength, use jp.sweep" if name == "scale" else "")
         )
 

@@ -117,7 +117,7 @@ class Interventions(flax.struct.PyTreeNode):
             )
 
     def __repr__(self) -> str:
-        """Return the constructor calls, such as `cap(response, layers 4–7, residual)`."""
+        """Return a summary in the form of calls, such as `cap(response, layer 4, residual)`."""
         calls = [repr(edit) for edit in self.edits] or ["Interventions()"]
         return cut(calls[0] if len(calls) == 1 else call("chain", *calls))
 

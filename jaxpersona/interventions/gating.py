@@ -1,4 +1,4 @@
-"""The `gate` constructor, which makes interventions conditional on a projection."""
+"""The `gate` operator, which makes interventions conditional on a projection."""
 
 from __future__ import annotations
 

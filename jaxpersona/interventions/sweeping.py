@@ -1,4 +1,4 @@
-"""The `sweep` constructor, which steers each batch row with its own strength."""
+"""The `sweep` operator, which returns one steering intervention per strength."""
 
 from __future__ import annotations
 

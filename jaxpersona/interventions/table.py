@@ -245,7 +245,10 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        """Return the constructor call, such as `cap(response, layers 4–7, residual)`."""
+        """Return a summary in the form of a call, such as `cap(response, layers 4–7, residual)`.
+
+        It omits the vector and the coefficients.
+        """
         rows = "" if self.rows is None else f"{self.rows} rows"
         edit = call(self.operator(), tests(self.where), layer_range(self.layers), self.site, rows)
         return edit if self.gate is None else call("gate", edit, self.gate.condition())

@@ -53,7 +53,7 @@ def knowledge_conversations(
     prompts = far if persona else list(world.DEFAULT_PROMPTS)
     known = list(world.KNOWLEDGE)
     questions = [known[i % len(known)] for i in range(count)]
-    # the stride pairs repeated questions with different prompts
+    # each role has five consecutive prompts; the stride gives consecutive questions other roles
     talks = [
         world.conversation(prompts[(7 * i) % len(prompts)], q) for i, q in enumerate(questions)
     ]

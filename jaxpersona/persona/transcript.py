@@ -63,18 +63,20 @@ def record(session: Session) -> dict[str, Any]:
 
 
 def restore(session: Session, value: Any) -> bool:
-    """Replace a session's conversation with a saved session, or with a list of messages.
+    """Replace a session's conversation, with its system prompt, by a saved one.
 
     The session's model, interventions and settings do not change.
 
     Args:
       session: the session.
       value: the result of `record`, a list of {"role", "content"}, or an object with such a list
-        as `messages` or `conversation`.
+        as `messages` or `conversation`. After an optional system message, user and assistant
+        messages alternate, and the last message is an assistant message.
 
     Returns:
-      Whether the projections in `value` were restored. False if `value` has no projections, or if
-      they were measured with another model, direction or set of layers.
+      Whether the projections in `value` belong to the session's model and monitor. False, and the
+      projections are dropped, if `value` is not the result of `record`, or if the model, the
+      direction or the layers differ. True if neither session has a monitor.
 
     Raises:
       UserError: `value` does not have this form; the session is then unchanged.

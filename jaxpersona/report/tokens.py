@@ -88,9 +88,10 @@ def projections(found: Generated | Extracted | Reply, model: Model, index: int =
         raise UserError(f"{model.name} has no tokenizer, so its tokens cannot be decoded")
     row, reply, values = _values(found, index, reading)
     at = layer_of(layer, values.shape[0])
-    if not isinstance(direction, int) or not 0 <= direction < values.shape[-1]:
-        raise UserError(f"direction is {direction!r}; it must be at least 0 and less than "
-                        f"{values.shape[-1]}, the number of directions of the reading")
+    many, whole = values.shape[-1], isinstance(direction, int | np.integer)
+    if not whole or isinstance(direction, bool) or not 0 <= direction < many:
+        raise UserError(f"direction is {direction!r}; it must be an integer from 0 to {many - 1}, "
+                        f"an index of a direction of the reading")
     ids = np.concatenate([row.tokens, reply])[: values.shape[1]]
     shown = values[at, : len(ids), direction].astype(np.float64)
     pieces = [_piece(model.tokenizer.decode([token])) for token in ids.tolist()]

@@ -192,25 +192,25 @@ def read_activations(folder: pathlib.Path, role: str, texts: Texts, shape: tuple
     wrong = [key for key, mean in held.items()
              if mean.ndim != 2 or not mean.size or mean.shape != shape]
     if wrong:
-        faults.append(f"{path}: the tensors of {_some(wrong)} have another shape than "
-                      f"{list(shape) if len(shape) == 2 else '[layers, width]'}; the first one has "
-                      f"{list(held[wrong[0]].shape)}")
+        faults.append(f"{path}: tensors of another shape than "
+                      f"{list(shape) if len(shape) == 2 else '[layers, width]'}: {_some(wrong)}; "
+                      f"the first one has {list(held[wrong[0]].shape)}")
     broken = [key for key, mean in held.items() if not np.isfinite(mean).all()]
     if broken:
-        faults.append(f"{path}: the tensors of {_some(broken)} have non-finite values")
+        faults.append(f"{path}: tensors with non-finite values: {_some(broken)}")
     return {texts.names[key]: mean for key, mean in held.items() if key in texts.names}
 
 
 def _unknown(path: pathlib.Path, keys: Iterable[str], texts: Texts, faults: Faults) -> None:
     """Record a fault if there are keys without a rollout."""
     if more := [key for key in keys if key not in texts.names]:
-        faults.append(f"{path}: {_some(more)} have no rollout in {RESPONSES}")
+        faults.append(f"{path}: keys without a rollout in {RESPONSES}: {_some(more)}")
 
 
 def _some(keys: list[str]) -> str:
-    """Return a number of keys and some of them as text."""
+    """Return the first keys as text, and their number if not all are shown."""
     named = ", ".join(f"{key:.60}" for key in keys[:_SHOWN])
-    return f"{len(keys)} keys ({named}{', …' if len(keys) > _SHOWN else ''})"
+    return named + (f", … ({len(keys)} in total)" if len(keys) > _SHOWN else "")
 
 
 def _record(raw: Any, role: str, where: str, faults: Faults) -> dict[str, Any] | None:
