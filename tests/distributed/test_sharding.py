@@ -141,7 +141,8 @@ def test_a_single_row_runs_on_a_mesh(axes):
 
 
 @pytest.mark.parametrize(("axes", "auto"), [
-    ({"data": 8}, False), ({"data": 2, "model": 4}, False), ({"fsdp": 2, "model": 2}, True)])
+    pytest.param({"data": 8}, False, marks=pytest.mark.slow), ({"data": 2, "model": 4}, False),
+    pytest.param({"fsdp": 2, "model": 2}, True, marks=pytest.mark.slow)])
 def test_one_key_value_head_runs_on_a_mesh(axes, auto):
     """Gemma 3's smallest model has one key/value head, replicated over a larger model axis."""
     model = s.tiny_model(**{**SHAPE, "n_kv_heads": 1})
@@ -154,7 +155,8 @@ def test_one_key_value_head_runs_on_a_mesh(axes, auto):
 
 @pytest.mark.parametrize(("heads", "axes"), [
     pytest.param(1, {"data": 2, "model": 4}, marks=pytest.mark.slow),
-    (1, {"fsdp": 2, "model": 2}), (2, {"data": 2, "model": 4})])
+    (1, {"fsdp": 2, "model": 2}),
+    pytest.param(2, {"data": 2, "model": 4}, marks=pytest.mark.slow)])
 def test_a_long_prompt_s_chunks_run_on_a_mesh(heads, axes, monkeypatch):
     """Compare query chunks of 4 on a mesh, and their gradient, with unchunked queries."""
     model = s.tiny_model(**{**SHAPE, "n_kv_heads": heads})

@@ -122,6 +122,7 @@ def test_requests_from_eight_threads_have_the_bits_they_have_alone(model, count,
     assert any(not same(done[i], others[i]) for i in range(40) if ends[i] != "cancelled")
 
 
+@pytest.mark.slow
 def test_after_warm_up_without_examples_plain_requests_trace_nothing(model):
     s.KEPT.clear()
     engine = make(model, rows=4, sizes=(64, 128))

@@ -68,6 +68,7 @@ def test_a_program_that_is_dropped_traces_nothing_and_has_equal_bits(model, fold
         assert s.same_bits(reply(model), made) and dict(TRACES) != before
 
 
+@pytest.mark.slow
 def test_readings_of_other_names_keep_their_names_and_values(model, folder):
     """The programs that take rows have arguments of equal shapes for all of them."""
     where = {"a": jp.where.everywhere.without("first"), "b": jp.where.everywhere,

@@ -101,7 +101,8 @@ def _state(model, rows, edits):
     return (kept, without), end.carry.applied
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [
+    pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
 def test_a_cap_that_never_binds_is_bit_exact_with_none(dtype):
     model = s.tiny_model(dtype=dtype)
     rows = batch(s.prompts((13, 8, 1, 16)), width=16)

@@ -150,7 +150,8 @@ def both(model, params, batch, step):
     return outs
 
 
-@pytest.mark.parametrize("sizes", [None, dict(data=2, model=2)], ids=["one", "mesh"])
+@pytest.mark.parametrize("sizes", [
+    pytest.param(None, marks=pytest.mark.slow), dict(data=2, model=2)], ids=["one", "mesh"])
 def test_a_pass_through_the_kernel_is_the_same_pass(sizes):
     """Edits of several kinds, gates, rows, padding and all readings, in prefill and decode."""
     model = s.tiny_model(norm_offset=1.0, post_norms=True)

@@ -292,6 +292,7 @@ def test_an_answer_is_projected_as_the_mean_over_its_own_words(mini, axis):
             assert np.abs(last - want).max() > 0.1, "a mean must differ from the last token's"
 
 
+@pytest.mark.slow
 def test_a_grown_reply_is_projected_as_the_mean_over_its_own_tokens(mini, axis):
     from jaxpersona.persona.talk import grow
     grown = grow(mini, [[], [{"role": "system", "content": "You are a jester."}]],

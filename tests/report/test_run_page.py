@@ -321,7 +321,7 @@ def test_the_command_writes_the_page_and_its_size(run, tmp_path, capsys):
 
 @pytest.mark.parametrize(("spoil", "wanted"), [
     (lambda folder: shutil.rmtree(folder), "contains no run; give the folder that `jaxpersona"),
-    (lambda folder: (folder / "run.json").write_text("{}"), "is not a jaxpersona run"),
+    (lambda folder: (folder / "run.json").write_text("{}"), "is not the manifest of a run"),
     (lambda folder: (folder / "analysis.json").write_text('{"roles": {}}'),
      "analysis.json: is damaged"),
     (lambda folder: (folder / "analysis.json").write_text("["), "analysis.json: invalid JSON"),

@@ -305,7 +305,7 @@ def test_failed_verdicts_held_out_roles_and_samples_are_exported_as_they_are(tmp
     failing = s.Scored(lambda role, key: RuntimeError("busy") if (
         role, key) == (NAMES[0], first) else 3, "judge")
     first = f"pos_p0_q{QUESTIONS[0].id}"
-    with pytest.warns(UserWarning, match="1 replies were not scored"):
+    with pytest.warns(UserWarning, match="replies on which the judge failed: 1 "):
         found = extract(tmp_path / "run", judge=failing, keep_means=None, held_out=[NAMES[2]],
                         min_count=1)
     said = export_reference(tmp_path / "run", tmp_path / "out")
