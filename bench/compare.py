@@ -147,13 +147,14 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             kernels = {arm: [sides[1].kernels[arm], sides[0].kernels[arm]]
                        for arm in sides[0].kernels}
             for arm in arms:
-                calls = {i: functools.partial(side.seconds, arm) for i, side in sides.items()}
+                calls = {str(i): functools.partial(side.seconds, arm)
+                         for i, side in sides.items()}
                 turns = {i: max(1, math.ceil(LONG / call())) for i, call in calls.items()}
                 for turn in range(args.pairs):
-                    spent = turn_about({i: calls[i] for i in (order if turn % 2 else order[::-1])},
-                                       turns)
-                    ratios[arm].append(spent[1] / spent[0])
-                    same[arm].append(spent[1] / spent[2])
+                    names = map(str, order if turn % 2 else order[::-1])
+                    spent = turn_about({name: calls[name] for name in names}, turns)
+                    ratios[arm].append(spent["1"] / spent["0"])
+                    same[arm].append(spent["1"] / spent["2"])
             for side in sides.values():
                 side.close()
             print(f"restart {restart + 1} of {args.restarts} complete", file=sys.stderr,

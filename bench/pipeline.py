@@ -112,10 +112,10 @@ class Run:
         count = len(self.rows)
         out: dict[int, np.ndarray] = {}
 
-        def collect(tasks: list[Any], state: Any) -> None:
+        def collect(tasks: list[Any], places: np.ndarray, state: Any) -> None:
             tokens, length, _ = jax.device_get((state.tokens, state.length,
                                                  state.carry.captured))
-            for row, task in enumerate(tasks):
+            for row, task in zip(places.tolist(), tasks, strict=True):
                 out[task.number] = tokens[row, : length[row]]
 
         queue(self.model, self.rows, np.arange(count, dtype=np.uint32), lengths.astype(np.int32),

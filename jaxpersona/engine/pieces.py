@@ -86,8 +86,8 @@ def schedule(lengths: Sequence[int], rows: int, piece: int) -> Iterator[Call]:
         text[ends], start = -1, np.where(ends, 0, stop)
 
 
-def parts(whole: Sequence[Batch | None], start: Sequence[int], stop: Sequence[int], width: int,
-          size: int) -> Batch:
+def parts(whole: Sequence[Batch | None], start: Sequence[int] | np.ndarray,
+          stop: Sequence[int] | np.ndarray, width: int, size: int) -> Batch:
     """Return a batch whose rows are tokens start…stop−1 of n batches of one row each.
 
     Args:

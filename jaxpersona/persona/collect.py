@@ -131,8 +131,10 @@ class Collection:
             judging.close()
 
     def _work(self, judging: Judging) -> None:
-        for name in list(self._have) if self._older is not None else ():
-            self._take_over(name, self._older)
+        older = self._older
+        for name in () if older is None else list(self._have):
+            assert older is not None
+            self._take_over(name, older)
             if not self._left[name]:
                 self._played_all(judging, name)
             while len(self._awaited) > AWAITED:
@@ -196,7 +198,9 @@ class Collection:
         """Yield each missing rollout as ((role name, record), conversation, draw id)."""
         for name, role in self.roles.items():
             have = self._have.get(name)  # None if no rollout is missing
-            for record in () if have is None else planned(role, self.questions, self.settings):
+            if have is None:
+                continue
+            for record in planned(role, self.questions, self.settings):
                 if rollout_key(record) not in have:
                     yield (name, record), record["conversation"], draw_id(self.model, name, record)
 
