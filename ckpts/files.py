@@ -7,6 +7,8 @@ import json
 import os
 import pathlib
 import re
+import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -42,6 +44,36 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     finally:
         with contextlib.suppress(OSError):  # an invalid parent folder was reported above
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield a new temporary folder; if the block succeeds, rename it to `folder`.
+
+    Missing parent folders are created. If the block fails, the temporary folder is removed.
+
+    Args:
+      folder: an absolute path, which does not exist or is an empty folder.
+
+    Raises:
+      UserError: `folder` is a file, is not empty or cannot be written, or the block raises an
+        OSError.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; give a folder")
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder}: is not empty; give a new folder")
+        temporary.mkdir(parents=True)
+        yield temporary
+        if folder.exists():
+            folder.rmdir()
+        os.rename(temporary, folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def leftovers(folder: pathlib.Path) -> list[tuple[pathlib.Path, str, int]]:

@@ -37,6 +37,7 @@ from jaxpersona.cli.output import say
 from jaxpersona.cli.support import (
     AdapterOption,
     DtypeOption,
+    MinCountOption,
     ModelOption,
     check_folder,
     kept_of,
@@ -77,9 +78,7 @@ def axis(
     batch_size: Annotated[int, typer.Option(
         help="Number of replies that are generated at the same time.")] = 32,
     seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
-    min_count: Annotated[int, typer.Option(
-        help="Minimum number of replies with score 3 that a role needs to be used for the axis.")
-    ] = 10,
+    min_count: MinCountOption = 10,
     held_out: Annotated[str, typer.Option(
         show_default="nine for mini, otherwise none",
         help="Comma-separated names of roles to exclude from the axis.")] = "",
@@ -173,7 +172,7 @@ def axis(
                     max_tokens=judge_max_tokens, cache=judge_cache)
     length = max_new_tokens if max_new_tokens is not None else 64 if model == "mini" else 512
     settings = Settings(temperature, top_p, length, samples, batch_size, seed, share_prefix)
-    kept = kept_means(keep_means)
+    kept = support.kept_means(keep_means)
     cast, asked, named = _texts(model, roles, questions, limit, limit_questions, held_out, own)
     prepare.check_texts(cast, asked, settings, min_count=min_count, held_out=named, judge=choice)
     if joining.many() and mesh is None:
@@ -271,22 +270,6 @@ def _texts(model: str, roles: str | None, questions: str | None, limit: int | No
         if own and not held_out:
             named = [name for name in named if name in {role.name for role in kept}]
     return cast, asked if limit_questions is None else asked[: max(limit_questions, 1)], named
-
-
-def kept_means(text: str) -> int | None:
-    """Parse the value of `--keep-means`; return None for `all`.
-
-    Raises:
-      UserError: the value is neither `all` nor an integer of at least 2.
-    """
-    from jaxpersona.runs.sample import check_keep
-
-    if text == "all":
-        return None
-    if not text.isdecimal():
-        raise UserError(f"--keep-means is {text!r}; give a number of replies, or all")
-    check_keep(int(text))
-    return int(text)
 
 
 def _of_forecast(found: Forecast, judge_cost: float | None) -> dict[str, Any]:

@@ -11,9 +11,14 @@ import typer
 
 from jaxpersona import interrupt
 from jaxpersona.cli import support
-from jaxpersona.cli.axis import kept_means
 from jaxpersona.cli.output import say
-from jaxpersona.cli.support import AdapterOption, DtypeOption, check_folder, progress
+from jaxpersona.cli.support import (
+    AdapterOption,
+    DtypeOption,
+    MinCountOption,
+    check_folder,
+    progress,
+)
 from jaxpersona.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, help=(
@@ -81,9 +86,7 @@ def import_(
         help="The folder of roles that generated the responses, or `data` for the roles of the "
              "package.")] = None,
     judge: Annotated[str, typer.Option(help="A name for the scores.")] = "imported",
-    min_count: Annotated[int, typer.Option(
-        help="Minimum number of replies with score 3 that a role needs to be used for the axis.")
-    ] = 50,
+    min_count: MinCountOption = 50,
     held_out: Annotated[str, typer.Option(
         show_default="none",
         help="Comma-separated names of roles to exclude from the axis.")] = "",
@@ -114,7 +117,7 @@ def import_(
 
     sampling(1, temperature=temperature, top_p=top_p, seed=seed)
     settings = Settings(temperature, top_p, max_new_tokens, 1, batch_size, seed)
-    kept, held = kept_means(keep_means), [name for name in held_out.split(",") if name]
+    kept, held = support.kept_means(keep_means), [name for name in held_out.split(",") if name]
     check_folder("RUN", run)
     if model is None and (adapter is not None or dtype is not None):
         raise UserError("--adapter and --dtype apply to a model; give it with --model")

@@ -31,6 +31,25 @@ DtypeOption = Annotated[str | None, typer.Option(
     show_default="float32 on a CPU, otherwise bfloat16",
     help="The dtype: float32, bfloat16, float16, or int8 for the weights only.")]
 
+MinCountOption = Annotated[int, typer.Option("--min-count", help=(
+    "Minimum number of replies with score 3 that a role needs to be used for the axis."))]
+
+
+def kept_means(text: str) -> int | None:
+    """Parse the value of `--keep-means`; return None for `all`.
+
+    Raises:
+      UserError: the value is neither `all` nor an integer of at least 2.
+    """
+    from jaxpersona.runs.sample import check_keep
+
+    if text == "all":
+        return None
+    if not text.isdecimal():
+        raise UserError(f"--keep-means is {text!r}; give a number of replies, or all")
+    check_keep(int(text))
+    return int(text)
+
 
 def open_model(source: str, dtype: str | None, mesh: str | None = None,
                adapter: pathlib.Path | None = None) -> Model:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import difflib
 import os
 import pathlib
-import shutil
-import uuid
 from collections.abc import Callable
 from importlib.resources.abc import Traversable
 
+from jaxpersona.ckpts.files import new_folder
 from jaxpersona.data.texts import (
     DEFAULT,
     Path,
@@ -143,26 +142,12 @@ def export(folder: Path) -> int:
       UserError: the path is a file, or the folder is not empty or not writable.
     """
     folder = pathlib.Path(os.path.abspath(folder))
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; give a folder")
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder}: is not empty; give a new folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        count = _copy(data_root(), temporary)
-        if folder.exists():
-            folder.rmdir()
-        os.rename(temporary, folder)
-        return count
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(folder) as temporary:
+        return _copy(data_root(), temporary)
 
 
 def _copy(source: Traversable, target: pathlib.Path) -> int:
-    target.mkdir()
+    target.mkdir(exist_ok=True)
     count = 0
     for entry in source.iterdir():
         if entry.is_dir():

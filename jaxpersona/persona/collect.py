@@ -131,15 +131,8 @@ class Collection:
             judging.close()
 
     def _work(self, judging: Judging) -> None:
-        older = self._older
-        for name in () if older is None else list(self._have):
-            assert older is not None
-            self._take_over(name, older)
-            if not self._left[name]:
-                self._played_all(judging, name)
-            while len(self._awaited) > AWAITED:
-                self._judged(judging.take(0.2))
-            self._tell()
+        if self._older is not None:
+            self._take_over_all(judging, self._older)
         stream = Stream(self.model, self._asked(), **generation(self.settings))
         begun = [name for name, have in self._have.items() if have and self._left[name]]
         for name in () if judging.whole else begun:  # rollouts of earlier calls, without a verdict
@@ -170,6 +163,16 @@ class Collection:
             self._judged(judging.take(0.2 if idle and not self._ready else 0.0))
             self._tell()
             self.status.update()
+
+    def _take_over_all(self, judging: Judging, older: Older) -> None:
+        """Copy the missing rollouts of all roles from an older run."""
+        for name in list(self._have):
+            self._take_over(name, older)
+            if not self._left[name]:
+                self._played_all(judging, name)
+            while len(self._awaited) > AWAITED:
+                self._judged(judging.take(0.2))
+            self._tell()
 
     def _take_over(self, name: str, older: Older) -> None:
         """Copy a role's missing rollouts from an older run.

@@ -9,20 +9,17 @@ of the exact sums. Steps 4 and 5 of the published code then compute the run's ve
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxpersona.brief import brief
-from jaxpersona.ckpts.files import write_json, write_text
+from jaxpersona.ckpts.files import new_folder, write_json, write_text
 from jaxpersona.ckpts.torchmeans import write_pickle
 from jaxpersona.data.texts import DEFAULT
 from jaxpersona.errors import UserError
@@ -116,33 +113,9 @@ def export_reference(run: str | os.PathLike[str], folder: str | os.PathLike[str]
                         f"{', '.join(map(repr, found.manifest['judges']))}")
     require("torch", "the published format contains .pt files, which need PyTorch")
     target = pathlib.Path(os.path.abspath(folder))
-    with _renamed(target) as temporary:
+    with new_folder(target) as temporary:
         return _Export(found, temporary, target, activations, judge, min_count, fold_system,
                        incomplete).write(report)
-
-
-@contextlib.contextmanager
-def _renamed(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yield a temporary folder, which replaces `folder` if the block succeeds.
-
-    Raises:
-      UserError: `folder` is a file, is not empty, or cannot be written.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; give a folder")
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder}: is not empty; give a new folder")
-        temporary.mkdir(parents=True)
-        yield temporary
-        if folder.exists():
-            folder.rmdir()
-        os.rename(temporary, folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class _Export:
