@@ -16,7 +16,7 @@ import pathlib
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,7 @@ class LengthRule:
 
     name, scale = "rule of length", ROLE_SCALE
 
-    def score(self, items: list[Item]) -> Iterator[Verdict]:
+    def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
         """Yield one verdict per item."""
         for item in items:
             yield Verdict(item.key, 3 if len(item.answer) % 8 else len(item.answer) // 8 % 3)

@@ -120,9 +120,11 @@ def site(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit] = (), *,
         x, added = (jnp.swapaxes(array, 0, 1) for array in (x, added))  # [1, B, D]
     found = _run(x, added, edits, directions, before, norm, by_token,
                  implementation == "interpret")
-    h, read, normed = (None if y is None else jnp.swapaxes(y, 0, 1) if by_token else y
-                       for y in (found.h, found.read, found.normed))
-    return Site(h, found.changed if edits else jnp.zeros((0, rows), jnp.int32), read, normed)
+    if by_token:
+        h, read, normed = jax.tree.map(lambda y: jnp.swapaxes(y, 0, 1),
+                                       (found.h, found.read, found.normed))
+        found = found._replace(h=h, read=read, normed=normed)
+    return found if edits else found._replace(changed=jnp.zeros((0, rows), jnp.int32))
 
 
 def refusal(platform: str, width: int, entries: int, directions: int) -> str | None:
@@ -248,15 +250,14 @@ def _kernel(*refs: Any, pushed: tuple[bool, ...], reads: int, before: int, by_to
             norm: tuple[float, float] | None) -> None:
     """Compute one block of tokens; `refs` are the inputs and outputs in the order of `_run`."""
     left = iter(refs)
-    x, added = next(left), next(left)
-    active = next(left) if pushed else None
-    edits = [(next(left), next(left), next(left) if push else None) for push in pushed]
-    directions = next(left) if reads else None
-    weight = None if norm is None else next(left)
-    out = next(left)
-    counts = next(left) if pushed else None
-    read = next(left) if reads else None
-    normed = None if norm is None else next(left)
+
+    def following(present: object = True) -> Any:
+        return next(left) if present else None
+
+    x, added, active = following(), following(), following(pushed)
+    edits = [(following(), following(), following(push)) for push in pushed]
+    directions, weight = following(reads), following(norm)
+    out, counts, read, normed = following(), following(pushed), following(reads), following(norm)
 
     dtype = x.dtype
     h = unedited = (x[...].astype(F32) + added[...].astype(F32)).astype(dtype).astype(F32)
@@ -283,5 +284,5 @@ def _kernel(*refs: Any, pushed: tuple[bool, ...], reads: int, before: int, by_to
                 continue
             for k in range(first, last):
                 read[:, k : k + 1] = jnp.sum(side * directions[k : k + 1, :], -1, keepdims=True)
-    if normed is not None:
+    if norm is not None:
         normed[...] = _normed(h, weight[...].astype(F32), *norm).astype(dtype)

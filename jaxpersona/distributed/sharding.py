@@ -307,7 +307,7 @@ def place(x: jax.Array, axes: Axes, *operands: Any) -> jax.Array:
 
 
 def by_shard(function: Callable[..., Any], given: Sequence[Axes],
-             result: Axes | Sequence[Axes]) -> Callable[..., Any]:
+             result: Axes | list[Axes]) -> Callable[..., Any]:
     """Return a function that runs `function` on each device's shards of its arguments.
 
     Kernels require this function, because XLA cannot partition a kernel over the devices of a mesh.
@@ -324,8 +324,8 @@ def by_shard(function: Callable[..., Any], given: Sequence[Axes],
         mesh = mesh_of(*arrays)
         if mesh is None:
             return function(*arrays)
-        several = isinstance(result, list)
-        out = tuple(spec(axes, mesh) for axes in result) if several else spec(result, mesh)
+        out = (tuple(spec(axes, mesh) for axes in result) if isinstance(result, list)
+               else spec(result, mesh))
         placed = [place(x, axes, *arrays) for x, axes in zip(arrays, given, strict=True)]
         return jax.shard_map(function, mesh=mesh, check_vma=False, out_specs=out,
                              in_specs=tuple(spec(axes, mesh) for axes in given))(*placed)

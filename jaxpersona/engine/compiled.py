@@ -111,6 +111,8 @@ class Program:
     because `jax.jit` and `stored.Stored` already distinguish them.
     """
 
+    __wrapped__: Callable[..., Any]
+
     def __init__(self, function: Callable, static: tuple[str, ...], donate: tuple[str, ...],
                  result: Callable[..., Any] | None = None) -> None:
         functools.update_wrapper(self, function)

@@ -259,7 +259,7 @@ def _check_tokens(rows: list[chat.Row], capture: Capture) -> None:
 
 def _in_batches(model: Model, rows: list[chat.Row], edits: Interventions, capture: Capture,
                 tokens: int | None, residual: Fused,
-                ) -> Iterator[tuple[list[int], Output | None, int]]:
+                ) -> Iterator[tuple[Sequence[int], Output | None, int]]:
     """Run conversations in batches.
 
     Yields:
@@ -282,7 +282,7 @@ def _in_batches(model: Model, rows: list[chat.Row], edits: Interventions, captur
 
 
 def _in_pieces(model: Model, rows: list[chat.Row], edits: Interventions, capture: Capture,
-               tokens: int | None) -> Iterator[tuple[np.ndarray, Carry | None, int]]:
+               tokens: int | None) -> Iterator[tuple[Sequence[int], Carry | None, int]]:
     """Run conversations in pieces.
 
     Yields:
@@ -301,7 +301,7 @@ def _in_pieces(model: Model, rows: list[chat.Row], edits: Interventions, capture
     layers += [chosen_layers(reading, model.config)[-1] for reading in capture.readings.values()]
     for step in in_pieces(model, rows, edits, capture, together=together,
                           layers=max(layers, default=-1) + 1, run=run):
-        yield np.where(step.call.ends, step.members, -1), step.ended, together * PIECE
+        yield np.where(step.call.ends, step.members, -1).tolist(), step.ended, together * PIECE
 
 
 @program(static=("config", "axes"), donate=("carry",), result=lambda carry, **_: carry)

@@ -166,7 +166,7 @@ def so_far(state: State, streamed: Sequence[tuple[int, Task, list[str]]],
       For each reply, its tokens [n] and the values [n, L, K] of each reading by name. If there are
       readings, a last token that has not been passed through the model yet is omitted.
     """
-    carry = state.carry
+    carry, captured = state.carry, state.carry.captured or {}
     assert carry.cache is not None
     tokens, length, used = processes.fetch((state.tokens, state.length, carry.cache.next))
     out = []
@@ -174,7 +174,7 @@ def so_far(state: State, streamed: Sequence[tuple[int, Task, list[str]]],
         start, count, values = task.row.tokens.size, int(length[i]), {}
         for name in names:
             count = min(count, int(used[i]) - start)
-            read = processes.fetch(take_row(carry.captured[name].values, np.int32(i)))
+            read = processes.fetch(take_row(captured[name].values, np.int32(i)))
             values[name] = np.moveaxis(read, 2, 0)[start : start + count]
         out.append((tokens[i, :count], values))
     return out

@@ -74,8 +74,8 @@ class Stream:
         """
         check_model(model)
         prompts.check_settings(batch_size=batch_size, max_new_tokens=max_new_tokens)
-        edits, capture = off_mesh((given(None), joined(capture)))
-        self._capture = Capture() if capture is None else capture
+        edits, readings = off_mesh((given(None), joined(capture)))
+        self._capture = Capture() if readings is None else readings
         prompts.check_edits(model, edits, 1, self._capture)
         prompts.check_rows(model, batch_size, share_prefix)
         self._model, self._edits, self._rows = model, SharedEdits(edits), batch_size

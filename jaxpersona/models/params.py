@@ -264,8 +264,9 @@ def begin_fingerprint(config: ModelConfig, params: Params) -> Callable[[], str]:
                 sums.append(next(own))
                 continue
             parts, before = np.stack([next(own), next(own)]), next(known)
-            unchanged = before is not None and np.array_equal(before[1:], parts)
-            sums += list(before[:1] if unchanged else parts)
+            if before is not None and np.array_equal(before[1:], parts):
+                parts = before[:1]  # the weight has not changed since it was quantized
+            sums += list(parts)
         return config.hash() + hashlib.sha256(np.stack(sums).tobytes()).hexdigest()[:8]
 
     return finish

@@ -75,7 +75,7 @@ class Sums:
         """
         out = {}
         if self.totals:
-            every = sum(self.totals[name] for name in sorted(self.totals))
+            every = np.sum([self.totals[name] for name in sorted(self.totals)], axis=0)
             count = sum(group != EMPTY for group in self.groups.values())
             out["mean"] = ((every / count).astype(np.float32), count)
         for score, label in labels.items():
