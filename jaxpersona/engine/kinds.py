@@ -1,4 +1,4 @@
-"""Kinds of requests: the settings that all requests in a lane share."""
+"""Kinds of requests; all requests in a lane have the same kind."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Kind:
     Attributes:
       slots: the number of cache slots S.
       greedy: whether the temperature is 0.
-      code: whether an intervention or a reading selects tokens in fenced code blocks.
+      code: whether an intervention or a capture selects tokens in fenced code blocks.
       strings: the stop strings (`stopping.checked`).
       capture: the capture of the request.
       neutral: interventions on one row that change nothing, with the structure of the request's
