@@ -73,7 +73,7 @@ def checked_call(function: Callable[P, R]) -> Callable[P, R]:
 
 def _explain(name: str, signature: inspect.Signature, args: tuple[Any, ...],
              named: Mapping[str, Any]) -> str:
-    """Return a message that says why a call does not match a signature and how to fix the call."""
+    """Return a message that explains why a call does not match a signature, with the fix."""
     known = signature.parameters
     ordered = [p.name for p in known.values() if p.kind in (p.POSITIONAL_ONLY,
                                                            p.POSITIONAL_OR_KEYWORD)]

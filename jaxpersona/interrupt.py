@@ -25,8 +25,8 @@ Handlers = dict[signal.Signals, Action | int | None]  # an int is SIG_DFL or SIG
 class Stopped(BaseException):
     """Raised when a signal stops the command.
 
-    This is not a subclass of KeyboardInterrupt, because the CLI library handles that exception
-    itself.
+    This class is not a subclass of KeyboardInterrupt, because the CLI library handles that
+    exception itself.
 
     Attributes:
       code: the exit code, 128 + the signal number.

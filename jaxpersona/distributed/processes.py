@@ -60,8 +60,8 @@ def start(coordinator: str | None = None, count: int | None = None,
         there = jax.process_count(), jax.process_index()
         if all(given) and there != (count, index):
             raise UserError(f"processes is {count} and process is {index}, but jax.distributed is "
-                            f"already initialized with {there[0]} processes, and this is process "
-                            f"{there[1]}: omit coordinator, processes and process")
+                            f"already initialized with process count {there[0]} and process index "
+                            f"{there[1]}; omit coordinator, processes and process")
         return
     try:
         # on CPUs, two programs with cross-process collectives can deadlock if they run concurrently
@@ -105,7 +105,7 @@ def index() -> int:
 
 
 def owns(i: int) -> bool:
-    """Return whether work item i belongs to this process: i mod process count = index."""
+    """Return whether work item i belongs to this process (i mod process count = process index)."""
     return not many() or i % jax.process_count() == jax.process_index()
 
 

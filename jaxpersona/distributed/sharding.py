@@ -206,7 +206,7 @@ def platform(*operands: Any) -> str:
 
 @contextlib.contextmanager
 def running_on(where: str) -> Iterator[None]:
-    """Set the platform that `platform` returns for tracers inside this context."""
+    """Set the result of `platform` for operands without devices inside this context."""
     before = _PLATFORM.set(where)
     try:
         yield
@@ -294,7 +294,7 @@ def out_sharding(axes: Axes, *operands: Any) -> NamedSharding | None:
 def place(x: jax.Array, axes: Axes, *operands: Any) -> jax.Array:
     """Shard x by its logical axes over the mesh of the operands (default: the mesh of x).
 
-    On a mesh with Auto axes, this adds a sharding constraint. Without a mesh, x is returned
+    On a mesh with Auto axes, a sharding constraint is added. Without a mesh, x is returned
     unchanged.
     """
     mesh = mesh_of(*(operands or (x,)))

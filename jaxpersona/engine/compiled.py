@@ -105,10 +105,10 @@ def program(*, static: tuple[str, ...] = (), donate: tuple[str, ...] = (),
 class Program:
     """A jitted function with one `jax.jit` object per combination of argument shapes.
 
-    The key of an object also contains the arguments' dtypes and pytree structure, the static
-    arguments, and the platform of the first argument's first array, so that CPU and GPU arrays of
-    the same shape do not share a trace. The key omits other properties, such as the sharding,
-    because `jax.jit` and `stored.Stored` already distinguish them.
+    Besides shapes, the key of an object contains the arguments' dtypes and pytree structure, the
+    static arguments, and the platform of the first argument's first array, so that CPU and GPU
+    arrays of the same shape do not share a trace. The key omits other properties, such as the
+    sharding, because `jax.jit` and `stored.Stored` already distinguish them.
     """
 
     def __init__(self, function: Callable, static: tuple[str, ...], donate: tuple[str, ...],

@@ -85,7 +85,7 @@ class Engine:
         prompts.check_settings(**numbers)
         ways = rows_divisor(model.params.like)
         if rows % ways:
-            raise UserError(f"rows is {rows}; on this mesh it must be a multiple of {ways}")
+            raise UserError(f"rows is {rows}; on this mesh, it must be a multiple of {ways}")
         self.capacity = None if capacity is None else off_mesh(given(capacity))
         if self.capacity is not None:
             self.capacity.take(np.array([-1])).check(

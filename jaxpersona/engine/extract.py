@@ -94,8 +94,8 @@ class Extracted(Table):
     def records(self) -> list[dict[str, Any]]:
         """Return one record per conversation.
 
-        Its keys are text (the last message), tokens (the number of tokens) and finite (whether all
-        activations were finite).
+        The keys are `text` (the last message), `tokens` (the number of tokens) and `finite`
+        (whether all activations were finite).
         """
         return [{"text": row.messages[-1]["content"] if row.messages else row.text,
                  "tokens": int(row.tokens.size), "finite": not bad}
@@ -130,8 +130,8 @@ def extract(
       interventions: edits of the activations, created without `rows=` or with one row per
         conversation.
       batch_tokens: the target number of tokens per forward pass, including padding; it affects the
-        floating-point rounding of results. Default: 16,384 on a GPU or TPU, 128 on a CPU where
-        conversations run in pieces (`texts.fits_pieces`), and 1,024 elsewhere on a CPU.
+        floating-point rounding of results. Default: 16,384 on a GPU or TPU; on a CPU, 128 if
+        conversations run in pieces (`texts.fits_pieces`), otherwise 1,024.
       on_nonfinite: the response to NaN or infinite activations. "warn": mark the conversation
         (`Extracted.nonfinite`) and issue one `NonfiniteWarning` that names the first affected layer
         and a fix. "raise": raise a `UserError`. `jax_debug_nans` and `jax_debug_infs` imply
@@ -286,9 +286,9 @@ def _in_pieces(model: Model, rows: list[chat.Row], edits: Interventions, capture
     """Run conversations in pieces.
 
     Yields:
-      For each call: the index of the conversation that ends in each row [R], or −1 if none ends;
-      the carry with the results, or None if no conversation ends in the call; and the number of
-      tokens in the call, including padding.
+      For each call: R integers, the index of the conversation that ends in each row, or −1; the
+      carry with the results, or None if no conversation ends in the call; and the number of tokens
+      in the call, including padding.
     """
     together = ROWS if tokens is None else max(1, tokens // PIECE)
 

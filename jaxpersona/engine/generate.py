@@ -97,11 +97,10 @@ class Generated(Table):
     def records(self) -> list[dict[str, Any]]:
         """Return one record per conversation.
 
-        Its keys are prompt (the last message), reply, tokens (the number of tokens in the reply),
-        finish, messages (of the prompt) and ids (the token ids of the reply). With interventions,
-        there are also the keys seen and changed, with one number per table: the number of tokens
-        that the table's token test selected, and the maximum over layers of the number of tokens
-        that the table changed.
+        The keys are `prompt` (the last message), `reply`, `tokens` (the number of tokens in the
+        reply), `finish`, `messages` (of the prompt) and `ids` (the token ids of the reply). With
+        interventions, `seen` and `changed` contain one number per table: the number of tokens
+        selected by its token test, and the maximum over layers of the number of changed tokens.
         """
         return [record(row, text, tokens, finish,
                        [(table.seen[i], table.changed[:, i]) for table in self.applied])
@@ -293,7 +292,8 @@ def lane_opener(model: Model, edits: SharedEdits, capture: Capture, stops: Stops
 def asks_for_code(edits: Interventions, capture: Capture) -> bool:
     """Return whether any edit, gate or capture selects tokens in code blocks.
 
-    The result is True for tables from `reserve`, because such an edit may be written to them later.
+    The result is True for tables from `reserve`, because edits in code may be written to them
+    later.
     """
     if any(edit.reserved for edit in edits.edits):
         return True

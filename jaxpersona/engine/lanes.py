@@ -156,7 +156,7 @@ class Lane:
                 self.staged[row], self.ran[row] = None, 0
 
     def decode(self, most_done: int, steps: int) -> np.ndarray:
-        """Decode for at most `steps` steps, but only until `most_done` rows are done.
+        """Decode until `steps` steps have run or `most_done` rows are done.
 
         Free rows count as done.
 

@@ -76,7 +76,7 @@ class Pace:
         return float((np.diff(at) * alive).sum())
 
     def seconds_for(self, count: int, per_call: int) -> float:
-        """Return the expected time in seconds for `count` replies, `per_call` in each call.
+        """Return the expected time in seconds for `count` replies in calls of `per_call` each.
 
         Near the end of a `generate` call, rows become free and remain unused. A complete sample
         includes this idle time. For an incomplete sample, the idle time is estimated by simulating

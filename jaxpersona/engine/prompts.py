@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 
-FEW_ROWS = 8  # for batch sizes up to this, there are fewer padded lengths
+FEW_ROWS = 8  # batches of at most this many rows use fewer padded lengths
 
 
 def bucket(tokens: int, least: int = 32, finer: int | None = 256) -> int:
@@ -223,8 +223,8 @@ def limits(model: Model, rows: list[chat.Row], max_new: Any) -> np.ndarray:
     for i, row in enumerate(rows):
         if row.tokens.size >= context:
             raise UserError(
-                f"prompt {i} has {row.tokens.size} tokens; the model's context holds {context} "
-                "tokens, including the reply; shorten the prompt"
+                f"prompt {i} has {row.tokens.size} tokens, but the model's context is limited to "
+                f"{context} tokens, including the reply; shorten the prompt"
             )
     room = np.array([context - row.tokens.size for row in rows], np.int32)
     return np.minimum(room, max_new).astype(np.int32)
@@ -239,8 +239,8 @@ def check_lengths(model: Model, rows: list[chat.Row]) -> None:
     context = model.config.max_context
     for i, row in enumerate(rows):
         if row.tokens.size > context:
-            raise UserError(f"conversation {i} has {row.tokens.size} tokens; the model's context "
-                            f"holds {context} tokens; shorten the conversation")
+            raise UserError(f"conversation {i} has {row.tokens.size} tokens, but the model's "
+                            f"context is limited to {context} tokens; shorten the conversation")
 
 
 def row_ids(rows: list[chat.Row], ids: Iterable[int] | None) -> np.ndarray:

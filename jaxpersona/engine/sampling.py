@@ -131,7 +131,7 @@ def choose(logits: jax.Array, settings: Sampling, row_id: jax.Array,
     Returns:
       [B] int32, the selected tokens; at temperature 0, the index of the first largest logit.
     """
-    logits = place(logits, ("batch", None))  # top-k needs unsharded logits per row
+    logits = place(logits, ("batch", None))  # `top_k` needs unsharded rows
     greedy = most_likely(logits)
     warm = settings.temperature > 0
     top = logits.max(-1, keepdims=True)  # subtracted so that the division cannot yield +inf
@@ -144,7 +144,7 @@ def choose(logits: jax.Array, settings: Sampling, row_id: jax.Array,
     rank = jnp.arange(count, dtype=jnp.int32)
     limited = (settings.top_k[:, None] == 0) | (rank[None] < settings.top_k[:, None])
     top = jnp.where(limited, top, 0.0)
-    reach = jnp.where(settings.top_k > 0, top.sum(-1), 1.0)  # top_p is a fraction of this mass
+    reach = jnp.where(settings.top_k > 0, top.sum(-1), 1.0)  # the mass to which `top_p` is relative
     before = jnp.cumsum(top, -1) - top
     kept = jnp.where(before < (settings.top_p * reach)[:, None], top, 0.0)
     near = of_each(tokens, _inverse(kept, draw))

@@ -187,7 +187,7 @@ class Scheduler:
     def _decode(self, key: Any, lane: Lane) -> None:
         """Decode one chunk in a lane, and collect its finished prompts if there are enough."""
         lane.filling = False
-        # with pieces, prompts are prefilled in staging rows, so an eighth of the rows is enough
+        # prefill in pieces needs no full batch of free rows, so wait for fewer finished rows
         most = lane.together if lane.piece is None else max(1, lane.rows // 8)
         enough = min(most, lane.rows - lane.free) if self.batched else 1
         more = any(lane.staged) or (bool(self.waiting) and self.waiting[0].lane == key)

@@ -76,8 +76,8 @@ class Scored(Table):
     def records(self) -> list[dict[str, Any]]:
         """Return one record per text.
 
-        Its keys are text (the last message), tokens (the number of tokens), logprob (the mean
-        log-probability in nats), perplexity, ids (the token ids), and logprobs (one number per
+        The keys are `text` (the last message), `tokens` (the number of tokens), `logprob` (the mean
+        log-probability in nats), `perplexity`, `ids` (the token ids), and `logprobs` (one value per
         token after the first).
         """
         found = []
@@ -132,8 +132,8 @@ def logprobs(
       interventions: edits of the activations, created without `rows=` or with one row per
         conversation.
       batch_tokens: the target number of tokens per forward pass, including padding; it affects the
-        floating-point rounding of results. Default: 4,096 on a GPU or TPU, 128 on a CPU where texts
-        run in pieces (`texts.fits_pieces`), and 1,024 elsewhere on a CPU.
+        floating-point rounding of results. Default: 4,096 on a GPU or TPU; on a CPU, 128 if texts
+        run in pieces (`texts.fits_pieces`), otherwise 1,024.
 
     Raises:
       UserError: there are no conversations, a conversation is longer than the context, the
@@ -174,8 +174,8 @@ def next_logprobs(
       interventions: edits of the activations, created without `rows=` or with one row per
         conversation.
       batch_tokens: the target number of tokens per forward pass, including padding; it affects the
-        floating-point rounding of results. Default: 4,096 on a GPU or TPU, 128 on a CPU where texts
-        run in pieces (`texts.fits_pieces`), and 1,024 elsewhere on a CPU.
+        floating-point rounding of results. Default: 4,096 on a GPU or TPU; on a CPU, 128 if texts
+        run in pieces (`texts.fits_pieces`), otherwise 1,024.
 
     Raises:
       UserError: there are no prompts or candidates, an id is outside the vocabulary, a prompt fills

@@ -152,7 +152,7 @@ class Stored:
 
         flat.__name__ = self._function.__name__
         where = default_device().platform
-        platforms = None if where == jax.default_backend() else [where]  # None: the default
+        platforms = None if where == jax.default_backend() else [where]  # None: default platform
         try:
             exported = jax.export.export(jax.jit(flat), platforms=platforms,
                                          disabled_checks=_UNSTABLE)(*shapes)

@@ -35,7 +35,7 @@ class Edits(Protocol):
     """The interventions on a lane's rows."""
 
     def structure(self, rows: int) -> Interventions:
-        """Return interventions on `rows` rows that have the lane's structure, as a placeholder."""
+        """Return placeholder interventions on `rows` rows, with the lane's structure."""
         ...
 
     def of(self, tasks: Sequence[Task | None], rows: int) -> Interventions:
@@ -65,7 +65,8 @@ class Task:
     """A prompt for which a lane generates a reply.
 
     Attributes:
-      number: the index of the prompt in its call, or of its request in the order of submission.
+      number: the prompt's index in the call of `generate`, or its request's index in the order of
+        submission to `Engine`.
       row: the encoded prompt.
       row_id: uint32, the id that seeds the random draws.
       limit: the maximum number of tokens in the reply.
@@ -186,9 +187,9 @@ def shape_within(row: Row, limit: int, sizes: Sequence[int],
         width, taken = piece, row.tokens.size
     if taken >= sizes[-1]:
         padding = f", padded to {taken}" if piece is None else ""
-        raise UserError(f"the conversation has {row.tokens.size} tokens{padding}; "
-                        f"the engine's largest cache holds {sizes[-1]} tokens, including the "
-                        "reply; shorten the conversation, or create the engine with larger sizes")
+        raise UserError(f"the conversation has {row.tokens.size} tokens{padding}, but the engine's "
+                        f"largest cache is limited to {sizes[-1]} tokens, including the reply; "
+                        "shorten the conversation, or create the engine with larger sizes")
     limit = min(limit, sizes[-1] - taken)
     return Shape(0, width, next(x for x in sizes if x >= taken + limit)), limit
 
@@ -211,7 +212,7 @@ def cache_size(tokens: int, context: int, *, least: int = 64, finer: int | None 
 
 
 def prefix_length(row: Row) -> int:
-    """Return the number of tokens before the first user message; 0 if under `_SHORTEST_PREFIX`."""
+    """Return the number of tokens before the first user message; 0 if below `_SHORTEST_PREFIX`."""
     users = np.flatnonzero(row.kind & USER)
     length = int(users[0]) if users.size else 0
     return length if length >= _SHORTEST_PREFIX else 0

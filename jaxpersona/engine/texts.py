@@ -64,11 +64,11 @@ class Step(NamedTuple):
 
 
 def fits_pieces(model: Model, edits: Interventions, capture: Capture) -> bool:
-    """Return whether texts run in pieces, which requires a single CPU device.
+    """Return whether texts run in pieces instead of batches.
 
-    Texts also run in batches if the model is small (`pieces.large`), if a gate needs the whole
-    prompt in one call, or if a capture has one value per token, because its state is as large as
-    the cache and would be copied for every piece.
+    Pieces require a single CPU device and a large model (`pieces.large`). They are not used if a
+    gate needs the whole prompt in one call, or if a capture has one value per token, because the
+    state of this capture is as large as the cache and would be copied for every piece.
     """
     if needs_whole(edits) or not on_cpu(model.params.like) or not large(model.config):
         return False

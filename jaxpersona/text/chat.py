@@ -5,7 +5,7 @@ kind of a token follows from those of its characters. Generated tokens are never
 
 Token kinds:
 - Message content is SYSTEM, USER or ASSISTANT. Text from the template, including a default system
-  prompt, is TEMPLATE. A token that contains both is TEMPLATE, unless it consists of template
+  prompt, is TEMPLATE. A token with both kinds of text is TEMPLATE, unless it consists of template
   whitespace and the start of the content's first word. Such a token has the kind of the content.
 - A thinking block in an assistant message, including its tags, is ASSISTANT | THINKING. A thinking
   block that the template adds is TEMPLATE | THINKING. The last prompt token has the bit THINKING if
@@ -13,8 +13,8 @@ Token kinds:
 - Fenced code in message content, including its fences, also has the bit CODE.
 
 If the template has no system role, the system prompt is prepended to the first user message,
-separated by a blank line. Its tokens keep the kind and turn of the system message. An empty system
-message is then omitted. If the template has a system role, an empty system message is rendered.
+separated by a blank line. The tokens of the system prompt keep the kind and turn of the system
+message. In this case, an empty system message is omitted; otherwise, it is rendered.
 """
 
 from __future__ import annotations

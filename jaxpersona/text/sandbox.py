@@ -113,7 +113,7 @@ def _encoded(message: Any) -> bytes:
     """Encode a protocol message.
 
     Raises:
-      UserError: a variable is not a JSON value, or the message exceeds `CHARACTERS`.
+      UserError: a variable is not a JSON value, or the message is longer than `CHARACTERS`.
     """
     try:
         text = json.dumps(message, ensure_ascii=False, default=_plain)

@@ -313,11 +313,11 @@ def _manner(twin: list[dict[str, str]], m: int) -> tuple[Any, ...]:
 
 def _closings(template: Template, twin: list[dict[str, str]],
               marks: dict[str, _Piece], places: dict[int, int]) -> dict[tuple[Any, ...], str]:
-    """Return a closing text for each result of `_manner`.
+    """Return the closing text for each kind of message, keyed by `_manner`.
 
-    For each `_manner`, the closing texts of the first two messages are rendered, and the second
-    replaces the first, because templates may treat the first message of a conversation differently.
-    In total, at most `_EXAMPLES` closing texts are rendered.
+    For each key, the closing texts of the first two messages are rendered, and the second replaces
+    the first, because templates may treat the first message of a conversation differently. In
+    total, at most `_EXAMPLES` closing texts are rendered.
     """
     seen: dict[tuple[Any, ...], int] = {}
     out: dict[tuple[Any, ...], str] = {}
