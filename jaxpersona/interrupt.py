@@ -127,7 +127,7 @@ def intercepted(action: Callable[[], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def keeping(describe: Callable[[], str]) -> Iterator[None]:
-    """Set `Stopped.kept` to `describe()` if a signal stops the block, and raise `Stopped` again."""
+    """If a signal stops the block, set `Stopped.kept` to `describe()` and re-raise `Stopped`."""
     try:
         yield
     except Stopped as stop:

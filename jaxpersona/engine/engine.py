@@ -229,9 +229,9 @@ class Engine:
 
         Args:
           requests: one example per kind and padded prompt length. A kind is defined by cache size,
-            capture, stop strings, greedy or sampled decoding and, without a capacity, the structure
-            of the interventions and whether they select tokens in code blocks. None: greedy and
-            sampled requests with interventions within the capacity, without a capture or stop
+            capture, stop strings and greedy or sampled decoding; without a capacity, also by the
+            structure of the interventions and whether they select code. None: compile for greedy
+            and sampled requests with interventions within the capacity, without captures or stop
             strings, for each size in `sizes` and each padded prompt length.
 
         Raises:

@@ -89,10 +89,10 @@ def schedule(lengths: Sequence[int], rows: int, piece: int) -> Iterator[Call]:
 
 def parts(whole: Sequence[Batch | None], start: Sequence[int] | np.ndarray,
           stop: Sequence[int] | np.ndarray, width: int, size: int) -> Batch:
-    """Return a batch whose rows are tokens start…stop−1 of n batches of one row each.
+    """Return a batch with tokens start…stop−1 of each of n single-row batches.
 
     Args:
-      whole: n ≤ `size` batches; None stands for an empty row.
+      whole: n ≤ `size` single-row batches; None stands for an empty row.
       start, stop: n token indices each.
       width: the number of tokens T per row of the result, at least every stop − start.
       size: the number of rows B of the result; additional rows are empty.

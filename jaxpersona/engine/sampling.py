@@ -35,8 +35,8 @@ class Sampling(flax.struct.PyTreeNode):
 
     Attributes:
       temperature: [B] float32; 0 selects the most probable token (greedy).
-      top_p: [B] float32 in (0, 1]; keeps the smallest set of most probable tokens whose fraction of
-        the probability mass left by `top_k` is at least this value. If the set has more than
+      top_p: [B] float32 in (0, 1]; keeps the smallest set of most probable tokens whose share of
+        the probability mass kept by `top_k` is at least this value. If the set has more than
         `CANDIDATES` tokens, tokens tied with its least probable token are also kept.
       top_k: [B] int32, the number of most probable tokens to keep, at most `CANDIDATES`; 0 keeps
         all tokens.

@@ -297,7 +297,7 @@ def _logprob(logits: Float[Array, "*B V"],
 
 
 def _logit(logits: Float[Array, "*B V"], token: Any) -> Float[Array, "*B"]:
-    """Return the logits [*B] of tokens; `token` must broadcast with `logits`."""
+    """Return the logits [*B] of tokens; `token` must broadcast against `logits`."""
     here = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == token
     return jnp.where(here, logits, 0).sum(-1)
 

@@ -227,7 +227,7 @@ def prefix_key(task: Task) -> tuple:
 
 def cut(chosen: Sequence[Task | None], start: Sequence[int], stop: Sequence[int], width: int,
         size: int, chunk: bool) -> Batch:
-    """Return a batch whose rows are tokens start…stop−1 of prompts, followed by empty rows.
+    """Return a batch with tokens start…stop−1 of each prompt, padded with empty rows.
 
     Args:
       chosen: n ≤ `size` tasks; None stands for an empty row.

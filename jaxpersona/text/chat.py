@@ -258,7 +258,7 @@ def answered(tokenizer: Any, row: Row, reply: np.ndarray) -> Row:
 
 
 def row_id(tokens: Any, sample: int = 0, salt: str = "") -> int:
-    """Return a 32-bit hash of token ids, a sample number and a salt; it is equal in every run."""
+    """Return a deterministic 32-bit hash of token ids, a sample number and a salt."""
     ids = np.ascontiguousarray(tokens, "<i4").reshape(-1)
     head = f"{salt}\0{int(sample)}\0".encode()
     return int.from_bytes(hashlib.sha256(head + ids.tobytes()).digest()[:4], "little")
