@@ -14,7 +14,7 @@ def brief(self: Any) -> str:
     """Format a dataclass as `Name(field=…, …)`, truncated to `LENGTH` characters.
 
     Assign this function in the class body: `__repr__ = brief`. Arrays are shown as dtype[shape],
-    and lists of objects as their length and type. Fields that are None or have `repr=False` are
+    and lists of objects as length and type. Fields that are None or declared with `repr=False` are
     omitted.
     """
     fields = [(f.name, getattr(self, f.name, None)) for f in dataclasses.fields(self) if f.repr]
@@ -41,7 +41,7 @@ def count(number: int, noun: str) -> str:
 
 
 def quoted(text: str, most: int = 40) -> str:
-    """Truncate a text to `most` characters, including the ellipsis, and return its repr."""
+    """Return the repr of a text, truncated to `most` characters including the ellipsis."""
     return repr(text if len(text) <= most else text[: most - 1] + "…")
 
 

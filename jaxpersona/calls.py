@@ -73,7 +73,7 @@ def checked_call(function: Callable[P, R]) -> Callable[P, R]:
 
 def _explain(name: str, signature: inspect.Signature, args: tuple[Any, ...],
              named: Mapping[str, Any]) -> str:
-    """Describe why a call does not match a signature, and how to fix it."""
+    """Return a message that explains why a call does not match a signature, with the fix."""
     known = signature.parameters
     ordered = [p.name for p in known.values() if p.kind in (p.POSITIONAL_ONLY,
                                                            p.POSITIONAL_OR_KEYWORD)]
@@ -83,7 +83,7 @@ def _explain(name: str, signature: inspect.Signature, args: tuple[Any, ...],
     if len(args) > len(ordered):
         others = [key for key in known if key not in ordered and key not in named]
         first = f"{args[len(ordered)]!r:.40}"
-        return (f"{name}() takes {_listed(ordered) or 'no argument'} by position; pass {first} "
+        return (f"{name}() takes {_listed(ordered) or 'no arguments'} by position; pass {first} "
                 f"by keyword, as one of {_listed(others)}")
     for given in named:
         if given in ordered[: len(args)]:
@@ -95,7 +95,7 @@ def _explain(name: str, signature: inspect.Signature, args: tuple[Any, ...],
 
 
 def _remedy(given: str, known: list[str]) -> str:
-    """Return advice on an unknown argument: a hint, a similar name, or a list of all arguments."""
+    """Return advice on an unknown argument: a hint, a similar name or the list of arguments."""
     if given in _ADVICE and given not in known:
         return _ADVICE[given]
     for right in _NAMES.get(given.lower(), ()):

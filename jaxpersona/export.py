@@ -27,7 +27,7 @@ class Table:
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
-        """Return the properties of the result as a whole, by name."""
+        """Return properties of the whole result, such as array shapes, by name."""
         return {}
 
     def to_frame(self) -> pandas.DataFrame:
@@ -39,7 +39,7 @@ class Table:
         return require("pandas", "to_frame needs pandas").DataFrame(self.records())
 
     def to_json(self) -> str:
-        """Return a JSON object as text, with the class name as "kind", the facts, and "records".
+        """Return a JSON string of an object with "kind" (the class name), the facts and "records".
 
         NaN and infinity become null, because JSON cannot represent them.
         """
@@ -54,15 +54,15 @@ class Table:
         return page(repr(self), self.facts(), rows, len(records))
 
     def _left_out(self, column: str) -> bool:
-        """Return whether notebooks omit a column."""
+        """Return whether a column is omitted in notebooks."""
         return False
 
 
 def page(caption: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
          total: int) -> str:
-    """Return HTML with the caption, the facts, a table, and the number of rows not shown.
+    """Return HTML with the caption, the facts, a table of rows, and the number of rows not shown.
 
-    The table contains `rows`, which are the first of `total` rows.
+    The table contains `rows`, the first rows of a result with `total` rows.
     """
     parts = [f"<p><code>{_escaped(caption)}</code></p>"]
     if facts:
@@ -76,12 +76,12 @@ def page(caption: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any
         parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
     if total > len(rows):
         parts.append(f"<p>… rows not shown: {total - len(rows):,}</p>")
-    # these classes stop notebooks from rendering text between dollar signs as a formula
+    # these CSS classes stop notebooks from rendering text between dollar signs as a formula
     return f'<div class="tex2jax_ignore mathjax_ignore">{"".join(parts)}</div>'
 
 
 def shapes(captured: Mapping[str, Any]) -> dict[str, str]:
-    """Return the names and shapes of captured arrays for `facts`, without their values."""
+    """Return the names and shapes of captured arrays, in the form of `Table.facts`."""
     found = {}
     for name, value in captured.items():
         several = isinstance(value, list)

@@ -46,7 +46,7 @@ def installed(package: str) -> bool:
     """Return whether a package can be found, without importing it."""
     try:
         return importlib.util.find_spec(package) is not None
-    except ValueError:  # sys.modules has None or a module without a spec under this name
+    except ValueError:  # the entry in sys.modules is None or has no spec
         return False
 
 
@@ -56,7 +56,7 @@ def require(module: str, purpose: str, otherwise: str = "") -> Any:
     Args:
       module: the module's full name, such as "orbax.checkpoint".
       purpose: the beginning of the error message, such as "figures need matplotlib".
-      otherwise: an alternative to installing the package, for the end of the error message.
+      otherwise: the end of the error message, an alternative to installing the package.
 
     Raises:
       MissingPackage: the package is not installed, or its import fails.

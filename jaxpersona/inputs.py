@@ -1,8 +1,8 @@
 """Safe handling of untrusted files: checks of type, size and JSON depth, and escaped printing.
 
 A path from a user may refer to a pipe, a device, a huge sparse file, or a JSON file nested beyond
-Python's recursion limit. All readers in the package apply these checks first, so a damaged or
-malicious file raises an error instead of blocking the process or exhausting its memory.
+Python's recursion limit. All readers in the package apply these checks first, so that a damaged or
+malicious file causes an error and does not block the process or exhaust its memory.
 """
 
 from __future__ import annotations
@@ -137,10 +137,10 @@ def require_files(folder: pathlib.Path, suffixes: tuple[str, ...], limit: int = 
 
 
 def printable(text: object) -> str:
-    r"""Replace the control characters in `_CONTROL` by escape sequences such as \x1b.
+    r"""Replace the control characters in `_CONTROL` with escape sequences such as \x1b.
 
-    The two characters \r\n become a newline. Text from a file can thus neither send control
-    sequences to the terminal nor reorder the displayed characters.
+    The pair \r\n becomes a newline. Text from a file can thus neither send control sequences to the
+    terminal nor reorder the displayed characters.
     """
     plain = str(text).replace("\r\n", "\n")
     return _CONTROL.sub(lambda m: ascii(m.group())[1:-1], plain)

@@ -1,8 +1,8 @@
 """Signal handlers that exit the CLI on SIGINT or SIGTERM and print which files were written.
 
-Importing JAX takes seconds and happens before the CLI's `main`. The package therefore imports this
-module first. In a process that runs the `jaxpersona` command, importing this module installs the
-handlers. Other processes are unaffected.
+Importing JAX takes seconds and happens before the CLI's `main`, so the package imports this module
+first. In a process that runs the `jaxpersona` command, this import installs the handlers. Other
+processes are unaffected.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_received: list[int] = []  # the number of the signal that `_stop` handled, if any
+_received: list[int] = []  # the last signal number that `_stop` handled, if any
 Action = Callable[[int, FrameType | None], object]
 Handlers = dict[signal.Signals, Action | int | None]  # an int is SIG_DFL or SIG_IGN
 
@@ -25,8 +25,8 @@ Handlers = dict[signal.Signals, Action | int | None]  # an int is SIG_DFL or SIG
 class Stopped(BaseException):
     """Raised when a signal stops the command.
 
-    This is not a subclass of KeyboardInterrupt, because the CLI library handles that exception
-    itself.
+    This class is not a subclass of KeyboardInterrupt, because the CLI library handles that
+    exception itself.
 
     Attributes:
       code: the exit code, 128 + the signal number.
@@ -48,7 +48,7 @@ def is_command() -> bool:
 
 def _leave(number: int, _: FrameType | None) -> None:
     os.write(2, b"stopped; nothing was written\n")
-    os._exit(128 + number)  # during imports there is nothing to clean up
+    os._exit(128 + number)  # during imports, there is nothing to clean up
 
 
 def _stop(number: int, _: FrameType | None) -> None:
@@ -63,8 +63,8 @@ def check() -> None:
     """Raise `Stopped` again if a signal has arrived.
 
     Python discards an exception that a signal handler raises during a finalizer or a callback of
-    the garbage collector. Long jobs therefore call this function at every progress report.
-    Outside the main thread, this function does nothing.
+    the garbage collector. Long jobs therefore call this function at every progress report. The
+    function has no effect outside the main thread.
 
     Raises:
       Stopped: a signal arrived during the current `raised` block.
@@ -127,7 +127,7 @@ def intercepted(action: Callable[[], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def keeping(describe: Callable[[], str]) -> Iterator[None]:
-    """If a signal stops the block, set `Stopped.kept` to `describe()` and raise `Stopped` again."""
+    """If a signal stops the block, set `Stopped.kept` to `describe()` and re-raise `Stopped`."""
     try:
         yield
     except Stopped as stop:

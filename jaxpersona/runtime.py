@@ -4,7 +4,7 @@ The package uses NaN for "no value" and infinity for "no bound", and transfers s
 host and device. JAX's NaN, inf and transfer checks are therefore disabled inside most public
 functions.
 
-Only this module reads or changes JAX's configuration or uses JAX names without type stubs.
+Other modules read JAX's configuration only through this module.
 """
 
 from __future__ import annotations
@@ -101,7 +101,10 @@ def tracing_settings() -> tuple[tuple[str, str], ...]:
 
 
 def thread_settings() -> list[Any]:
-    """Return the values of all JAX settings in this thread, in a fixed order, in about 20 µs."""
+    """Return the values of all JAX settings in this thread, in a fixed order.
+
+    A call takes about 20 µs.
+    """
     return [getattr(jax.config, name, None) for name in jax.config.values]
 
 
@@ -110,8 +113,8 @@ def default_setting(name: str, value: bool | float | str, *,
                     default: bool | float | None = None) -> Iterator[None]:
     """Change a JAX setting that the user has not set; undo the change if the block fails.
 
-    If the block succeeds, the change remains, because such settings take effect when JAX creates
-    its first array.
+    If the block succeeds, the change remains, because such settings take effect only when JAX
+    creates its first array.
 
     Args:
       name: a name such as "jax_platforms".

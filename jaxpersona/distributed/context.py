@@ -13,7 +13,7 @@ from jaxpersona.runtime import own_rules
 def own_context() -> Iterator[None]:
     """Disable the caller's mesh (`unset_mesh`), debugging flags and transfer guard (`own_rules`).
 
-    Use it as a context manager, or as a decorator, `@own_context()`.
+    Use this function as a context manager or as a decorator, `@own_context()`.
 
     Raises:
       UserError: this process was forked from a process that had used JAX.

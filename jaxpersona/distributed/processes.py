@@ -1,8 +1,8 @@
 """Multi-process execution: initialization, process index and collectives on the host.
 
 Every process runs the same programs in the same order on its own devices, and writes the files for
-its share of the work items. With one process, these functions do not communicate. The caller may
-initialize `jax.distributed` directly instead of calling `start`.
+its share of the work items. With a single process, these functions do not communicate. Callers may
+also initialize `jax.distributed` themselves instead of calling `start`.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def start(coordinator: str | None = None, count: int | None = None,
         there = jax.process_count(), jax.process_index()
         if all(given) and there != (count, index):
             raise UserError(f"processes is {count} and process is {index}, but jax.distributed is "
-                            f"already initialized with {there[0]} processes, and this is process "
-                            f"{there[1]}: omit coordinator, processes and process")
+                            f"already initialized with process count {there[0]} and process index "
+                            f"{there[1]}; omit coordinator, processes and process")
         return
     try:
         # on CPUs, two programs with cross-process collectives can deadlock if they run concurrently
@@ -80,12 +80,12 @@ def joined() -> bool:
 
 
 def many() -> bool:
-    """Return whether there are several processes; this initializes JAX's backend."""
+    """Return whether there are several processes; this call initializes JAX's backend."""
     return jax.process_count() > 1
 
 
 def warn_of_deadlock() -> None:
-    """Warn if several processes use asynchronous dispatch on CPUs, which can deadlock."""
+    """Warn if several CPU processes use asynchronous dispatch, which can cause a deadlock."""
     if not many() or jax.local_devices()[0].platform != "cpu":
         return
     if setting(_ASYNC):
@@ -105,7 +105,7 @@ def index() -> int:
 
 
 def owns(i: int) -> bool:
-    """Return whether work item i belongs to this process (index = i mod process count)."""
+    """Return whether work item i belongs to this process (i mod process count = process index)."""
     return not many() or i % jax.process_count() == jax.process_index()
 
 
@@ -156,9 +156,9 @@ def merge(items: Mapping[str, T]) -> dict[str, T]:
 
 
 def in_turn(act: Callable[[], T]) -> T:
-    """Call `act` on process 0 and then on the other processes; return its result.
+    """Call `act` first on process 0 and then on the other processes; return its result.
 
-    This prevents races, for example when the processes create a shared folder. All processes must
+    This order prevents races, for example when processes create a shared folder. All processes must
     call this function.
     """
     if not many():

@@ -24,7 +24,7 @@ from jaxpersona.runtime import Device, is_traced, setting
 
 Axes = tuple[str | None, ...]
 
-# logical axis -> the mesh axes that shard it; axes that a mesh does not have are skipped
+# logical axis → the mesh axes that shard it; axes that are missing from a mesh are skipped
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "heads": ("model", "group"),
@@ -107,8 +107,8 @@ def fit(mesh: Mesh | AbstractMesh, config: ModelConfig) -> Mesh | AbstractMesh:
     its query heads are divided among these devices. Otherwise, the mesh is returned unchanged.
 
     Raises:
-      UserError: a mesh axis is not in `RULES`, or its size does not divide a dimension of the
-        model that it shards.
+      UserError: a mesh axis is not in `RULES`, or its size does not divide a dimension that it
+        shards in the model.
     """
     known = {name for names in RULES.values() for name in names}
     if unknown := [name for name in mesh.axis_names if name not in known]:
@@ -159,7 +159,7 @@ def spec(axes: Axes, mesh: Mesh | AbstractMesh) -> PartitionSpec:
 
 def weight_sharding(axes: Axes, shape: tuple[int, ...],
                     mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Return a parameter's sharding; a vocabulary that cannot be split evenly is replicated."""
+    """Return a parameter's sharding; replicate a vocabulary axis that cannot be split evenly."""
     placed = NamedSharding(mesh, spec(axes, mesh))
     try:
         placed.shard_shape(shape)
@@ -180,9 +180,9 @@ def mesh_of(*operands: Any) -> Mesh | AbstractMesh | None:
 
 
 def on_cpu(*operands: Any) -> bool:
-    """Return whether the operands are on a single CPU device, without a mesh.
+    """Return whether the operands are on a CPU device, without a mesh.
 
-    On a CPU, some operations are faster in a different but equivalent form.
+    On a CPU, an equivalent form of some operations is faster.
     """
     return platform(*operands) == "cpu" and mesh_of(*operands) is None
 
@@ -206,7 +206,7 @@ def platform(*operands: Any) -> str:
 
 @contextlib.contextmanager
 def running_on(where: str) -> Iterator[None]:
-    """Set the platform for functions that are traced inside this context (see `platform`)."""
+    """Set the result of `platform` for operands without devices inside this context."""
     before = _PLATFORM.set(where)
     try:
         yield
@@ -237,7 +237,7 @@ def default_device() -> Device:
 def unset_mesh() -> contextlib.AbstractContextManager:
     """Return a context manager that unsets the mesh set by `jax.set_mesh`.
 
-    This package uses the mesh of the parameters. If a mesh is set, JAX places new arrays on that
+    This package uses the mesh of the parameters. If a mesh is set, JAX places new arrays on the set
     mesh, which may differ from the mesh of the parameters, because `fit` may split an axis.
     """
     if jax.sharding.get_abstract_mesh().empty:
@@ -294,7 +294,7 @@ def out_sharding(axes: Axes, *operands: Any) -> NamedSharding | None:
 def place(x: jax.Array, axes: Axes, *operands: Any) -> jax.Array:
     """Shard x by its logical axes over the mesh of the operands (default: the mesh of x).
 
-    On a mesh with Auto axes, this adds a sharding constraint. Without a mesh, x is returned
+    On a mesh with Auto axes, a sharding constraint is added. Without a mesh, x is returned
     unchanged.
     """
     mesh = mesh_of(*(operands or (x,)))
@@ -308,9 +308,9 @@ def place(x: jax.Array, axes: Axes, *operands: Any) -> jax.Array:
 
 def by_shard(function: Callable[..., Any], given: Sequence[Axes],
              result: Axes | list[Axes]) -> Callable[..., Any]:
-    """Return a function that runs `function` on each device's shards of its arguments.
+    """Wrap a function so that each device runs it on its own shards of the arguments.
 
-    Kernels require this function, because XLA cannot partition a kernel over the devices of a mesh.
+    Kernels need this wrapper, because XLA cannot partition a kernel over the devices of a mesh.
     Without a mesh, `function` is called with the whole arrays.
 
     Args:
@@ -334,7 +334,7 @@ def by_shard(function: Callable[..., Any], given: Sequence[Axes],
 
 
 def spread_rows(x: jax.Array, dimension: int, like: Any) -> jax.Array:
-    """Shard a dimension of x like batch rows over the mesh of `like`; without a mesh, return x."""
+    """Shard a dimension of x as batch rows over the mesh of `like`; without a mesh, return x."""
     return place(x, tuple("batch" if i == dimension else None for i in range(x.ndim)), like)
 
 

@@ -19,7 +19,7 @@ from jaxpersona.runtime import default_setting, setting
 
 SWITCH = "JAXPERSONA_COMPILE_CACHE"
 TRACES, EXECUTABLES = 2**28, 2**32  # the maximum sizes of the two folders in bytes
-_SHORTEST = 0.05  # the minimum compilation time of a stored executable, in seconds
+_SHORTEST = 0.05  # seconds; executables that compile faster are not stored
 _LOG = logging.getLogger("jaxpersona")
 
 
@@ -31,8 +31,8 @@ def use_compile_cache() -> str | None:
     created, belongs to another user, is a symbolic link or is writable by others, the cache is not
     enabled, and a warning is logged. Without a home folder, the cache is not enabled either.
 
-    The function also sets the minimum compilation time of a stored executable and the maximum size
-    of the cache, unless the user has set them.
+    This function also sets JAX's minimum compilation time for storing an executable and the maximum
+    size of the cache, unless the user has set them.
 
     Returns:
       The folder of JAX's compilation cache, or None if the cache is not enabled.
@@ -58,8 +58,8 @@ def use_compile_cache() -> str | None:
 def traces() -> OwnFolder | None:
     """Return the folder for traces, or None if traces are not stored.
 
-    Traces save time only together with cached executables, so they are not stored if JAX's
-    compilation cache is disabled.
+    A stored trace saves time only if its executable is cached too, so traces are not stored if
+    JAX's compilation cache is disabled.
     """
     if os.environ.get(SWITCH, "1") == "0" or not setting("jax_compilation_cache_dir"):
         return None

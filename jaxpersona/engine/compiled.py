@@ -1,9 +1,9 @@
 """A least-recently-used (LRU) cache of compiled programs.
 
 A `jax.jit` object keeps every program that it has compiled. For a small model, the programs for one
-padded prompt length and cache size take about 20 MB of host memory. In this module, each
-combination of argument shapes has its own `jax.jit` object. If the number of objects exceeds a
-limit, the least recently used object is dropped, which frees its trace and its executable.
+padded prompt length and cache size take about 20 MB of host memory. This module therefore creates
+one `jax.jit` object per combination of argument shapes. If there are more objects than a limit, the
+least recently used one is dropped, which frees its trace and its executable.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxpersona.engine.compile_cache import traces
 from jaxpersona.engine.stored import Stored
 from jaxpersona.errors import UserError
 
-LIMIT = 64  # programs; enough for eight prompt lengths, with and without interventions
+LIMIT = 64  # default number of programs; enough for eight prompt lengths with and without edits
 SWITCH = "JAXPERSONA_PROGRAMS"
 _LOG = logging.getLogger("jaxpersona")
 
@@ -91,13 +91,13 @@ KEPT = Kept()
 
 def program(*, static: tuple[str, ...] = (), donate: tuple[str, ...] = (),
             result: Callable[..., Any] | None = None) -> Callable[[Callable], Program]:
-    """Return a decorator like `jax.jit` whose compiled programs are kept in `KEPT`.
+    """Return a decorator that works like `jax.jit` but keeps compiled programs in `KEPT`.
 
     Args:
       static, donate: argument names, as for `static_argnames` and `donate_argnames` of `jax.jit`.
       result: a function that takes the same arguments and returns a pytree with the structure of
-        the result, without computing the result. If it is given and the on-disk cache is enabled,
-        traces are stored on disk (`stored`).
+        the result, without computing the result. If this function is given and the on-disk cache
+        is enabled, traces are stored on disk (see `engine.stored`).
     """
     return lambda function: Program(function, static, donate, result)
 
@@ -105,10 +105,10 @@ def program(*, static: tuple[str, ...] = (), donate: tuple[str, ...] = (),
 class Program:
     """A jitted function with one `jax.jit` object per combination of argument shapes.
 
-    The key of an object also contains the arguments' dtypes and pytree structure, the static
-    arguments, and the platform of the first argument's first array, so that CPU and GPU arrays of
-    the same shape do not share a trace. The key omits other properties, such as the sharding,
-    because `jax.jit` and `stored.Stored` already distinguish them.
+    Besides shapes, the key of an object contains the arguments' dtypes and pytree structure, the
+    static arguments, and the platform of the first argument's first array, so that CPU and GPU
+    arrays of the same shape do not share a trace. The key omits other properties, such as the
+    sharding, because `jax.jit` and `stored.Stored` already distinguish them.
     """
 
     __wrapped__: Callable[..., Any]

@@ -1,4 +1,4 @@
-"""Interventions on the rows of a lane, either selected from a call's tables or stored per row."""
+"""Interventions on the rows of a lane: indexed in shared tables, or stored separately per row."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from jaxpersona.interventions.where import NOWHERE
 
 
 class SharedEdits:
-    """The interventions on all prompts of a call; each row uses the entries of its prompt.
+    """Interventions on all prompts of a call; each row of the lane uses its prompt's entries.
 
-    The entries stay on the device. When a prompt is assigned to a row, only the indices change.
+    When a prompt is assigned to a row, only indices into the tables change. No entry is copied.
     """
 
     def __init__(self, edits: Interventions) -> None:
         self.edits = edits
-        self.indexed = jax.device_get(edits)  # a copy on the host, for `key`
+        self.indexed = jax.device_get(edits)  # host copy for `key`
 
     def structure(self, rows: int) -> Interventions:
         """Return the call's interventions; their structure is the same for any number of rows."""
         return self.edits
 
     def of(self, tasks: Sequence[Task | None], rows: int) -> Interventions:
-        """Return the interventions of `tasks` on `rows` rows.
+        """Return the interventions of `tasks`, padded to `rows` rows.
 
-        A row without a task has no entry in the tables that have an index.
+        In tables with an index, a row without a task has index −1, which means no intervention.
         """
         numbers = [-1 if task is None else task.number for task in tasks]
         return self.edits.take(np.array(numbers + [-1] * (rows - len(numbers)), np.int32))
 
     def assign(self, edits: Interventions, rows: np.ndarray) -> None:
-        """Do nothing, because `of_rows` selects the entries of the current tasks in each call."""
+        """Do nothing: `of_rows` looks up the entries of the current tasks in every call."""
 
     def of_rows(self, tasks: Sequence[Task | None]) -> Interventions:
         """Return the interventions on all rows of the lane."""
@@ -80,14 +80,14 @@ class RowEdits:
         """Write interventions on n rows to the lane.
 
         Args:
-          edits: the interventions on n rows. If n = B, they replace those of all rows in order.
-          rows: [n] int32, the index of each row in the lane; rows with the index B are not written.
-            Not used if n = B.
+          edits: the interventions on n rows. If n = B, they replace the interventions of all rows.
+          rows: [n] int32, the lane row to write for each row of `edits`; rows with index B are
+            skipped. Not used if n = B.
         """
         if not self.axes:
             return
         if row_count(edits, self.axes) == row_count(self.table, self.axes):
-            self.table = edits  # the new interventions replace all rows
+            self.table = edits
         else:
             self.table = put_rows(self.table, edits, rows, axes=self.axes)
 
@@ -144,7 +144,7 @@ def row_count(edits: Interventions, axes: tuple[int, ...]) -> int:
 
 
 def _repeated(edits: Interventions, rows: int) -> Interventions:
-    """Repeat interventions on one row for `rows` rows."""
+    """Return interventions on `rows` rows, each a copy of the given row."""
     def repeated(table: Any) -> Any:
         axes = {"where": 0, "origin": 0, "gate": 0, **table.PAYLOAD}
         return table.replace(**{

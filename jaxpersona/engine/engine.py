@@ -3,7 +3,7 @@
 Requests of the same kind (`engine.kinds`) share the programs of a lane. A request's interventions
 are written to the lane's tables, so new interventions within the capacity need no compilation. For
 a given number of rows, capacity and cache size, a request's tokens and captures are bit-identical
-with any concurrent requests.
+regardless of concurrent requests.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Engine:
           capacity: the result of `reserve`, for any number of rows. It limits the layers, site and
             number of rank-one edits in a request, so that requests with different edits share
             programs. None: every structure of interventions has its own programs and lanes.
-          sizes: the possible numbers of cache slots in a row; default: see `tasks.cache_size`.
+          sizes: the available cache sizes, in slots per row; default: see `tasks.cache_size`.
           lanes: the maximum number of lanes; each has its own cache.
           chunk: the maximum number of decode steps between two transfers to the host.
           queue: the maximum number of queued requests.
@@ -85,7 +85,7 @@ class Engine:
         prompts.check_settings(**numbers)
         ways = rows_divisor(model.params.like)
         if rows % ways:
-            raise UserError(f"rows is {rows}; on this mesh it must be a multiple of {ways}")
+            raise UserError(f"rows is {rows}; on this mesh, it must be a multiple of {ways}")
         self.capacity = None if capacity is None else off_mesh(given(capacity))
         if self.capacity is not None:
             self.capacity.take(np.array([-1])).check(
@@ -139,7 +139,7 @@ class Engine:
         return handle
 
     def step(self) -> bool:
-        """Admit queued requests; if no admitted request is streamed, decode a chunk in every lane.
+        """Admit queued requests; unless one of them is streamed, decode a chunk in every lane.
 
         Returns:
           True if any request is unfinished.
@@ -188,7 +188,7 @@ class Engine:
             self._advance(handle, tokens.size)
 
     def cancel(self, handle: Handle) -> None:
-        """Cancel an unfinished request; `result` then returns the tokens that were streamed."""
+        """Cancel an unfinished request; `result` then returns the tokens streamed so far."""
         with self._changed:
             if (entry := self._handles.pop(handle.number, None)) is None:
                 return
@@ -229,9 +229,9 @@ class Engine:
 
         Args:
           requests: one example per kind and padded prompt length. A kind is defined by cache size,
-            capture, stop strings, greedy or sampled decoding and, without a capacity, the structure
-            of the interventions and whether they select tokens in code blocks. None: greedy and
-            sampled requests with interventions within the capacity, without a capture or stop
+            capture, stop strings and greedy or sampled decoding; without a capacity, also by the
+            structure of the interventions and whether they select code. None: compile for greedy
+            and sampled requests with interventions within the capacity, without captures or stop
             strings, for each size in `sizes` and each padded prompt length.
 
         Raises:
@@ -239,11 +239,11 @@ class Engine:
             `sizes`, or an example is invalid.
         """
         if requests is None and self.sizes is None:
-            raise UserError("the engine has no sizes; use Engine(sizes=…), or give warm_up example "
-                            "requests")
+            raise UserError("the engine has no sizes; use Engine(sizes=…), or pass example "
+                            "requests to warm_up")
         with self._device, own_context():
             if self._handles:
-                raise UserError("the engine has requests; call warm_up before the first submit")
+                raise UserError("the engine has unfinished requests; call warm_up before submit")
             if requests is None:
                 for plain in plain_shapes(self.model, self.sizes or (), self.capacity, self.rows):
                     self._compile(*plain)
@@ -255,7 +255,7 @@ class Engine:
                     take_row(lane.state.carry.captured[name].values, np.int32(0))
 
     def _compile(self, kind: Any, shape: Shape) -> Lane:
-        """Compile the programs of a kind's lane, including the one that frees cancelled rows."""
+        """Compile a lane's programs, including the program that frees cancelled rows."""
         lane = self._scheduler.lane_of(kind)
         assert lane is not None
         lane.compile(shape)
@@ -289,7 +289,7 @@ class Engine:
         return Task(-1, row, row_id, limit, settings, shape, kind, own)
 
     def _shape(self, row: Row, limit: int, edits: Interventions) -> tuple[Shape, int]:
-        """Return the static sizes of a prompt's prefill, and the limit of the reply's length."""
+        """Return the static sizes for a prompt's prefill, and the reply's length limit."""
         piece = piece_of(self.model.config, self._params.like, edits, self.rows)
         if self.sizes is not None:
             return shape_within(row, limit, self.sizes, piece)
@@ -297,7 +297,7 @@ class Engine:
         return shape_of(row, limit, False, context, self.rows, piece), limit
 
     def _streams(self, tasks: Sequence[Task]) -> bool:
-        """Return whether any task is streamed; its first token is then sent before decoding."""
+        """Return whether any task is streamed; if so, its first token is sent before decoding."""
         held = [self._handles.get(task.number) for task in tasks]
         return any(entry is not None and entry[0]._streamed for entry in held)
 
@@ -357,7 +357,7 @@ class Engine:
                 continue
 
     def _collect(self, tasks: list[Task], rows: np.ndarray, state: State) -> None:
-        """Copy the replies of finished tasks from their rows of a state to their handles."""
+        """Copy the replies of finished tasks from rows of a state to the handles."""
         accepting = self._scheduler.lanes[tasks[0].lane].setting.stops.accepting
         for task, finished in zip(tasks, unpack(state, rows, accepting), strict=True):
             reply = self._reply(task, finished)

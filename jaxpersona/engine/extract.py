@@ -1,9 +1,9 @@
 """Extraction of activations from complete conversations.
 
-The logits, and the layers above the last layer that is read or edited, are not computed. On a CPU,
-conversations run in pieces (`engine.texts`), except for readings with one value per token and gates
-that need the whole prompt. In these cases, and on other devices and meshes, they run in batches of
-about the same number of tokens (`engine.batches`).
+Neither the logits nor the layers above the last captured or edited layer are computed. On a single
+CPU device, conversations run in pieces (`engine.texts`), unless the model is small, a capture has
+one value per token, or a gate needs the whole prompt. Otherwise, they run in batches of about the
+same number of tokens (`engine.batches`).
 """
 
 from __future__ import annotations
@@ -52,25 +52,25 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 _LOG = logging.getLogger("jaxpersona")
-# tokens per batch: enough to use the device fully, but few enough to limit the padding of the last
-# batch of each width
+# tokens per batch, by platform: enough to use the device fully, but few enough to limit the padding
+# of the last batch of each width
 _TOKENS = {"cpu": 1024}
 _TOKENS_ELSE = 16_384
 
 
 @dataclasses.dataclass(frozen=True)
 class Extracted(Table):
-    """The readings of N conversations, in input order.
+    """The captured activations of N conversations, in input order.
 
     Attributes:
-      captured: the result of each reading by name: [N, L, …], or a list of N arrays [L, T, …] for
-        per-token readings.
+      captured: the captured values by name: [N, L, …] for L layers, or a list of N arrays
+        [L, T, …] if there is one value for each of T tokens.
       applied: one `Applied` per intervention table; `seen` is [N], and `changed` is [l, N], where l
         is the number of layers of the table.
       rows: the encoded conversations.
-      tokens, padded: the number of tokens without and with padding.
+      tokens, padded: the total number of tokens without and with padding.
       nonfinite: [N] bool, True for conversations with NaN or infinite activations; discard the
-        readings of these conversations.
+        captured values of these conversations.
 
     Examples:
       >>> import jaxpersona as jp
@@ -94,8 +94,8 @@ class Extracted(Table):
     def records(self) -> list[dict[str, Any]]:
         """Return one record per conversation.
 
-        Its keys are text (the last message), tokens (the number of tokens) and finite (whether all
-        activations were finite).
+        The keys are `text` (the last message), `tokens` (the number of tokens) and `finite`
+        (whether all activations were finite).
         """
         return [{"text": row.messages[-1]["content"] if row.messages else row.text,
                  "tokens": int(row.tokens.size), "finite": not bad}
@@ -119,7 +119,7 @@ def extract(
     progress: Callable[[int, int, int], None] | None = None,
     residual: Fused = "xla",
 ) -> Extracted:
-    """Run the model on complete conversations and return readings of their activations.
+    """Run the model on complete conversations and return captured activations.
 
     Args:
       model: the result of `load`.
@@ -127,11 +127,11 @@ def extract(
         (one user message), a `chat.Row`, or token ids.
       capture: a capture, or a list of captures; default: the mean over response tokens at every
         layer.
-      interventions: edits of the activations, without rows or with one row per conversation.
-      batch_tokens: the target number of tokens in one call of the model, including padding; it
-        affects the rounding of results. Default on a CPU: 128, or 1,024 for readings with one value
-        per token, gates that need the whole prompt and models on a mesh. Default on other devices:
-        16,384.
+      interventions: edits of the activations, created without `rows=` or with one row per
+        conversation.
+      batch_tokens: the target number of tokens per forward pass, including padding; it affects the
+        floating-point rounding of results. Default: 16,384 on a GPU or TPU; on a CPU, 128 if
+        conversations run in pieces (`texts.fits_pieces`), otherwise 1,024.
       on_nonfinite: the response to NaN or infinite activations. "warn": mark the conversation
         (`Extracted.nonfinite`) and issue one `NonfiniteWarning` that names the first affected layer
         and a fix. "raise": raise a `UserError`. `jax_debug_nans` and `jax_debug_infs` imply
@@ -142,14 +142,14 @@ def extract(
         projections and the next norm (see `forward`).
 
     Returns:
-      The readings, in input order. If a reading such as a mean selects no token in some
-      conversations, its values for them are NaN, and a logged warning lists these conversations.
+      The captured activations, in input order. If a capture such as a mean selects no token in some
+      conversations, its values there are NaN, and a logged warning lists these conversations.
 
     Raises:
-      UserError: there are no conversations, a conversation is longer than the context, a reading
+      UserError: there are no conversations, a conversation is longer than the context, a capture
         such as a mean selects no token in any conversation, the capture or the interventions do not
-        match the model, `residual="pallas"` does not support them, another argument is invalid, or
-        activations are not finite with `on_nonfinite="raise"`.
+        match the model or are not supported by `residual="pallas"`, another argument is invalid, or
+        activations are not finite and `on_nonfinite` is "raise".
 
     Examples:
       >>> import jaxpersona as jp
@@ -180,10 +180,10 @@ def extract(
                        f"{int(nonfinite.sum())} of {len(rows)} conversations produced")
 
     def keep(members: Sequence[int], out: Output | Carry) -> None:
-        """Store the results of rows, and raise an error for non-finite activations if requested.
+        """Store the results of rows; raise a `UserError` for non-finite activations if requested.
 
         Args:
-          members: the index of each row's conversation, or −1 if no result is stored for the row.
+          members: the index of each row's conversation, or −1 if the row has no result to store.
           out: the results of the rows.
         """
         captured, applied, finite = processes.fetch((out.captured, out.applied, out.finite))
@@ -215,7 +215,7 @@ def extract(
         if progress is not None:
             progress(len(results), len(rows), padded)
     if nonfinite.any():
-        message = explanation()  # runs the model, so every process must call it
+        message = explanation()  # runs the model, so all processes must call it
         if processes.first():
             warnings.warn(message, NonfiniteWarning, stacklevel=4)
     order = [results[i] for i in range(len(rows))]
@@ -234,12 +234,12 @@ def extract(
 
 
 def _check_tokens(rows: list[chat.Row], capture: Capture) -> None:
-    """Check that each reading that needs a token selects one in at least one conversation.
+    """Check that every capture that needs a token selects at least one in some conversation.
 
-    If such a reading selects no token in some conversations, a warning that lists them is logged.
+    If such a capture selects no token in some conversations, a logged warning lists them.
 
     Raises:
-      UserError: a reading that needs a token, such as a mean, selects none in any conversation.
+      UserError: a capture that needs a token, such as a mean, selects no token in any conversation.
     """
     for name, reading in capture.readings.items():
         if not reading.needs_token:
@@ -275,7 +275,7 @@ def _in_batches(model: Model, rows: list[chat.Row], edits: Interventions, captur
         out = _read(model.params, model.config, batch, edits.take(index), capture,
                     residual=residual)
         if running is not None:
-            yield running  # the caller copies this result while the device runs the next batch
+            yield running  # the caller copies this result while the next batch runs
         running = members, out, width * size
     if running is not None:
         yield running
@@ -286,9 +286,9 @@ def _in_pieces(model: Model, rows: list[chat.Row], edits: Interventions, capture
     """Run conversations in pieces.
 
     Yields:
-      For each call: the index of the conversation that ends in each row [R], or −1 if none ends;
-      the carry with the results, or None if no conversation ends in the call; and the number of
-      tokens in the call, including padding.
+      For each call: R integers, the index of the conversation that ends in each row, or −1; the
+      carry with the results, or None if no conversation ends in the call; and the number of tokens
+      in the call, including padding.
     """
     together = ROWS if tokens is None else max(1, tokens // PIECE)
 
@@ -308,7 +308,7 @@ def _in_pieces(model: Model, rows: list[chat.Row], edits: Interventions, capture
 def _read_piece(params: Params, config: ModelConfig, carry: Carry, batch: Batch,
                 edits: Interventions, capture: Capture, begins: jax.Array, *,
                 axes: tuple[int, ...]) -> Carry:
-    """Run the next piece of each conversation and return the carry with updated readings."""
+    """Run the next piece of each conversation; return the carry with updated capture states."""
     carry = reset(carry, begins, config, params, edits, capture, axes)
     return forward(params, config, batch, interventions=edits, capture=capture, carry=carry,
                    logits=None).carry
@@ -317,7 +317,7 @@ def _read_piece(params: Params, config: ModelConfig, carry: Carry, batch: Batch,
 @program(static=("residual",))
 def _read(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
           capture: Capture, *, residual: Fused) -> Output:
-    """Run one batch and compute its readings."""
+    """Run one batch and capture its activations."""
     batch = batch.spread(params.like)
     return forward(params, config, batch, interventions=edits, capture=capture, logits=None,
                    attention="auto", residual=residual)

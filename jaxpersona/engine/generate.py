@@ -2,9 +2,9 @@
 
 Reproducibility: The batch size B is fixed for a call; if there are fewer conversations, the batch
 is padded. A conversation's padded length, cache size and random draws depend only on that
-conversation, its id and its settings. On the same device and with the same package versions, its
-tokens and captures are therefore bit-identical in any set and order of conversations. With another
-batch size or device, only the random draws are the same.
+conversation, its id and its settings. With the same device and package versions, its tokens and
+captures are therefore bit-identical regardless of the other conversations and their order. With
+another batch size or device, only the random draws are the same.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ class Generated(Table):
       tokens: the token ids of the replies without the stop token, N arrays [n] int32.
       stopped: [N] bool, True if a stop token ended the reply.
       rows: the encoded prompts.
-      captured: the result of each reading by name: [N, L, …], or a list of N arrays [L, T, …] over
-        the tokens of prompt and reply for per-token readings. A mean that selects no token, for
-        example in an empty reply, is NaN; a logged warning lists these conversations.
+      captured: the captured values by name: [N, L, …] for L layers, or a list of N arrays
+        [L, T, …] for per-token captures of the T tokens of prompt and reply. A mean over no tokens,
+        for example in an empty reply, is NaN; a logged warning lists these conversations.
       applied: one `Applied` per intervention table; `seen` is [N], and `changed` is [l, N], where l
         is the number of layers of the table.
       finish: the reason why each reply ended: "stop" (a stop token), "length" (the limit), or
@@ -97,11 +97,10 @@ class Generated(Table):
     def records(self) -> list[dict[str, Any]]:
         """Return one record per conversation.
 
-        Its keys are prompt (the last message), reply, tokens (the number of tokens in the reply),
-        finish, messages (of the prompt) and ids (the token ids of the reply). With interventions,
-        there are also the keys seen and changed, with one number per table: the number of tokens
-        that the table's token test selected, and the number of tokens that the table changed at the
-        layer with the most changes.
+        The keys are `prompt` (the last message), `reply`, `tokens` (the number of tokens in the
+        reply), `finish`, `messages` (of the prompt) and `ids` (the token ids of the reply). With
+        interventions, `seen` and `changed` contain one number per table: the number of tokens
+        selected by its token test, and the maximum over layers of the number of changed tokens.
         """
         return [record(row, text, tokens, finish,
                        [(table.seen[i], table.changed[:, i]) for table in self.applied])
@@ -143,7 +142,8 @@ def generate(
       model: the result of `load`.
       conversations: an iterable of N conversations, each a list of {"role", "content"}, a string
         (one user message), a `chat.Row`, or token ids.
-      interventions: edits of the activations, without rows or with one row per conversation.
+      interventions: edits of the activations, created without `rows=` or with one row per
+        conversation.
       capture: a capture of the activations of prompts and replies, or a list of captures.
       max_new_tokens: the maximum number of tokens in a reply, a number or [N]. The model's context
         also limits the length of a reply.
@@ -154,8 +154,8 @@ def generate(
         conversation's tokens and of the number of earlier conversations with the same tokens.
       thinking: whether a reply may begin with a thinking block.
       share_prefix: whether to prefill the tokens before the first user message separately, once for
-        all conversations that share them. Rounding differs from a single pass, but results are
-        equally reproducible.
+        all conversations that share them. Rounding differs slightly from prefill in one pass, but
+        results are equally reproducible.
       refill: whether to assign conversations to free rows while other rows still decode; if False,
         wait until all rows of the batch are finished. The results are bit-identical.
       on_nonfinite: the response to NaN or infinite activations. "warn": end the reply
@@ -166,12 +166,12 @@ def generate(
         number of generated tokens so far.
 
     Returns:
-      The replies and readings, in input order.
+      The replies and captured activations, in input order.
 
     Raises:
       UserError: there are no conversations, a prompt fills the context, a setting is out of range,
         the interventions do not match the model or the number of conversations, or activations are
-        not finite with `on_nonfinite="raise"`. The message names the argument, its value and the
+        not finite and `on_nonfinite` is "raise". The message names the argument, its value and the
         fix.
 
     Examples:
@@ -216,7 +216,7 @@ def generate(
           max_new=most, batch_size=batch_size, share_prefix=share_prefix, refill=refill,
           stats=stats).run()
     if out.nonfinite:
-        message = explanation()  # runs the model, so every process must call it
+        message = explanation()  # runs the model, so all processes must call it
         if processes.first():
             warnings.warn(message, NonfiniteWarning, stacklevel=4)
     return out.finish(model, rows, stats.snapshot())
@@ -235,11 +235,11 @@ def queue(model: Model, rows: list[chat.Row], ids: UInt32[np.ndarray, " N"],
       ids: [N] uint32, the ids that seed the random draws.
       limits: [N] int32, the maximum number of tokens in each reply, within the model's context.
       settings: the sampling settings of N rows.
-      edits: interventions, without rows or with N rows.
-      capture: the readings.
+      edits: interventions created without `rows=` or with N rows.
+      capture: the activations to capture.
       stops: the stop tokens, thinking tags and transition tables.
-      collect: a function that is called with finished tasks, their rows in a state, and this
-        state. A task's `number` is the index of its prompt.
+      collect: a function that is called with finished tasks, the indices of their rows in a state,
+        and this state. A task's `number` is the index of its prompt.
       max_new: [N] int32, the requested maximum number of tokens in each reply. It determines the
         number of cache slots of the prompt's lane.
       batch_size: B, the number of rows in the compiled programs.
@@ -276,8 +276,8 @@ def lane_opener(model: Model, edits: SharedEdits, capture: Capture, stops: Stops
       greedy: whether every temperature is 0.
     """
     params = fast_params(model, batch_size)
-    # On a mesh, all rows are replaced at once: rows are sharded over devices, so a partial write
-    # would need communication.
+    # On a mesh, all rows are replaced at once. Rows are sharded over devices, so writing only some
+    # of them would need communication.
     together = max(1, batch_size // 4) if model.mesh is None else batch_size
     piece = piece_of(model.config, model.params.like, edits.edits, batch_size)
 
@@ -290,9 +290,10 @@ def lane_opener(model: Model, edits: SharedEdits, capture: Capture, stops: Stops
 
 
 def asks_for_code(edits: Interventions, capture: Capture) -> bool:
-    """Return whether any edit, gate or reading selects tokens in code blocks.
+    """Return whether any edit, gate or capture selects tokens in code blocks.
 
-    A table from `reserve` counts as such an edit, because one may be written to it later.
+    The result is True for tables from `reserve`, because edits in code may be written to them
+    later.
     """
     if any(edit.reserved for edit in edits.edits):
         return True
@@ -318,7 +319,7 @@ def stops_of(model: Model, code: bool) -> Stops:
 
 
 class _Collector:
-    """The finished replies of a call, by the index of their conversation."""
+    """The finished replies of a `generate` call, by conversation index."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -327,7 +328,7 @@ class _Collector:
         self.nonfinite: list[int] = []
 
     def add(self, tasks: list[Task], rows: np.ndarray, state: State) -> None:
-        """Store the replies of finished tasks from their rows of a state."""
+        """Store the replies of finished tasks, copied from their rows of a state."""
         for task, finished in zip(tasks, unpack(state, rows), strict=True):
             self.done[task.number] = finished
             self.total += finished.tokens.size
@@ -337,7 +338,7 @@ class _Collector:
     def finish(self, model: Model, rows: list[chat.Row], stats: RunStats) -> Generated:
         """Return the results without stop tokens, in the order of the conversations.
 
-        For each reading that selected no token in some conversations, a warning is logged.
+        For each capture that selected no token in some conversations, a warning is logged.
         """
         done = [self.done[i] for i in range(self.count)]
         for name in done[0].captured:

@@ -1,4 +1,4 @@
-"""Kinds of requests: the settings that all requests in a lane share."""
+"""Kinds of requests; all requests in a lane have the same kind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def plain_shapes(model: Model, sizes: Sequence[int], capacity: Interventions | None,
                  rows: int) -> Iterator[tuple[Kind, Shape]]:
-    """Yield the kinds of greedy and sampled requests without a capture or stop strings.
+    """Yield all kinds and shapes of requests without captures or stop strings.
 
     Args:
       model: the model.
@@ -32,7 +32,8 @@ def plain_shapes(model: Model, sizes: Sequence[int], capacity: Interventions | N
       rows: the number of rows B of a lane.
 
     Yields:
-      A kind and the static sizes of a prompt, for every padded prompt length of every kind.
+      For each kind and padded prompt length, the kind and the static sizes of the prefill. There
+      are separate kinds for greedy and sampled decoding.
     """
     edits, capture = for_one_row(None, capacity), Capture()
     code, neutral = asks_for_code(edits, capture), neutral_row(edits)
@@ -50,7 +51,7 @@ class Kind:
     Attributes:
       slots: the number of cache slots S.
       greedy: whether the temperature is 0.
-      code: whether an intervention or a reading selects tokens in fenced code blocks.
+      code: whether an intervention or a capture selects tokens in fenced code blocks.
       strings: the stop strings (`stopping.checked`).
       capture: the capture of the request.
       neutral: interventions on one row that change nothing, with the structure of the request's

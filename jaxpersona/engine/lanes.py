@@ -1,14 +1,14 @@
-"""Lanes for continuous batching: B rows with one cache size that decode in one program.
+"""Lanes for continuous batching: B rows of one cache size that are decoded by one program.
 
 A lane prefills up to R prompts in one batch of R rows, writes the results to free rows and copies
-finished rows out. The row indices are data, so a lane needs few programs. Each row of the cache has
-its own next slot, so rows with different numbers of tokens decode together. A prompt's shapes
-depend only on that prompt, on the limit of its reply and on B. Its results are therefore
-bit-identical in any row, at any time and with any other prompts.
+finished rows out. Row indices are array arguments of the programs, so a lane needs few programs.
+Each row of the cache has its own next slot, so rows with different numbers of tokens decode
+together. The shapes for a prompt depend only on that prompt, its reply's length limit and B. The
+results are therefore bit-identical in any row, at any time and with any other prompts.
 
 If prompts are prefilled in pieces (`tasks.piece_of`), a lane has R staging rows in addition to its
-B rows. One call prefills the next piece of up to R prompts, which may have any lengths. A prompt
-whose prefill is complete stays in its staging row until one of the B rows is free.
+B rows. One call prefills the next piece of up to R prompts, which may have different lengths. A
+fully prefilled prompt stays in its staging row until one of the B rows is free.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CHUNK = 64  # the maximum number of decode steps between two transfers to the ho
 
 
 class Lane:
-    """B rows that share their compiled programs.
+    """B rows of one cache size that share compiled programs.
 
     A row is either free or active. An active row is assigned to a task.
 
@@ -59,7 +59,7 @@ class Lane:
       filling: whether rows were assigned since the last decode step.
       state: the state of the B rows; None before the first prefill if R = B.
       axes: the batch axis of each leaf of the state.
-      prefixes: the carries after the last R shared prefixes that were prefilled, one row each.
+      prefixes: the carries of the R most recently prefilled shared prefixes, one row each.
       staged: the task of each staging row; None if the row is free. Empty without pieces.
       ran: the number of prompt tokens prefilled so far in each staging row.
       staging: the state of the R staging rows; None without pieces.
@@ -68,7 +68,7 @@ class Lane:
     def __init__(self, config: ModelConfig, params: Params, setting: Setting, edits: Edits,
                  rows: int, together: int, piece: int | None = None,
                  stats: Stats | None = None) -> None:
-        """Allocate the rows, which are all free.
+        """Allocate the lane with all rows free.
 
         Args:
           config: the model's configuration.
@@ -118,7 +118,7 @@ class Lane:
     def admit(self, chosen: list[Task], shape: Shape) -> None:
         """Prefill at most `together` prompts of one shape and assign each to a free row.
 
-        Without prompts, the programs run on empty rows, which compiles them.
+        If `chosen` is empty, the programs run on empty rows and are thereby compiled.
         """
         edits = self.edits.of(chosen, self.together)
         fresh = self._prefill(chosen, shape, edits)
@@ -156,7 +156,9 @@ class Lane:
                 self.staged[row], self.ran[row] = None, 0
 
     def decode(self, most_done: int, steps: int) -> np.ndarray:
-        """Decode until `steps` steps have run or `most_done` rows are done, including free rows.
+        """Decode until `steps` steps have run or `most_done` rows are done.
+
+        Free rows count as done.
 
         Returns:
           [n] int, the indices of the active rows that are done.
@@ -183,8 +185,8 @@ class Lane:
           done: [n] int, the indices of the finished rows.
 
         Returns:
-          Groups of at most `together` tasks, each with the tasks' rows in a state, and the state.
-          If `together` < B, the states have `together` rows and no keys and values.
+          Tuples (tasks, rows, state): at most `together` tasks, and the index of each task's row in
+          `state`. If `together` < B, each state has `together` rows and no keys and values.
         """
         out = []
         for begin in range(0, max(done.size, 1), self.together):
@@ -214,9 +216,9 @@ class Lane:
 
         Args:
           chosen: n tasks.
-          source: n indices, the row of each task in `state` and `edits`, which have R rows.
-          state: the state after prefill.
-          edits: the interventions.
+          source: n indices, the row of each task in `state` and `edits`.
+          state: the state of R rows after prefill.
+          edits: the interventions on the R rows.
         """
         free = [i for i, task in enumerate(self.tasks) if task is None][: len(chosen)]
         at = np.full(self.together, self.rows, np.int32)  # out-of-range row indices are ignored
@@ -249,7 +251,10 @@ class Lane:
                        max_new=setting.max_new, greedy=setting.greedy, prefix=prefix)
 
     def _run_piece(self) -> None:
-        """Prefill the next piece of every staged prompt; no prompt may be fully prefilled."""
+        """Prefill the next piece of every staged prompt.
+
+        No staged prompt may be fully prefilled already.
+        """
         assert self.piece is not None
         setting, tasks = self.setting, self.staged
         size = [0 if task is None else task.row.tokens.size for task in tasks]
@@ -270,9 +275,9 @@ class Lane:
         self.ran = stop
 
     def _clear(self, begins: np.ndarray) -> None:
-        """Set the keys and values of the rows' earlier prompts to zero if they may be non-finite.
+        """Set the keys and values of earlier prompts to zero if they may be non-finite.
 
-        They are masked, but attention multiplies masked values by zero, and 0 · NaN is NaN.
+        Their slots are masked, but attention multiplies masked values by zero, and 0 · NaN is NaN.
 
         Args:
           begins: [R] bool, the staging rows in which a prompt begins.
@@ -285,7 +290,7 @@ class Lane:
             self.staging = self.staging.replace(carry=zero_keys(carry, begins))
 
     def _place(self, complete: list[int]) -> list[Task]:
-        """Move the fully prefilled prompts of the given staging rows to free rows; return them."""
+        """Move the prompts of the staging rows `complete` to free rows; return their tasks."""
         edits = self.edits.of(self.staged, self.together)
         chosen = [task for row in complete if (task := self.staged[row]) is not None]
         self._assign(chosen, complete, self.staging, edits)
@@ -294,7 +299,7 @@ class Lane:
         return chosen
 
     def _put_prefix(self, task: Task, row: int) -> None:
-        """Write the carry after a task's prefix to a staging row and update `ran`."""
+        """Write the carry after a task's shared prefix to a staging row and update `ran`."""
         shared = prefix_length(task.row)
         carry = self._prefix(task, shared, task.shape)
         carry = put_rows(self.staging.carry, carry, np.array([row], np.int32),
@@ -302,7 +307,7 @@ class Lane:
         self.staging, self.ran[row] = self.staging.replace(carry=carry), shared
 
     def _prefix(self, task: Task, shared: int, shape: Shape) -> Carry:
-        """Return the carry after a task's prefix, cached for other tasks with the same prefix."""
+        """Return the carry after a task's shared prefix, from the cache `prefixes` if possible."""
         key = (*prefix_key(task), *self.edits.key(task))
         if key not in self.prefixes:
             batch = cut([task], [0], [shared], shape.prefix, 1, True)
@@ -315,7 +320,7 @@ class Lane:
         return self.prefixes[key]
 
     def _blank(self, rows: int) -> State:
-        """Return a state with only free rows."""
+        """Return a state in which all rows are free."""
         setting = self.setting
         return free_rows(self.config, self.params, self.edits.structure(rows), setting.capture,
                          setting.stops, rows=rows, slots=setting.slots, max_new=setting.max_new)

@@ -1,8 +1,7 @@
 """Diagnosis of non-finite activations: the first affected site, the probable cause and a fix.
 
-A compiled program reports only the affected rows (`Carry.finite`). To find the first affected
-layer, the model runs on one of these rows again and captures the norms of its activations at every
-site.
+A compiled program reports only which rows are affected (`Carry.finite`). To find the first affected
+layer, one of these rows is run again, and the norms of its activations are captured at every site.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def explain(model: Model, row: Row, edits: Interventions, name: str, summary: st
     Args:
       model: the model.
       row: the encoded conversation, including the reply if there is one.
-      edits: the interventions on the row, with one row or without `rows=`.
+      edits: the interventions on the row, created without `rows=` or with one row.
       name: a description of the row for the message, such as "conversation 3".
       summary: the beginning of the message, which describes all affected rows, such as "2 of 16
         replies ended because of".

@@ -1,7 +1,7 @@
 """A folder of limited size whose files can be read and written only by their owner.
 
-The content of these files determines which machine code runs. Files that another user could have
-modified are therefore not read.
+The content of these files determines which machine code runs, so files that another user could have
+modified are not read.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _check(found: os.stat_result, what: str) -> None:
 class OwnFolder:
     """A folder with mode 0700 and a size limit; the least recently used files are removed first.
 
-    Each file contains a SHA-256 hash of its name and content, so that damaged and swapped files are
+    Each file contains a SHA-256 hash of its name and content, so damaged and misnamed files are
     detected. The hash does not protect against deliberate changes by the folder's owner.
 
     Attributes:
@@ -80,7 +80,7 @@ class OwnFolder:
         self.path, self.limit = path, limit
 
     def read(self, name: str) -> bytes | None:
-        """Return a file's content, and record the time of this access.
+        """Read a file and record the time of access.
 
         Returns:
           The content, or None if the file is missing, cannot be read, is not private, is larger
@@ -96,7 +96,7 @@ class OwnFolder:
                     if not stat.S_ISREG(found.st_mode) or found.st_size > self.limit:
                         raise OSError(0, "not a regular file, or larger than the folder's limit")
                     data = opened.read(found.st_size)
-                    os.utime(file)  # records the time of last use
+                    os.utime(file)  # `_prune` sorts files by this time
         except FileNotFoundError:
             return None
         except OSError as error:

@@ -1,8 +1,8 @@
 """Measurement of the speed of `generate` in a sample run of limited duration.
 
-The sample run uses the programs and the scheduler of `generate`, but stops after a given time. For
-replies that are unfinished at that time, only a lower bound of the length is known (right-censored
-observations), so the mean length is computed from a Kaplan–Meier estimate.
+The sample run uses the programs and the scheduler of `generate`, but stops after a given time. Only
+a lower bound on the length of an unfinished reply is known (a right-censored observation), so the
+mean length is computed from a Kaplan–Meier estimate.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Pace:
     Attributes:
       finished: [f] int, the lengths of the finished replies in tokens, including stop tokens.
       unfinished: [u] int, the lengths of the unfinished replies in tokens at the end of the run.
-      waiting: the number of conversations whose replies were not started.
+      waiting: the number of conversations whose reply had not started.
       prompts: [n] int, the lengths of the prompts in tokens.
-      seconds: the duration of the generation, without compilation.
-      compile_seconds: the duration of the preparation before the generation, mostly compilation.
+      seconds: the generation time in seconds, without compilation.
+      compile_seconds: the preparation time before generation in seconds, mostly for compilation.
       limit: the maximum length of a reply in tokens.
       rows: the batch size B.
     """
@@ -76,11 +76,11 @@ class Pace:
         return float((np.diff(at) * alive).sum())
 
     def seconds_for(self, count: int, per_call: int) -> float:
-        """Return the expected time in seconds for `count` replies, `per_call` in each call.
+        """Return the expected time in seconds for `count` replies in calls of `per_call` each.
 
-        Near the end of a call of `generate`, rows become free and remain unused. A complete sample
-        includes this idle time; for an incomplete sample, it is estimated by simulating a call. The
-        result is infinite if an incomplete sample has no generated token.
+        Near the end of a `generate` call, rows become free and remain unused. A complete sample
+        includes this idle time. For an incomplete sample, the idle time is estimated by simulating
+        a call; the result is infinite if no token was generated.
         """
         if self.complete:
             return self.seconds * count / len(self.finished)
@@ -117,7 +117,7 @@ def survival(finished: Int[np.ndarray, " f"], unfinished: Int[np.ndarray, " u"],
 
 
 def occupancy(lengths: Sequence[int] | np.ndarray, rows: int) -> float:
-    """Return the mean fraction of busy rows if every reply takes the first row to become free.
+    """Return the mean fraction of busy rows if each reply starts in the first row that is free.
 
     Args:
       lengths: the lengths of the replies in tokens, in order.
@@ -135,13 +135,13 @@ def measure(model: Model, conversations: Sequence[Any], *, seconds: float, captu
             ids: Sequence[int]) -> Pace:
     """Generate replies for at most about `seconds` seconds and return the measured speed.
 
-    The programs are compiled first. The elapsed time is checked between chunks of decode steps,
-    which have fewer steps on a slow device.
+    The programs are compiled first. The elapsed time is checked after each chunk of decode steps. A
+    chunk has fewer steps on a slow device.
 
     Args:
       model, conversations, capture, max_new_tokens, temperature, top_p, seed, batch_size, ids: as
         for `generate`.
-      seconds: the maximum duration of the generation, without compilation.
+      seconds: the maximum generation time in seconds, without compilation.
 
     Raises:
       UserError: an argument is invalid, as in `generate`.
@@ -170,7 +170,7 @@ def measure(model: Model, conversations: Sequence[Any], *, seconds: float, captu
     while not scheduler.idle and last - start < seconds:
         scheduler.step()
         now = time.perf_counter()
-        # limit a chunk to about an eighth of `seconds`
+        # a chunk should take at most about an eighth of `seconds`
         fits = seconds / 8 * scheduler.chunk / max(now - last, 1e-6)
         scheduler.chunk = int(np.clip(fits, 1, min(CHUNK, 2 * scheduler.chunk)))
         last = now

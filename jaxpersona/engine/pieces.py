@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Int
 
 
-# Parameters without the embedding and the head. The fixed cost of a call in pieces (writes to the
-# cache, attention over all of its slots) exceeds the cost of padding for smaller models: with 1.5
-# million parameters, pieces take about twice as long, with 106 million 0.85 times as long.
+# The minimum number of parameters, without the embedding and the head. Each call has a fixed cost:
+# writes to the cache, and attention over all cache slots. For a smaller model, this fixed cost
+# exceeds the cost of padding in batches. With 1.5 million parameters, pieces take about 2 times as
+# long as batches; with 106 million parameters, they take 0.85 times as long.
 LEAST_PARAMETERS = 10_000_000
 
 
@@ -57,15 +58,15 @@ class Call(NamedTuple):
 
 
 def large(config: ModelConfig) -> bool:
-    """Return whether a model is large enough for pieces (`LEAST_PARAMETERS`)."""
+    """Return whether a model has at least `LEAST_PARAMETERS`, so that pieces save time."""
     tables = (1 if config.tied_embeddings else 2) * config.vocab_size * config.d_model
     return config.parameters - tables >= LEAST_PARAMETERS
 
 
 def schedule(lengths: Sequence[int], rows: int, piece: int) -> Iterator[Call]:
-    """Yield the calls that run all texts.
+    """Yield the sequence of calls that processes all texts.
 
-    The longest texts begin first, so that few rows are empty at the end.
+    The longest texts begin first, so that few rows are empty in the last calls.
 
     Args:
       lengths: the number of tokens of each text, at least 1.
@@ -88,10 +89,10 @@ def schedule(lengths: Sequence[int], rows: int, piece: int) -> Iterator[Call]:
 
 def parts(whole: Sequence[Batch | None], start: Sequence[int] | np.ndarray,
           stop: Sequence[int] | np.ndarray, width: int, size: int) -> Batch:
-    """Return a batch whose rows are tokens start…stop−1 of n batches of one row each.
+    """Return a batch with tokens start…stop−1 of each of n single-row batches.
 
     Args:
-      whole: n ≤ `size` batches; None stands for an empty row.
+      whole: n ≤ `size` single-row batches; None stands for an empty row.
       start, stop: n token indices each.
       width: the number of tokens T per row of the result, at least every stop − start.
       size: the number of rows B of the result; additional rows are empty.
@@ -112,13 +113,13 @@ def parts(whole: Sequence[Batch | None], start: Sequence[int] | np.ndarray,
 
 def blank_carry(config: ModelConfig, params: Params, edits: Interventions, capture: Capture, *,
                 rows: int, slots: int, layers: int | None = None) -> Carry:
-    """Return the carry of rows before their first token, with every field set.
+    """Return the carry of B rows before the first token, with every field set.
 
     Args:
       config, params: the model's configuration and parameters.
       edits: the interventions.
-      capture: the readings.
-      rows, slots: the numbers of rows B and slots S of the cache.
+      capture: the activations to capture.
+      rows, slots: the cache's number of rows B and number of slots S.
       layers: the number of layers in the cache; None: all layers.
     """
     zeros = jnp.zeros((rows,), jnp.int32)
@@ -142,9 +143,9 @@ def light(carry: Carry) -> Carry:
 
 def reset(carry: Carry, begins: jax.Array, config: ModelConfig, params: Params,
           edits: Interventions, capture: Capture, axes: tuple[int, ...]) -> Carry:
-    """Reset the carry in rows in which a text begins, except for keys and values.
+    """Reset the carry, except for keys and values, in the rows in which a text begins.
 
-    The keys and values are masked, because the positions of their slots are reset.
+    Old keys and values are masked, because the positions of their slots are reset.
 
     Args:
       carry: the carry of B rows.
@@ -168,23 +169,24 @@ def reset(carry: Carry, begins: jax.Array, config: ModelConfig, params: Params,
 
 
 def needs_whole(edits: Interventions) -> bool:
-    """Return whether a gate depends on the whole prompt, which must then run in one call."""
+    """Return whether a gate depends on the whole prompt, so that it must run in one call."""
     return any(table.gate is not None and table.gate.within for table in edits.edits)
 
 
 def may_hide_nonfinite(edits: Interventions) -> bool:
     """Return whether an edit may replace non-finite activations with finite ones.
 
-    If so, keys and values of earlier layers may be non-finite although `Carry.finite` is True.
+    If so, the keys and values may be non-finite although `Carry.finite` is True.
     """
     return any(isinstance(table, Custom) for table in edits.edits)
 
 
 @program(donate=("carry",), result=lambda carry, **_: carry)
 def zero_keys(carry: Carry, rows: jax.Array) -> Carry:
-    """Set keys and values to zero in the rows where the mask `rows` [B] is True.
+    """Set the keys and values to zero in the rows where the mask `rows` [B] is True.
 
-    Attention multiplies the values of masked slots by zero, so only non-finite ones have an effect.
+    Attention multiplies the values of masked slots by zero, so finite values have no effect, but
+    non-finite values become NaN.
     """
     cache = carry.cache
     assert cache is not None

@@ -1,7 +1,7 @@
 """The compiled programs of generation: prefill, and decoding as one loop on the device.
 
-The loop's state is one pytree (`State`) that includes the cache and the states of the readings. The
-maximum number of steps is an array, so chunks of any length use the same program.
+The loop's state is one pytree (`State`) that includes the cache and the states of the captures. The
+step at which the loop stops is an array, so chunks of any length use the same program.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class State(flax.struct.PyTreeNode):
 
     Attributes:
       carry: the state of `forward` after the tokens that were passed through the model.
-        `carry.finite` also covers the logits. A row with non-finite logits ends, and the token
-        selected from them is discarded.
+        `carry.finite` also covers the logits. A row with non-finite logits ends without another
+        token.
       token: [B] int32, the last selected token. It has not been passed through the model yet, so it
         is not in the cache, except in a row that ended at its limit.
       position: [B] int32, the position of `token`.
@@ -103,7 +103,7 @@ def free_rows(config: ModelConfig, params: Params, edits: Interventions, capture
     Args:
       config, params: the model's configuration and parameters.
       edits: the interventions on the B rows.
-      capture: the readings.
+      capture: the activations to capture.
       stops: the stop tokens, thinking tags and transition tables.
       rows: the number of rows B.
       slots: S, the number of slots in the cache.
@@ -124,7 +124,7 @@ def free_rows(config: ModelConfig, params: Params, edits: Interventions, capture
 
 def _filled(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
             capture: Capture, stops: Stops, slots: int, max_new: int, **_: Any) -> Any:
-    """Return the structure of the state that `prefill` returns."""
+    """Return the structure of `prefill`'s result, with `ShapeDtypeStruct` leaves."""
     blank = functools.partial(free_rows, config, params, edits, capture, stops, slots=slots,
                               rows=batch.tokens.shape[0], max_new=max_new)
     return jax.eval_shape(blank)
@@ -133,7 +133,7 @@ def _filled(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
 @program(static=("config", "slots"))
 def prefill_prefix(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
                    capture: Capture, *, slots: int) -> Carry:
-    """Run the model on shared prefixes of prompts with a new cache, without computing logits."""
+    """Prefill shared prefixes of prompts into a new cache, without computing logits."""
     TRACES["prefix"] += 1
     return forward(params, config, batch.replace(chunk=True), interventions=edits, capture=capture,
                    slots=slots, logits=None, attention="auto").carry
@@ -149,7 +149,7 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
       batch: B prompts of T tokens. With `prefix`, it contains only the tokens after the prefix. A
         row without tokens is free.
       edits: the interventions on the B rows.
-      capture: the readings.
+      capture: the activations to capture.
       sampling: the sampling settings of the B rows.
       stops: the stop tokens, thinking tags and transition tables.
       limit: [B] int32, the maximum number of tokens of each reply.
@@ -211,14 +211,14 @@ def prefill_piece(params: Params, config: ModelConfig, state: State, batch: Batc
                   edits: Interventions, capture: Capture, sampling: Sampling, stops: Stops,
                   limit: jax.Array, begins: jax.Array, ends: jax.Array, *, axes: tuple[int, ...],
                   greedy: bool) -> State:
-    """Run the next piece of each prompt, and select the first token of replies to ended prompts.
+    """Run the next piece of each prompt; at a prompt's end, select the reply's first token.
 
     Args:
       state: the state of B rows after the earlier pieces (donated). Only its carry is used.
       batch: the next T tokens of each prompt; an empty row is free.
       edits, capture, sampling, stops, limit, greedy: as for `prefill`.
       begins: [B] bool, the rows whose prompt begins in this piece. Their state is reset, except for
-        the keys and values, which are masked because the positions are reset.
+        old keys and values, which are masked because the positions of their slots are reset.
       ends: [B] bool, the rows whose prompt ends in this piece.
       axes: the batch axis of each leaf of the state's carry without keys and values (`light`).
     """
@@ -246,7 +246,7 @@ def decode(params: Params, config: ModelConfig, state: State, edits: Interventio
     Args:
       state: the state of B rows (donated).
       edits: the interventions on the B rows.
-      capture: the readings.
+      capture: the activations to capture.
       sampling: the sampling settings of the B rows.
       stops: the stop tokens, thinking tags and transition tables.
       until: [] int32, the value of `State.step` at which the loop stops.
@@ -293,15 +293,15 @@ def _choose_next(state: State, logits: jax.Array, sampling: Sampling, stops: Sto
                  ran: jax.Array) -> State:
     """Select the next token of each row that is not done; set `done` if this token ends the row.
 
-    A row with non-finite logits ends without a token. The check covers every row on which the model
-    ran (`ran`, [B] bool), including rows at their length limit, whose last token is also captured.
+    A row with non-finite logits ends without a token. All rows on which the model ran (`ran`, [B]
+    bool) are checked, including rows at their length limit, whose last token is also captured.
     """
     position = state.position + 1
     if greedy:
         token = most_likely(logits)
     else:
         token = choose(logits, sampling, state.row_id, position)
-    # a non-finite residual stream leads to non-finite logits (`forward.head`)
+    # a non-finite residual stream yields non-finite logits (`forward.head`)
     assert state.carry.finite is not None
     valid = state.carry.finite & (finite(logits, token if greedy else None) | ~ran)
     live = valid & ~state.done

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 
-FEW_ROWS = 8  # up to this batch size, prompts are padded to fewer lengths
+FEW_ROWS = 8  # batches of at most this many rows use fewer padded lengths
 
 
 def bucket(tokens: int, least: int = 32, finer: int | None = 256) -> int:
@@ -52,7 +52,7 @@ def padded(tokens: int, rows: int) -> int:
 
     With more than `FEW_ROWS` rows, it is the result of `bucket`, because padding costs throughput.
     Otherwise, it is a power of two of at least 64, because in a small batch, padding takes less
-    time than the compilation of another program.
+    time than compiling another program.
     """
     return bucket(tokens) if rows > FEW_ROWS else bucket(tokens, least=64, finer=None)
 
@@ -81,8 +81,8 @@ def encode(model: Model, item: Any, *, reply: bool = True, thinking: bool = Fals
       thinking: whether a reply may begin with a thinking block.
 
     Raises:
-      UserError: the type is not supported, text is given without a tokenizer, or an id is outside
-        the vocabulary.
+      UserError: the conversation is invalid or of an unsupported type, text is given without a
+        tokenizer, or an id is outside the vocabulary.
     """
     size, tokenizer = model.config.vocab_size, model.tokenizer
     if isinstance(item, chat.Row):
@@ -148,17 +148,17 @@ def check_rows(model: Model, batch_size: int, share_prefix: bool) -> None:
 
 def check_edits(model: Model, edits: Interventions, count: int,
                 capture: Capture | None = None) -> None:
-    """Check that interventions and readings match the model and the number of conversations.
+    """Check that interventions and captures match the model and the number of conversations.
 
     Args:
       model: the model.
       edits: the interventions.
       count: the number of conversations.
-      capture: the readings, or None.
+      capture: the activations to capture, or None.
 
     Raises:
-      UserError: the interventions do not match the model's layers or its width D, or the number of
-        conversations, or a direction belongs to a different model. The message contains the fix.
+      UserError: the interventions do not match the model's layers, its width D or the number of
+        conversations, or a direction belongs to a different model.
     """
     edits.check(layers=model.config.n_layers, width=model.config.d_model, rows=count)
     if not model.fingerprint:  # traced parameters have no fingerprint
@@ -178,7 +178,7 @@ def check_edits(model: Model, edits: Interventions, count: int,
 
 
 def _in_float16(model: Model) -> str:
-    """Return a note about fingerprints in float16, or "" if the model has another dtype."""
+    """Return a note on float16 fingerprints for the message; "" for a model of another dtype."""
     if model.params.like.dtype != np.float16:
         return ""
     return ("; a model loaded in float16, which cannot represent all its weights exactly, has a "
@@ -223,8 +223,8 @@ def limits(model: Model, rows: list[chat.Row], max_new: Any) -> np.ndarray:
     for i, row in enumerate(rows):
         if row.tokens.size >= context:
             raise UserError(
-                f"prompt {i} has {row.tokens.size} tokens; the model's context holds {context} "
-                "tokens, including the reply; shorten the prompt"
+                f"prompt {i} has {row.tokens.size} tokens, but the model's context is limited to "
+                f"{context} tokens, including the reply; shorten the prompt"
             )
     room = np.array([context - row.tokens.size for row in rows], np.int32)
     return np.minimum(room, max_new).astype(np.int32)
@@ -239,17 +239,17 @@ def check_lengths(model: Model, rows: list[chat.Row]) -> None:
     context = model.config.max_context
     for i, row in enumerate(rows):
         if row.tokens.size > context:
-            raise UserError(f"conversation {i} has {row.tokens.size} tokens; the model's context "
-                            f"holds {context} tokens; shorten the conversation")
+            raise UserError(f"conversation {i} has {row.tokens.size} tokens, but the model's "
+                            f"context is limited to {context} tokens; shorten the conversation")
 
 
 def row_ids(rows: list[chat.Row], ids: Iterable[int] | None) -> np.ndarray:
-    """Return the ids that seed each row's random draws, [N] uint32.
+    """Return the ids that seed the random draws of N rows, [N] uint32.
 
     Args:
       rows: the N encoded conversations.
-      ids: N ids. None: a hash of a row's tokens and of the number of earlier rows with the same
-        tokens.
+      ids: N ids. None: each id is a hash of the row's tokens and of the number of earlier rows with
+        the same tokens.
 
     Raises:
       UserError: the number of ids is not N, or an id is not a uint32.

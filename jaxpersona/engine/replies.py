@@ -28,11 +28,11 @@ class Finished:
     """One finished row of a state, copied to the host.
 
     Attributes:
-      tokens: [n] int32, the generated ids, including the stop token if there is one.
-      captured: the result of each reading by name: [L, …], or [L, T, …] for per-token readings,
-        where T counts the tokens of prompt and reply that were passed through the model.
-      per_token: the names of the per-token readings.
-      empty: the names of the readings that selected no token.
+      tokens: [n] int32, the generated token ids, including the stop token if there is one.
+      captured: the captured values by name: [L, …] for L layers, or [L, T, …] for per-token
+        captures, where T counts the tokens of prompt and reply that were passed through the model.
+      per_token: the names of the per-token captures.
+      empty: the names of the captures that selected no token.
       applied: one `Applied` per intervention table; `seen` is [], and `changed` is [l], where l is
         the number of layers of the table.
       nonfinite: whether an activation or a logit was not finite.
@@ -56,16 +56,15 @@ class Reply(Table):
 
     Attributes:
       text: the reply without the stop token, up to the first stop string; "" without a tokenizer.
-      tokens: [n] int32, the generated ids without the stop token. The last id may complete a stop
-        string.
+      tokens: [n] int32, the generated token ids without the stop token. The last token may complete
+        a stop string.
       finish: the reason why the reply ended: "stop" (a stop token or a stop string), "length" (the
         limit), "cancelled", or "nonfinite" (an activation or a logit was NaN or infinite; discard
         the captures).
       row: the encoded prompt.
-      captured: the result of each reading by name: [L, …], or [L, T, …] for per-token readings,
-        over the tokens of prompt and reply. A stop token, or a token that completes a stop string,
-        is neither passed through the model nor captured. The dictionary is empty for a cancelled
-        request.
+      captured: the captured values by name: [L, …] for L layers, or [L, T, …] for per-token
+        captures of the T tokens of prompt and reply. A stop token, or a token that completes a stop
+        string, is neither passed through the model nor captured. Empty for a cancelled request.
       applied: one `Applied` per intervention table; `seen` is [], and `changed` is [l], where l is
         the number of layers of the table. Empty for a cancelled request.
 
@@ -126,7 +125,7 @@ def unpack(state: State, rows: np.ndarray, accepting: int | None = None) -> list
 
     Args:
       state: the state.
-      rows: [n] int, the indices of the rows.
+      rows: [n] int, the indices of the rows to copy.
       accepting: the accepting state of the lane's stop strings (`Stops.accepting`), or None.
     """
     carry = state.carry
@@ -160,11 +159,11 @@ def so_far(state: State, streamed: Sequence[tuple[int, Task, list[str]]],
 
     Args:
       state: the state of a lane.
-      streamed: the row, the task and the names of the projection readings of each reply.
+      streamed: for each reply, its row, its task and the names of its projection captures.
 
     Returns:
-      For each reply, its tokens [n] and the values [n, L, K] of each reading by name. If there are
-      readings, a last token that has not been passed through the model yet is omitted.
+      For each reply, its tokens [n] and its projections [n, L, K] by name. With projections, a last
+      token that has not been passed through the model yet is omitted.
     """
     carry, captured = state.carry, state.carry.captured or {}
     assert carry.cache is not None

@@ -30,10 +30,10 @@ class Request:
       max_new_tokens: the maximum number of tokens in the reply; the model's context and the
         engine's largest cache limit it further.
       temperature, top_p, top_k, seed: the sampling settings (`sampling.Sampling`).
-      stop: a string, or a list of strings, that ends the reply; it may span several tokens.
-        `Reply.text` ends before the stop string.
+      stop: a stop string or a list of stop strings; the first match ends the reply. A stop string
+        may span several tokens. `Reply.text` ends before it.
       id: uint32, the id that seeds the random draws together with `seed`; default: a hash of the
-        prompt's tokens. An engine gives the same reply to requests with equal attributes.
+        prompt's tokens. An engine generates equal replies to requests with equal attributes.
       thinking: whether the reply may begin with a thinking block.
 
     Examples:
@@ -62,7 +62,7 @@ class Request:
 
 
 def projected(request: Request) -> list[str]:
-    """Return the names of a request's projection readings, whose values are streamed."""
+    """Return the names of a request's projection captures, whose values are streamed."""
     readings = {} if request.capture is None else request.capture.readings
     return [name for name, reading in readings.items() if isinstance(reading, Projections)]
 
@@ -73,9 +73,9 @@ class Event:
 
     Attributes:
       text: the new text; the texts of all events concatenate to `Reply.text`.
-      tokens: [n] int32, the new ids.
-      projections: the values [n, L, K] of each projection reading at `tokens`, by name. A token
-        that completes a stop string has no value.
+      tokens: [n] int32, the new token ids.
+      projections: the projections [n, L, K] of the new tokens onto K directions at L layers, by
+        capture name. A token that completes a stop string has no projections.
       reply: the complete reply in the last event, otherwise None.
 
     Examples:
@@ -151,7 +151,7 @@ class Handle:
             self._tokens, self._projections = tokens, projections
 
     def _finish(self, reply: Reply | None, error: BaseException | None = None) -> bool:
-        """Set the reply or the error, unless one is already set; return whether a value was set."""
+        """Set the reply or the error; return False if the request has already ended."""
         with self._lock:
             if self._reply is not None or self._error is not None:
                 return False

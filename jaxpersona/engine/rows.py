@@ -1,4 +1,4 @@
-"""Programs that write, join and read rows of pytrees; the batch axis may differ by leaf."""
+"""Programs that write, join and read rows of pytrees; the batch axis may differ between leaves."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def put_rows(target: T, source: T, rows: jax.Array, *, axes: tuple[int, ...]) ->
 
     Args:
       target: the pytree (donated).
-      source: the n new rows, in a pytree of the same structure.
+      source: a pytree of the same structure with the n new rows.
       rows: [n] int32, the indices of the rows to replace; out-of-range indices are ignored.
       axes: the result of `axis_of_rows` for each leaf.
     """
@@ -40,7 +40,7 @@ def put_rows(target: T, source: T, rows: jax.Array, *, axes: tuple[int, ...]) ->
 
 @program(static=("axes",), result=lambda source, **_: source)
 def take_rows(source: T, rows: jax.Array, *, axes: tuple[int, ...]) -> T:
-    """Copy the rows with the indices `rows` [n] from a pytree.
+    """Return copies of the rows of a pytree at the indices `rows` [n].
 
     A leaf without a batch axis is returned unchanged.
 

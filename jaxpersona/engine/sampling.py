@@ -1,9 +1,9 @@
 """Selection of the next token: greedy, or inverse-CDF sampling with one uniform draw per row.
 
 The vocabulary is never sorted. The nucleus (the tokens that top-p keeps) is computed among the
-`CANDIDATES` most probable tokens. If it is larger, its probability threshold is computed by
-bisection. Which method is used for a row depends only on that row, so a row's tokens do not depend
-on other rows.
+`CANDIDATES` most probable tokens. For a larger nucleus, its probability threshold is computed by
+bisection. The method used for a row depends only on that row, so a row's tokens do not depend on
+other rows.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ CANDIDATES = 256
 _BISECTIONS = 30
 _BLOCK = 512
 _LANES = 128
-PRNG = "threefry2x32"  # the generator of `uniforms`, recorded with every run
+PRNG = "threefry2x32"  # the PRNG of `uniforms`; this name is recorded with every run
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 class Sampling(flax.struct.PyTreeNode):
-    """Sampling settings per row. All are arrays, so new values do not trigger recompilation.
+    """Per-row sampling settings, stored as arrays so that new values do not cause recompilation.
 
     Attributes:
       temperature: [B] float32; 0 selects the most probable token (greedy).
-      top_p: [B] float32 in (0, 1]; keeps the smallest set of the most probable tokens whose total
-        probability is at least this value, relative to the tokens that `top_k` keeps. If the set
-        has more than `CANDIDATES` tokens, tokens as probable as its last token are also kept.
-      top_k: [B] int32; keeps the k most probable tokens (at most `CANDIDATES`), or all tokens if 0.
+      top_p: [B] float32 in (0, 1]; keeps the smallest set of most probable tokens whose share of
+        the probability mass kept by `top_k` is at least this value. If the set has more than
+        `CANDIDATES` tokens, tokens tied with its least probable token are also kept.
+      top_k: [B] int32, the number of most probable tokens to keep, at most `CANDIDATES`; 0 keeps
+        all tokens.
       seed: [B] uint32, the seed of the random draws.
     """
 
@@ -130,10 +131,10 @@ def choose(logits: jax.Array, settings: Sampling, row_id: jax.Array,
     Returns:
       [B] int32, the selected tokens; at temperature 0, the index of the first largest logit.
     """
-    logits = place(logits, ("batch", None))  # top-k needs the whole vocabulary of a row
+    logits = place(logits, ("batch", None))  # `top_k` needs unsharded rows
     greedy = most_likely(logits)
     warm = settings.temperature > 0
-    top = logits.max(-1, keepdims=True)  # subtracted first, so that the division cannot overflow
+    top = logits.max(-1, keepdims=True)  # subtracted so that the division cannot yield +inf
     scaled = (logits - top) / jnp.where(warm, settings.temperature, 1.0)[:, None]
     probability = jax.nn.softmax(scaled, -1)
     seed = place(jnp.asarray(settings.seed), ("batch",), logits)
@@ -143,7 +144,7 @@ def choose(logits: jax.Array, settings: Sampling, row_id: jax.Array,
     rank = jnp.arange(count, dtype=jnp.int32)
     limited = (settings.top_k[:, None] == 0) | (rank[None] < settings.top_k[:, None])
     top = jnp.where(limited, top, 0.0)
-    reach = jnp.where(settings.top_k > 0, top.sum(-1), 1.0)  # top_p is a fraction of this mass
+    reach = jnp.where(settings.top_k > 0, top.sum(-1), 1.0)  # the mass to which `top_p` is relative
     before = jnp.cumsum(top, -1) - top
     kept = jnp.where(before < (settings.top_p * reach)[:, None], top, 0.0)
     near = of_each(tokens, _inverse(kept, draw))
@@ -162,7 +163,7 @@ def most_likely(logits: jax.Array) -> jax.Array:
     rows, vocabulary = logits.shape
     if not on_cpu(logits) or vocabulary % _LANES or vocabulary < _LANES**2:
         return jnp.argmax(logits, -1).astype(jnp.int32)
-    # XLA's CPU backend vectorizes a maximum, but not an argmax
+    # XLA's CPU backend vectorizes `max` but not `argmax`
     blocks = logits.reshape(rows, -1, _LANES)
     block = jnp.argmax(blocks.max(-1), -1)
     inner = jnp.argmax(of_each(blocks, block), -1)

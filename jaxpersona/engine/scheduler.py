@@ -1,6 +1,6 @@
-"""Scheduling of prompts: a queue whose oldest prompts are assigned to the free rows of lanes.
+"""Scheduling of prompts: queued prompts are assigned to free rows of lanes, oldest first.
 
-`generate` runs a scheduler until all prompts are finished; `Engine` runs a scheduler step by step.
+`generate` runs a scheduler until all prompts are finished; `Engine` runs it step by step.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Scheduler:
 
         Args:
           open_lane: a function that returns a new lane for a key.
-          collect: a function that is called with finished tasks, the tasks' rows in a state, and
-            this state.
+          collect: a function that is called with finished tasks, the indices of their rows in a
+            state, and this state.
           lanes: the maximum number of open lanes.
           batched: whether to wait until enough rows are free or done for a full prefill batch, for
             high throughput. If False, each prompt is admitted and collected as soon as possible,
@@ -50,7 +50,7 @@ class Scheduler:
             are admitted only to an empty lane.
           chunk: the maximum number of decode steps between two transfers to the host.
           failed: a function that is called with the affected tasks and the error if a lane raises
-            an error; this lane is dropped. None: the error is raised.
+            an error. The lane is then dropped. None: the error is raised.
           pause: a function that is called with the prompts that a step admitted. If it returns
             True, the step ends without decoding. None: every step decodes.
         """
@@ -94,9 +94,9 @@ class Scheduler:
                     self._decode(key, lane)
 
     def lane_of(self, key: Any) -> Lane | None:
-        """Return the lane for a key, opened on first use; None if no further lane can be opened.
+        """Return the lane for a key, opened on first use; None if no lane can be opened.
 
-        If the maximum number of lanes is open, lanes without a task are closed first.
+        If the maximum number of lanes is already open, lanes without a task are closed first.
         """
         if key not in self.lanes:
             for other, lane in list(self.lanes.items()):
@@ -148,7 +148,7 @@ class Scheduler:
         """Prefill prompts in pieces while a lane has a free row; return the admitted prompts.
 
         A queued prompt is assigned to a staging row as soon as one is free. A piece runs only if no
-        staged prompt is fully prefilled, so that few of its rows are empty.
+        staged prompt is fully prefilled, so that few staging rows are empty in each call.
         """
         admitted: list[Task] = []
         while lane.piece is not None and lane.free and not self._waits(lane):
@@ -187,7 +187,7 @@ class Scheduler:
     def _decode(self, key: Any, lane: Lane) -> None:
         """Decode one chunk in a lane, and collect its finished prompts if there are enough."""
         lane.filling = False
-        # prefill in pieces needs no full batch of free rows, so an eighth of the rows is enough
+        # prefill in pieces needs no full batch of free rows, so wait for fewer finished rows
         most = lane.together if lane.piece is None else max(1, lane.rows // 8)
         enough = min(most, lane.rows - lane.free) if self.batched else 1
         more = any(lane.staged) or (bool(self.waiting) and self.waiting[0].lane == key)

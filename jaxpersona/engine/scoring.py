@@ -1,7 +1,7 @@
 """Log-probabilities of the tokens of a text, and of candidates for the next token.
 
-On a CPU, texts run in pieces (`engine.texts`). On other devices, on meshes, and for gates that need
-the whole prompt, they run in batches (`engine.batches`).
+On a single CPU device, texts run in pieces (`engine.texts`), unless the model is small or a gate
+needs the whole prompt. Otherwise, they run in batches (`engine.batches`).
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
     from jaxpersona.models.model import Model
 
-# tokens per batch; on a GPU or TPU, fewer than in `extract`, because the float32 logits
-# [tokens, vocabulary] of the whole batch are in memory
+# tokens per batch, by platform; on a GPU or TPU, fewer than in `extract`, because the float32
+# logits [tokens, vocabulary] of the whole batch must fit in memory
 _TOKENS = {"cpu": 1024}
 _TOKENS_ELSE = 4096
 
@@ -76,8 +76,8 @@ class Scored(Table):
     def records(self) -> list[dict[str, Any]]:
         """Return one record per text.
 
-        Its keys are text (the last message), tokens (the number of tokens), logprob (the mean
-        log-probability in nats), perplexity, ids (the token ids), and logprobs (one number per
+        The keys are `text` (the last message), `tokens` (the number of tokens), `logprob` (the mean
+        log-probability in nats), `perplexity`, `ids` (the token ids), and `logprobs` (one value per
         token after the first).
         """
         found = []
@@ -102,7 +102,7 @@ class Scored(Table):
         return selected
 
     def perplexity(self, where: Where | str = everywhere) -> float:
-        """Return exp(−mean log p) over the selected tokens of all texts.
+        """Return exp(−mean log p) over the tokens of all texts that `where` selects.
 
         Raises:
           UserError: no token is selected.
@@ -129,10 +129,11 @@ def logprobs(
       model: the result of `load`.
       conversations: N conversations, each a list of messages, a `chat.Row`, or token ids (for plain
         text, use `model.tokenizer(text).input_ids`).
-      interventions: edits of the activations, without rows or with one row per conversation.
-      batch_tokens: the target number of tokens in one call of the model, including padding; it
-        affects the rounding of results. Default on a CPU: 128, or 1,024 for gates that need the
-        whole prompt and models on a mesh. Default on other devices: 4,096.
+      interventions: edits of the activations, created without `rows=` or with one row per
+        conversation.
+      batch_tokens: the target number of tokens per forward pass, including padding; it affects the
+        floating-point rounding of results. Default: 4,096 on a GPU or TPU; on a CPU, 128 if texts
+        run in pieces (`texts.fits_pieces`), otherwise 1,024.
 
     Raises:
       UserError: there are no conversations, a conversation is longer than the context, the
@@ -170,10 +171,11 @@ def next_logprobs(
       conversations: N prompts, each a list of messages, a string (one user message), a `chat.Row`,
         or token ids.
       candidates: C token ids.
-      interventions: edits of the activations, without rows or with one row per conversation.
-      batch_tokens: the target number of tokens in one call of the model, including padding; it
-        affects the rounding of results. Default on a CPU: 128, or 1,024 for gates that need the
-        whole prompt and models on a mesh. Default on other devices: 4,096.
+      interventions: edits of the activations, created without `rows=` or with one row per
+        conversation.
+      batch_tokens: the target number of tokens per forward pass, including padding; it affects the
+        floating-point rounding of results. Default: 4,096 on a GPU or TPU; on a CPU, 128 if texts
+        run in pieces (`texts.fits_pieces`), otherwise 1,024.
 
     Raises:
       UserError: there are no prompts or candidates, an id is outside the vocabulary, a prompt fills
@@ -201,15 +203,15 @@ def next_logprobs(
 
 def _run(model: Model, rows: list[chat.Row], interventions: Interventions | None,
          batch_tokens: int | None, candidates: jax.Array | None = None) -> list[np.ndarray]:
-    """Return log-probabilities for each text: of its tokens after the first, or of candidates.
+    """Return the log-probabilities of each text's own tokens or of candidate next tokens.
 
     Args:
       model: the model.
       rows: N encoded texts.
-      interventions: interventions without rows or with N rows, or None.
-      batch_tokens: the target number of tokens in one call of the model; None: the default.
-      candidates: [C] int32, the ids of candidates for the next token; None: return the
-        log-probabilities of the texts' own tokens.
+      interventions: interventions created without `rows=` or with N rows, or None.
+      batch_tokens: the target number of tokens per forward pass; None: the default.
+      candidates: [C] int32, the ids of candidates for the next token; None: score the texts' own
+        tokens after the first.
     """
     if batch_tokens is not None:
         prompts.check_settings(batch_tokens=batch_tokens)
@@ -219,10 +221,10 @@ def _run(model: Model, rows: list[chat.Row], interventions: Interventions | None
     run = _in_pieces if fits_pieces(model, edits, Capture()) else _in_batches
     scores: dict[int, np.ndarray] = {}
     for members, values, finite in run(model, rows, edits, batch_tokens, candidates):
-        for i, value, valid in zip(members, values, finite, strict=False):  # drops padding rows
+        for i, value, valid in zip(members, values, finite, strict=False):  # omit padding rows
             if not valid:
                 raise UserError(explain(model, rows[i], edits.take([i]), f"conversation {i}",
-                                        "the log-probabilities are undefined:"))
+                                        "the log-probabilities are undefined because of"))
             scores[i] = np.asarray(value)
     return [scores[i] for i in range(len(rows))]
 
@@ -289,14 +291,13 @@ def _logprob(logits: Float[Array, "*B V"],
              tokens: Int[Array | np.ndarray, "*B"]) -> Float[Array, "*B"]:
     """Return log softmax(logits) at one token per row.
 
-    The token's logit is computed by a masked sum instead of a gather, because the vocabulary may be
-    sharded.
+    A masked sum replaces the gather of the token's logit, because the vocabulary may be sharded.
     """
     return _logit(logits, tokens[..., None]) - jax.nn.logsumexp(logits, axis=-1)
 
 
 def _logit(logits: Float[Array, "*B V"], token: Any) -> Float[Array, "*B"]:
-    """Return the logits [*B] of tokens; `token` must broadcast with `logits`."""
+    """Return the logits [*B] of tokens; `token` must broadcast against `logits`."""
     here = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == token
     return jnp.where(here, logits, 0).sum(-1)
 
@@ -330,9 +331,9 @@ def _score_piece(params: Params, config: ModelConfig, carry: Carry, batch: Batch
     """Run the next piece of each text and compute log-probabilities.
 
     Returns:
-      The new carry, and log p. Without candidates, log p [B, W] is that of `following` [B, W], the
-      next token after each token of the batch. With candidates, log p [B, C] is that of each
-      candidate after the last token of each row.
+      The new carry, and log-probabilities. Without candidates, these are the log-probabilities
+      [B, W] of `following` [B, W], the token that follows each token of the batch. With candidates,
+      these are the log-probabilities [B, C] of each candidate after the last token of each row.
     """
     carry = reset(carry, begins, config, params, edits, Capture(), axes)
     out = forward(params, config, batch, interventions=edits, capture=Capture(), carry=carry,

@@ -17,7 +17,8 @@ class RunStats:
       row_steps: the number of rows B, summed over the decode steps.
       live_steps: the number of live rows, summed over the decode steps. In each step, one token of
         a live row's reply is passed through the model.
-      prompt_tokens: the number of prompt tokens that were prefilled; a shared prefix counts once.
+      prompt_tokens: the number of prompt tokens that were prefilled; a shared prefix counts only
+        when it is prefilled.
       padded_tokens: the number of tokens in the prefill calls, including padding and empty rows.
 
     Examples:
@@ -35,12 +36,12 @@ class RunStats:
 
     @property
     def utilisation(self) -> float:
-        """The mean fraction of rows that are live in a decode step; NaN without a step."""
+        """The mean fraction of live rows in a decode step; NaN if there were no decode steps."""
         return self.live_steps / self.row_steps if self.row_steps else float("nan")
 
     @property
     def prefill_efficiency(self) -> float:
-        """The fraction of tokens in prefill calls that are not padding; NaN without a prompt."""
+        """The fraction of prefilled tokens that are not padding; NaN if nothing was prefilled."""
         return self.prompt_tokens / self.padded_tokens if self.padded_tokens else float("nan")
 
     def __repr__(self) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxpersona.errors import UserError
 
-STATES = 255  # the maximum number of states, because the table is uint8
+STATES = 255  # maximum number of states; table entries are uint8
 
 
 def checked(stop: Any) -> tuple[str, ...]:
@@ -43,7 +43,7 @@ def checked(stop: Any) -> tuple[str, ...]:
 
 
 def automaton(strings: Sequence[str]) -> np.ndarray:
-    """Return the transitions of the stop-string automaton by byte.
+    """Return the transition table of the stop-string automaton over bytes.
 
     Returns:
       [states, 256] uint8, the next state for each state and byte; the last state is accepting.
@@ -62,7 +62,7 @@ def automaton(strings: Sequence[str]) -> np.ndarray:
     step = np.zeros((match + 1, 256), np.int32)
     fail = [0] * match
     order = [0]
-    for state in order:  # breadth first, because a failure link leads closer to the root
+    for state in order:  # breadth-first: a failure link leads to a shallower state
         for byte in range(256):
             if byte in tree[state]:
                 step[state, byte] = child = tree[state][byte]
@@ -78,7 +78,7 @@ def automaton(strings: Sequence[str]) -> np.ndarray:
 
 
 def token_bytes(tokenizer: Any, size: int) -> list[bytes]:
-    """Return the bytes of each of the first `size` token ids; b"" for special or unused ids."""
+    """Return the bytes of token ids 0…`size`−1; b"" for special and unused ids."""
     count = min(len(tokenizer), size)
     names = tokenizer.convert_ids_to_tokens(range(count))
     special = set(tokenizer.all_special_ids)
@@ -115,7 +115,7 @@ def _byte_level() -> dict[str, int]:
 
 @functools.lru_cache(maxsize=8)
 def table(tokenizer: Any, size: int, strings: tuple[str, ...]) -> np.ndarray:
-    """Return the transitions of the stop-string automaton by token.
+    """Return the transition table of the stop-string automaton over tokens.
 
     Args:
       tokenizer: a transformers tokenizer.
@@ -150,7 +150,7 @@ def cut(text: str, strings: Sequence[str]) -> str:
 
 
 class Written:
-    """The text of a streamed reply, in parts that concatenate to the complete text.
+    """The text of a streamed reply, returned in parts as tokens are generated.
 
     Text at the end that later tokens may change is withheld: an incomplete character, trailing
     whitespace, or the beginning of a stop string.
@@ -160,7 +160,7 @@ class Written:
         self.tokenizer, self.strings, self.sent = tokenizer, strings, ""
 
     def push(self, tokens: np.ndarray) -> str:
-        """Return the new text that later tokens cannot change; `tokens` are all tokens so far."""
+        """Return the new text that is safe to stream; `tokens` are all tokens generated so far."""
         whole = text_of(self.tokenizer, tokens, self.strings)
         held = whole.rstrip("\ufffd")
         for one in self.strings:
@@ -177,14 +177,14 @@ class Written:
     def finish(self, whole: str) -> str:
         """Return the part of the complete text `whole` that has not been returned yet.
 
-        If a later token changed text that was already returned, this is the part after the longest
+        If later tokens changed text that was already returned, the result begins after the longest
         common prefix.
         """
         return whole[len(os.path.commonprefix([self.sent, whole])):]
 
 
 def text_of(tokenizer: Any, tokens: np.ndarray, strings: Sequence[str] = ()) -> str:
-    """Decode ids up to the first stop string, without special tokens; "" without a tokenizer."""
+    """Decode tokens up to the first stop string, without special tokens; "" without a tokenizer."""
     if tokenizer is None:
         return ""
     return cut(tokenizer.decode(tokens.tolist(), skip_special_tokens=True), strings)

@@ -51,22 +51,22 @@ class Stored:
 
     def __init__(self, function: Callable, jitted: Any, *, static: Iterable[str],
                  donate: Iterable[str], result: Callable[..., Any], folder: OwnFolder) -> None:
-        """Set up the function; its traces are created or read from disk when it is called.
+        """Wrap the function; its traces are created or read from disk when it is called.
 
         Args:
           function: a function whose arguments can all be passed by name.
           jitted: the result of `jax.jit` for the function, for calls without a stored trace.
-          static, donate: the names of the static and of the donated arguments.
-          result: a function of the same arguments that returns a pytree with the structure of the
-            result, without running the function.
+          static, donate: the names of the static and the donated arguments.
+          result: a function with the same arguments that returns a pytree with the structure of
+            `function`'s result, without computing this result.
           folder: the folder for traces.
         """
         self._function, self._jitted = function, jitted
         self._signature = inspect.signature(function)
         self._static, self._donate, self._result = set(static), set(donate), result
         self._folder, self._lock = folder, threading.Lock()
-        # Pairs (key, program): The key contains the argument types and JAX's settings. The program
-        # is a compiled function and the structure of its result, or None if it cannot be stored.
+        # Pairs (key, program). A key contains the argument types and JAX's settings. A program is a
+        # compiled function with the structure of its result, or None if it cannot be stored.
         self._made: list[tuple[Any, tuple[Callable, Any] | None]] = []
 
     def __call__(self, *args: Any, **named: Any) -> Any:
@@ -95,7 +95,7 @@ class Stored:
         """Return the compiled program for the arguments.
 
         A `Stored` object may be called with arguments of different structures, such as states with
-        different readings, so everything that `jax.jit` distinguishes is compared.
+        different captures, so the key contains everything that `jax.jit` distinguishes.
 
         Returns:
           A compiled function of the arguments' leaves and the structure of its result, or None if
@@ -135,7 +135,7 @@ class Stored:
         return jax.jit(call, donate_argnums=donated).lower(*shapes).compile(), structure
 
     def _donated(self, arrays: dict[str, Any]) -> tuple[int, ...]:
-        """Return the indices of the leaves of donated arguments."""
+        """Return the indices of the leaves that belong to donated arguments."""
         names = [name for name, value in sorted(arrays.items()) for _ in jax.tree.leaves(value)]
         return tuple(i for i, name in enumerate(names) if name in self._donate)
 
@@ -152,7 +152,7 @@ class Stored:
 
         flat.__name__ = self._function.__name__
         where = default_device().platform
-        platforms = None if where == jax.default_backend() else [where]  # None: the default
+        platforms = None if where == jax.default_backend() else [where]  # None: default platform
         try:
             exported = jax.export.export(jax.jit(flat), platforms=platforms,
                                          disabled_checks=_UNSTABLE)(*shapes)
@@ -254,7 +254,7 @@ def _ours(kind: type) -> str:
 
 def _on_one(device: Any, leaves: list[Any]) -> bool:
     """Return whether every leaf is a NumPy array or an unsharded, concrete array on `device`."""
-    # a call has hundreds of leaves, but few types and few shardings
+    # a call may have hundreds of leaves, but few types and few shardings
     samples = {type(x): x for x in leaves}
     arrays = {kind for kind, x in samples.items() if isinstance(x, jax.Array)}
     if is_traced(list(samples.values())) or not all(
@@ -278,5 +278,5 @@ def _source() -> str:
     return total.hexdigest()
 
 
-_source()  # at import, because later changes of the files do not change the imported code
+_source()  # hash the files at import, because later edits do not affect the imported code
 _VERSIONS = tuple(importlib.metadata.version(name) for name in _PACKAGES)

@@ -1,8 +1,8 @@
 """Generation of replies to a long stream of conversations in bounded memory.
 
-Only some of the conversations are encoded at a time. They are queued in the order of their shapes,
-so that prompts of the same shape are prefilled together and a lane is rarely replaced. The order
-does not change the replies (`engine.lanes`).
+Conversations are encoded in groups. Each group is sorted by shape and then queued, so that prompts
+of the same shape are prefilled together and lanes are rarely replaced. The order does not change
+the replies (`engine.lanes`).
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Stream:
                             bool(self._settings.temperature[0] == 0), batch_size), self._collect)
 
     def __iter__(self) -> Iterator[list[tuple[Any, Reply]]]:
-        """Yield, for each step, the possibly empty list of (tag, reply) pairs that it finished."""
+        """Yield one list per step: the (tag, reply) pairs of the replies that the step finished."""
         while not self.done:
             yield self.step()
 
@@ -105,10 +105,10 @@ class Stream:
         return self._exhausted and self._scheduler.idle
 
     def step(self) -> list[tuple[Any, Reply]]:
-        """Encode further conversations if few are queued, and run one step of the scheduler.
+        """Encode more conversations if few are queued, and run one step of the scheduler.
 
         Returns:
-          The (tag, reply) pair of each reply that the step finished.
+          A (tag, reply) pair for each reply that the step finished.
 
         Raises:
           UserError: a conversation is invalid or fills the context, or activations are not finite.
@@ -124,8 +124,8 @@ class Stream:
     def _take(self) -> None:
         """Encode and queue the next conversations.
 
-        Those for the lane of the last queued prompt come first; if the queue is empty, those for
-        the open lane.
+        Conversations for the lane of the last queued prompt come first, or, if the queue is empty,
+        conversations for the open lane.
         """
         waiting = self._scheduler.waiting
         tasks = [self._task(*one) for one in itertools.islice(self._asked, self._ahead)]

@@ -27,7 +27,7 @@ from jaxpersona.models.config import ModelConfig
 from jaxpersona.text.chat import Row
 
 PIECE = 16  # tokens; small enough for little padding, large enough for fast matrix products
-_LEAST_SLOTS = 256  # with pieces, so that role prompts with replies of ≤ 128 tokens share a lane
+_LEAST_SLOTS = 256  # minimum cache size with pieces, so that short conversations share a lane
 _SHORTEST_PREFIX = 16  # tokens; a shorter shared prefix is not prefilled separately
 
 
@@ -35,7 +35,7 @@ class Edits(Protocol):
     """The interventions on a lane's rows."""
 
     def structure(self, rows: int) -> Interventions:
-        """Return placeholder interventions on `rows` rows with the lane's structure."""
+        """Return placeholder interventions on `rows` rows, with the lane's structure."""
         ...
 
     def of(self, tasks: Sequence[Task | None], rows: int) -> Interventions:
@@ -47,7 +47,7 @@ class Edits(Protocol):
 
         Args:
           edits: the interventions on n rows.
-          rows: [n] int32, the index of each row in the lane; rows with the index B are not written.
+          rows: [n] int32, the lane row for each row of `edits`; rows with index B are skipped.
         """
         ...
 
@@ -65,7 +65,8 @@ class Task:
     """A prompt for which a lane generates a reply.
 
     Attributes:
-      number: the index of the prompt in its call, or of its request in the order of submission.
+      number: the prompt's index in the call of `generate`, or its request's index in the order of
+        submission to `Engine`.
       row: the encoded prompt.
       row_id: uint32, the id that seeds the random draws.
       limit: the maximum number of tokens in the reply.
@@ -94,7 +95,7 @@ class Setting(NamedTuple):
       slots: the number of cache slots S.
       max_new: M, the number of tokens that `State.tokens` can hold.
       greedy: whether every temperature is 0.
-      capture: the readings.
+      capture: the activations to capture.
       stops: the stop tokens, thinking tags and transition tables.
     """
 
@@ -123,12 +124,12 @@ class Shape(NamedTuple):
 def piece_of(config: ModelConfig, like: jax.Array, edits: Interventions, rows: int) -> int | None:
     """Return the number of tokens in a piece, or None if a prompt runs in one call.
 
-    On a CPU, where the time of a call is proportional to its number of tokens, a prompt runs in
+    On a CPU, the time of a call is proportional to its number of tokens. A prompt therefore runs in
     pieces of `PIECE` tokens, so that prompts of all lengths share one program with little padding.
-    On a GPU or TPU, a prompt runs in one call, because short calls take as long as long ones. A
-    prompt also runs in one call if the model is small (`pieces.large`), if a gate needs the whole
-    prompt, on a mesh, and in a lane of at most `FEW_ROWS` rows, which needs few programs even
-    without pieces (`prompts.padded`).
+    On a GPU or TPU, short calls take as long as long ones, so a prompt runs in one call. A prompt
+    also runs in one call if the model is small (`pieces.large`), if a gate needs the whole prompt,
+    on a mesh, and in a lane of at most `FEW_ROWS` rows, which needs few programs even without
+    pieces (`prompts.padded`).
 
     Args:
       config: the model's configuration.
@@ -155,7 +156,7 @@ def shape_of(row: Row, max_new: int, share_prefix: bool, context: int, rows: int
     """
     shared = prefix_length(row) if share_prefix else 0
     prefix = padded(shared, rows) if shared else 0
-    if piece is not None:  # the padding of a piece takes no cache slots
+    if piece is not None:  # padding within a piece occupies no cache slots
         needed = max(prefix, row.tokens.size + max_new)
         return Shape(prefix, piece, cache_size(needed, context, least=_LEAST_SLOTS))
     width = padded(row.tokens.size - shared, rows)
@@ -167,7 +168,7 @@ def shape_of(row: Row, max_new: int, share_prefix: bool, context: int, rows: int
 
 def shape_within(row: Row, limit: int, sizes: Sequence[int],
                  piece: int | None = None) -> tuple[Shape, int]:
-    """Return the static sizes for a prompt whose cache has one of the given sizes.
+    """Return the static sizes for a prompt, with a cache of one of the given sizes.
 
     Args:
       row: the encoded prompt.
@@ -176,7 +177,7 @@ def shape_within(row: Row, limit: int, sizes: Sequence[int],
       piece: the number of tokens in a piece, or None (`piece_of`).
 
     Returns:
-      The static sizes for the prefill, and `limit`, reduced if the largest cache requires it.
+      The static sizes for the prefill, and `limit`, reduced if necessary to fit the largest cache.
 
     Raises:
       UserError: the prompt leaves no room for a reply in the largest cache.
@@ -186,9 +187,9 @@ def shape_within(row: Row, limit: int, sizes: Sequence[int],
         width, taken = piece, row.tokens.size
     if taken >= sizes[-1]:
         padding = f", padded to {taken}" if piece is None else ""
-        raise UserError(f"the conversation has {row.tokens.size} tokens{padding}; "
-                        f"the engine's largest cache holds {sizes[-1]} tokens, including the "
-                        "reply; shorten the conversation, or create the engine with larger sizes")
+        raise UserError(f"the conversation has {row.tokens.size} tokens{padding}, but the engine's "
+                        f"largest cache is limited to {sizes[-1]} tokens, including the reply; "
+                        "shorten the conversation, or create the engine with larger sizes")
     limit = min(limit, sizes[-1] - taken)
     return Shape(0, width, next(x for x in sizes if x >= taken + limit)), limit
 
@@ -198,8 +199,8 @@ def cache_size(tokens: int, context: int, *, least: int = 64, finer: int | None 
 
     By default, the result is the smallest of 64, 128, 256, 512, 768, 1,024, 1,536, 2,048, … that is
     at least `tokens`. If this size exceeds the context, the result is `tokens` rounded up to a
-    multiple of 64. There are few sizes, so that prompts of different lengths share a lane. With
-    more sizes, there would be more lanes, and many of their rows would be free.
+    multiple of 64. There are few sizes, so that prompts of different lengths share a lane. More
+    sizes would mean more lanes with many free rows.
 
     Args:
       tokens: the number of tokens.
@@ -211,7 +212,7 @@ def cache_size(tokens: int, context: int, *, least: int = 64, finer: int | None 
 
 
 def prefix_length(row: Row) -> int:
-    """Return the number of tokens before the first user message; 0 if the prefix is too short."""
+    """Return the number of tokens before the first user message; 0 if below `_SHORTEST_PREFIX`."""
     users = np.flatnonzero(row.kind & USER)
     length = int(users[0]) if users.size else 0
     return length if length >= _SHORTEST_PREFIX else 0
@@ -226,14 +227,14 @@ def prefix_key(task: Task) -> tuple:
 
 def cut(chosen: Sequence[Task | None], start: Sequence[int], stop: Sequence[int], width: int,
         size: int, chunk: bool) -> Batch:
-    """Return a batch whose rows are tokens start…stop−1 of prompts, followed by empty rows.
+    """Return a batch with tokens start…stop−1 of each prompt, padded with empty rows.
 
     Args:
       chosen: n ≤ `size` tasks; None stands for an empty row.
       start, stop: n token indices each.
       width: the number of tokens T per row of the batch.
       size: the number of rows B of the batch.
-      chunk: whether the tokens are only part of each prompt.
+      chunk: whether each row contains only part of a prompt.
     """
     whole = [None if task is None else make_batch(
         [task.row.tokens], kind=[task.row.kind & ~LAST], turn=[task.row.turn],

@@ -1,8 +1,8 @@
 """Forward passes over complete texts of different lengths, in pieces on a CPU.
 
-The number of cache slots is the smallest power of two of at least 256 that holds the text, if it
-does not exceed the context. Texts of up to 512 tokens therefore need only three programs: two that
-run pieces, one for each cache size, and one that copies finished rows.
+The number of cache slots is the text's length rounded up to a power of two, at least 256, or to a
+multiple of 64 if that power exceeds the context. Texts of up to 512 tokens therefore need only
+three programs: one per cache size to run pieces, and one to copy finished rows.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Step(NamedTuple):
     Attributes:
       members: [R] int32, the index of the text in each row, −1 for an empty row.
       call: the piece in each row.
-      output: the second value that the function `run` of `in_pieces` returned.
-      ended: the readings, counts and `finite` of the R rows on the host; None if no text ends in
+      output: the second return value of the argument `run` of `in_pieces`.
+      ended: the carry of the R rows on the host, without cache and gates; None if no text ends in
         this call.
     """
 
@@ -64,11 +64,11 @@ class Step(NamedTuple):
 
 
 def fits_pieces(model: Model, edits: Interventions, capture: Capture) -> bool:
-    """Return whether texts run in pieces: on a CPU, if the edits and the readings allow it.
+    """Return whether texts run in pieces instead of batches.
 
-    The texts of a small model run in batches (`pieces.large`). A gate may need the whole prompt in
-    one call. A reading with one value per token has a state of the size of the cache, which would
-    be copied for every piece.
+    Pieces require a single CPU device and a large model (`pieces.large`). They are not used if a
+    gate needs the whole prompt in one call, or if a capture has one value per token, because the
+    state of this capture is as large as the cache and would be copied for every piece.
     """
     if needs_whole(edits) or not on_cpu(model.params.like) or not large(model.config):
         return False
@@ -83,14 +83,14 @@ def in_pieces(model: Model, rows: Sequence[chat.Row], edits: Interventions, capt
     Args:
       model: the model.
       rows: N encoded texts.
-      edits: interventions, without rows or with N rows.
-      capture: the readings; none may have one value per token.
+      edits: interventions created without `rows=` or with N rows.
+      capture: the activations to capture, without per-token captures.
       together: R, the number of rows.
-      layers: the number of layers that are computed.
+      layers: the number of layers to compute.
       run: a function that runs the model and returns the new carry and an output. Its arguments
-        are the carry (donated), a batch of R rows, their interventions, `Call.begins`, the batch
-        axis of each leaf of `light(carry)` (static), and the next token after each token of the
-        batch, [R, W] int32 (0 after the last token of a text).
+        are the carry (donated), a batch of R rows and `PIECE` tokens, the interventions on these
+        rows, `Call.begins`, the batch axis of each leaf of `light(carry)` (static), and the token
+        that follows each token of the batch, [R, PIECE] int32 (0 after the end of a text).
     """
     def blank(count: int, slots: int) -> Carry:
         made = blank_carry(model.config, model.params, edits, capture, rows=count, slots=slots,
@@ -134,8 +134,8 @@ def in_pieces(model: Model, rows: Sequence[chat.Row], edits: Interventions, capt
 
 
 def _found(carry: Carry) -> Carry:
-    """Return a carry with only the readings, counts and `finite`.
+    """Return a carry without cache and gates.
 
-    Their shapes do not depend on the number of slots.
+    The shapes of the remaining fields do not depend on the number of slots.
     """
     return carry.replace(cache=None, gates=None)

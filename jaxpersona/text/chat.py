@@ -5,7 +5,7 @@ kind of a token follows from those of its characters. Generated tokens are never
 
 Token kinds:
 - Message content is SYSTEM, USER or ASSISTANT. Text from the template, including a default system
-  prompt, is TEMPLATE. A token that contains both is TEMPLATE, unless it consists of template
+  prompt, is TEMPLATE. A token with both kinds of text is TEMPLATE, unless it consists of template
   whitespace and the start of the content's first word. Such a token has the kind of the content.
 - A thinking block in an assistant message, including its tags, is ASSISTANT | THINKING. A thinking
   block that the template adds is TEMPLATE | THINKING. The last prompt token has the bit THINKING if
@@ -14,7 +14,7 @@ Token kinds:
 
 If the template has no system role, the system prompt is prepended to the first user message,
 separated by a blank line. The tokens of the system prompt keep the kind and turn of the system
-message. In this case, an empty system message is omitted. In all other cases, it is rendered.
+message. In this case, an empty system message is omitted; otherwise, it is rendered.
 """
 
 from __future__ import annotations
@@ -78,11 +78,11 @@ def encode(model: Any, conversations: Iterable[Any], *, reply: bool = True, thin
         string (one user message).
       reply: whether to append the generation prompt.
       thinking: the value of the template variable `enable_thinking`.
-      width: the number of tokens to which rows are padded; default: the length of the longest row.
+      width: the padded length of all rows in tokens; default: the length of the longest row.
       variables: additional template variables, such as {"date_string": "26 Jul 2024"}.
 
     Returns:
-      A batch. Each `row_id` is a hash of the row's tokens and of the row's index among equal rows.
+      A batch. Each `row_id` is a hash of the row's tokens and of the number of earlier equal rows.
 
     Raises:
       UserError: as for `encode_row` and `batch.batch`.
@@ -111,8 +111,8 @@ def listed(given: Any, name: str = "conversations") -> list[Any]:
     """Convert an iterable of conversations to a list.
 
     Args:
-      given: the argument's value.
-      name: the argument's name, for error messages.
+      given: the value of the argument.
+      name: the name of the argument, for error messages.
 
     Raises:
       UserError: `given` is empty, or it is not an iterable of conversations.
@@ -149,7 +149,7 @@ def encode_row(tokenizer: Any, conversation: Any, *, reply: bool = True, thinkin
     text, kind, turn, _ = locate(template, messages, reply)
     row = dataclasses.replace(_tokenise(template, text, kind, turn), messages=tuple(messages))
     if row.tokens.size == 0:
-        raise UserError("the conversation is empty: it renders to zero tokens")
+        raise UserError("the conversation renders to zero tokens; add text to a message")
     if reply and text.endswith(CLOSE):
         row.kind[-1] &= ~THINKING
     return row
@@ -168,7 +168,7 @@ def continue_row(tokenizer: Any, row: Row, generated: np.ndarray, message: str, 
       generated: the token ids of the reply, [n], with or without the stop token.
       message: the next user message.
       stopped: True if the reply ended at a stop token, False if it ended at the length limit. If
-        the template's end-of-turn text begins with this stop token, the token is not repeated.
+        the text after the reply begins with this stop token, the token is not repeated.
       tokenizer, thinking, variables: as for `encode`.
 
     Raises:
@@ -215,7 +215,7 @@ def _after_reply(template: Template, messages: list[dict[str, str]],
     """Render a conversation; return (text, kind, turn, end of the last reply's content).
 
     If the template changes the reply, so that its end cannot be located, a private-use character is
-    rendered in place of the reply. This is sufficient, because only the text after it is used.
+    rendered in its place. This is sufficient, because only the text after the reply is used.
     """
     *before, reply, message = messages
     used = "".join(m["content"] for m in messages)
@@ -235,7 +235,7 @@ def _after_reply(template: Template, messages: list[dict[str, str]],
 
 
 def _decoded_after(tokenizer: Any, before: np.ndarray, ids: np.ndarray) -> str:
-    """Decode ids together with the preceding token, so that a leading space is not lost."""
+    """Decode token ids in the context of the last token of `before`, to keep a leading space."""
     context = before[-1:].tolist()
     head, whole = tokenizer.decode(context), tokenizer.decode([*context, *ids.tolist()])
     return whole[len(head) :] if whole.startswith(head) else tokenizer.decode(ids.tolist())
@@ -245,7 +245,7 @@ def answered(tokenizer: Any, row: Row, reply: np.ndarray) -> Row:
     """Append a reply's token ids [n] to a prompt, with the same kinds as during generation.
 
     Args:
-      tokenizer: the model's tokenizer; None leaves THINKING and CODE unset.
+      tokenizer: the model's tokenizer; if None, the bits THINKING and CODE are not set.
     """
     reply = np.asarray(reply, np.int32).reshape(-1)
     kind = np.full(reply.size, ASSISTANT | GENERATED, np.int32)
@@ -258,7 +258,7 @@ def answered(tokenizer: Any, row: Row, reply: np.ndarray) -> Row:
 
 
 def row_id(tokens: Any, sample: int = 0, salt: str = "") -> int:
-    """Return a 32-bit hash of a row's tokens, a sample number and a salt, the same in every run."""
+    """Return a deterministic 32-bit hash of token ids, a sample number and a salt."""
     ids = np.ascontiguousarray(tokens, "<i4").reshape(-1)
     head = f"{salt}\0{int(sample)}\0".encode()
     return int.from_bytes(hashlib.sha256(head + ids.tobytes()).digest()[:4], "little")
@@ -290,8 +290,8 @@ def check_conversation(conversation: Any, *, reply: bool = True) -> list[dict[st
         if missing := [field for field in ("role", "content") if field not in message]:
             raise UserError(f"message {i} has no {missing[0]!r}; give role and content")
         if extra := sorted(set(message) - {"role", "content"}, key=str):
-            raise UserError(f"message {i} has the field {extra[0]!r}; remove it: only role and "
-                            "content are supported")
+            raise UserError(f"message {i} has the field {extra[0]!r}, which is not supported; "
+                            "give only role and content")
         role, content = message["role"], message["content"]
         if not isinstance(role, str) or role not in ROLES:
             raise UserError(f"message {i} has role {role!r}; it must be system, user or "
@@ -320,7 +320,7 @@ def _tokenizer(model: Any) -> Any:
 
 def _tokenise(template: Template, text: str, kind: np.ndarray, turn: np.ndarray,
               begin: int = 0) -> Row:
-    """Tokenize a rendering; the kind and turn of a token follow from those of its characters.
+    """Tokenize a rendering; derive each token's kind and turn from those of its characters.
 
     Args:
       text, kind, turn: the rendering, with the kind and turn of each character.
@@ -388,7 +388,7 @@ def _spans(template: Template, text: str, *, lead: bool = True,
 
 
 def _reply_kinds(tokenizer: Any, row: Row, reply: np.ndarray) -> np.ndarray:
-    """Return the kinds of a reply's tokens [n], equal to those that generation assigns."""
+    """Return the kinds of a reply's tokens, [n] int32, as assigned during generation."""
     begin, end = thinking_ids(tokenizer)
     inside = bool(row.kind[-1] & THINKING)
     kind = np.full(reply.size, ASSISTANT | GENERATED, np.int32)

@@ -2,12 +2,12 @@
 
 A finite automaton over five character classes (backtick, tilde, newline, space, other) tracks
 whether the text is inside a Markdown code block. Each token of the vocabulary maps a state to the
-next state. The decode loop therefore only looks up values in a transition table [V, states].
+next state, so the decode loop only looks up values in a transition table [V, states].
 
-Limitations: a fence is recognized at its third mark (backtick or tilde), and three marks also close
+Limitations: A fence is recognized at its third mark (backtick or tilde), so three marks also close
 a longer fence. If an opening line contains another backtick (inline code), the text between the
-fence and this backtick is labeled as code. Fences after list markers are not recognized. For
-complete texts, `template.fences` parses whole lines instead.
+opening marks and this backtick is labeled as code. Fences after list markers are not recognized.
+For complete texts, `template.fences` parses whole lines instead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-CODE_BIT = 0x80  # flag in a value of the table: some of the token's text is code
+CODE_BIT = 0x80  # bit of a table value that is set if some of the token's text is code
 _LINE, _TEXT = 0, 4  # states outside code; states 1 to 3 follow 1 to 3 spaces at a line start
 _INSIDE = 9  # this state and all higher states are inside code
 
@@ -55,10 +55,10 @@ def _machine() -> dict[tuple[int, str], int]:
             step[text, c] = text
         step[text, "\n"] = start
 
-    # States 0 to 8 are outside code. The opening line of a backtick fence has the states 9 (marks)
-    # and 10 (rest), and that of a tilde fence has the state 11. Inside code, each fence character
-    # has 9 states: 4 for the line start, 2 for runs of 1 and 2 marks, 1 for the closing run, 1 for
-    # spaces after the closing run, and 1 for text.
+    # States 0 to 8 are outside code. States 9 (marks) and 10 (rest) are in the opening line of a
+    # backtick fence, and state 11 is in the opening line of a tilde fence. Inside code, there are 9
+    # states for each fence character: 4 for the line start, 2 for runs of 1 and 2 marks, 1 for the
+    # closing run, 1 for spaces after the closing run, and 1 for text.
     inside = {"`": 12, "~": 21}
     line(_LINE, _TEXT, "`~", {"`": 5, "~": 7}, {"`": 9, "~": 11})
     for state in (9, 10, 11):
@@ -94,7 +94,7 @@ def _walk(text: str) -> np.ndarray:
             state = _STEP[state, c]
             code |= state >= _INSIDE
         out[begin] = state | CODE_BIT * code
-    out.flags.writeable = False  # the cache returns the same array to all callers
+    out.flags.writeable = False  # cached arrays are shared by all callers
     return out
 
 
@@ -106,14 +106,14 @@ def _reduced(text: str) -> str:
 
 
 def _written(token: str) -> str:
-    """Replace the markers of byte-level and SentencePiece tokens (Ġ, ▁, …) with whitespace."""
+    """Replace whitespace markers of byte-level and SentencePiece tokens (Ġ, ▁, …) by whitespace."""
     for marks, text in (("[Ġ▁]", " "), ("Ċ|<0x0A>", "\n"), ("ĉ|<0x09>", "\t"), ("č|<0x0D>", "\r")):
         token = re.sub(marks, text, token)
     return token
 
 
 def walk(texts: list[str]) -> np.ndarray:
-    """Return a bool mask [T], True for token texts that contain fenced code."""
+    """Return a bool mask [T], True for each of T token texts that contains fenced code."""
     state, out = _LINE, []
     for text in texts:
         entry = int(_walk(_reduced(text))[state])
@@ -123,7 +123,7 @@ def walk(texts: list[str]) -> np.ndarray:
 
 
 def table(tokenizer: Any, size: int) -> np.ndarray:
-    """Return the transition table of a tokenizer's vocabulary, [size, states] uint8, read-only.
+    """Return the automaton's transition table over tokens, [size, states] uint8, read-only.
 
     The value at [token, state] is the next state, with `CODE_BIT` set if some of the token's text
     is code. The table is cached per tokenizer and recomputed if tokens are added.

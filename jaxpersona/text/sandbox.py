@@ -1,7 +1,7 @@
 """Render chat templates in a subprocess with limits on time, memory and size.
 
-One worker process (`sandbox_worker`) renders the templates of all tokenizers. The process starts on
-the first rendering and is restarted after a rendering that exceeds the time limit or crashes the
+One worker process (`sandbox_worker`) renders the templates of all tokenizers. It starts on the
+first rendering and is restarted after a rendering that exceeds the time limit or crashes the
 process. Short renderings that depend only on the request are cached, because `template.locate`
 renders each conversation several times, and most of these renderings are the same for all
 conversations with the same structure.
@@ -27,11 +27,11 @@ from typing import Any
 
 from jaxpersona.errors import UserError
 
-SECONDS = 10.0  # CPU time limit of a rendering, and of all renderings of one conversation
+SECONDS = 10.0  # CPU time limit for one rendering and for all renderings of one conversation
 MEMORY = 2 << 30  # maximum bytes of the worker's address space, including the interpreter
 CHARACTERS = 1 << 26  # maximum length of a conversation and of a rendering
 _LARGEST_REPLY = 6 * CHARACTERS + (1 << 16)  # bytes; JSON uses at most 6 bytes per character
-_WAIT = 10  # wall-clock timeout in multiples of SECONDS; large, because machines may be busy
+_WAIT = 10  # wall-clock timeout in multiples of SECONDS; large in case the machine is busy
 _START = 120.0  # wall-clock timeout in seconds for the start of the process
 _CACHED = 256  # maximum number of cached renderings
 _CACHED_BYTES = 1 << 15  # maximum size of a cached request (including the template) or answer
@@ -64,7 +64,7 @@ def render(template: str, variables: Mapping[str, Any], source: str = "") -> str
     Args:
       template: the Jinja source.
       variables: the template variables by name, as JSON values.
-      source: the name of the tokenizer that the template belongs to, for error messages.
+      source: the name of the template's tokenizer, for error messages.
 
     Raises:
       Refused: the template raises an error.
@@ -94,8 +94,8 @@ def _answer(request: bytes) -> dict[str, Any]:
 
     The caller must hold `_lock`.
 
-    Rendered texts and template errors are cached if the request is short. Answers that depend on
-    the time or on random numbers ("varies"), and errors about limits, are not cached.
+    Rendered texts and template errors are cached if request and answer are short. Answers that
+    depend on the time or on random numbers ("varies"), and errors about limits, are not cached.
     """
     if request in _cache:
         _cache.move_to_end(request)
@@ -113,7 +113,7 @@ def _encoded(message: Any) -> bytes:
     """Encode a protocol message.
 
     Raises:
-      UserError: a variable is not a JSON value, or the message exceeds `CHARACTERS`.
+      UserError: a variable is not a JSON value, or the message is longer than `CHARACTERS`.
     """
     try:
         text = json.dumps(message, ensure_ascii=False, default=_plain)
@@ -126,8 +126,8 @@ def _encoded(message: Any) -> bytes:
                                 "numbers, booleans, None, lists or dicts") from None
         raise UserError(f"the template variables are not JSON values ({error})") from None
     if len(text) > CHARACTERS:
-        raise UserError(f"the conversation has {len(text):,} characters; the limit is "
-                        f"{CHARACTERS:,}: shorten it")
+        raise UserError(f"the conversation has {len(text):,} characters, but the limit is "
+                        f"{CHARACTERS:,}; shorten the conversation")
     data = text.encode("utf-8", "surrogatepass")
     return len(data).to_bytes(8, "little") + data
 
@@ -183,7 +183,7 @@ class _Worker:
         except (OSError, EOFError, TimeoutError) as error:
             self.end()
             return {"error": self._cause(error), "refused": False}
-        except BaseException:  # such as an interrupt; the next request must not read this answer
+        except BaseException:  # e.g. an interrupt: the next request must not read this answer
             self.end()
             raise
         return json.loads(reply.decode("utf-8", "surrogatepass"))
@@ -240,7 +240,7 @@ class _Worker:
 _lock = threading.Lock()
 _cache: OrderedDict[bytes, dict[str, Any]] = OrderedDict()  # answers by request
 _current: _Worker | None = None
-_inherited: list[_Worker] = []  # workers of the parent process, kept to prevent finalization
+_inherited: list[_Worker] = []  # workers of the parent process, never finalized in this process
 
 
 def _worker() -> _Worker:

@@ -1,14 +1,14 @@
 """Worker process that renders chat templates; `sandbox` runs this file as a script.
 
 Chat templates are untrusted programs. This process renders them in Jinja's sandbox, with operating
-system limits on memory and CPU time, so a template that exceeds a limit ends only this process. The
-Jinja environment behaves like that of transformers.
+system limits on memory and CPU time, so a template that exceeds a limit can end only this process.
+The Jinja environment behaves like the one in transformers.
 
 Protocol: a message consists of its length (8 bytes, little endian) and UTF-8 JSON. The first
 message on stdin contains the limits. Each later message is a request; the answer on stdout is
 {"text": …} or {"error": …, "refused": bool}, with two more fields: "seconds" is the CPU time used,
-and "varies" is true if the template used the clock or random numbers, so that equal requests may
-have different answers.
+and "varies" is true if the template used the clock or random numbers, so that the answers to equal
+requests may differ.
 
 For a fast start, this file imports only Jinja and the standard library.
 """
@@ -48,7 +48,7 @@ class Generation(jinja2.ext.Extension):
 
 
 class Table:
-    """The template global `dict`: the constructor and `fromkeys`, without other attributes."""
+    """The template global `dict`, restricted to the constructor and `fromkeys`."""
 
     def __call__(self, *args: Any, **fields: Any) -> dict[Any, Any]:
         return dict(*args, **fields)
@@ -138,8 +138,8 @@ def answer(request: dict[str, Any], known: dict[str, Any],
 
     Args:
       request: the request.
-      known: a cache of the last compiled template, by its source.
-      limits: the limits "memory" in bytes and "characters", for the rendering.
+      known: a cache of one compiled template, keyed by its source.
+      limits: the limits of a rendering: "memory" in bytes, and "characters".
     """
     source = request["template"]
     try:
@@ -178,7 +178,7 @@ def write(stream: BinaryIO, message: Any) -> None:
 
 
 def main() -> None:
-    """Read the limits, then answer requests until the end of stdin."""
+    """Read the limits from stdin, then answer requests until stdin ends."""
     global _varies
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles interrupts
     source, sink = sys.stdin.buffer, sys.stdout.buffer

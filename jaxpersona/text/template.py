@@ -1,8 +1,8 @@
 """Locate each message's content in the text that a chat template renders.
 
-The template renders the conversation and its twin, in which private-use characters (marks) replace
-the contents. With each mark replaced by its content, verbatim or trimmed, the second rendering must
-equal the first. The marks therefore locate the contents. A string search would be ambiguous.
+The template renders the conversation and a twin of it, in which private-use characters (marks)
+replace the contents. After each mark is replaced by its content, verbatim or trimmed, the second
+rendering must equal the first. The marks thus locate the contents without an ambiguous search.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from jaxpersona.text.sandbox import Refused
 ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 OPEN, CLOSE = "<think>", "</think>"
 BLANK_LINE = "\n\n"
-# Some templates search the contents for these tags, so the twin contains the same tags.
+# Some templates search the contents for these tags, so they are also kept in the twin.
 TAGS = re.compile(r"(</?think>|</?tool_response>|</?tool_call>)")
 FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})([^\n]*)$", re.MULTILINE)
 # private-use code points (Unicode planes 15 and 16), which ordinary text does not contain
 PRIVATE = range(0xF0000, 0x10FFFE)
-_EXAMPLES = 16  # maximum number of renderings that determine closing texts
+_EXAMPLES = 16  # maximum number of renderings to determine closing texts
 
 
 class _Piece(NamedTuple):
@@ -60,7 +60,7 @@ class Template:
         self.options = {"enable_thinking": thinking, **(variables or {})}
         self.lead: list[int] = _lead(tokenizer) if self.base else []
         self.lead_text = "".join(tokenizer.convert_ids_to_tokens(self.lead)) if self.lead else ""
-        # if the tokenizer's class overrides apply_chat_template, that method is called
+        # if the tokenizer's class overrides apply_chat_template, `__call__` uses the override
         method = getattr(type(tokenizer), "apply_chat_template", None)
         self.own = getattr(method, "__module__", "") != "transformers.tokenization_utils_base"
 
@@ -168,7 +168,7 @@ def _twin(plan: list[tuple[str, list[_Piece]]], text: str, blanks: str,
     """Return the twin messages, with a unique mark per text piece, and the piece of each mark.
 
     `blanks` selects the whitespace-only pieces to mark: "all", "within" (if the content also has
-    other text), "inside" (if not before the first or after the last of the tags) or "none".
+    other text), "inside" (unless before the first tag or after the last) or "none".
     """
     used = set(text).union(*(p.text for _, pieces in plan for p in pieces))
     free = (chr(code) for code in PRIVATE if chr(code) not in used)
@@ -184,7 +184,7 @@ def _twin(plan: list[tuple[str, list[_Piece]]], text: str, blanks: str,
                 mark = next(free, "")
                 if not mark:
                     raise UserError(f"the conversation has more than {len(PRIVATE):,} pieces of "
-                                    "text; shorten it")
+                                    "text; shorten the conversation")
                 marks[mark] = piece
                 content += mark
             else:
@@ -242,7 +242,7 @@ def _match(skeleton: str, text: str, marks: dict[str, _Piece]) -> list[_Found] |
 
 
 def _forms(content: str) -> list[str]:
-    """Return the content verbatim, and trimmed in each of the ways that templates use."""
+    """Return the content verbatim and with each kind of trimming that templates apply."""
     forms = [content, content.strip(), content.lstrip(), content.rstrip(), content.strip("\n"),
              content.lstrip("\n"), content.rstrip("\n")]
     return list(dict.fromkeys(forms))
@@ -250,10 +250,10 @@ def _forms(content: str) -> list[str]:
 
 def _mark_content(text: str, kind: np.ndarray, role: int, parts: list[_Piece],
                   mine: list[_Found]) -> list[tuple[int, int]]:
-    """Set the kind of one message's pieces, and of tags beside them that are rendered verbatim.
+    """Set the kind of one message's pieces, and of adjacent tags that are rendered verbatim.
 
-    Return the start and end of every piece. If such tags precede the first piece or follow the last
-    piece, also return an empty span at the outer end of these tags.
+    Return the (start, end) span of every piece. If such tags precede the first piece or follow the
+    last one, also return an empty span at the outer end of these tags.
     """
     places = [(start, end) for _, start, end in mine]
     for (piece, start, end), after in itertools.zip_longest(mine, mine[1:]):
@@ -305,7 +305,7 @@ def _turns(template: Template, twin: list[dict[str, str]], marks: dict[str, _Pie
 
 
 def _manner(twin: list[dict[str, str]], m: int) -> tuple[Any, ...]:
-    """Return a tuple of the message's properties on which its closing text can depend."""
+    """Return the properties of message `m` on which its closing text can depend."""
     content = twin[m]["content"]
     return (twin[m]["role"], bool(content), tuple(sorted(set(TAGS.findall(content)))),
             m == 0 or twin[m - 1]["role"])
@@ -313,11 +313,11 @@ def _manner(twin: list[dict[str, str]], m: int) -> tuple[Any, ...]:
 
 def _closings(template: Template, twin: list[dict[str, str]],
               marks: dict[str, _Piece], places: dict[int, int]) -> dict[tuple[Any, ...], str]:
-    """Return the closing texts of messages, by `_manner`.
+    """Return the closing text for each kind of message, keyed by `_manner`.
 
-    The closing texts of the first two messages of each `_manner` are rendered, and the second text
-    is returned, because templates may treat a conversation's first message differently. In total,
-    at most `_EXAMPLES` closing texts are rendered.
+    For each key, the closing texts of the first two messages are rendered, and the second replaces
+    the first, because templates may treat the first message of a conversation differently. In
+    total, at most `_EXAMPLES` closing texts are rendered.
     """
     seen: dict[tuple[Any, ...], int] = {}
     out: dict[tuple[Any, ...], str] = {}
@@ -359,7 +359,7 @@ def _mark_thinking(text: str, kind: np.ndarray, turn: np.ndarray, messages: list
             if tag[0] == OPEN:
                 begin = start if begin is None else begin
                 continue
-            if begin is None:  # no opening tag: the generation prompt opened the block
+            if begin is None:  # without an opening tag, the generation prompt opened the block
                 begin = start if blocks or not content else min(content[0][0], start)
             blocks.append((begin, end, start))
             begin = None
@@ -368,7 +368,7 @@ def _mark_thinking(text: str, kind: np.ndarray, turn: np.ndarray, messages: list
             blocks.append((begin, end, end))
         starts = [start for start, _ in content]
         for begin, end, inner in blocks:
-            # `starts` is ascending; `one` is the first span that starts in or after the block
+            # `starts` is sorted; `one` indexes the first span that starts in or after the block
             one = bisect.bisect_left(starts, begin)
             own = one < len(content) and content[one][1] <= inner
             own = own or bool((kind[begin:end] & ASSISTANT).any())  # if the block has only tags

@@ -175,7 +175,7 @@ processes.start()
 try:
     processes.start(f"127.0.0.1:{sys.argv[1]}", 3, me)
 except ValueError as error:
-    assert "already initialized with 2" in str(error)
+    assert "already initialized with process count 2" in str(error)
 else:
     raise AssertionError
 print("done", flush=True)

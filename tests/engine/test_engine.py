@@ -210,7 +210,8 @@ def test_a_request_that_fails_fails_alone(model, monkeypatch):
     engine = make(model)
     good = engine.submit(Request([5, 6], max_new_tokens=4))
     for fault, words in (
-        (Request([5] * 600), "context holds 512"), (Request([5] * 120), "largest cache holds 128"),
+        (Request([5] * 600), "context is limited to 512"),
+        (Request([5] * 120), "largest cache is limited to 128"),
         (Request([5], interventions=steer(np.ones(7), layers=1)), "width 7"),
         (Request([5], interventions=steer(V[0], layers=9)), "layers"),
         (Request([5], interventions=chain(*[steer(V[0], layers=1)] * 3)), "does not fit|reserve"),
