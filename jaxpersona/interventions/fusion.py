@@ -1,4 +1,4 @@
-"""One kernel for the end of a block: residual add, rank-one edits, projections, next norm."""
+"""One kernel for the end of a block: residual add, rank-one edits, projections and norm."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ class Fusion:
             block.
 
         Returns:
-          The kernel's result, and a dict from the name of each reading of projections to its
+          The kernel's result, and a dict from the name of each projection reading to its
           projections [B, T, K].
 
         Raises:
           UserError: the kernel does not support an edit, a reading, the platform, the width or the
-            number of directions; the message contains the reason.
+            number of directions; the message gives the reason.
         """
         found = [edit.at(layer, where) for edit, where in zip(edits, active, strict=True)
                  if isinstance(edit, PreparedEdit)]

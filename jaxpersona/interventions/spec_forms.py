@@ -128,7 +128,7 @@ Where_ = Annotated[Place, pydantic.BeforeValidator(_place_form), _OrName]
 
 
 class GateSpec(_Strict):
-    """The arguments of `gate`; `first_token` allows the measurement of each row's first token."""
+    """The arguments of `gate`; `first_token` is whether each row's first token may be measured."""
 
     vector: Direction
     layer: Index

@@ -1,4 +1,4 @@
-"""The `sweep` operator, which returns one steering intervention per strength."""
+"""The `sweep` operator, which steers each batch row with its own strength."""
 
 from __future__ import annotations
 

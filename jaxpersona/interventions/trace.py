@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Int
 
 _BITS = 32
-Gates = dict[str, Any]  # index of a table with a gate, as a string → state of the gate
+Gates = dict[str, Any]  # index of a gated table, as a string → state of its gate
 
 
 class Applied(flax.struct.PyTreeNode):
@@ -126,8 +126,8 @@ class Trace:
           norm: the weight [D] of the next block's first norm, or None after the last block.
 
         Returns:
-          The residual stream after the block, and the output of the next block's first norm if the
-          kernel of `kernels.edit` computed this output, else None.
+          The residual stream after the block, and the output of the next block's first norm (None
+          unless the kernel of `kernels.edit` computed it).
 
         Raises:
           UserError: the kernel is requested, but does not support an edit or a reading at this
@@ -158,7 +158,7 @@ class Trace:
         return done.h, done.normed
 
     def _active(self, number: int, edit: Prepared) -> jax.Array:
-        """Return a mask [B, T] of the tokens that a table's `where` selects and its gate admits."""
+        """Return a mask [B, T] of the tokens that `where` selects and at which the gate is open."""
         active = self.active[number]
         return active if edit.gate is None else active & self.opened[number]
 
