@@ -1,7 +1,7 @@
 """Attention for long prompts on TPUs: JAX's splash attention kernel.
 
 The kernel computes the scores of a block of queries and keys in on-chip memory, without writing the
-scores to the device memory. Blocks that are fully masked by the causal mask or by a sliding window
+scores to device memory. Blocks that are fully masked by the causal mask or by a sliding window
 are skipped. The XLA implementation (`nn.attention`) is the reference.
 """
 
