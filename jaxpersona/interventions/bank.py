@@ -233,7 +233,7 @@ def numbers(name: str, value: Any) -> Any:
         return jnp.asarray(value, jnp.float32)
     try:
         array = np.asarray(value)
-    except (TypeError, ValueError):  # such as nested lists of different lengths
+    except (TypeError, ValueError):  # NumPy rejects nested lists of different lengths
         array = np.empty(0, object)
     if array.dtype.kind in "iuf" or array.dtype.name == "bfloat16":
         return array.astype(np.float64)

@@ -212,8 +212,8 @@ def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
             entries: int | None = None, site: Site = "residual") -> Interventions:
     """Allocate empty tables of fixed capacity, to be filled by `stack_rows(…, into=)`.
 
-    The tables accept rank-one edits without a gate or a push direction. Replacing
-    their edits does not trigger recompilation.
+    The tables accept rank-one edits without a gate or a push direction. Replacing their edits does
+    not trigger recompilation.
 
     Args:
       rows: the batch size B.
@@ -336,7 +336,7 @@ def _merge(members: dict[int, Table], rows: int, into: Table | None) -> Table:
     """Merge single-entry tables into one table that is indexed by row.
 
     Args:
-      members: row → the table of the row; other rows have no entry.
+      members: a dict from rows to their tables; all other rows have no entry.
       rows: the number of rows B.
       into: the reserved table to fill, or None to build a new table.
 

@@ -56,7 +56,7 @@ class Edit(Table, kw_only=True, repr=False):
 
     @property
     def key(self) -> tuple:
-        """The structure (see `Table.key`), including whether there is a push direction."""
+        """The table's structure (see `Table.key`), including whether it has a push direction."""
         return (*super().key, self.push is not None)
 
     def _prepared(self, like: jax.Array) -> PreparedEdit:

@@ -51,7 +51,7 @@ class Fusion:
           added: the MLP's output [B, T, D].
           edits: the tables of the site "residual" at this layer, in order.
           active: for each table, a mask [B, T] of the tokens that it edits.
-          readings: reading name → (reading, index of `layer` among the reading's layers).
+          readings: for each reading name, the reading and the index of `layer` among its layers.
           norm: the next block's first norm, which is applied to the result, or None after the last
             block.
 

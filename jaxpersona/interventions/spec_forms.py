@@ -51,7 +51,8 @@ def _direction_form(value: Any) -> Any:
     _numbers(value)
     rows = {len(row) if isinstance(row, list) else -1 for row in value}
     if len(rows) > 1:
-        raise UserError("must contain numbers, or lists of the same length, one per layer")
+        raise UserError("must contain only numbers, or only lists of the same length, one per "
+                        "layer")
     return value
 
 

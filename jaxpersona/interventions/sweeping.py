@@ -47,7 +47,7 @@ def sweep(
     """
     try:
         given = np.asarray(scales)
-    except ValueError:  # nested lists of different lengths
+    except ValueError:  # NumPy rejects nested lists of different lengths
         given = np.zeros(0)
     if given.ndim != 1 or not given.size or given.dtype.kind not in "fiu":
         raise UserError(f"scales is {scales!r:.60}; give a list of numbers, one per row")

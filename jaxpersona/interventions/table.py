@@ -91,7 +91,7 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         replaced (static).
     """
 
-    PAYLOAD: ClassVar[dict[str, int]] = {}  # field of a subclass → position of its axis n
+    PAYLOAD: ClassVar[dict[str, int]] = {}  # from a subclass's field to the position of its axis n
 
     where: Int[Array, "n 5"]
     origin: UInt[Array, " n"]
@@ -142,9 +142,10 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         return (table if table.entries == 1 else table._sharded(like))._prepared(like)
 
     def take(self, rows: np.ndarray) -> Self:
-        """Select rows: row i of the result has the entry of row rows[i], or no entry for −1.
+        """Select rows: row i of the result has the entry of row rows[i].
 
-        A table with one entry for all rows is returned unchanged.
+        If rows[i] is −1, row i of the result has no entry. A table with one entry for all rows is
+        returned unchanged.
 
         Raises:
           UserError: an index is out of range.
