@@ -299,8 +299,8 @@ def histogram(directions: Any, edges: Any, where: Where | str = response, *,
     count = None if picked is None else len(picked)  # if None, `chosen_layers` checks the shape
     if bounds.shape[1] not in (1, shape[1]) or (
             count is not None and bounds.shape[0] not in (1, count)):
-        raise UserError(f"edges has shape {bounds.shape}; it must match the shape of directions, "
-                        f"{shape}")
+        raise UserError(f"edges has shape {bounds.shape}, but directions has shape "
+                        f"{shape}; give edges [E] or [L, K, E] with the same L and K")
     return Capture({name: Histogram(**fields, edges=jnp.asarray(bounds, F32))})
 
 

@@ -93,7 +93,8 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
         """Return the initial state, before any token is read.
 
         Args:
-          layers, rows, slots, width: the numbers L, B, S and D.
+          layers, rows, slots: the numbers L, B and S.
+          width: the width D of the residual stream.
         """
         raise NotImplementedError
 

@@ -31,7 +31,7 @@ def float32(values: Any, field: str) -> np.ndarray:
         # an overflow results in infinity, which the caller rejects
         with np.errstate(over="ignore"):
             return np.asarray(values, np.float32)
-    except (OverflowError, TypeError, ValueError) as error:  # such as 10**400, {} or text
+    except (OverflowError, TypeError, ValueError) as error:  # NumPy rejects 10**400, {} or text
         raise UserError(f"{field} cannot be converted to float32 ({error})") from None
 
 
@@ -168,7 +168,7 @@ class Vector(Table):
         Raises:
           UserError: always.
         """
-        raise UserError(f"{self.kind} {self.name!r} has no thresholds, which only an Axis has; "
+        raise UserError(f"{self.kind} {self.name!r} has no thresholds, because it is not an Axis; "
                         "load an axis with jp.load_axis, or give the floor as numbers")
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -333,9 +333,9 @@ class Axis(Vector):
         known = self.percentiles[of]
         if percentile not in known:
             meant = f"p{percentile}"
-            raise UserError(f"percentile is {percentile!r}; "
-                            + (f"write {meant}; " if meant in known else "")
-                            + f"this axis has {', '.join(sorted(known, key=_by_number))}")
+            raise UserError(f"percentile is {percentile!r}"
+                            + (f" (write {meant})" if meant in known else "")
+                            + f"; this axis has {', '.join(sorted(known, key=_by_number))}")
         return known[percentile]
 
 
