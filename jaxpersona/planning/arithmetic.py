@@ -70,7 +70,7 @@ def weight_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh,
 
 
 def step_bytes(config: ModelConfig, dtype: Weights) -> int:
-    """Return the bytes of weights that a decode step reads: all but an untied embedding."""
+    """Return the bytes of weights that a decode step reads: all except an untied embedding."""
     if dtype == "bfloat16":
         return config.step_bytes(ITEM)
     whole = int8_layout(config)
@@ -129,7 +129,7 @@ def seconds(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,
 
     Returns:
       The seconds of a decode step (`decode_step`) and of a prefill (`prefill`), and the parts of
-      these times that the all-reduces take (`decode_sums`, `prefill_sums`).
+      these times that are spent in all-reduces (`decode_sums`, `prefill_sums`).
     """
     split, ways = sharding.ways(mesh, "ff"), sharding.ways(mesh, "batch")
     rows = shapes.batch // ways
@@ -146,7 +146,7 @@ def seconds(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,
 
 
 def run_hours(roofline: Mapping[str, float], shapes: Shapes, fraction: float) -> float:
-    """Return the hours for the rollouts of the published axis at a fraction of roofline speed.
+    """Return the hours to generate `ROLLOUTS` rollouts at a given fraction of roofline speed.
 
     Every reply is assumed to have the maximum length.
     """

@@ -102,9 +102,9 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
     check_process()
     chip, count = chips.parse(topology)
     if not isinstance(batch, int) or not isinstance(context, int):
-        raise UserError(f"batch is {batch!r:.60}, context is {context!r:.60}; give integers")
+        raise UserError(f"batch is {batch!r:.60}, context is {context!r:.60}; both must be ints")
     if batch < 1 or context < 2:
-        raise UserError(f"batch is {batch}, context is {context}; batch must be at least 1 and "
+        raise UserError(f"batch is {batch} and context is {context}; batch must be at least 1 and "
                         "context at least 2")
     if context > config.max_context:
         raise UserError(f"context is {context}; the model supports at most {config.max_context} "
@@ -176,7 +176,7 @@ def _checked(mesh: Mapping[str, int], count: int) -> dict[str, int]:
 
 def _mesh(sizes: Mapping[str, int], devices: Sequence[Device] | None,
           config: ModelConfig) -> Mesh | AbstractMesh:
-    """Return a mesh adapted to the model with `fit`; without devices, it is an AbstractMesh."""
+    """Return a mesh adapted to the model with `fit`; without devices, an `AbstractMesh`."""
     if devices is not None:
         return sharding.fit(sharding.make_mesh(**sizes, devices=devices), config)
     kinds = (AxisType.Explicit,) * len(sizes)
