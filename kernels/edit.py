@@ -157,8 +157,8 @@ def _normed(h: jax.Array, weight: jax.Array, eps: float, offset: float) -> jax.A
 def _block(width: int, itemsize: int, entries: int, directions: int, by_token: bool) -> int | None:
     """Return the largest number of tokens in a block that fits in `MEMORY`, or None if none fits.
 
-    The estimate includes two buffers for each of the four arrays [T, D], three float32 temporaries
-    of the size of a block, and the vectors of edits and readings.
+    The estimate includes two buffers for each of the two inputs and two outputs [T, D], three
+    float32 temporaries of the size of a block, and the vectors of edits and readings.
     """
     for tokens in _TOKENS:
         vectors = entries * 4 * width * (tokens if by_token else 8)
