@@ -1,11 +1,11 @@
 """Selection of the attention implementation for prefill, and cuDNN's flash attention.
 
-The XLA implementation (`nn.attention`) is the reference and supports every case. cuDNN on GPUs and
+The XLA implementation (`nn.attention`) is the reference and supports all models. cuDNN on GPUs and
 splash attention on TPUs do not write the scores to device memory, so these kernels are faster for
 long prompts. However, the kernels support only some shapes and dtypes, and attend only to the
 tokens of the current call. The selection happens at trace time. A requested implementation is never
-replaced by another. If "auto" uses XLA for a long prompt on a GPU or TPU, and the cache holds no
-earlier tokens, a warning gives the reason.
+replaced by another. If "auto" falls back to XLA for a long prompt on a GPU or TPU, although the
+cache contains no earlier tokens, a warning gives the reason.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def attention_implementation(
       platform: the devices' platform: "cpu", "gpu" or "tpu".
       dtype: the dtype of queries, keys and values.
       tokens: the number of queries per row, including padding.
-      fresh: whether the cache holds no earlier tokens, because it is new or there is none.
+      fresh: whether there are no earlier tokens, because the cache is new or there is no cache.
       capability: the GPU's compute capability.
       sharded: whether the arrays are sharded over a mesh.
       asked: the requested implementation, or "auto".
@@ -114,15 +114,15 @@ def choose(config: Any, asked: Asked, *, dtype: Any, tokens: int, fresh: bool, s
            platform: str) -> Implementation:
     """Choose the attention implementation for a platform, and test a kernel before its first use.
 
-    The tests are `cudnn_fault` and `splash_fault`. The function warns if "auto" uses XLA for a long
-    prompt on a GPU or TPU, and the cache holds no earlier tokens.
+    The tests are `cudnn_fault` and `splash_fault`. The function warns if "auto" falls back to
+    XLA for a long prompt on a GPU or TPU, although the cache contains no earlier tokens.
 
     Raises:
       UserError: `asked` is unknown, or a kernel is requested but not supported or fails its test.
     """
     capability = 0.0
     if platform == "gpu" and asked != "xla":
-        # on AMD devices, this attribute is a name, not a number
+        # on AMD GPUs, the compute capability is a name such as gfx90a, not a number
         version = str(getattr(_gpu(), "compute_capability", ""))
         capability = float(version) if version.replace(".", "", 1).isdigit() else 0.0
     chosen, reason = attention_implementation(
@@ -173,8 +173,8 @@ def flash(q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, length: jax.A
     """Compute causal attention among the tokens of each row (FlashAttention, Dao et al. 2022).
 
     Args:
-      q_btnh: queries [B, T, N, H].
-      k_btkh, v_btkh: keys and values [B, T, K, H] of the same tokens.
+      q_btnh: queries [B, T, N, H], with N heads of dimension H.
+      k_btkh, v_btkh: keys and values [B, T, K, H] of the same tokens, with K heads.
       length: [B] int32, the number of valid tokens per row; the other tokens are padding.
       scale: the factor applied to q·k.
       window: sliding-window size in tokens, including the query itself, or None.

@@ -1,4 +1,4 @@
-"""One pass over the residual stream: residual add, rank-one edits, counts, readings and norm.
+"""A fused kernel for the end of a block: residual add, rank-one edits, projections and norm.
 
 At the end of a layer, the MLP's output is added to the residual stream, the sum is projected onto
 the directions of edits and readings, and the edits and then the next norm are applied. XLA compiles
@@ -23,7 +23,7 @@ from jaxpersona.errors import UserError
 Implementation = Literal["xla", "pallas", "interpret"]
 F32 = jnp.float32
 MEMORY = 10 * 2**20  # bytes of on-chip memory for the blocks of one step; a TPU core has 16 MiB
-_BY_SUMS = 8  # up to this many projections are computed as sums; more use a matrix product
+_BY_SUMS = 8  # up to this many projections are computed as sums, more as a matrix product
 _TOKENS = (256, 128, 64, 32, 16, 8)  # possible sizes of a block, in tokens
 
 
@@ -107,7 +107,7 @@ def site(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit] = (), *,
         differentiable.
 
     Raises:
-      UserError: the implementation is unknown, or the smallest block exceeds the on-chip memory.
+      UserError: the implementation is unknown, or the smallest block does not fit in `MEMORY`.
     """
     if implementation == "xla":
         return reference(x, added, edits, directions=directions, before=before, norm=norm)
@@ -159,8 +159,8 @@ def _normed(h: jax.Array, weight: jax.Array, eps: float, offset: float) -> jax.A
 def _block(width: int, itemsize: int, entries: int, directions: int, by_token: bool) -> int | None:
     """Return the largest number of tokens in a block that fits in `MEMORY`, or None if none fits.
 
-    The pipeline holds two blocks of each of the four arrays [T, D], and the kernel about three
-    float32 arrays of the size of a block.
+    The estimate includes two buffers for each of the two inputs and two outputs [T, D], three
+    float32 temporaries of the size of a block, and the vectors of edits and readings.
     """
     for tokens in _TOKENS:
         vectors = entries * 4 * width * (tokens if by_token else 8)
@@ -172,7 +172,7 @@ def _block(width: int, itemsize: int, entries: int, directions: int, by_token: b
 
 def _run(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit], directions: jax.Array | None,
          before: int, norm: Norm | None, by_token: bool, interpret: bool) -> Site:
-    """Run the kernel on x [G, R, D]: G rows of R tokens, or R rows of one token if `by_token`."""
+    """Run the kernel on x [G, R, D]: G rows of R tokens or, if `by_token`, R rows of one token."""
     from jax.experimental import pallas as pl
 
     groups, count, width = x.shape
@@ -224,7 +224,7 @@ def _run(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit], directions: 
     if edits and by_token:
         made.append((jax.ShapeDtypeStruct((1, padded, len(edits)), jnp.int32),
                      per_token(len(edits))))
-    elif edits:  # sums over the tokens of a block
+    elif edits:  # one count per block of tokens
         made.append((jax.ShapeDtypeStruct((groups, steps, 1, len(edits)), jnp.int32),
                      pl.BlockSpec((None, None, 1, len(edits)), lambda g, t: (g, t, 0, 0))))
     if directions is not None:
@@ -268,7 +268,7 @@ def _kernel(*refs: Any, pushed: tuple[bool, ...], reads: int, before: int, by_to
         delta = jnp.minimum(jnp.maximum(s * p - p + c, lo - p), hi - p)
         delta = jnp.where(active[:, n : n + 1] != 0, delta, 0.0)
         moved = (h + delta * (v if push is None else push[...])).astype(dtype).astype(F32)
-        # h is kept where δ = 0, because h + 0 would turn −0 into 0
+        # keep h where δ = 0, because adding 0 would turn −0 into 0
         h = jnp.where(jnp.broadcast_to(delta, h.shape) != 0, moved, h)
         changed = jnp.where(delta != 0, 1.0, 0.0)
         if not by_token:

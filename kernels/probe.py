@@ -42,7 +42,7 @@ def fault(name: str, attend: Callable[..., jax.Array], *, dtype: str, head_dim: 
         return f"{name} failed its test ({type(error).__name__}: {text})"
     want = definition(q, np.repeat(k, groups, 2), np.repeat(v, groups, 2), length, window, softcap)
     worst = float(np.abs(got - want).max())
-    # the outputs are of order 1 and have a precision of at least eight bits
+    # a tolerance for outputs of order 1 with a precision of at least eight bits
     return None if worst < 0.05 else f"{name} failed its test (max error {worst:.3g})"
 
 

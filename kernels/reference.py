@@ -37,8 +37,8 @@ def rank_one_edit(
       implementation: "xla", the only implementation available.
 
     Returns:
-      The edited h in its own dtype, and [B, T] bool: True where the edit is active and δ ≠ 0.
-      Elsewhere h is bit-identical to the input.
+      The edited h in its original dtype, and a mask [B, T] bool, True where the edit is active and
+      δ ≠ 0. Elsewhere, h is bitwise equal to the input.
 
     Raises:
       UserError: the implementation is unknown.
@@ -48,8 +48,8 @@ def rank_one_edit(
     s, c, lo, hi = (number[:, None] for number in coefficients)
     wide = h.astype(jnp.float32)
     p = project(wide, direction) if columns is None else _by_product(wide, columns)
-    # Like (s − 1)·p, s·p − p is exactly 0 at s = 1. With (s − 1)·p, XLA would hoist the difference
-    # s − 1 of each layer out of the decode loop.
+    # s·p − p is exactly 0 at s = 1. The equivalent (s − 1)·p is avoided, because XLA would hoist
+    # s − 1 out of the decode loop for every layer.
     delta = jnp.clip(s * p - p + c, lo - p, hi - p)
     changed = active & (delta != 0)
     along = direction if push is None else push
@@ -61,7 +61,7 @@ def round_residual(x: jax.Array) -> jax.Array:
     """Round x to the precision of its dtype, even inside a fusion.
 
     XLA may keep a bfloat16 sum in float32 inside a fusion. Without this rounding, values that an
-    edit does not change could then differ in precision from those in a program without the edit.
+    edit does not change could differ in precision from those in a program without the edit.
     """
     if x.dtype == jnp.bfloat16:
         return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)

@@ -1,7 +1,7 @@
 """Attention for long prompts on TPUs: JAX's splash attention kernel.
 
 The kernel computes the scores of a block of queries and keys in on-chip memory, without writing the
-scores to the device memory. Blocks that are fully masked by the causal mask or by a sliding window
+scores to device memory. Blocks that are fully masked by the causal mask or by a sliding window
 are skipped. The XLA implementation (`nn.attention`) is the reference.
 """
 
@@ -31,8 +31,8 @@ def splash(q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, length: jax.
     The function is differentiable.
 
     Args:
-      q_btnh: queries [B, T, N, H].
-      k_btkh, v_btkh: keys and values [B, T, K, H] of the same tokens; K divides N.
+      q_btnh: queries [B, T, N, H], with N heads of dimension H.
+      k_btkh, v_btkh: keys and values [B, T, K, H] of the same tokens, with K heads; K divides N.
       length: [B] int32, the number of valid tokens per row; the other tokens are padding.
       scale: the factor applied to q·k.
       window: sliding-window size in tokens, including the query itself, or None.

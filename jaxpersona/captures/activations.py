@@ -32,8 +32,8 @@ class Mean(Reading, kw_only=True, repr=False):
     """The mean activation of the selected tokens, per message if `turns` is given.
 
     Attributes:
-      turns: M, to average each of the first M messages separately, or None for one mean over all
-        selected tokens.
+      turns: the number M of leading messages, each of which is averaged separately, or None for
+        one mean over all selected tokens.
     """
 
     needs_token: ClassVar[bool] = True

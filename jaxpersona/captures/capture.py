@@ -2,8 +2,8 @@
 
 A capture is a pytree of readings (`reading.Reading`). Every call of `forward` (a prefill, a chunk
 of a prompt or a decode step) updates the state of each reading. A mean over a generated text
-therefore requires neither a second forward pass nor an array [L, B, T, D]. Captures that are
-combined with `|` share one forward pass.
+therefore requires neither a second forward pass nor an array of all activations. Captures that
+are combined with `|` share one forward pass.
 
 Examples:
   >>> import jaxpersona as jp
@@ -197,8 +197,8 @@ def mean(where: Where | str = response, *, layers: Layers | None = None, site: S
         messages without thinking blocks.
       layers: the L layers to read, in a form that `steer` accepts; by default, all layers.
       site: the site to read (see `steer`).
-      turns: M, to average each of the first M messages separately; by default, all selected tokens
-        of a row are averaged together.
+      turns: the number M of leading messages, each of which is averaged separately; by default, all
+        selected tokens of a row are averaged together.
       name: the name of the result.
 
     Returns:
@@ -236,8 +236,8 @@ def projections(directions: Any, where: Where | str = everywhere, *, layers: Lay
 
     Args:
       directions: a named direction (`Axis` or `Vector`) or a list of named directions, whose values
-        at the chosen layers are used, or an array: [K, D], with the directions for all layers, or
-        [L, K, D], with K directions per chosen layer. All directions are normalized.
+        at the chosen layers are used, or an array: [K, D], with the same K directions at every
+        layer, or [L, K, D], with K directions per chosen layer. All directions are normalized.
       where, layers, site, name: as for `mean`; by default, all tokens are selected.
 
     Returns:
@@ -258,8 +258,8 @@ def moments(directions: Any, where: Where | str = response, *, layers: Layers | 
     """Capture the count, mean and variance of the projections of each row's selected tokens.
 
     These moments are updated online (Welford 1962), so the size of the state does not depend on the
-    length of the text. The arguments and errors are as for `projections`, but `where` has the
-    default of `mean`.
+    length of the text. The arguments and errors are as for `projections`, but `where` defaults to
+    `response`.
 
     Returns:
       A capture whose result is a `projections.Moments`: count [B], mean and variance [B, L, K].
@@ -277,9 +277,9 @@ def histogram(directions: Any, edges: Any, where: Where | str = response, *,
     Args:
       directions, layers, site, name: as for `projections`.
       where: as for `mean`.
-      edges: E ascending bin edges, as an array [E], or [L, K, E] with edges per chosen layer and
-        direction. Bin 0 counts p < edges[0], bin i counts edges[i − 1] ≤ p < edges[i], and bin E
-        counts p ≥ edges[E − 1].
+      edges: E ascending bin edges, as an array [E], or [L, K, E] with separate edges for each
+        chosen layer and direction. Bin 0 counts p < edges[0], bin E counts p ≥ edges[E − 1], and
+        each bin i between them counts edges[i − 1] ≤ p < edges[i].
 
     Returns:
       A capture whose result is [B, L, K, E + 1] int32.
@@ -299,8 +299,8 @@ def histogram(directions: Any, edges: Any, where: Where | str = response, *,
     count = None if picked is None else len(picked)  # if None, `chosen_layers` checks the shape
     if bounds.shape[1] not in (1, shape[1]) or (
             count is not None and bounds.shape[0] not in (1, count)):
-        raise UserError(f"edges has shape {bounds.shape}; it must match the shape of directions, "
-                        f"{shape}")
+        raise UserError(f"edges has shape {bounds.shape}, but directions has shape "
+                        f"{shape}; give edges [E] or [L, K, E] with the same L and K")
     return Capture({name: Histogram(**fields, edges=jnp.asarray(bounds, F32))})
 
 

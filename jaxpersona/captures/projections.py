@@ -30,8 +30,8 @@ class OnDirections(Reading, kw_only=True, repr=False):
     Attributes:
       directions: [L or 1, K, D] float32, unit length; a first axis of length 1 means the same
         directions at every layer.
-      model_origin: [1] uint32, the hash of the weights of the model that the directions were made
-        for (`params.origin`); 0 if unknown.
+      model_origin: [1] uint32, a hash of the weights of the directions' model (`params.origin`), or
+        0 if unknown.
     """
 
     directions: Float[Array, "L K D"]
@@ -62,7 +62,7 @@ class OnDirections(Reading, kw_only=True, repr=False):
         return self.reduce(self.project(h, index), weights, index)
 
     def reduce(self, p: jax.Array, weights: jax.Array, index: int) -> Any:
-        """Reduce the projections p [B, T, K] of one layer, and return the result of `read`."""
+        """Reduce the projections p [B, T, K] of one layer (see `Reading.read`)."""
         raise NotImplementedError
 
     def at(self, index: int) -> jax.Array:
@@ -132,7 +132,7 @@ class ProjectionMoments(OnDirections, kw_only=True, repr=False):
 
     def reduce(self, p: jax.Array, weights: jax.Array,
                index: int) -> tuple[jax.Array, jax.Array]:
-        """Return the mean and the sum of squared deviations of selected projections, [B, K]."""
+        """Return the mean and summed squared deviations of selected projections, each [B, K]."""
         w = weights[..., None].astype(F32)
         count = jnp.maximum(w.sum(1), 1.0)
         mean = (p * w).sum(1) / count
@@ -167,7 +167,7 @@ class Moments(flax.struct.PyTreeNode):
 
 
 class MomentState(State):
-    """The running moments of projections (Welford 1962), merged between calls (Chan et al. 1983).
+    """The running moments of projections (Welford 1962), merged across calls (Chan et al. 1983).
 
     Attributes:
       count: [B] float32, the number of selected tokens so far.

@@ -93,12 +93,13 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
         """Return the initial state, before any token is read.
 
         Args:
-          layers, rows, slots, width: the numbers L, B, S and D.
+          layers, rows, slots: the numbers L, B and S.
+          width: the width D of the residual stream.
         """
         raise NotImplementedError
 
     def weights(self, batch: Batch) -> Any:
-        """Return the weights for `read` and `update`: by default the selection, [B, T] bool."""
+        """Return the weights for `read` and `update`; by default, a token mask [B, T] bool."""
         return holds(self.where, batch)
 
     def read(self, h: jax.Array, weights: Any, index: int) -> Any:
@@ -133,9 +134,9 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
 
     @property
     def origin(self) -> UInt[Array, " n"] | np.ndarray:
-        """[n] uint32, the hash of the weights of the model that each direction was made for.
+        """[n] uint32, a hash of the weights of each direction's model (`params.origin`).
 
-        It is 0 if the model is unknown, or if the reading has no directions.
+        The value is 0 if the model is unknown, or if the reading has no directions.
         """
         return np.zeros(1, np.uint32)
 
@@ -160,7 +161,7 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
 
 
 class TokenState(State, repr=False):
-    """One value per cache slot, NaN for tokens that are not selected.
+    """One value per cache slot; NaN for slots without a selected token.
 
     Attributes:
       values: [L, B, S, …] float32.

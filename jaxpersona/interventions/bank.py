@@ -1,4 +1,4 @@
-"""Conversion of the directions, strengths and thresholds of operators to a canonical form.
+"""Conversion of an operator's directions, strengths and thresholds to a canonical form.
 
 In the shapes below, l is the number of chosen layers, L the number of layers of the model, and D
 the width of the residual stream. A direction has one of these forms:
@@ -34,7 +34,7 @@ from jaxpersona.runtime import is_traced
 Layers = int | slice | Sequence[int] | str
 _MANTISSA, _BIAS = 23, 127  # mantissa bits and exponent bias of float32
 _GREATEST = float(np.finfo(np.float32).max)
-# for each bound, the invalid infinity; the infinity of opposite sign means "no bound"
+# for each bound, the invalid infinity; the infinity of the opposite sign means "no bound"
 _OPEN = {"floor": np.inf, "above": np.inf, "ceiling": -np.inf, "below": -np.inf}
 
 
@@ -48,8 +48,8 @@ class Bank:
         direction applies to all rows.
       direction: [l, n, D], the unit vectors; a zero vector stays zero.
       norm: [l, n], the norms of the vectors before normalization.
-      origin: [n] uint32, the hash of the weights of the model that each direction was made for
-        (`params.origin`); 0 if unknown.
+      origin: [n] uint32, for each direction, a hash of its model's weights (`params.origin`), or 0
+        if unknown.
     """
 
     def __init__(self, vector: Any, layers: Layers, rows: Any, site: Site,
@@ -129,7 +129,7 @@ class Bank:
         return xp.broadcast_to(value, (value.shape[0], count, value.shape[2]))
 
     def spread(self, name: str, value: Any) -> Any:
-        """Broadcast a strength or threshold to [l, n].
+        """Broadcast a strength or threshold to [l, n], for l layers and n directions.
 
         Raises:
           UserError: the value is not numeric, `check_finite` rejects it, or its shape is invalid
@@ -175,7 +175,7 @@ def percentile(vector: Any, name: str, bound: Any, of: str) -> Any:
       vector: the direction, which must be an `Axis` if `bound` is a percentile name.
       name: the name of the bound in error messages.
       bound: the bound, as numbers or a percentile name.
-      of: the population of the percentile (`Axis.thresholds`).
+      of: the population over which the percentile is computed (`Axis.thresholds`).
 
     Raises:
       UserError: `vector` is not an `Axis`, or has no thresholds for the percentile or population.
@@ -191,10 +191,10 @@ def percentile(vector: Any, name: str, bound: Any, of: str) -> Any:
 def normalised(value: Any) -> tuple[Any, Any]:
     """Normalize vectors to unit length without overflow or underflow.
 
-    In float32, squares of numbers above 1.8e19 overflow and squares of numbers below 1e-23
+    In float32, squares of numbers above 1.8e19 overflow and squares of numbers below 1.1e-19
     underflow. Each vector is therefore first multiplied by a power of two, so that the magnitude of
-    its largest component is between 1/2 and 2. This multiplication is exact, unless a component
-    that is smaller by many orders of magnitude underflows.
+    its largest component is close to 1. The multiplication is exact, except for components that are
+    many orders of magnitude smaller and underflow.
 
     Args:
       value: [..., D], finite. If `value` is traced, it must be float32, and the results are
@@ -233,7 +233,7 @@ def numbers(name: str, value: Any) -> Any:
         return jnp.asarray(value, jnp.float32)
     try:
         array = np.asarray(value)
-    except (TypeError, ValueError):  # such as nested lists of different lengths
+    except (TypeError, ValueError):  # NumPy rejects nested lists of different lengths
         array = np.empty(0, object)
     if array.dtype.kind in "iuf" or array.dtype.name == "bfloat16":
         return array.astype(np.float64)

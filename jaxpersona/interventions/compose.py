@@ -26,7 +26,7 @@ class Interventions(flax.struct.PyTreeNode):
     """The edits of a forward pass, stored as tables (`table.Table`) that are applied in order.
 
     A table contains the edits of one operator for one site and a set of layers. The compiled
-    program contains no additional operations at layers without a table.
+    program contains no additional operations at layers without an edit or a gate.
 
     Attributes:
       edits: the tables.
@@ -92,8 +92,8 @@ class Interventions(flax.struct.PyTreeNode):
           rows: the number of rows B of the batch.
 
         Raises:
-          UserError: the interventions do not fit; the message contains the field, its value and
-            the fix.
+          UserError: the interventions do not fit; the message gives the field, its value and the
+            fix.
         """
         for edit in self.edits:
             gate = edit.gate
@@ -212,8 +212,8 @@ def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
             entries: int | None = None, site: Site = "residual") -> Interventions:
     """Allocate empty tables of fixed capacity, to be filled by `stack_rows(…, into=)`.
 
-    The tables accept rank-one edits without a gate or a push direction. Filling them with other
-    edits does not trigger recompilation.
+    The tables accept rank-one edits without a gate or a push direction. Replacing their edits does
+    not trigger recompilation.
 
     Args:
       rows: the batch size B.
@@ -262,14 +262,14 @@ def stack_rows(interventions: Sequence[Interventions | None], *,
 
     Tables of the same kind, site and gate structure are merged, so the number of tables does not
     grow with the number of rows that have different edits. Tables with equal content share an
-    entry. At a layer that a row does not edit, the row's entry leaves h unchanged.
+    entry. At a layer that a row does not edit, the row's entry has no effect.
 
     Args:
       interventions: one item per row, either interventions created without `rows=` or None for no
         edits.
       into: the tables to fill, from `reserve` or from an earlier call with `into=`. The result has
-        the same structure as `into`, so the compiled program is reused. It does not contain the
-        edits of the earlier call.
+        the same structure as `into`, so the compiled program is reused. The edits of an earlier
+        call are discarded.
 
     Raises:
       UserError: the argument is not a list or is empty, an item has the wrong type or was created
@@ -336,7 +336,7 @@ def _merge(members: dict[int, Table], rows: int, into: Table | None) -> Table:
     """Merge single-entry tables into one table that is indexed by row.
 
     Args:
-      members: row → the table of the row; other rows have no entry.
+      members: a dict from rows to their tables; all other rows have no entry.
       rows: the number of rows B.
       into: the reserved table to fill, or None to build a new table.
 

@@ -13,7 +13,7 @@ from jaxpersona.runtime import is_traced
 
 
 def call(name: str, *arguments: str) -> str:
-    """Format a call as `name(a, b)`, without empty arguments."""
+    """Format a call as `name(a, b)`, omitting empty arguments."""
     return f"{name}({', '.join(filter(None, arguments))})"
 
 

@@ -40,7 +40,7 @@ class Edit(Table, kw_only=True, repr=False):
     Attributes:
       direction: v̂ [l, n, D] float32, unit length.
       coefficients: (s, c, lo, hi) [l, n, 4] float32.
-      push: û [l, n, D] float32, the direction along which h moves; None for v̂.
+      push: û [l, n, D] float32, the direction along which h moves, or None to move h along v̂.
     """
 
     PAYLOAD: ClassVar[dict[str, int]] = {"direction": 1, "coefficients": 1, "push": 1}
@@ -56,17 +56,17 @@ class Edit(Table, kw_only=True, repr=False):
 
     @property
     def key(self) -> tuple:
-        """The structure (see `Table.key`), including whether there is a push direction."""
+        """The table's structure (see `Table.key`), including whether it has a push direction."""
         return (*super().key, self.push is not None)
 
     def _prepared(self, like: jax.Array) -> PreparedEdit:
-        """Split the table by layer; on a CPU, also precompute the result of `reference.twice`."""
+        """Split the table by layer; on a CPU, also precompute `reference.twice` for each layer."""
         cpu = on_cpu(like)
         return PreparedEdit(
             where=self.where, gate=self.gate, layers=self.layers, site=self.site,
             by_layer=tuple(LayerEdit(
                 direction=self.direction[i],
-                # as separate arrays, these are read once for all layers on TPUs, not once per layer
+                # separate arrays: TPUs then read the coefficients once, not once per layer
                 coefficients=tuple(self.coefficients[i, :, k] for k in range(4)),
                 push=None if self.push is None else self.push[i],
                 columns=twice(self.direction[i]) if cpu else None,
@@ -110,7 +110,7 @@ class LayerEdit(flax.struct.PyTreeNode):
     Attributes:
       direction: v̂ [B or 1, D] float32, unit length.
       coefficients: s, c, lo and hi, each [B or 1] float32.
-      push: û [B or 1, D] float32, or None for v̂.
+      push: û [B or 1, D] float32, along which h moves, or None to move h along v̂.
       columns: `reference.twice(direction)` on a CPU, else None.
     """
 

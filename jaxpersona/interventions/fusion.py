@@ -1,4 +1,4 @@
-"""One kernel for the end of a block: residual add, rank-one edits, projections, next norm."""
+"""One kernel for the end of a block: residual add, rank-one edits, projections and norm."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ class Fusion:
           added: the MLP's output [B, T, D].
           edits: the tables of the site "residual" at this layer, in order.
           active: for each table, a mask [B, T] of the tokens that it edits.
-          readings: reading name → (reading, index of `layer` among the reading's layers).
+          readings: for each reading name, the reading and the index of `layer` among its layers.
           norm: the next block's first norm, which is applied to the result, or None after the last
             block.
 
         Returns:
-          The kernel's result, and a dict from the name of each reading of projections to its
+          The kernel's result, and a dict from the name of each projection reading to its
           projections [B, T, K].
 
         Raises:
           UserError: the kernel does not support an edit, a reading, the platform, the width or the
-            number of directions; the message contains the reason.
+            number of directions; the message gives the reason.
         """
         found = [edit.at(layer, where) for edit, where in zip(edits, active, strict=True)
                  if isinstance(edit, PreparedEdit)]

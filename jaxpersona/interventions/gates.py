@@ -55,7 +55,7 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
 
     @staticmethod
     def gather(gates: Sequence[Gate]) -> Gate:
-        """Concatenate the first entries of gates with equal keys."""
+        """Concatenate the first entry of each gate; all gates must have equal keys."""
         return jax.tree.map(lambda *x: jnp.concatenate([y[:1] for y in x]), *gates)
 
     def condition(self) -> str:
@@ -105,7 +105,7 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
         mean = (state.total / jnp.maximum(state.count, 1.0))[:, None]
         opened = (state.count[:, None] > 0) & (mean >= lo) & (mean <= hi)
         gated = (kind & (LAST | GENERATED)) != 0
-        if self.within:  # apply the gate to all prompt tokens if this call contains the last one
+        if self.within:  # gate all prompt tokens if this call contains the last prompt token
             gated = gated | (kind & LAST).any(-1, keepdims=True)
         return opened & gated, state
 

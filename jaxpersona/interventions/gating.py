@@ -44,7 +44,7 @@ def gate(
         of n directions (`rows=`), `vector` may also contain n directions, one per direction of the
         bank, as an array [n, D] or a list.
       layer, site: the layer and the site at which the projection is measured, after the edits at
-        that site. The site must precede all gated sites.
+        that site. This site must precede all gated sites.
       above, below: the lower and the upper bound (inclusive), each a number or, for a bank, an
         array [n]. At least one is required; −inf for `above` and inf for `below` mean no bound.
       over: with "prompt", each row has one gate, which tests the mean projection over the prompt
@@ -71,8 +71,8 @@ def gate(
     if over not in ("prompt", "token"):
         raise UserError(f"over is {over!r}; it must be 'prompt' or 'token'")
     if within and over == "token":
-        raise UserError("within is only for over='prompt'; omit it, because a token gate always "
-                        "applies to the prompt's tokens")
+        raise UserError("within is only for over='prompt'; omit it, because a token gate is "
+                        "evaluated for each token")
     if not interventions.edits:
         raise UserError("interventions is empty; give interventions to gate")
     if where is None:

@@ -20,7 +20,7 @@ F32 = jnp.float32
 
 
 class Rotation(Table, kw_only=True, repr=False):
-    """A table of rotations within a plane.
+    """A table of rotations, each within its own plane.
 
     A rotation preserves ‖h‖ and the component of h orthogonal to the plane.
 
@@ -84,7 +84,7 @@ class PreparedRotation(Prepared, kw_only=True):
 
 
 class NormRestoration(Table, kw_only=True, repr=False):
-    """A table of edits that restore the norm that h had before all edits at its site and layer.
+    """A table of edits that reset the norm of h to its value before all edits at the same site.
 
     Attributes:
       amount: [l, n] float32, 1 to restore the norm or 0 for no change.
@@ -126,7 +126,7 @@ class PreparedNormRestoration(Prepared, kw_only=True):
 
 
 class Custom(Table, kw_only=True, repr=False):
-    """A table of edits by a user-defined function of the activation of one token.
+    """A table of edits that apply a user-defined function to the activation of each token.
 
     Attributes:
       params: a pytree of arrays [n, …], the function's parameters.
@@ -143,7 +143,7 @@ class Custom(Table, kw_only=True, repr=False):
 
     @property
     def key(self) -> tuple:
-        """The structure (see `Table.key`), including the function and its parameters' shapes."""
+        """The table's structure (`Table.key`), the function and its parameters' shapes."""
         leaves, tree = jax.tree.flatten(self.params)
         forms = tuple((x.shape[1:], str(x.dtype)) for x in leaves)
         return (*super().key, self.fn, tree, forms)

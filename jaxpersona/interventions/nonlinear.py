@@ -27,7 +27,7 @@ from jaxpersona.interventions.table import (
 from jaxpersona.interventions.where import Where, encoded, everywhere
 from jaxpersona.runtime import is_traced, own_rules
 
-# two unit vectors are collinear if the orthogonal component of the second is shorter than this
+# minimum length of the second unit vector's component orthogonal to the first
 _FLAT = 1e-6
 
 
@@ -54,8 +54,8 @@ def rotate(
       first, second: two directions that span the plane, each in a form that `steer` accepts.
       to: the target angle θ in radians, from b₁ toward b₂, as a number or an array (see the module
         `bank`).
-      by: the rotation angle in radians, in the same forms as `to`, which is added to the angle of
-        Ph to obtain θ. Give either `to` or `by`.
+      by: the rotation angle in radians, in the same forms as `to`; θ is then the angle of Ph plus
+        this angle. Give either `to` or `by`.
       layers, where, rows, site: as for `steer`.
 
     Raises:
@@ -137,8 +137,8 @@ def custom(
 
     Args:
       fn: a JAX-traceable function fn(params, h) → h, where h [D] float32 is the activation of one
-        token. `fn` is static, so each new function object triggers recompilation. Therefore, define
-        the function once, not as a lambda in each call.
+        token. `fn` is static, so each new function object triggers recompilation. Define the
+        function once, rather than as a new lambda for each call.
       params: a pytree of arrays. New values do not trigger recompilation. With `rows=`, each array
         is [n, …], with one entry per edit.
       rows: the index of each batch row's entry in `params`, or −1 for no edit.
@@ -168,7 +168,7 @@ def custom(
         leaves = [x[None] for x in leaves]
     sizes = {x.shape[0] if x.ndim else 0 for x in leaves} or {1}
     if len(sizes) > 1 or 0 in sizes:
-        raise UserError("with rows=, every array of params must be [n, …] with the same n")
+        raise UserError("with rows=, every array in params must have shape [n, …] with the same n")
     n = sizes.pop()
     spread = np.array([*range(n), *[n - 1] * (next_power(n) - n)], np.int32)
     leaves = [x[spread] for x in leaves]

@@ -47,10 +47,10 @@ def steer(
       where: the tokens to edit, as a token test or its name, such as "generated".
       rows: the index of each batch row's direction in the bank, or −1 for no edit.
       site: the activation to edit: "residual" (the residual stream after the block), "attention" or
-        "mlp" (the output of this part of the block).
+        "mlp" (the output of this sublayer).
 
     Raises:
-      UserError: a direction, strength, layer or row is invalid; the message names the argument,
+      UserError: a direction, strength, layer or row is invalid; the message gives the argument,
         its value and the fix.
 
     Examples:
@@ -165,7 +165,7 @@ def mean_ablate(
     rows: Any = None,
     site: Site = "residual",
 ) -> Interventions:
-    """Replace the component along a direction by that of a mean activation: h ← h + v̂·⟨μ − h, v̂⟩.
+    """Set the component along a direction to that of a mean activation: h ← h + v̂·⟨μ − h, v̂⟩.
 
     The component of h orthogonal to v̂ is unchanged.
 

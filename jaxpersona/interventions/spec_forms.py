@@ -51,7 +51,8 @@ def _direction_form(value: Any) -> Any:
     _numbers(value)
     rows = {len(row) if isinstance(row, list) else -1 for row in value}
     if len(rows) > 1:
-        raise UserError("must contain numbers, or lists of the same length, one per layer")
+        raise UserError("must contain only numbers, or only lists of the same length, one per "
+                        "layer")
     return value
 
 
@@ -128,7 +129,7 @@ Where_ = Annotated[Place, pydantic.BeforeValidator(_place_form), _OrName]
 
 
 class GateSpec(_Strict):
-    """The arguments of `gate`; `first_token` allows the measurement of each row's first token."""
+    """The arguments of `gate`; `first_token` is whether each row's first token may be measured."""
 
     vector: Direction
     layer: Index

@@ -1,4 +1,4 @@
-"""Interventions and captures from JSON, for the command line, files and services.
+"""Construction of interventions and captures from JSON specifications.
 
 A specification is a JSON object or a list of objects. A list of operators is applied in order:
 
@@ -157,7 +157,7 @@ def _reading(item: forms.Reading, model: Model, folder: pathlib.Path) -> Capture
 
 
 def _gate_place(gate: forms.GateSpec) -> Where | None:
-    """Return the token test for the measurement of a gate, or None for the default of `gate`."""
+    """Return the test for the tokens that a gate measures, or None for the default of `gate`."""
     if gate.where is None and not gate.first_token:
         return None
     usual = forms.Place(name="prompt" if gate.over == "prompt" else "everywhere")

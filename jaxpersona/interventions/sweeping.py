@@ -1,4 +1,4 @@
-"""The `sweep` operator, which returns one steering intervention per strength."""
+"""The `sweep` operator, which steers each batch row with its own strength."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def sweep(
     """
     try:
         given = np.asarray(scales)
-    except ValueError:  # nested lists of different lengths
+    except ValueError:  # NumPy rejects nested lists of different lengths
         given = np.zeros(0)
     if given.ndim != 1 or not given.size or given.dtype.kind not in "fiu":
         raise UserError(f"scales is {scales!r:.60}; give a list of numbers, one per row")

@@ -82,8 +82,8 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
 
     Attributes:
       where: encoded token tests [n, 5] int32.
-      origin: [n] uint32, the hash of the weights of the model that each direction was made for
-        (`params.origin`); 0 if unknown.
+      origin: [n] uint32, for each entry, a hash of the weights of its direction's model
+        (`params.origin`), or 0 if unknown.
       index: [B] int32, the index of each row's entry (−1 for no entry), or None.
       gate: the gate that must be open for the entries to apply, or None.
       layers, site: the layers and the site at which the table applies (static).
@@ -91,7 +91,7 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         replaced (static).
     """
 
-    PAYLOAD: ClassVar[dict[str, int]] = {}  # field of a subclass → position of its axis n
+    PAYLOAD: ClassVar[dict[str, int]] = {}  # from a subclass's field to the position of its axis n
 
     where: Int[Array, "n 5"]
     origin: UInt[Array, " n"]
@@ -142,9 +142,10 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         return (table if table.entries == 1 else table._sharded(like))._prepared(like)
 
     def take(self, rows: np.ndarray) -> Self:
-        """Select rows: row i of the result has the entry of row rows[i], or none for −1.
+        """Select rows: row i of the result has the entry of row rows[i].
 
-        A table with one entry for all rows is returned unchanged.
+        If rows[i] is −1, row i of the result has no entry. A table with one entry for all rows is
+        returned unchanged.
 
         Raises:
           UserError: an index is out of range.
@@ -247,7 +248,7 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
     def __repr__(self) -> str:
         """Return a summary in the form of a call, such as `cap(response, layers 4–7, residual)`.
 
-        It omits the vector and the coefficients.
+        The summary omits the vector and the coefficients.
         """
         rows = "" if self.rows is None else f"{self.rows} rows"
         edit = call(self.operator(), tests(self.where), layer_range(self.layers), self.site, rows)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Int
 
 _BITS = 32
-Gates = dict[str, Any]  # index of a table with a gate, as a string → state of the gate
+Gates = dict[str, Any]  # from the index of a gated table, as a string, to its gate's state
 
 
 class Applied(flax.struct.PyTreeNode):
@@ -86,12 +86,12 @@ class Trace:
         with jax.named_scope("capture"):
             self.weights = {name: reading.weights(batch)
                             for name, reading in capture.readings.items()}
-        # reading name → one reduction per layer
+        # for each reading name, one reduction per layer
         self.reductions: dict[str, list[Any]] = {name: [] for name in capture.readings}
 
     @property
     def highest(self) -> int:
-        """The highest layer that is read or edited, or −1 if no layer is."""
+        """The highest layer that is read or edited, or −1 if there is none."""
         used = [*self.layers.values(), *(edit.layers for edit in self.edits.edits)]
         return max((layers[-1] for layers in used), default=-1)
 
@@ -126,8 +126,8 @@ class Trace:
           norm: the weight [D] of the next block's first norm, or None after the last block.
 
         Returns:
-          The residual stream after the block, and the output of the next block's first norm if the
-          kernel of `kernels.edit` computed this output, else None.
+          The residual stream after the block, and the output of the next block's first norm (None
+          unless the kernel of `kernels.edit` computed it).
 
         Raises:
           UserError: the kernel is requested, but does not support an edit or a reading at this
@@ -158,7 +158,7 @@ class Trace:
         return done.h, done.normed
 
     def _active(self, number: int, edit: Prepared) -> jax.Array:
-        """Return a mask [B, T] of the tokens that a table's `where` selects and its gate admits."""
+        """Return a mask [B, T] of the tokens that `where` selects and at which the gate is open."""
         active = self.active[number]
         return active if edit.gate is None else active & self.opened[number]
 
@@ -179,11 +179,11 @@ class Trace:
         """Add the reductions of this call to the states of the capture.
 
         Args:
-          state: reading name → state before this call, or None without a capture.
+          state: the state of each reading before this call, by name, or None without a capture.
           slots: [B, T] int32, the cache slot of each token.
 
         Returns:
-          Reading name → state after this call.
+          The state of each reading after this call, by name.
 
         Raises:
           UserError: the states belong to another capture.

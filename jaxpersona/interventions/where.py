@@ -77,7 +77,7 @@ class Where:
         """
         restricted = self & Where(lo=lo, hi=hi)
         if restricted.lo >= restricted.hi:
-            raise UserError(f"within {lo}…{hi} contains no message; lo must be less than hi, and "
+            raise UserError(f"within({lo}, {hi}) contains no message; lo must be less than hi, and "
                             "chained ranges must overlap")
         return restricted
 

@@ -70,7 +70,7 @@ def weight_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh,
 
 
 def step_bytes(config: ModelConfig, dtype: Weights) -> int:
-    """Return the bytes of weights read per decode step: all except an untied embedding."""
+    """Return the bytes of weights that a decode step reads: all except an untied embedding."""
     if dtype == "bfloat16":
         return config.step_bytes(ITEM)
     whole = int8_layout(config)
@@ -80,7 +80,7 @@ def step_bytes(config: ModelConfig, dtype: Weights) -> int:
 
 
 def cache_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes) -> int:
-    """Return the size in bytes of one chip's shard of the key/value cache."""
+    """Return the size in bytes of one chip's shard of the KV cache."""
     whole = (shapes.batch, config.n_kv_heads, shapes.slots, config.head_dim)
     shard = NamedSharding(mesh, sharding.spec(KV_AXES, mesh)).shard_shape(whole)
     return 2 * config.n_layers * ITEM * math.prod(shard)
@@ -96,9 +96,10 @@ def activation_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Sha
     query chunk and their bfloat16 softmax. `bench/ahead.py` compares the estimate with XLA's value
     on an H200.
 
-    On a TPU without libtpu, the estimate is the sum of two bfloat16 arrays and one float32 array of
-    the residual stream's size, the float32 gate and up projections of the MLP and, without splash
-    attention, two float32 copies of the scores of one query chunk.
+    On a TPU, the estimate is the sum of two bfloat16 arrays and one float32 array of the residual
+    stream's size, the float32 gate and up projections of the MLP and, without splash attention, two
+    float32 copies of the scores of one query chunk. `plan` uses this estimate if libtpu is not
+    installed.
     """
     split = sharding.ways(mesh, "ff")
     rows = shapes.batch // sharding.ways(mesh, "batch")
@@ -128,7 +129,7 @@ def seconds(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,
 
     Returns:
       The seconds of a decode step (`decode_step`) and of a prefill (`prefill`), and the parts of
-      these times that the all-reduces take (`decode_sums`, `prefill_sums`).
+      these times that are spent in all-reduces (`decode_sums`, `prefill_sums`).
     """
     split, ways = sharding.ways(mesh, "ff"), sharding.ways(mesh, "batch")
     rows = shapes.batch // ways
@@ -145,7 +146,7 @@ def seconds(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,
 
 
 def run_hours(roofline: Mapping[str, float], shapes: Shapes, fraction: float) -> float:
-    """Return the hours that the published axis's rollouts take at a fraction of roofline speed.
+    """Return the hours to generate `ROLLOUTS` rollouts at a given fraction of roofline speed.
 
     Every reply is assumed to have the maximum length.
     """

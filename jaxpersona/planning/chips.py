@@ -97,6 +97,6 @@ def tpu_devices(topology: str) -> list[Device] | None:
                                                    chips_per_host_bounds=bounds)
     except Exception as error:  # libtpu raises errors of various types
         reason = str(error).split(": ", 1)[-1].splitlines()[0].rstrip(".")
-        raise UserError(f"topology is {topology!r}; libtpu does not support it ({reason}): use "
-                        f"{EXAMPLES}") from error
+        raise UserError(f"topology is {topology!r}, which libtpu does not support ({reason}); use "
+                        f"a topology such as {EXAMPLES}") from error
     return list(description.devices)

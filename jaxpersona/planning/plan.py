@@ -1,8 +1,8 @@
 """Estimates of a model's memory and speed on given chips, without weights or an accelerator.
 
-For TPUs, if libtpu is installed, prefill and decode are compiled ahead of time, and the compiled
-programs give the temporary memory, accessed bytes, kernels and collectives. Times are roofline
-estimates from published specifications, not measurements.
+For TPUs, if libtpu is installed, prefill and decode are compiled ahead of time. The temporary
+memory, accessed bytes, kernels and collectives are then read from the compiled programs. Times are
+roofline estimates from published specifications, not measurements.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Compiled:
     """Statistics of the compiled prefill and decode programs, per chip.
 
     Attributes:
-      prefill_temporaries, decode_temporaries: the bytes of temporary memory, without weights,
+      prefill_temporaries, decode_temporaries: the bytes of temporary memory, excluding weights,
         cache and outputs.
       operations: the operations of one decode step; empty if the step exceeds device memory.
       bytes: the bytes that one decode step accesses, according to the compiler's cost analysis; 0
@@ -67,7 +67,7 @@ class Compiled:
 
     @property
     def temporaries(self) -> int:
-        """The larger of both sizes, because prefill and decode do not run at the same time."""
+        """The larger of the two temporary sizes; prefill and decode do not run simultaneously."""
         return max(self.prefill_temporaries, self.decode_temporaries)
 
 
@@ -85,8 +85,8 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
         for the reply.
       cap_layers: the layers to cap; the capped program is compared with the uncapped program.
       mesh: the sizes of the axes "data", "fsdp" and "model". By default, "model" has the largest
-        size up to 16 that divides the number of chips and is valid for the model, and "data" has
-        the number of chips divided by this size.
+        size up to 16 that divides the number of chips and is valid for the model, and the size of
+        "data" is the number of chips divided by that of "model".
       dtype: the dtype of the weights, including the embedding and the head. Activations and the
         cache are bfloat16.
 
@@ -102,9 +102,9 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
     check_process()
     chip, count = chips.parse(topology)
     if not isinstance(batch, int) or not isinstance(context, int):
-        raise UserError(f"batch is {batch!r:.60}, context is {context!r:.60}; give integers")
+        raise UserError(f"batch is {batch!r:.60}, context is {context!r:.60}; both must be ints")
     if batch < 1 or context < 2:
-        raise UserError(f"batch is {batch}, context is {context}; batch must be at least 1 and "
+        raise UserError(f"batch is {batch} and context is {context}; batch must be at least 1 and "
                         "context at least 2")
     if context > config.max_context:
         raise UserError(f"context is {context}; the model supports at most {config.max_context} "
@@ -114,12 +114,12 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
     devices = chips.tpu_devices(topology) if chip.name in chips.TPUS else None
     if devices is not None and len(devices) != count:
         raise UserError(f"libtpu lists {len(devices)} devices for the {count} chips of topology "
-                        f"{topology!r}; plan needs one device per chip: use another topology")
+                        f"{topology!r}; use a topology with one device per chip")
     placed = _mesh(sizes, devices, config)
     ways = sharding.ways(placed, "batch")
     if batch % ways:
-        raise UserError(f"batch (--batch) is {batch}; the mesh divides rows into {ways} shards: "
-                        f"use a multiple of {ways}")
+        raise UserError(f"batch (--batch) is {batch}, but the mesh divides rows into {ways} "
+                        f"shards; use a multiple of {ways}")
     compiled = None
     if isinstance(placed, Mesh):
         compiled = compile_for(config, placed, shapes, cap_layers, dtype)
@@ -176,7 +176,7 @@ def _checked(mesh: Mapping[str, int], count: int) -> dict[str, int]:
 
 def _mesh(sizes: Mapping[str, int], devices: Sequence[Device] | None,
           config: ModelConfig) -> Mesh | AbstractMesh:
-    """Return a mesh adapted to the model with `fit`; without devices, it is an AbstractMesh."""
+    """Return a mesh adapted to the model with `fit`; without devices, an `AbstractMesh`."""
     if devices is not None:
         return sharding.fit(sharding.make_mesh(**sizes, devices=devices), config)
     kinds = (AxisType.Explicit,) * len(sizes)
@@ -193,7 +193,7 @@ def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
     same slope. Decode is compiled at full depth.
 
     Returns:
-      The statistics without a cap ("plain") and, if `cap_layers` is given, with it ("capped").
+      The statistics without a cap ("plain") and, if `cap_layers` is given, with a cap ("capped").
     """
     shallow, deep = (min(depth, config.n_layers) for depth in DEPTHS)
     arms: dict[str, tuple[int, ...]] = {"plain": ()}
@@ -230,7 +230,7 @@ def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
 
 def lowered(params: Params, config: ModelConfig, shapes: Shapes,
             cap_layers: Sequence[int]) -> tuple[Lowered, Lowered]:
-    """Lower greedy prefill and decode, with a cap at `cap_layers` if there are any.
+    """Lower prefill and decode with greedy sampling and, if `cap_layers` is given, with a cap.
 
     The leaves of `params` are arrays or `jax.ShapeDtypeStruct`s.
     """
@@ -280,8 +280,8 @@ def compare(compiled: Mapping[str, Compiled] | None,
     collectives and accessed bytes of a decode step with the cap. `added_fusions_per_layer` is the
     median number of kernels added per capped layer, and `added_fusions_once` is the number of other
     added kernels. `temporaries_by_program` contains the ratio of temporary memory with the cap to
-    that without it, for prefill and for decode. `temporaries_ratio` is the ratio of the larger of
-    prefill and decode with the cap to the larger of both without it.
+    temporary memory without the cap, for prefill and for decode. `temporaries_ratio` is the same
+    ratio for the maximum over prefill and decode.
     """
     names = ("collectives_per_layer", "added_collectives", "added_fusions_per_layer",
              "added_fusions_once", "added_bytes", "temporaries_ratio", "temporaries_by_program")

@@ -118,11 +118,11 @@ def fit(
     Args:
       model: the result of `load`.
       direction: the vector to train.
-      loss: the function to minimize, loss(output, batch) → scalar; JAX must be able to trace it.
-      batches: the training batches, used cyclically. Batches of equal shape share one compiled
-        program.
+      loss: the JAX-traceable function to minimize, loss(output, batch) → scalar.
+      batches: the training batches, which are cycled through in order. Batches of equal shape share
+        one compiled program.
       steps: the total number of steps, including those of an earlier run in `folder`.
-      optimizer: an optax optimizer; default: Adam with learning rate 0.05.
+      optimizer: an optax optimizer; by default, Adam with a learning rate of 0.05.
       folder: the folder for checkpoints, which are saved every fifty steps and at the end. A later
         call resumes from the last checkpoint. If None, no checkpoints are saved.
       progress: a function that is called after each step with (steps done, steps, loss).
@@ -189,7 +189,7 @@ def fit(
             learned, optimizer_state = checkpoints.restore(latest, (learned, optimizer_state))
             done = latest
             if done > steps:
-                raise UserError(f"steps is {steps}, but the last checkpoint in {folder} is of step "
+                raise UserError(f"steps is {steps}, but the last checkpoint in {folder} is at step "
                                 f"{done}; give a larger number, or use another folder")
         for number in range(done, steps):
             batch = batches[number % len(batches)]
@@ -218,7 +218,7 @@ class _Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The step of the last checkpoint, or None."""
+        """The step of the last checkpoint, or None if there is no checkpoint."""
         return self.manager.latest_step()
 
     def save(self, step: int, state: Any) -> None:
@@ -274,8 +274,8 @@ def _check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
                         "another folder")
     for field, value in settings.items():
         if stored.get(field) != value:
-            raise UserError(f"{folder}: the checkpoint does not match this direction: its {field} "
-                            f"is {stored.get(field)}, not {value}; use another folder")
+            raise UserError(f"{folder}: the checkpoint does not match this direction, because "
+                            f"its {field} is {stored.get(field)}, not {value}; use another folder")
 
 
 def _numbered(state: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Named directions, with metadata about the model and the site where a direction was measured.
 
-Interventions check the metadata of a `Vector`. A plain array has no metadata, so an array that is
-used with the wrong model or at the wrong site is not detected.
+Interventions check the metadata of a `Vector`. A plain array has no metadata, so using the array
+with the wrong model or at the wrong site is not detected.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def float32(values: Any, field: str) -> np.ndarray:
         # an overflow results in infinity, which the caller rejects
         with np.errstate(over="ignore"):
             return np.asarray(values, np.float32)
-    except (OverflowError, TypeError, ValueError) as error:  # such as 10**400, None or text
+    except (OverflowError, TypeError, ValueError) as error:  # NumPy rejects 10**400, {} or text
         raise UserError(f"{field} cannot be converted to float32 ({error})") from None
 
 
@@ -85,9 +85,9 @@ class Vector(Table):
       fingerprint: the model's fingerprint (sixteen hexadecimal digits), or "" if unknown.
       site: the site in the block at which the direction was measured.
       notes: additional metadata (strings and numbers), saved in the vector's file.
-      fingerprint_scheme: the version of the fingerprint (`params.SCHEME`). If the version is older,
-        only the half that depends on the configuration is compared with the model's fingerprint;
-        if it is newer, nothing is compared (`caps.fitted`).
+      fingerprint_scheme: the version of the fingerprint. If it is older than `params.SCHEME`, only
+        the half that depends on the configuration is compared with the model's fingerprint; if it
+        is newer, nothing is compared (`caps.fitted`).
 
     Raises:
       UserError: the values are not [L, D] or not finite, or another field is invalid.
@@ -152,7 +152,10 @@ class Vector(Table):
 
     @property
     def origin(self) -> int:
-        """The half of the fingerprint that depends on the weights; 0 if it cannot be compared."""
+        """The half of the fingerprint that depends on the weights, as an integer (`params.origin`).
+
+        The value is 0 if the fingerprint is unknown or its scheme is not `params.SCHEME`.
+        """
         return origin(self.fingerprint) if self.fingerprint_scheme == SCHEME else 0
 
     def at_layers(self, layers: tuple[int, ...]) -> np.ndarray:
@@ -165,7 +168,7 @@ class Vector(Table):
         Raises:
           UserError: always.
         """
-        raise UserError(f"{self.kind} {self.name!r} has no thresholds, which only an Axis has; "
+        raise UserError(f"{self.kind} {self.name!r} has no thresholds, because it is not an Axis; "
                         "load an axis with jp.load_axis, or give the floor as numbers")
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -187,14 +190,14 @@ class Vector(Table):
     __rmul__ = __mul__
 
     def __add__(self, other: Vector) -> Vector:
-        """Return the sum of two directions of one model and site."""
+        """Return the sum of two directions of the same model and site."""
         if not isinstance(other, Vector):
             return NotImplemented
         self._check_same(other)
         return self._with(self.values + other.values, f"{self.name} + {other.name}")
 
     def __sub__(self, other: Vector) -> Vector:
-        """Return the difference of two directions of one model and site."""
+        """Return the difference of two directions of the same model and site."""
         if not isinstance(other, Vector):
             return NotImplemented
         self._check_same(other)
@@ -216,7 +219,7 @@ class Vector(Table):
           UserError: the shape, the site or the fingerprint differs.
         """
         self._check_same(other)
-        # in float64, where no product of two float32 values overflows or vanishes
+        # in float64, where no product of two float32 values overflows or underflows
         mine, theirs = self.values.astype(np.float64), other.values.astype(np.float64)
         norms = np.linalg.norm(mine, axis=1) * np.linalg.norm(theirs, axis=1)
         return np.divide((mine * theirs).sum(1), norms, out=np.full(self.n_layers, np.nan),
@@ -241,7 +244,7 @@ class Vector(Table):
                 own, theirs, field = list(own.shape), list(theirs.shape), "shape"
             if field == "fingerprint" and not (
                     own and theirs and self.fingerprint_scheme == other.fingerprint_scheme):
-                continue  # unknown, or not comparable
+                continue  # a fingerprint is unknown, or the schemes differ
             if own != theirs:
                 raise UserError(f"{self.name!r} and {other.name!r} differ in {field} ({own} and "
                                 f"{theirs}); use directions of the same model and site")
@@ -265,8 +268,8 @@ class Axis(Vector):
 
     Attributes:
       percentiles: for each population of rollouts, a dict from percentile names, such as "p25", to
-        arrays [L] float32. The arrays contain percentiles of the projections of the rollouts' mean
-        response activations onto the unit axis.
+        arrays [L] float32. Each rollout is represented by the projection of its mean response
+        activation onto the unit axis.
 
     Raises:
       UserError: a field is invalid (see `Vector`), or a percentile is not one finite number per
@@ -330,9 +333,9 @@ class Axis(Vector):
         known = self.percentiles[of]
         if percentile not in known:
             meant = f"p{percentile}"
-            raise UserError(f"percentile is {percentile!r}; "
-                            + (f"write {meant}; " if meant in known else "")
-                            + f"this axis has {', '.join(sorted(known, key=_by_number))}")
+            raise UserError(f"percentile is {percentile!r}"
+                            + (f" (write {meant})" if meant in known else "")
+                            + f"; this axis has {', '.join(sorted(known, key=_by_number))}")
         return known[percentile]
 
 

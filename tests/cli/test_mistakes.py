@@ -186,7 +186,7 @@ def test_a_mistake_is_exactly_one_line_of_a_process(tmp_path, arguments, wanted)
     (["--cap", "run"], "run: is a folder; did you mean run/axis.safetensors?"),
     (["--cap", "empty"], "empty: is a folder; give a file"),
     (["--cap", "run/axis.safetensors", "--percentile", "25"],
-     "percentile is '25'; write p25; this axis has p5, p25, p50"),
+     "percentile is '25' (write p25); this axis has p5, p25, p50"),
 ])
 def test_settings_are_checked_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, arguments,
                                                        wanted):

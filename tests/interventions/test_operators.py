@@ -71,8 +71,8 @@ REFUSED = {
     "measured at site 'residual'": lambda: steer(AXIS, layers=1, site="mlp"),
     "of is 'all'": lambda: AXIS.thresholds("p25", of="all"),
     "percentile is 'p50'": lambda: AXIS.thresholds("p50", of="default"),
-    "percentile is 25; write p25; this axis has p25": lambda: AXIS.thresholds(25),
-    "'vector' has no thresholds, which only an Axis has": lambda: Vector(np.ones((4, 8)))
+    "percentile is 25 \\(write p25\\); this axis has p25": lambda: AXIS.thresholds(25),
+    "'vector' has no thresholds, because it is not an Axis": lambda: Vector(np.ones((4, 8)))
     .thresholds("p25"),
     "axis 'vector' has no thresholds; give the floor as numbers": lambda: Axis(np.ones((4, 8)))
     .thresholds("p25"),

@@ -210,7 +210,7 @@ def test_what_a_tpu_cannot_hold_is_measured_not_an_error(monkeypatch):
     (("--topology", "h200:8", "--mesh", "rows=2"), "give sizes of data"),
     (("--topology", "h200:8", "--mesh", "data=2,model=2"), "needs 4 chips; the topology has 8"),
     (("--topology", "h200:8", "--batch", "3", "--mesh", "data=8"),
-     "batch (--batch) is 3; the mesh divides rows into 8 shards: use a multiple of 8"),
+     "batch (--batch) is 3, but the mesh divides rows into 8 shards; use a multiple of 8"),
     (("--topology", "h200:8", "--context", "1"), "context is 1; batch must be at least 1"),
     (("--topology", "h200:8", "--context", "9999999"), "the maximum of random:llama-3.3-70b is"),
     (("--topology", "h200:8", "--cap", "70:90"), "out of range; layers must be in 0…79"),
@@ -257,7 +257,7 @@ def test_a_decode_turns_no_buffer_over(topology, mesh, reads, monkeypatch):
 @needs_libtpu
 def test_libtpu_s_refusal_is_one_line(capsys):
     code, _, said = run(capsys, "--topology", "v5e:3x5")
-    assert code == 2 and said.count("\n") == 1 and "libtpu does not support it" in said
+    assert code == 2 and said.count("\n") == 1 and "which libtpu does not support" in said
 
 
 def test_a_missing_libtpu_is_named_with_its_remedy(capsys, monkeypatch):

@@ -91,7 +91,7 @@ def test_a_stopped_training_ends_in_the_same_vector(tmp_path):
     with pytest.raises(ValueError, match="written with a different optimizer"):
         learn.fit(model, learn.Direction(32, layers=1), loss, rows, steps=80, folder=tmp_path,
                   optimizer=optax.sgd(0.1))
-    with pytest.raises(ValueError, match="is 30, but the last checkpoint in .* is of step 70"):
+    with pytest.raises(ValueError, match="is 30, but the last checkpoint in .* is at step 70"):
         learn.fit(model, learn.Direction(32, layers=1), loss, rows, steps=30, folder=tmp_path)
 
 
@@ -214,5 +214,5 @@ def test_a_training_is_not_resumed_with_another_model(tmp_path):
                          [batch([[5, 9, 8]])], steps=1, folder=tmp_path)
 
     train(s.tiny_model())
-    with pytest.raises(ValueError, match="does not match this direction: its model is"):
+    with pytest.raises(ValueError, match="does not match this direction, because its model is"):
         train(s.tiny_model(seed=1))
