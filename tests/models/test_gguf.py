@@ -320,9 +320,10 @@ def test_a_wrong_field_is_one_line(tmp_path, capsys, options, words):
     (lambda data: data[:4] + struct.pack("<I", 1) + data[8:], "GGUF version 1"),
     (lambda data: data[:4] + struct.pack(">I", 3) + data[8:], "big-endian"),
     (lambda data: data[:8] + struct.pack("<Q", 1 << 40) + data[16:], "declares 1099511627776"),
-    (lambda data: data.replace(b"qwen2", b"qwen9", 1), "architecture is 'qwen9'; supported are"),
-    (lambda data: entry(data, b"output.weight", kind=8 + 15 * 2), "type 38; supported are F32"),
-    (lambda data: entry(data, b"output.weight", kind=27), "has type I64; supported are F32"),
+    (lambda data: data.replace(b"qwen2", b"qwen9", 1),
+     "architecture is 'qwen9'; it must be one of"),
+    (lambda data: entry(data, b"output.weight", kind=8 + 15 * 2), "type 38; it must be one of F32"),
+    (lambda data: entry(data, b"output.weight", kind=27), "has type I64; it must be one of F32"),
     (lambda data: entry(data, b"output.weight", offset=0), "overlaps another tensor"),
     (lambda data: entry(data, b"output.weight", columns=1 << 60), "truncated: output.weight"),
 ], ids=lambda value: value if isinstance(value, str) else "")
