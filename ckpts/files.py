@@ -53,7 +53,7 @@ def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     Missing parent folders are created. If the block fails, the temporary folder is removed.
 
     Args:
-      folder: an absolute path, which does not exist or is an empty folder.
+      folder: an absolute path that does not exist or is an empty folder.
 
     Raises:
       UserError: `folder` is a file, is not empty or cannot be written, or the block raises an

@@ -115,8 +115,8 @@ def to_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
     head_dim = data.integer("attention.key_length", max(width // heads, 1))
     for key in ("attention.value_length", "rope.dimension_count"):
         if data.integer(key, head_dim) != head_dim:
-            raise UserError(f"{architecture}.{key} is {data.get(key)}; only the head dimension "
-                            f"({head_dim}) is supported")
+            raise UserError(f"{architecture}.{key} is {data.get(key)}; it must equal the head "
+                            f"dimension ({head_dim})")
     family = FAMILIES["mistral" if _is_mistral(fields, data) else architecture]
     theta = data.real("rope.freq_base") or 10_000.0
     if not 1 <= theta <= 1e12:

@@ -124,7 +124,7 @@ class _Plain:
 
     def _array(self, value: Any) -> np.ndarray:
         if not value.is_floating_point():
-            raise TypeError(f"it contains a {value.dtype} tensor; directions must be floats")
+            raise TypeError(f"it contains {value.dtype} values; use float tensors")
         if value.numel() > self.size:  # possible for an expanded view of a small storage
             raise UserError(f"a tensor declares {value.numel()} elements, but the file has "
                             f"{self.size} bytes")

@@ -206,8 +206,8 @@ def check_ids(ids: np.ndarray, vocabulary: int | None, what: str, tokenizer: Any
     raise UserError(
         f"{what} contains the token id {wrong}{written}; token ids must be in 0…{most - 1}"
         + ("" if vocabulary is None else ", the row indices of the model's embedding")
-        + (": the tokenizer has tokens that the model does not have, so remove them from the text "
-           "or use the model's own tokenizer" if written else "")
+        + (". The tokenizer has tokens that the model does not have; remove them from the text, or "
+           "use the model's own tokenizer" if written else "")
     )
 
 

@@ -17,10 +17,10 @@ from jaxpersona.models.int8 import Int8, quantized
 from jaxpersona.models.params import Layer, Params, Spec, collect_sums, dispatch_sums, layout
 from jaxpersona.models.weight import F32, Dense, Weight, joined, transposed
 
-# input dimensions of each weight in a block's matrix products
+# number of input dimensions of each weight in a block's matrix products
 PRODUCTS = {"wq_nhd": 1, "wk_khd": 1, "wv_khd": 1, "wo_dnh": 2, "w_gate_fd": 1, "w_up_fd": 1,
             "w_down_df": 1}
-TABLES = {"embed_vd": 1, "head_vd": 1}  # input dimensions of the embedding and the output head
+TABLES = {"embed_vd": 1, "head_vd": 1}  # number of input dimensions of embedding and output head
 _QKV = ("wq_nhd", "wk_khd", "wv_khd")
 _GATE_UP = ("w_gate_fd", "w_up_fd")
 

@@ -303,7 +303,7 @@ def test_digits_are_split_before_spaces_are_grouped():
     ({"fields": {"qwen2.expert_count": 8}}, "qwen2.expert_count is 8"),
     ({"fields": {"qwen2.rope.scaling.type": "yarn"}}, "rope.scaling.type is 'yarn'"),
     ({"fields": {"qwen2.block_count": 1 << 30}}, "the maximum is 1024"),
-    ({"fields": {"qwen2.rope.dimension_count": 8}}, "only the head dimension"),
+    ({"fields": {"qwen2.rope.dimension_count": 8}}, "must equal the head dimension"),
     ({"fields": {"split.count": 3}}, "one of 3 parts"),
     ({"fields": {"tokenizer.ggml.pre": "bailingmoe"}}, "tokenizer.ggml.pre is 'bailingmoe'"),
     ({"fields": {"tokenizer.ggml.model": "rwkv"}}, "tokenizer.ggml.model is 'rwkv'"),
