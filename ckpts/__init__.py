@@ -1,1 +1,1 @@
-"""Checkpoint formats (Hugging Face, Orbax, GGUF), vector files and the embedded model."""
+"""Checkpoint formats (Hugging Face, Orbax, GGUF), vector files and the model "mini"."""

@@ -32,7 +32,8 @@ from jaxpersona.models.prepared import PRODUCTS
 from jaxpersona.models.weight import LowRank, Weight
 
 WEIGHTS = "adapter_model.safetensors"
-# patterns whose matching time is exponential in the length of the name, or a high power of it
+# Regular expressions with nested or many repetitions are rejected, because matching could take
+# exponential or high-degree polynomial time.
 _NESTED, _REPEATED = re.compile(r"\)[*+{]"), re.compile(r"[*+{]")
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 # PEFT settings that can change the computation, each with the values that leave it unchanged
@@ -43,7 +44,7 @@ _INACTIVE: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None, []), "use_qalora": (False, None),
     "arrow_config": (None,), "use_bdlora": (None, False),
 }
-# prefixes of the values of init_lora_weights whose initialization also changes the base weights
+# prefixes of the `init_lora_weights` values that also change the base weights
 _CHANGED_BASE = ("pissa", "olora", "loftq", "corda")
 
 
@@ -68,7 +69,7 @@ def read_adapter(folder: pathlib.Path, config: ModelConfig) -> dict[str, Pair]:
       config: the configuration of the base model.
 
     Returns:
-      The updates of the weights that the adapter changes, by tensor name in the base checkpoint.
+      The update of each weight that the adapter changes, by tensor name in the base checkpoint.
 
     Raises:
       UserError: the folder is not a LoRA adapter, or the adapter uses an unsupported feature or
@@ -124,8 +125,8 @@ def _setting(raw: Mapping[str, Any], key: str, patterns: str, module: str,
              place: pathlib.Path) -> float:
     """Return the rank or α of a module: the value of the first matching pattern, or the default.
 
-    As in PEFT, a pattern is a regular expression that must match the whole name of the module, or
-    the rest of the name after one of its dots.
+    As in PEFT, a pattern is a regular expression that must match the whole name of the module or
+    the part of the name after any of its dots.
     """
     value = raw.get(key, 8)
     table = raw.get(patterns) or {}
@@ -134,7 +135,7 @@ def _setting(raw: Mapping[str, Any], key: str, patterns: str, module: str,
     for pattern, own in table.items():
         if len(pattern) > 1000 or len(_REPEATED.findall(pattern)) > 4 or _NESTED.search(pattern):
             raise UserError(f"{place}: {patterns} has {pattern!r:.60}, which may take too long to "
-                            "match; use the names of the modules as keys")
+                            "match; use module names as keys")
         try:
             matched = re.match(rf"(.*\.)?({pattern})$", module)
         except re.error:
@@ -151,7 +152,7 @@ def _setting(raw: Mapping[str, Any], key: str, patterns: str, module: str,
 
 def _paired(entries: Mapping[str, Entry], expected: Mapping[str, names.Tensor],
             config: ModelConfig) -> tuple[dict[str, tuple[Entry, Entry]], list[str]]:
-    """Return the factors (A, B) of each weight by tensor name, and a list of all mismatches."""
+    """Return the factors (A, B) of each weight by tensor name, and a list of all errors."""
     by_weight: dict[str, dict[str, Entry]] = {}
     faults = []
     for name, entry in sorted(entries.items()):
@@ -165,7 +166,7 @@ def _paired(entries: Mapping[str, Entry], expected: Mapping[str, names.Tensor],
             faults.append(f"{name}: the model has no weight {weight}")
         elif entry.dtype not in DTYPES or len(entry.shape) != 2:
             faults.append(f"{name}: dtype is {entry.dtype} and shape is {list(entry.shape)}; a "
-                          "factor must be a matrix, and its dtype one of "
+                          "factor must be a matrix with one of the dtypes "
                           f"{', '.join(DTYPES)}")
         else:
             by_weight.setdefault(weight, {})[match[2]] = entry
@@ -188,7 +189,7 @@ def merged(params: Params, config: ModelConfig, updates: Mapping[str, Pair]) -> 
     """Return parameters with the updates added to the weights (see `add_pair`).
 
     Raises:
-      UserError: a weight that has an update is int8.
+      UserError: an update applies to an int8 weight.
     """
     def add(w: jax.Array, spec: Spec, pair: Pair) -> jax.Array:
         if isinstance(w, Weight):
@@ -208,8 +209,8 @@ def add_pair(w: jax.Array, spec: Spec, pair: Pair) -> jax.Array:
 def attached(params: Params, config: ModelConfig, updates: Mapping[str, Pair]) -> Params:
     """Return parameters in which each weight with an update is a `weight.LowRank`.
 
-    A `LowRank` contains the unchanged base weight and the update. The updates have the dtype of the
-    activations, even if the base weights are int8.
+    The `LowRank` contains the unchanged base weight and the update. The update has the dtype of the
+    activations, even if the base weight is int8.
     """
     dtype = params.like.dtype
 
@@ -232,7 +233,7 @@ def attached(params: Params, config: ModelConfig, updates: Mapping[str, Pair]) -
 
 def _changed(params: Params, config: ModelConfig, updates: Mapping[str, Pair],
              change: Any) -> Params:
-    """Return parameters with `change(weight, spec, update)` in place of each updated weight."""
+    """Replace each weight that has an update with the result of `change(weight, spec, update)`."""
     tensors = names.tensors(config)
 
     def one(holder: Any, layout: Any, field: str) -> Any:

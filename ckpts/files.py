@@ -42,7 +42,7 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
-        with contextlib.suppress(OSError):  # an invalid parent folder was reported above
+        with contextlib.suppress(OSError):  # an invalid parent folder has already raised an error
             temporary.unlink(missing_ok=True)
 
 
@@ -53,7 +53,7 @@ def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     Missing parent folders are created. If the block fails, the temporary folder is removed.
 
     Args:
-      folder: an absolute path, which does not exist or is an empty folder.
+      folder: an absolute path that does not exist or is an empty folder.
 
     Raises:
       UserError: `folder` is a file, is not empty or cannot be written, or the block raises an
@@ -80,8 +80,8 @@ def leftovers(folder: pathlib.Path) -> list[tuple[pathlib.Path, str, int]]:
     """List the temporary files of `atomic` in a folder, including those of killed processes.
 
     Returns:
-      A tuple per temporary file: its path, the name of the file that it was to replace, and the id
-      of the process that wrote it.
+      For each temporary file, a tuple of its path, the name of its target file, and the id of the
+      process that wrote it.
     """
     files = []
     with os.scandir(folder) as entries:
@@ -93,7 +93,7 @@ def leftovers(folder: pathlib.Path) -> list[tuple[pathlib.Path, str, int]]:
 
 
 def parse_field(text: str, field: str, kind: type) -> Any:
-    """Parse a header field as JSON and check that the value is a `kind` (`dict` or `list`).
+    """Parse a header field as JSON and check that the value has type `kind` (`dict` or `list`).
 
     Raises:
       UserError: the text is invalid JSON, is nested too deeply, or has the wrong JSON type.
@@ -111,7 +111,7 @@ def parse_field(text: str, field: str, kind: type) -> Any:
 
 
 def scheme_of(fingerprint: Any, scheme: Any) -> int:
-    """Return the version of a file's fingerprint algorithm, from its header fields.
+    """Return the version of the algorithm that computed a file's fingerprint.
 
     The version is 1 if the file has a fingerprint but no scheme, because files of the first version
     do not store a scheme. It is the current `SCHEME` if the file has no fingerprint.
@@ -149,8 +149,8 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray],
                   metadata: Mapping[str, str]) -> None:
     """Write a safetensors file atomically; equal content always produces equal bytes.
 
-    For this reason, tensors and metadata are sorted by name. The safetensors library does not
-    guarantee an order.
+    Tensors and metadata are sorted by name, because the safetensors library does not guarantee an
+    order.
     """
     with atomic(path) as temporary, open(temporary, "wb") as file:
         for piece in _pieces(tensors, metadata):
@@ -159,7 +159,7 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray],
 
 def header_of(shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
               metadata: Mapping[str, str]) -> bytes:
-    """Return the header that `write_tensors` writes, including the 8 bytes of its length.
+    """Return the header that `write_tensors` writes, preceded by its length in 8 bytes.
 
     Args:
       shapes: the dtype and shape of each tensor, by name.
@@ -187,7 +187,7 @@ def read_tensors(path: str | os.PathLike, limit: int | None = None,
       The arrays by tensor name, and the metadata.
 
     Raises:
-      UserError: the file is missing, too large or invalid; the message names it.
+      UserError: the file is missing, too large or invalid; the message names the file.
     """
     entries, metadata = read_entries(path, limit)
     return {name: read_slice(entry) for name, entry in entries.items()}, metadata

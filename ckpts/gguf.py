@@ -1,8 +1,8 @@
 """Control vectors in llama.cpp's GGUF format.
 
-llama.cpp adds the tensor `direction.N` to the residual stream after block N (zero-based). In this
-package, this position is layer N. The format cannot store layer 0, because llama.cpp rejects a
-tensor `direction.0`.
+llama.cpp adds the tensor `direction.N` to the residual stream after block N (zero-based), which is
+layer N in this package. The format cannot store layer 0, because llama.cpp rejects a tensor
+`direction.0`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from jaxpersona.models.config import MAX_LAYERS
 from jaxpersona.vectors.vector import CONTROL_VECTOR, Axis, Vector
 
 ARCHITECTURE = "controlvector"
-VECTOR_BYTES = 1 << 30  # maximum size of a vector file; the file for a 405B model is 8 MB
-_MAX_ELEMENTS = 1 << 16  # maximum number of array elements in a header; `write` writes no arrays
+VECTOR_BYTES = 1 << 30  # maximum size of a vector file in bytes; a 405B model needs 8 MB
+_MAX_ELEMENTS = 1 << 16  # maximum number of array elements in the metadata; `write` stores none
 # fields of a `Vector` that are stored under the keys `jaxpersona.<field>`
 _OURS = ("kind", "name", "model", "fingerprint", "fingerprint_scheme", "layers", "notes")
 
 
 def read(path: str | os.PathLike) -> Vector:
-    """Read a control vector; layers missing from the file are zero.
+    """Read a control vector; layers that are missing from the file are zero.
 
     The result is an `Axis` if `write` stored an axis.
 
@@ -53,7 +53,7 @@ def read(path: str | os.PathLike) -> Vector:
     require_file(path, VECTOR_BYTES)
     try:
         reader = gguf.GGUFReader(path)
-    except Exception as error:  # gguf does not check bounds, and NumPy's errors are unclear
+    except Exception as error:  # gguf does not check bounds, so any NumPy error may occur
         raise UserError(damaged) from error
     try:
         return _build(gguf, reader, path.stem)
@@ -102,12 +102,12 @@ def _build(gguf: Any, reader: Any, stem: str) -> Vector:
                             f"direction.1 to direction.{MAX_LAYERS - 1}")
         value = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
         if value.ndim != 1:
-            raise UserError(f"{tensor.name} has {value.ndim} dimensions; it must have one")
+            raise UserError(f"{tensor.name} has {value.ndim} dimensions; it must be a vector")
         directions[int(number[1])] = value
     widths = {value.size for value in directions.values()}
     if len(widths) != 1 or 0 in widths:
         raise UserError("the file contains no direction" if not widths - {0} else
-                        f"directions have different widths {sorted(widths)}")
+                        f"the directions have different widths {sorted(widths)}")
     ours = {name: field(f"jaxpersona.{name}") for name in _OURS}
     layers = max(*directions, int(ours["layers"] or 0) - 1) + 1
     if layers > MAX_LAYERS:
@@ -124,7 +124,7 @@ def _build(gguf: Any, reader: Any, stem: str) -> Vector:
 
 
 def write(path: str | os.PathLike, vector: Vector) -> list[str]:
-    """Write a direction as a control vector file, atomically.
+    """Write a direction as a control vector; the file is written atomically.
 
     Returns:
       Descriptions of the parts of the direction that GGUF cannot store.

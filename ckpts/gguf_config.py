@@ -18,7 +18,7 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
 GEMMA = ("gemma2", "gemma3")
 # layer counts of the 27B models, whose query_pre_attn_scalar is hidden_size / num_attention_heads
 _27B = {"gemma2": 46, "gemma3": 62}
-# keys under "<architecture>." that this module reads or checks, or that cannot change the output
+# keys with the prefix "<architecture>." that are read or checked here, or that have no effect
 _KNOWN = frozenset("""
     block_count embedding_length feed_forward_length context_length vocab_size
     attention.head_count attention.head_count_kv attention.key_length attention.value_length
@@ -28,7 +28,7 @@ _KNOWN = frozenset("""
     rope.scaling.original_context_length rope.scaling.finetuned rope.scale_linear
     expert_count expert_used_count use_parallel_residual tensor_data_layout
 """.split())
-# unsupported keys, each with the only accepted value, which has no effect
+# unsupported keys, each with its only accepted value, which does not change the computation
 _UNSUPPORTED = {"expert_count": 0, "use_parallel_residual": False, "attention.causal": True,
                 "logit_scale": 1.0, "residual_scale": 1.0, "embedding_scale": 1.0,
                 "attention.clamp_kqv": 0.0, "attention.max_alibi_bias": 0.0}
@@ -37,8 +37,8 @@ _UNSUPPORTED = {"expert_count": 0, "use_parallel_residual": False, "attention.ca
 def check_architecture(name: str) -> None:
     """Raise UserError unless the architecture is supported."""
     if name not in ARCHITECTURES:
-        raise UserError(f"architecture is {name!r:.80}; supported are {', '.join(ARCHITECTURES)} "
-                        "(Mistral models have architecture 'llama')")
+        raise UserError(f"architecture is {name!r:.80}; it must be one of "
+                        f"{', '.join(ARCHITECTURES)} (Mistral models have architecture 'llama')")
 
 
 class _Metadata:
@@ -78,7 +78,7 @@ class _Metadata:
 
 def to_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
               rope_divisors: np.ndarray | None, place: str) -> ModelConfig:
-    """Convert the metadata of a GGUF model to a configuration.
+    """Convert the metadata of a GGUF model to a `ModelConfig`.
 
     Unknown fields are ignored with a warning.
 
@@ -89,7 +89,7 @@ def to_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
       place: the file's name, for warnings.
 
     Raises:
-      UserError: a field is missing, malformed or not supported; the message names it.
+      UserError: a field is missing, malformed or not supported; the message names the field.
     """
     architecture = fields.get("general.architecture")
     if not isinstance(architecture, str):
@@ -103,7 +103,7 @@ def to_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
                             "supported")
     if unknown := [key for key in data.unknown()
                    if key.removeprefix(architecture + ".") not in _UNSUPPORTED]:
-        warnings.warn(f"{place}: ignored the unknown fields {reprlib.repr(unknown)}", UserWarning,
+        warnings.warn(f"{place}: ignored unknown fields {reprlib.repr(unknown)}", UserWarning,
                       stacklevel=4)
     embedding = shapes.get("token_embd.weight", ())
     if len(embedding) != 2:
@@ -115,12 +115,12 @@ def to_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
     head_dim = data.integer("attention.key_length", max(width // heads, 1))
     for key in ("attention.value_length", "rope.dimension_count"):
         if data.integer(key, head_dim) != head_dim:
-            raise UserError(f"{architecture}.{key} is {data.get(key)}; only the head dimension "
-                            f"({head_dim}) is supported")
+            raise UserError(f"{architecture}.{key} is {data.get(key)}; it must equal the head "
+                            f"dimension ({head_dim})")
     family = FAMILIES["mistral" if _is_mistral(fields, data) else architecture]
     theta = data.real("rope.freq_base") or 10_000.0
     if not 1 <= theta <= 1e12:
-        raise UserError(f"{architecture}.rope.freq_base is {theta}; it must be from 1 to 1e12")
+        raise UserError(f"{architecture}.rope.freq_base is {theta}; it must be between 1 and 1e12")
     raw: dict[str, Any] = {
         "architectures": [family.architecture], "vocab_size": embedding[0], "hidden_size": width,
         "num_hidden_layers": layers, "num_attention_heads": heads, "head_dim": head_dim,
@@ -171,15 +171,15 @@ def _scaling(data: _Metadata) -> dict[str, Any] | None:
         return None
     if kind == "linear":
         return {"rope_type": "linear", "factor": 1.0 if factor is None else factor}
-    raise UserError(f"rope.scaling.type is {kind!r:.80}; supported are none and linear; for "
-                    "Llama 3's scaling, the file must contain the tensor rope_freqs.weight")
+    raise UserError(f"rope.scaling.type is {kind!r:.80}; it must be 'none' or 'linear' (Llama 3's "
+                    "scaling is read from the tensor rope_freqs.weight)")
 
 
 def _llama3(divisors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any] | None:
-    """Return the config.json field `rope_scaling`, of type "llama3", that yields these divisors.
+    """Return the config.json field `rope_scaling` of type "llama3" that gives these divisors.
 
     Multiplying `original_max_position_embeddings` and both frequency factors by the same number
-    does not change the divisors. The low frequency factor is therefore set to 1, as in all released
+    does not change the divisors. `low_freq_factor` is therefore set to 1, as in all released
     models. The result is None if all divisors are 1.
     """
     divisors = np.asarray(divisors, np.float64)
@@ -215,12 +215,12 @@ def _llama3(divisors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any]
             return {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
                     "high_freq_factor": high,
                     "original_max_position_embeddings": rope.original_context}
-    raise UserError("rope_freqs.weight does not have the form of Llama 3's scaling; other scalings "
-                    "are not supported")
+    raise UserError("rope_freqs.weight does not match Llama 3's scaling; other scalings are not "
+                    "supported")
 
 
 def _windows(data: _Metadata, family: str, layers: int) -> dict[str, Any]:
-    """Return the config.json fields of the sliding window, such as `layer_types`."""
+    """Return the config.json fields that configure sliding windows, such as `layer_types`."""
     if family == "llama":
         return {}
     pattern = data.get("attention.sliding_window_pattern")

@@ -26,7 +26,7 @@ ARCHITECTURE_KEY = "general.architecture"
 MAX_FIELDS = 1 << 16
 _MAX_DIMENSIONS = 4
 _STRING, _ARRAY = 8, 9
-# format characters of `struct` by GGUF type id
+# the `struct` format character for each GGUF type id
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
             12: "d"}
 
@@ -39,7 +39,7 @@ class TensorInfo:
       name: the tensor's name.
       shape: the shape in C order (the last dimension is contiguous).
       kind: the id of the ggml type.
-      offset: the position in bytes, from the start of the data section.
+      offset: the offset of the tensor's data in bytes, from the start of the data section.
     """
 
     name: str
@@ -52,7 +52,7 @@ def import_gguf(path: pathlib.Path) -> Any:
     """Import and return the optional package gguf.
 
     Raises:
-      UserError: the package is not installed; the message names the file that needs it.
+      UserError: the package is not installed; the message names the file `path`.
     """
     return require("gguf", f"{path}: GGUF files need the package gguf")
 
@@ -81,7 +81,7 @@ class HeaderReader:
     Attributes:
       version: the format version.
       n_tensors, n_fields: the declared numbers of tensors and fields.
-      at: the position of the next read, in bytes.
+      at: the offset of the next read in the file, in bytes.
     """
 
     def __init__(self, data: mmap.mmap, max_elements: int) -> None:
@@ -89,7 +89,7 @@ class HeaderReader:
 
         Args:
           data: the memory map of the file.
-          max_elements: the maximum number of elements in all arrays together.
+          max_elements: the maximum total number of elements in all arrays.
 
         Raises:
           struct.error: the file is not a GGUF file.
@@ -101,7 +101,7 @@ class HeaderReader:
         if data[:4] != b"GGUF":
             raise struct.error("not a GGUF file")
         self.version = self._number("I")
-        if self.version & 0xFFFF == 0:  # a small number with swapped bytes
+        if self.version & 0xFFFF == 0:  # a small version number in big-endian byte order
             raise UserError("big-endian byte order is not supported; convert the file to "
                             "little-endian")
         self.n_tensors, self.n_fields = self._number("Q"), self._number("Q")
@@ -111,8 +111,8 @@ class HeaderReader:
         """Read the metadata fields.
 
         Args:
-          check_architecture: called with the architecture before later fields are read; it must
-            raise an error if the architecture is not supported.
+          check_architecture: called with the architecture before the fields after it are read; it
+            must raise an error if the architecture is not supported.
           keep: the keys of the string arrays to return. If None, only the field
             `general.architecture` is returned.
           count: the number of fields to read; None reads all.
@@ -147,7 +147,7 @@ class HeaderReader:
         """Read the tensor infos, which follow the metadata fields.
 
         Args:
-          max_elements: the maximum number of elements in all tensors together; None sets no limit.
+          max_elements: the maximum total number of elements in all tensors; None sets no limit.
 
         Raises:
           UserError: a tensor has too many dimensions, or the tensors have too many elements.

@@ -32,9 +32,9 @@ TOKENIZER_ARRAYS = tuple(f"tokenizer.ggml.{key}" for key in
                          ("tokens", "scores", "token_type", "merges"))
 ROPE_DIVISORS = "rope_freqs.weight"
 _MAX_TENSORS = 32 * MAX_LAYERS  # maximum number of tensors; Gemma 3 has 13 per layer
-_MAX_ELEMENTS = 1 << 22  # maximum number of array elements; Llama 4's tokenizer has 0.9 million
+_MAX_ELEMENTS = 1 << 22  # maximum elements of metadata arrays; Llama 4's tokenizer has 0.9 million
 _MAX_PARTS = 1024
-_BLOCK = 1 << 20  # number of elements to dequantize at once
+_BLOCK = 1 << 20  # approximate number of elements to dequantize at once
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _TOP = {names.EMBED: "token_embd.weight", names.HEAD: "output.weight",
         "model.norm.weight": "output_norm.weight"}
@@ -67,14 +67,14 @@ def gguf_name(name: str, post_norms: bool) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A tensor in a GGUF file: its quantization format and location.
+    """The quantization format, shape and location of a tensor in a GGUF file.
 
     Attributes:
       kind: the tensor's `gguf.GGMLQuantizationType`.
       shape: the shape in elements, in C order.
       block: the number of elements in a quantization block.
       block_bytes: the size of a block in bytes.
-      entry: the location of the raw bytes, described as a uint8 tensor [rows, bytes per row].
+      entry: the location of the tensor's bytes, as an entry of dtype U8 [rows, bytes per row].
     """
 
     kind: Any
@@ -86,7 +86,7 @@ class Quantized:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The configuration, the metadata and the tensor source of a GGUF model."""
+    """The path, configuration, metadata (`fields`) and tensor source of a GGUF model."""
 
     path: pathlib.Path
     config: ModelConfig
@@ -134,12 +134,12 @@ def _read_parts(path: pathlib.Path, gguf: Any) -> tuple[dict[str, Any], dict[str
     fields, tensors = _read_part(path, gguf)
     count = fields.get("split.count", 1)
     if type(count) is not int or not 1 <= count <= _MAX_PARTS:
-        raise UserError(f"{path}: split.count is {count!r:.80}; it must be from 1 to {_MAX_PARTS}")
+        raise UserError(f"{path}: split.count is {count!r:.80}; it must be in 1…{_MAX_PARTS}")
     if count == 1:
         return fields, tensors
     matched = _PART.fullmatch(path.name)
     if matched is None or int(matched[3]) != count:
-        raise UserError(f"{path}: this is one of {count} parts, which must be named "
+        raise UserError(f"{path}: this is one of {count} parts; rename the parts to "
                         f"NAME-00001-of-{count:05d}.gguf and so on")
     part_names = [f"{matched[1]}-{i + 1:05d}-of-{count:05d}.gguf" for i in range(count)]
     if fields.get("split.no") != 0 or path.name != part_names[0]:
@@ -193,8 +193,8 @@ def _locate(path: pathlib.Path, infos: list[TensorInfo], start: int, size: int,
             gguf: Any) -> dict[str, Quantized]:
     """Check the tensors' types, shapes and byte ranges; return the tensors by name.
 
-    Byte ranges must not overlap, because a file with overlapping tensors could declare far more
-    parameters than it contains.
+    Byte ranges must not overlap, because otherwise a small file could declare far more parameters
+    than it contains.
     """
     tensors: dict[str, Quantized] = {}
     for info in infos:
@@ -222,13 +222,13 @@ def _locate(path: pathlib.Path, infos: list[TensorInfo], start: int, size: int,
 
 
 def _kind(info: TensorInfo, gguf: Any) -> Any:
-    """Return a tensor's `gguf.GGMLQuantizationType`; check that gguf can dequantize it."""
+    """Return a tensor's `gguf.GGMLQuantizationType`; check that gguf can dequantize this type."""
     known = {int(kind): kind for kind in gguf.GGML_QUANT_SIZES}
     kind = known.get(info.kind)
     if kind is None or not _dequantizes(kind, gguf):
         shown = f"{info.kind}" if kind is None else kind.name
         supported = ", ".join(k.name for k in known.values() if _dequantizes(k, gguf))
-        raise UserError(f"{info.name:.80} has type {shown}; supported are {supported}")
+        raise UserError(f"{info.name:.80} has type {shown}; it must be one of {supported}")
     return kind
 
 
@@ -276,9 +276,9 @@ class GgufSource:
              dtype: np.dtype | None) -> np.ndarray:
         """Read and dequantize a tensor or a part of it (see `TensorSource.read`).
 
-        Of a matrix, only the quantization blocks that overlap `index` are read. If its rows are
-        permuted within heads, all rows of each selected head are read. If `dtype` is None, the
-        result is float32.
+        From a matrix, only the quantization blocks that overlap `index` are read. If the rows of
+        the matrix are permuted within heads, all rows of each selected head are read. If `dtype` is
+        None, the result is float32.
 
         Raises:
           UserError: the file cannot be read, or was truncated after its header was read.
@@ -299,7 +299,7 @@ class GgufSource:
                 np.copyto(out, values[slice(*bounds[0])], casting="unsafe")
                 return out
             (first, last), columns = bounds
-            unit = self._head_dim if permuted else 1  # rows are permuted only within a head
+            unit = self._head_dim if permuted else 1  # number of rows that must be read together
             step = -(-_BLOCK // max(tensor.shape[1] * unit, 1)) * unit
             for start in range(first // unit * unit, last, step):
                 stop = min(start + step, -(-last // unit) * unit)
@@ -314,8 +314,8 @@ class GgufSource:
         """Read a matrix of type Q8_0 without dequantizing it; return None for any other tensor.
 
         Returns:
-          The values, int8 [rows, columns], and the scale of each block of 32 columns, float16
-          [rows, columns / 32].
+          The values, [rows, columns] int8, and the scales of the blocks of 32 columns,
+          [rows, columns / 32] float16.
 
         Raises:
           UserError: the file cannot be read, or was truncated after its header was read.

@@ -2,8 +2,8 @@
 
 The GGUF conversion in transformers is not used, because it imports PyTorch. Two types of
 vocabularies are supported: "gpt2" (byte-level BPE with merges; `tokenizer.ggml.pre` selects the
-regular expressions that split texts) and "llama" (SentencePiece BPE; missing merges are derived
-from the scores).
+regular expressions for pre-tokenization) and "llama" (SentencePiece BPE; missing merges are derived
+from the token scores).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from jaxpersona.errors import UserError
 from jaxpersona.extras import require
 
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
-_MAX_LENGTH = 1024  # maximum characters per token; deriving merges takes time quadratic in it
+_MAX_LENGTH = 1024  # maximum characters per token; `_derive_merges` is quadratic in this length
 _NAMED = {"bos_token": "bos_token_id", "eos_token": "eos_token_id",
           "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
 _STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
-# control tokens that always end a reply in llama.cpp, regardless of the metadata
+# control tokens that llama.cpp always treats as stop tokens, even if the metadata omits them
 _STOP_TEXTS = frozenset({"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>",
                          "<|end_of_text|>", "<end_of_turn>"})
 _GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",)
@@ -45,8 +45,8 @@ _SPLITS = {
     "smaug-bpe": _LLAMA3, "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "megrez": _QWEN2,
     "tekken": _TEKKEN,
 }
-# values of tokenizer.ggml.pre whose tokenizers do not split a word that is a token, and by default
-# prepend BOS
+# values of tokenizer.ggml.pre for tokenizers that keep a word whole if it is in the vocabulary, and
+# that prepend BOS by default
 _WHOLE_WORDS = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"})
 
 
@@ -71,7 +71,7 @@ def build(fields: Mapping[str, Any]) -> Any:
                         "characters")
     kind = fields.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
-        raise UserError(f"tokenizer.ggml.model is {kind!r:.80}; supported are gpt2 and llama")
+        raise UserError(f"tokenizer.ggml.model is {kind!r:.80}; it must be gpt2 or llama")
     named = {name: _token(fields, key, tokens) for name, key in _NAMED.items()}
     gemma = str(fields.get("general.architecture")).startswith("gemma")
     if kind == "gpt2":
@@ -92,7 +92,7 @@ def build(fields: Mapping[str, Any]) -> Any:
 
 
 def stop_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the ids of stop tokens: first those in the metadata, then those of `_STOP_TEXTS`."""
+    """Return the stop token ids: those in the metadata, then those of tokens in `_STOP_TEXTS`."""
     tokens = fields.get("tokenizer.ggml.tokens") or []
     found = [fields[f"tokenizer.ggml.{key}"] for key in _STOP_KEYS
              if _token(fields, key, tokens) is not None]
@@ -103,7 +103,7 @@ def stop_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _token(fields: Mapping[str, Any], key: str, tokens: Sequence[str]) -> str | None:
-    """Return the text of the token whose id is in a field; return None if the field is missing."""
+    """Return the text of the token whose id a metadata field contains; None if it is missing."""
     number = fields.get(f"tokenizer.ggml.{key}")
     if number is None:
         return None
@@ -127,7 +127,7 @@ def _merges(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
     split = [m.split(" ") for m in merges] if isinstance(merges, list) else []
     pairs = [(parts[0], parts[1]) for parts in split if len(parts) == 2]
     if merges is None or len(pairs) != len(split):
-        raise UserError("tokenizer.ggml.merges must contain strings of two tokens joined by a "
+        raise UserError("tokenizer.ggml.merges must contain strings of two tokens separated by a "
                         "space")
     return pairs
 
@@ -137,7 +137,8 @@ def _byte_level(fields: Mapping[str, Any], tokens: list[str]) -> Any:
 
     name = fields.get("tokenizer.ggml.pre", "default")
     if name not in _SPLITS:
-        raise UserError(f"tokenizer.ggml.pre is {name!r:.80}; supported are {', '.join(_SPLITS)}")
+        raise UserError(f"tokenizer.ggml.pre is {name!r:.80}; it must be one of "
+                        f"{', '.join(_SPLITS)}")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocabulary, _merges(fields),
                                    ignore_merges=name in _WHOLE_WORDS))
@@ -152,7 +153,7 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], gemma: bool,
                    unknown: str | None) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    if gemma:  # in GGUF files, Gemma's tokens of several spaces contain spaces instead of ▁
+    if gemma:  # GGUF files store Gemma's whitespace tokens with spaces instead of ▁
         tokens = ["▁" * len(t) if " " in t and not t.strip() else t for t in tokens]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if "tokenizer.ggml.merges" in fields:
@@ -161,7 +162,7 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], gemma: bool,
         scores = fields.get("tokenizer.ggml.scores")
         if not isinstance(scores, np.ndarray) or len(scores) != len(tokens):
             raise UserError("tokenizer.ggml.scores must contain one number per token")
-        # Gemma's merges follow the order of its tokens, not their scores
+        # Gemma's merges are ordered by token id, not by score
         merges = _derive_merges(vocabulary, range(0, -len(tokens), -1) if gemma
                                 else scores.tolist())
     backend = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=True, byte_fallback=True,
@@ -181,7 +182,7 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], gemma: bool,
 
 
 def _derive_merges(vocabulary: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Return every split of a token into two other tokens, by descending score of the token."""
+    """Return every split of a token into two tokens, sorted by descending score of the token."""
     merges = []
     for token, index in vocabulary.items():
         pairs = [(token[:i], token[i:]) for i in range(1, len(token))
@@ -193,7 +194,7 @@ def _derive_merges(vocabulary: Mapping[str, int], scores: Sequence[float]) -> li
 
 
 def _add_tokens(backend: Any, fields: Mapping[str, Any], tokens: list[str]) -> None:
-    """Add the control and user-defined tokens, which are matched whole before a text is split."""
+    """Add the control and user-defined tokens, which are matched before pre-tokenization."""
     from tokenizers import AddedToken
 
     kinds = _kinds(fields, tokens)

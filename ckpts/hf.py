@@ -2,7 +2,7 @@
 
 Tensors are read without PyTorch, at most a few at a time, and each shard is copied directly to its
 devices, so host memory never contains a second copy of the whole model. All errors in the index and
-the headers are collected and raised together, before the weights are loaded.
+the headers are reported together, before the weights are loaded.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def read_config(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]
     embedding, the returned configuration is untied, as in transformers, and a warning is issued.
 
     Returns:
-      The configuration and the raw dict of the file.
+      The configuration, and the contents of config.json as a dict.
 
     Raises:
       UserError: the folder or config.json is missing, config.json is malformed, or the model is
@@ -70,10 +70,10 @@ def read_config(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]
 
 
 def _has_other_head(entries: Mapping[str, Entry]) -> bool:
-    """Return whether the embedding and the head have equal shapes but different values."""
+    """Return whether the embedding and the output head have the same shape but different values."""
     embed, head = entries.get(EMBED), entries.get(HEAD)
     if embed is None or head is None or embed.shape != head.shape:
-        return False  # `load` reports different shapes as an error
+        return False  # `load` raises an error for different shapes
     if not {embed.dtype, head.dtype} <= set(DTYPES):
         return False
     pairs = zip(tensorfile.read_pieces(embed), tensorfile.read_pieces(head), strict=True)
@@ -82,7 +82,7 @@ def _has_other_head(entries: Mapping[str, Entry]) -> bool:
 
 
 def _without_config(folder: pathlib.Path) -> str:
-    """Return the error message for a folder without config.json, with a fix if one is known."""
+    """Return the error message for a folder without config.json, with a fix if possible."""
     path = folder / ADAPTER
     if path.exists():
         raw = read_json(path)
@@ -130,7 +130,7 @@ def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *,
 
 
 def open_source(folder: pathlib.Path, config: ModelConfig) -> SafetensorsSource:
-    """Check the headers of a folder's weight files, and return a source of its tensors.
+    """Check the headers of a folder's weight files; return a `TensorSource` for the tensors.
 
     Raises:
       UserError: the files are invalid; one message lists every error.
@@ -208,12 +208,12 @@ def _tensors(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Entry
     """Return the entries of a folder's tensors by name, and a list of all errors."""
     entries, faults = read_entries(folder)
     if config.tied_embeddings and EMBED not in entries and HEAD in entries:
-        entries[EMBED] = entries[HEAD]  # some writers store a shared tensor under one name only
-    if entries or not faults:  # without entries, all tensors would be listed as missing
+        entries[EMBED] = entries[HEAD]  # some writers store the tied weight only as the head
+    if entries or not faults:  # without entries, every tensor would be listed as missing
         faults += _mismatches(entries, config)
     if not faults and config.tied_embeddings and _has_other_head(entries):
         faults.append(f"{HEAD}: differs from {EMBED}, but config has tied_embeddings=True; "
-                      "use the configuration that read_config returns")
+                      "pass the configuration that read_config returns")
     return entries, faults
 
 
@@ -232,19 +232,19 @@ def _mismatches(entries: Mapping[str, Entry], config: ModelConfig) -> list[str]:
     expected = {tensor.name: tensor for tensor in jax.tree.leaves(names.tensors(config))}
     faults = []
     if missing := set(expected) - set(entries):
-        faults.append(f"missing: {some(missing, 1000)}")
+        faults.append(f"missing tensors: {some(missing, 1000)}")
     extra = {name for name in set(entries) - set(expected) if not name.endswith("inv_freq")}
     if config.tied_embeddings and HEAD in extra:
-        extra.remove(HEAD)  # some writers store the tied head a second time
+        extra.remove(HEAD)  # some writers store a tied weight under both names
         expected[HEAD] = expected[EMBED]
     if extra:
-        faults.append(f"extra: {some(extra, 1000)}")
+        faults.append(f"unexpected tensors: {some(extra, 1000)}")
     for name in sorted(set(expected) & set(entries)):
         entry, shape = entries[name], expected[name].shape
         if entry.shape != shape:
             faults.append(f"{name}: shape {list(entry.shape)}, expected {list(shape)}")
         if entry.dtype not in DTYPES:
-            faults.append(f"{name}: dtype {entry.dtype}; supported are {', '.join(DTYPES)}")
+            faults.append(f"{name}: dtype {entry.dtype}, expected one of {', '.join(DTYPES)}")
     return faults
 
 
@@ -252,15 +252,16 @@ def save(folder: str | pathlib.Path, params: Params, config: ModelConfig, *,
          shard_bytes: float = 5e9, extra_config: Mapping[str, Any] | None = None) -> None:
     """Write a folder that transformers and `load` can read.
 
-    Files are written under temporary names and renamed when all are complete. config.json is
-    renamed last, so an interrupted save to a new folder leaves no loadable model. Other files named
+    All files are written under temporary names and then renamed. config.json is renamed last, so an
+    interrupted save to a new folder leaves no loadable model. Other files named
     `model*.safetensors*` in the folder, such as those of an earlier save, are removed.
 
     Args:
       folder: the folder to write; created if missing.
       params: the parameters, in the dtype to write.
       config: the model configuration.
-      shard_bytes: the maximum size of a weight file in bytes. A larger tensor has its own file.
+      shard_bytes: the maximum total size in bytes of the tensors in a weight file. A larger tensor
+        is written to its own file.
       extra_config: additional fields for config.json.
 
     Raises:

@@ -8,13 +8,13 @@ from jaxpersona.errors import UserError
 from jaxpersona.extras import require
 
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
-# not downloaded: duplicate weights in other layouts, adapters, and exports for other runtimes
+# files that are not downloaded: duplicate weights, adapters, and exports for other runtimes
 _NOT_FETCHED = ("consolidated*.safetensors", "adapter_model*.safetensors", "*/*.safetensors",
                 "original/*", "onnx/*")
 
 
 def download(name: str, revision: str | None) -> pathlib.Path:
-    """Download a Hugging Face Hub repository, or find it in the local cache; return its folder.
+    """Return the local folder of a Hugging Face Hub repository; download the repository if needed.
 
     Args:
       name: the repository, "owner/name".

@@ -1,4 +1,4 @@
-"""Load models from folders, GGUF files and the Hugging Face Hub, and embedded or random models.
+"""Load models: folders, GGUF files, Hugging Face Hub repositories, "mini" and random models.
 
 Optional packages are imported only for the sources that need them, such as gguf for GGUF files.
 """
@@ -53,8 +53,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import DTypeLike
 
-# settings of generation_config.json that transformers' generate supports and this package ignores,
-# each with the value that has no effect (null never has an effect)
+# generation_config.json settings that transformers supports and this package ignores, each with the
+# value that has no effect; a null never has an effect
 _UNFOLLOWED = {
     "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
@@ -66,8 +66,8 @@ _UNFOLLOWED = {
     "exponential_decay_length_penalty": None, "watermarking_config": None, "dola_layers": None,
     "remove_invalid_values": False, "renormalize_logits": False, "token_healing": False,
 }
-# settings used only if do_sample is true, each with the values that cause no warning, because they
-# have no effect or are transformers' default
+# settings that matter only if do_sample is true, each with the values that cause no warning: values
+# without effect and the default of transformers
 _SAMPLED = {"top_k": (0, 50), "min_p": (0, 0.0), "top_h": ()}
 _MINI_VOCABULARY = 1024
 _T = TypeVar("_T")
@@ -86,22 +86,22 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
     Args:
       source: a path or a name. A path is a folder in the Hugging Face layout, a folder that
         `ckpts.orbax.save` wrote, or a GGUF file (of a split model, the first part). GGUF files are
-        dequantized; the supported architectures of llama.cpp are llama (which includes Mistral),
-        qwen2, qwen3, gemma2 and gemma3. A name is "mini" (the embedded model), "random:<preset>"
-        (random weights in the shapes of a preset), or a Hugging Face Hub repository, "owner/name"
-        or "owner/name@revision".
+        dequantized; their architecture must be llama (which includes Mistral), qwen2, qwen3, gemma2
+        or gemma3. A name is "mini" (the model included in this package), "random:<preset>" (random
+        weights in the shapes of a preset), or a Hugging Face Hub repository, "owner/name" or
+        "owner/name@revision".
       mesh: the mesh over which to shard the parameters. `Model.mesh` is this mesh adapted to the
         model (`sharding.fit`) and may have an additional axis. Under `jax.set_mesh`, functions that
-        take a model accept either mesh, but functions that take parameters need `Model.mesh`.
+        take a `Model` accept either mesh, but functions that take parameters need `Model.mesh`.
       dtype: "float32", "bfloat16", "float16" or "int8". Default: float32 if the parameters are on a
         CPU (according to `mesh` or `jax.default_device`), else bfloat16. Float16 raises an error
         for Gemma 2 and 3, because their activations exceed its range. Int8 quantizes the matrices
         with one scale per output channel (`int8.Int8`), but not the norms and biases. The int8
-        model has the fingerprint of the float model. On a CPU without a mesh, tensors of GGUF type
-        Q8_0 keep their int8 values and block scales, unless a merged adapter changes them.
+        model has the same fingerprint as the float model. On a CPU without a mesh, tensors of GGUF
+        type Q8_0 keep their int8 values and block scales, unless a merged adapter changes them.
       progress: called with (bytes read so far, total bytes).
       revision: a branch, tag or commit of the Hub repository; only a commit is immutable.
-      adapter: the folder of a LoRA adapter for this model, in PEFT's format.
+      adapter: the folder of a LoRA adapter for this model, in the format of PEFT.
       merge: whether to add the adapter to the weights (with dtype="int8", before they are
         quantized). False keeps the adapter separate (`weight.LowRank`), so that the base weights
         are not rounded again.
@@ -138,7 +138,7 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
 
 def _load(source: str | os.PathLike[str], mesh: Mesh | None, kind: Form,
           progress: Progress | None, revision: str | None) -> Model:
-    """Load a model (see `load`); merge the adapter only if the weights are quantized."""
+    """Load a model (see `load`); merge the adapter only if the weights are quantized on loading."""
     if not isinstance(source, (str, os.PathLike)):
         raise UserError(f"source is {source!r:.60}; give a folder or a model's name")
     use_compile_cache()
@@ -196,8 +196,8 @@ def _default_dtype(mesh: Mesh | None) -> np.dtype:
 def _check_range(config: ModelConfig, dtype: np.dtype, name: str) -> None:
     """Raise UserError if `dtype` is float16 and the family's activations exceed its range."""
     if dtype == np.float16 and not FAMILIES[config.family].float16:
-        raise UserError(f"dtype is 'float16'; activations of {config.family} models such as "
-                        f"{name} exceed float16's maximum 65504: use 'bfloat16' or 'float32'")
+        raise UserError(f"dtype is 'float16', but activations of {config.family} models such as "
+                        f"{name} exceed float16's maximum of 65504; use 'bfloat16' or 'float32'")
 
 
 def _random(name: str, form: Form, mesh: Mesh | None) -> Model:
@@ -225,9 +225,9 @@ def _random(name: str, form: Form, mesh: Mesh | None) -> Model:
 
 
 def _quantized(params: Params, config: ModelConfig, form: Form) -> Params:
-    """Return the parameters, quantized if `form` is int8.
+    """Return the parameters, quantized to int8 if `form.int8` is true.
 
-    Before quantization, the adapter `form.merge` is added to the weights, if there is one.
+    If `form.merge` is an adapter, it is added to the weights before quantization.
     """
     if not form.int8:
         return params
@@ -272,8 +272,8 @@ def _folder(folder: pathlib.Path, name: str, form: Form, mesh: Mesh | None,
 def _beside(make: Callable[[], _T]) -> Iterator[Callable[[], _T]]:
     """Run `make` in a thread; yield a function that waits for its result and returns it.
 
-    `make` must not use JAX, whose settings are thread-local. Weights are therefore read in the body
-    of the `with` block, in the caller's thread. On exit, the context manager waits for `make`.
+    `make` must not use JAX, whose settings are thread-local. The caller therefore loads the weights
+    in the body of the `with` block. On exit, the context manager waits for `make`.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         yield pool.submit(make).result
@@ -310,7 +310,7 @@ def _model(config: ModelConfig, params: Params, tokenizer: Any, mesh: Mesh | Non
 
 
 def _stop_ids(folder: pathlib.Path, raw: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:
-    """Collect stop token ids from generation_config.json, config.json and the tokenizer.
+    """Collect the stop token ids from generation_config.json, config.json and the tokenizer.
 
     Warn about settings of generation_config.json that `generate` does not support.
     """

@@ -28,7 +28,7 @@ _FIELDS = {
     "w_down_df": "mlp.down_proj.weight", "b_down_d": "mlp.down_proj.bias",
     "mlp_norm_d": "post_attention_layernorm.weight",
 }
-# with `post_norms`, there are more norms, and the norm before the MLP has a different name
+# with `post_norms`, a block has two more norms, and the norm before the MLP has another name
 _POST_NORMS = {
     "attn_post_norm_d": "post_attention_layernorm.weight",
     "mlp_norm_d": "pre_feedforward_layernorm.weight",
@@ -38,13 +38,13 @@ _POST_NORMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """The name and shape of a parameter in Hugging Face files, and its layout in `Params`.
+    """The name and shape of a parameter in Hugging Face files, and its `Spec` in `Params`.
 
     Attributes:
       name: the tensor's name in the files.
       shape: the tensor's shape in the files: [out, in] for a matrix, [n] for a norm or bias. Head
         axes are flattened.
-      spec: the layout of the parameter (shape, logical axes).
+      spec: the shape, logical axes and initializer of the parameter in `Params`.
     """
 
     name: str
@@ -83,8 +83,8 @@ def _file_shape(spec: Spec) -> tuple[int, ...]:
 def file_index(tensor: Tensor, ranges: list[tuple[int, int]]) -> tuple[slice, ...]:
     """Map index ranges of a parameter to slices of its tensor in the file.
 
-    A dimension in the file is one dimension of the parameter, or several flattened dimensions
-    (heads × head_dim). Of several flattened dimensions, only the first may be sharded, because a
+    A dimension in the file is either one dimension of the parameter or several flattened dimensions
+    (heads × head_dim). Only the first of several flattened dimensions may be sharded, because a
     head is never split over devices.
 
     Raises:
@@ -106,11 +106,11 @@ def file_index(tensor: Tensor, ranges: list[tuple[int, int]]) -> tuple[slice, ..
 
 def named(params: Params, config: ModelConfig, *,
           int8: bool = False) -> dict[str, tuple[Tensor, Any]]:
-    """Return (tensor, array) for every parameter, by tensor name.
+    """Return a dict from tensor name to (`Tensor`, array) for every parameter.
 
     Args:
       params, config: the parameters and their configuration.
-      int8: whether `Int8` weights are allowed; they are returned in place of arrays.
+      int8: whether `Int8` weights are allowed; each is returned instead of an array.
 
     Raises:
       UserError: the structure, a shape or a dtype does not match the configuration.
@@ -120,8 +120,8 @@ def named(params: Params, config: ModelConfig, *,
     if structure != tree:
         raise UserError("the tree structure of params does not match the configuration")
     if not int8 and any(isinstance(x, Int8) for x in arrays):
-        raise UserError("params has int8 weights, which Hugging Face folders do not store; use "
-                        "ckpts.orbax.save, or load the model in float32 or bfloat16")
+        raise UserError("params has int8 weights, which cannot be stored in a Hugging Face folder; "
+                        "use ckpts.orbax.save, or load the model in float32 or bfloat16")
     faults = [
         f"{tensor.name}: {array.dtype}{list(array.shape)}, expected {list(tensor.spec.shape)} in "
         "float32, bfloat16 or float16"

@@ -2,8 +2,8 @@
 
 A folder contains `config.json` in transformers' format and the Orbax checkpoint `params`. Arrays
 are keyed by their Hugging Face names, so checkpoints do not depend on this package's dataclasses.
-The values of an int8 weight are stored under the weight's name. Its scales and the sums for its
-fingerprint (`Int8.scale`, `Int8.made_from`) are stored under that name with a suffix.
+The values of an int8 weight are stored under the weight's name. Its scales (`Int8.scale`) and
+fingerprint sums (`Int8.made_from`) are stored under this name with a suffix.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def check_files(folder: pathlib.Path) -> None:
     """Check a checkpoint's files before Orbax reads them.
 
     Raises:
-      UserError: an entry is not a regular file (reading a pipe would block), or a metadata file,
-        which Orbax reads whole, is too large; the message names the entry.
+      UserError: a path is not a regular file (reading a pipe would block), or a metadata file is
+        too large (Orbax reads it whole); the message names the path.
     """
     for path in folder.rglob("*"):
         if not path.is_dir():
@@ -61,7 +61,7 @@ def save(folder: str | pathlib.Path, params: Params, config: ModelConfig) -> Non
     config.json is removed first and written last, so an interrupted save leaves no loadable model.
 
     Args:
-      folder: the folder to write; created if missing. An existing checkpoint in it is replaced.
+      folder: the folder to write; created if missing. An existing checkpoint is replaced.
       params: the parameters, in the dtype to write. Int8 weights stay int8.
       config: the model configuration.
 
@@ -107,7 +107,7 @@ def load(folder: str | pathlib.Path, *, dtype: DTypeLike | None = None,
     Raises:
       UserError: the folder is missing, not an Orbax folder or damaged, its arrays do not match
         config.json, a mesh is given for int8 weights with block scales, or orbax-checkpoint is not
-        installed. A message about mismatches lists all of them.
+        installed. One message lists every mismatch.
     """
     folder = pathlib.Path(folder).absolute()
     target = None if dtype is None else parse_dtype(dtype)
@@ -127,8 +127,9 @@ def load(folder: str | pathlib.Path, *, dtype: DTypeLike | None = None,
         parts = {name + suffix for name in wanted if _kind(stored.get(name)) == np.int8
                  for suffix in (_SCALE, _MADE_FROM)}
         faults = [f"{what}: {', '.join(sorted(names))}"
-                  for what, names in (("missing", set(wanted) - set(stored)),
-                                      ("extra", set(stored) - set(wanted) - parts)) if names]
+                  for what, names in (("missing arrays", set(wanted) - set(stored)),
+                                      ("unexpected arrays", set(stored) - set(wanted) - parts))
+                  if names]
         for name in sorted(set(wanted) & set(stored)):
             faults += _faults(wanted[name], stored)
         if faults:
@@ -173,7 +174,7 @@ def _kind(stored: Any) -> Any:
 
 
 def _faults(tensor: names.Tensor, stored: Mapping[str, Any]) -> list[str]:
-    """List the differences between a stored weight and the model's tensor.
+    """List the differences between a stored weight and the tensor that the model expects.
 
     For an int8 weight, the scales and the fingerprint sums are also checked.
     """
@@ -187,7 +188,7 @@ def _faults(tensor: names.Tensor, stored: Mapping[str, Any]) -> list[str]:
     if _kind(stored[name]) in DTYPES.values():
         return []
     if _kind(stored[name]) != np.int8 or not tensor.spec.inner:
-        return [f"{name}: dtype is {_kind(stored[name])}; supported are float32, bfloat16 and "
+        return [f"{name}: dtype {_kind(stored[name])}, expected float32, bfloat16 or "
                 "float16"]
     at = len(wanted) - tensor.spec.inner
     out, width = wanted[:at], math.prod(wanted[at:])

@@ -1,9 +1,9 @@
 """Load a checkpoint's weights in int8, one tensor at a time.
 
 Each matrix is read in float32, placed on its devices and quantized, unless its stored int8 values
-are used. Of the float matrices, only the current one and a few prefetched ones are in memory. Each
-int8 weight keeps the fingerprint sums of its float weight (`Int8.made_from`), so the int8 model has
-the fingerprint of the float model.
+are used. At most the current float matrix and a few prefetched ones are in memory. Each int8 weight
+keeps the fingerprint sums of its float weight (`Int8.made_from`), so the int8 model has the same
+fingerprint as the float model.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _TABLES = ("int8", "float")
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """The dtypes of a model that `load` returns, and the adapter to merge.
+    """The dtypes in which `load` loads a model, and the adapter to merge.
 
     Attributes:
       dtype: the dtype of the activations and of weights that are not int8.
       int8: whether the matrices are quantized.
       tables: whether the embedding and the output head are also quantized. None means that the
-        caller did not specify this, and both are quantized.
+        caller did not specify it; both are then quantized.
       given: whether the caller chose the dtype of the weights.
       merge: the folder of an adapter to add to the weights before they are quantized, or None.
     """
@@ -59,10 +59,11 @@ class Form:
 
 def parse_form(dtype: DTypeLike | None, activations: DTypeLike | None, tables: str | None,
                default: np.dtype) -> Form:
-    """Convert arguments of `load` to a `Form`; `default` is the default dtype of the device.
+    """Convert arguments of `load` to a `Form`; `default` is the default dtype on the device.
 
     Raises:
-      UserError: an argument is invalid, or it applies only to int8 and `dtype` is not int8.
+      UserError: an argument is invalid, or `activations` or `tables` is given but `dtype` is not
+        int8.
     """
     if not _is_int8(dtype):
         for name, value in (("activations", activations), ("tables", tables)):
@@ -105,9 +106,9 @@ def load_int8(source: TensorSource, config: ModelConfig, form: Form, *, mesh: Me
       blocks: a function from a tensor's name to its stored int8 values and block scales, or to None
         if the checkpoint stores the tensor in another format. The stored values and scales are used
         only on a CPU without a mesh, and only for tensors that no adapter changes. All other
-        matrices are quantized from float32, with one scale per output channel. With block scales, a
-        GPU or TPU would write a dequantized copy of the weight for every product. On a mesh, block
-        scales are not supported.
+        matrices are quantized from float32, with one scale per output channel: with block scales, a
+        GPU or TPU would write a dequantized copy of the weight for every product, and on a mesh,
+        block scales are not supported.
 
     Raises:
       UserError: the files are invalid, or the adapter does not fit the model.
@@ -158,5 +159,5 @@ def load_int8(source: TensorSource, config: ModelConfig, form: Form, *, mesh: Me
 
 @jax.jit
 def _dense(w: Int8) -> jax.Array:
-    """Dequantize an int8 weight to float32; its fingerprint sums are computed from this array."""
+    """Dequantize an int8 weight to float32, to compute its fingerprint sums."""
     return dequantized(w)

@@ -1,4 +1,4 @@
-"""Locate the tensors of a Hugging Face folder: a single safetensors file, or indexed shards."""
+"""Locate the tensors of a Hugging Face folder, in one safetensors file or in indexed shards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def read_entries(folder: pathlib.Path) -> tuple[dict[str, Entry], list[str]]:
     """Locate every tensor of a folder.
 
     As in transformers, the index is ignored if the folder contains a `model.safetensors` that the
-    index does not list. If shards from the index also exist, a warning names them.
+    index does not list. A warning names any shards of the ignored index that exist.
 
     Returns:
       The tensor entries by name, and a list of the errors in the index and the files.
@@ -27,7 +27,7 @@ def read_entries(folder: pathlib.Path) -> tuple[dict[str, Entry], list[str]]:
     if not index.exists() or _is_left_over(index):
         if not (folder / SINGLE).exists():
             other = sorted(p.name for p in folder.glob("*.bin"))
-            hint = f"; {other[0]} is a PyTorch file: convert it to safetensors" if other else ""
+            hint = f"; convert the PyTorch file {other[0]} to safetensors" if other else ""
             return {}, [f"neither {SINGLE} nor {INDEX} exists{hint}"]
         entries, _, faults = tensorfile.read_header(folder / SINGLE)
         return entries, faults
@@ -61,7 +61,7 @@ def read_entries(folder: pathlib.Path) -> tuple[dict[str, Entry], list[str]]:
 def _is_left_over(index: pathlib.Path) -> bool:
     """Return whether the folder has a `model.safetensors` that the index does not list.
 
-    If shards from the index also exist, issue a warning that names them.
+    If shards that the index lists also exist, issue a warning that names them.
     """
     if not (index.parent / SINGLE).exists():
         return False
@@ -81,7 +81,7 @@ def _is_left_over(index: pathlib.Path) -> bool:
 
 
 def some(names: set[str], limit: int = 6) -> str:
-    """Return the first `limit` names in sorted order and the number of the others, as a text."""
+    """Join the first `limit` names in sorted order, followed by the number of remaining names."""
     listed = sorted(names)
     rest = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + rest

@@ -1,8 +1,8 @@
 """Load the parameters of a checkpoint onto their devices.
 
-Safetensors and GGUF files implement `TensorSource`. `load_params` reads at most a few tensors at a
-time and copies each shard directly to its devices, so host memory never contains a second copy of
-the whole model.
+`TensorSource` is implemented for safetensors and GGUF files. `load_params` reads at most a few
+tensors at a time and copies each shard directly to its devices, so host memory never contains a
+second copy of the whole model.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from jaxpersona.distributed import sharding
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.params import Params
 
-READERS = 3  # concurrent reads; more than one, because allocating memory can stall a thread
+READERS = 3  # number of concurrent reads; several, because memory allocation can stall a thread
 Progress = Callable[[int, int], None]
 
 
 class TensorSource(Protocol):
     """The tensors of a checkpoint, by their Hugging Face names (`names.tensors`).
 
-    Several threads may call both methods concurrently.
+    Both methods must be thread-safe.
     """
 
     def size(self, name: str) -> int:
@@ -44,8 +44,8 @@ class TensorSource(Protocol):
           name: the tensor's Hugging Face name.
           index: unit-step slices, one per dimension of the shape in the file; None selects the
             whole tensor.
-          dtype: the dtype of the result, float32, bfloat16 or float16. None keeps the stored dtype;
-            dequantized tensors are float32.
+          dtype: the dtype of the result, float32, bfloat16 or float16. None keeps the stored dtype,
+            or float32 for a quantized tensor, which is dequantized.
         """
         ...
 
@@ -58,8 +58,8 @@ def load_params(source: TensorSource, config: ModelConfig, *, dtype: np.dtype | 
       source: the checkpoint, with every tensor of `names.tensors(config)` in the shape
         `Tensor.shape`.
       config: the model configuration.
-      dtype: the dtype to cast to, float32, bfloat16 or float16. None keeps the stored dtypes;
-        dequantized tensors are float32.
+      dtype: the dtype to cast to, float32, bfloat16 or float16. None keeps the stored dtypes, or
+        float32 for quantized tensors, which are dequantized.
       mesh: the mesh over which to shard the parameters; each process reads only its own shards.
       progress: called with (bytes read so far, total bytes).
     """
@@ -84,7 +84,7 @@ def load_params(source: TensorSource, config: ModelConfig, *, dtype: np.dtype | 
 
 
 def ahead(read: Callable[[Tensor], Any], tensors: Iterable[Tensor]) -> Iterator[Any]:
-    """Yield `read(tensor)` in order, prefetching at most `READERS` results in threads."""
+    """Yield `read(tensor)` for each tensor in order; threads prefetch at most `READERS` results."""
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
         waiting: collections.deque[concurrent.futures.Future] = collections.deque()
         for tensor in tensors:
@@ -96,7 +96,7 @@ def ahead(read: Callable[[Tensor], Any], tensors: Iterable[Tensor]) -> Iterator[
 
 
 def place(source: TensorSource, tensor: Tensor, dtype: np.dtype | None, mesh: Mesh) -> jax.Array:
-    """Return one tensor as a sharded array; this process reads each of its own shards once."""
+    """Read one tensor as a sharded array; each process reads each of its own shards only once."""
     shape, axes = tensor.spec.shape, tensor.spec.axes
     placed = sharding.weight_sharding(axes, shape, mesh)
     holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}

@@ -1,8 +1,8 @@
 """Safetensors files: header validation, reading of tensors and slices, and writing.
 
 A file consists of an 8-byte header length, a JSON header with each tensor's dtype, shape and byte
-range, and the data. A file is not mapped into memory as a whole; a read brings only the requested
-tensor or slice into memory. All errors in a header are reported together.
+range, and the data. A read loads only the requested tensor or slice; the whole file is never mapped
+into memory. All errors in a header are reported together.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ READABLE = DTYPES | {name: np.dtype(kind) for name, kind in {
 }.items()}
 _WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "U32": 4,
            "I32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8}
-_HEADER_LIMIT = 100_000_000  # maximum header size of the format, in bytes
-_MOST_DIMENSIONS = 16  # maximum per tensor; NumPy's limit is 64, and no model exceeds 4
-_PIECE = 1 << 20  # bytes per read, small enough that a buffer of this size stays in the CPU cache
-_ALIGN = 64  # alignment in bytes that lets JAX use a host buffer without copying it
+_HEADER_LIMIT = 100_000_000  # maximum header size in bytes, as in the safetensors library
+_MOST_DIMENSIONS = 16  # maximum per tensor; NumPy's limit is 64, and no model needs more than 4
+_PIECE = 1 << 20  # bytes per read, so that the buffer fits in the CPU cache
+_ALIGN = 64  # bytes; JAX can use a host buffer with this alignment without copying it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Entry:
       path: the file that contains the tensor.
       dtype: the dtype's name in the format, such as "BF16".
       shape: the tensor's shape.
-      start: the position of the first byte, from the start of the file.
+      start: the offset of the tensor's first byte in the file.
       size: the size in bytes.
     """
 
@@ -62,13 +62,13 @@ class Entry:
 
 
 def parse_dtype(dtype: DTypeLike) -> np.dtype:
-    """Convert the name or type of a weight dtype to a NumPy dtype.
+    """Convert the dtype of weights, given as a name or a type, to a NumPy dtype.
 
     Args:
       dtype: "float32", "bfloat16" or "float16", or the corresponding NumPy or JAX dtype.
 
     Raises:
-      UserError: `dtype` is none of these.
+      UserError: `dtype` is not one of these.
     """
     if isinstance(dtype, str):
         parsed = next((known for known in DTYPES.values() if known.name == dtype), None)
@@ -87,7 +87,8 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Entry], dict[str, str], l
     """Read and validate the header of a safetensors file.
 
     Returns:
-      The tensor entries by name, the metadata, and a list of errors, each with the file's name.
+      The tensor entries by name, the metadata, and a list of error messages, each of which begins
+      with the file's name.
     """
     try:
         require_file(path)  # opening a pipe would block
@@ -131,13 +132,13 @@ def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(path: pathlib.Path, value: Any, base: int) -> Entry | str:
-    """Validate one header entry; return an `Entry`, or an error message."""
+    """Validate a tensor's header entry; return an `Entry`, or an error message if it is invalid."""
     try:
         dtype, shape = value["dtype"], value["shape"]
         begin, end = value["data_offsets"]
     except (TypeError, KeyError, ValueError):
         return "corrupt header entry"
-    if isinstance(shape, list) and len(shape) > _MOST_DIMENSIONS:  # `math.prod` would be slow
+    if isinstance(shape, list) and len(shape) > _MOST_DIMENSIONS:  # `math.prod` could be very slow
         return f"declares {len(shape)} dimensions; at most {_MOST_DIMENSIONS} are supported"
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if any(type(n) is not int or not 0 <= n < 2**63 for n in numbers) or end < begin:
@@ -152,7 +153,7 @@ def _entry(path: pathlib.Path, value: Any, base: int) -> Entry | str:
 
 def _layout_faults(path: pathlib.Path, entries: Iterable[Entry], base: int,
                    total: int) -> list[str]:
-    """Check that the tensors fill the data section without gaps or overlaps; return the errors."""
+    """Check that the tensors fill the data section without gaps or overlaps; return any errors."""
     at = base
     for entry in sorted(entries, key=lambda e: (e.start, e.size)):
         if entry.start != at:
@@ -166,10 +167,10 @@ def _layout_faults(path: pathlib.Path, entries: Iterable[Entry], base: int,
 
 
 def read_slice(entry: Entry, index: tuple[slice, ...] = ()) -> np.ndarray:
-    """Read a tensor, or the part of it that unit-step slices select, into a new array.
+    """Read a tensor, or the part of it selected by unit-step slices, into a new array.
 
-    A slice of the first dimension is read directly into the result. Slices of other dimensions are
-    copied from a memory map of this tensor.
+    If only the first dimension is sliced, the data are read directly into the result. Otherwise,
+    they are copied from a memory map of this tensor.
 
     Raises:
       UserError: the file cannot be read, or is shorter than its header declares.
@@ -195,7 +196,9 @@ def read_slice(entry: Entry, index: tuple[slice, ...] = ()) -> np.ndarray:
 
 
 def read_pieces(entry: Entry) -> Iterator[np.ndarray]:
-    """Yield a tensor's values in order, as 1-D arrays of at most 2¹⁸ elements for every dtype.
+    """Yield a tensor's values in order, as 1-D arrays of at most 2¹⁸ elements each.
+
+    The number of elements per array does not depend on the dtype.
 
     Raises:
       UserError: the file cannot be read, or is shorter than its header declares.
@@ -281,8 +284,8 @@ def pieces(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
 
     Args:
       tensors: the dtype and shape of each tensor by name, in file order.
-      values: a function that returns the values of a tensor by name. It is called just before
-        the tensor is yielded.
+      values: a function from a tensor's name to its values, called just before the tensor is
+        yielded.
       metadata: the metadata for the header.
     """
     names = {dtype: name for name, dtype in READABLE.items()}
@@ -302,12 +305,12 @@ def pieces(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
 
 def replace_files(folder: pathlib.Path, files: Mapping[str, Iterable[Any]],
                   stale: Iterable[str] = ()) -> None:
-    """Write and fsync all files under temporary names, then rename all files.
+    """Write and fsync all files under temporary names, then rename them to their final names.
 
     Args:
       folder: the folder to write; created if missing.
-      files: the content of each file as chunks of bytes, by file name. Files are renamed in this
-        order.
+      files: the content of each file as chunks of bytes, by file name. The files are renamed in the
+        order of this mapping.
       stale: the names of files to remove before the first rename.
 
     Raises:

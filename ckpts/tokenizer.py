@@ -13,13 +13,13 @@ from jaxpersona.errors import UserError
 from jaxpersona.extras import require
 from jaxpersona.inputs import read_json, require_files
 
-_FILES = (".json", ".jinja", ".model", ".txt")  # suffixes of files that transformers may read
+_FILES = (".json", ".jinja", ".model", ".txt")  # suffixes of files that a tokenizer may consist of
 _T = TypeVar("_T")
 _STDERR = threading.Lock()  # guards file descriptor 2
 
 
 def read_tokenizer(folder: pathlib.Path) -> Any:
-    """Load a folder's tokenizer with transformers; return None if there is none.
+    """Load a folder's tokenizer with transformers; return None if the folder has no tokenizer.
 
     Remote code from the folder is never run, and transformers does not prompt the user to allow it.
 
@@ -51,12 +51,12 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
 
 
 def _named_class(folder: pathlib.Path) -> dict[str, Any]:
-    """Return {"config": …} for AutoTokenizer if tokenizer_config.json names the class, else {}.
+    """Return {"config": …} for AutoTokenizer if tokenizer_config.json has a tokenizer class.
 
-    AutoTokenizer needs `model_type` and `tokenizer_class` of the model's configuration. Without a
-    `config` argument, it imports the configuration's class to read both. If PyTorch is installed,
-    that import also imports PyTorch's distributed tensors, which takes five times as long as
-    reading the tokenizer.
+    Otherwise return {}. AutoTokenizer needs `model_type` and `tokenizer_class` from the model's
+    configuration. Without a `config` argument, it imports the configuration class to read them. If
+    PyTorch is installed, this also imports PyTorch's distributed tensors, which takes five times as
+    long as reading the tokenizer.
     """
     from transformers import PretrainedConfig
 
@@ -74,18 +74,18 @@ def _named_class(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def encode_once(tokenizer: Any) -> None:
-    """Encode a text, so that an unsupported regular expression raises an error immediately."""
+    """Encode a text, so that an unsupported regular expression in the tokenizer raises an error."""
     with _without_stderr():
         tokenizer("Hello, world! 1 + 1", add_special_tokens=False)
 
 
 def checked(path: pathlib.Path, make: Callable[[], _T]) -> _T:
-    """Call `make`, which creates a tokenizer; convert its errors to a UserError with the path."""
+    """Call `make`, which creates a tokenizer; convert any error to a UserError with the path."""
     try:
         return make()
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except BaseException as error:  # transformers raises many exception types; tokenizers may panic
+    except BaseException as error:  # any exception of transformers, or a Rust panic in tokenizers
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())[:200]
@@ -100,8 +100,8 @@ def checked(path: pathlib.Path, make: Callable[[], _T]) -> _T:
 def _without_stderr() -> Iterator[None]:
     """Discard the stderr output of native code, such as the backtrace of a panic.
 
-    A lock prevents concurrent calls, because a second call would save the already redirected file
-    descriptor and, at the end, restore the redirection instead of stderr.
+    A lock prevents concurrent use. A second concurrent call would save the file descriptor that is
+    already redirected, and finally restore the redirection instead of stderr.
     """
     with _STDERR:
         try:

@@ -25,8 +25,8 @@ from jaxpersona.vectors.vector import Axis, Vector
 
 KINDS = ("axis", "role", "persona")
 _PERSONA = re.compile(r"(.+)_(prompt_avg|response_avg|prompt_last)_diff")
-_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")  # words of a file name in snake_case or CamelCase
-_TABLES = {"experiments": "caps", "axis": "axis", "vector": "role"}  # kind of a dict by key
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")  # a word in a snake_case or CamelCase file name
+_TABLES = {"experiments": "caps", "axis": "axis", "vector": "role"}  # from a dict's key to its kind
 _PERCENTILE = re.compile(r"p(0?\.\d+)(?!\d)")
 
 
@@ -37,11 +37,12 @@ def read_pickle(path: str | os.PathLike, limit: int = VECTOR_BYTES, *, convert: 
       path: the file.
       limit: the maximum size of the file in bytes.
       convert: whether to convert the tensors; otherwise they are returned as PyTorch tensors, and
-        the caller must check how many elements they declare.
+        the caller must check their numbers of elements before copying them.
 
     Raises:
       UserError: the file is missing, too large or damaged, PyTorch is not installed, or the pickle
-        contains anything except float tensors and plain values; no code from the file is run.
+        contains anything except tensors and plain values (or, with `convert`, a tensor that is not
+        floating-point). No code from the file is run.
     """
     path = pathlib.Path(path)
     size = require_file(path, limit)
@@ -56,7 +57,7 @@ def read_pickle(path: str | os.PathLike, limit: int = VECTOR_BYTES, *, convert: 
         message = " ".join(str(error).split())
         call = re.search(r"GLOBAL ([\w.]+)", message)
         if call:
-            raise UserError(f"{path}: unsafe pickle: it would call {call[1]}; ask the file's "
+            raise UserError(f"{path}: unsafe pickle (it would call {call[1]}); ask the file's "
                             "author for a file that contains only tensors") from error
         reason = message.split("WeightsUnpickler error: ")[-1].split(". ")[0]
         reason = reason.split(" Check the documentation")[0][:120]
@@ -65,7 +66,7 @@ def read_pickle(path: str | os.PathLike, limit: int = VECTOR_BYTES, *, convert: 
 
 
 def _check_archive(path: pathlib.Path, size: int) -> None:
-    """Check the declared sizes of a `.pt` file's ZIP archive before unpacking it.
+    """Check the sizes declared in a `.pt` file's ZIP archive before it is unpacked.
 
     PyTorch stores entries uncompressed, so they cannot be larger than the file. A compressed entry
     could expand to a thousand times the size of the file.
@@ -123,7 +124,7 @@ class _Plain:
 
     def _array(self, value: Any) -> np.ndarray:
         if not value.is_floating_point():
-            raise TypeError(f"it contains a {value.dtype} tensor; directions must be floats")
+            raise TypeError(f"it contains {value.dtype} values; use float tensors")
         if value.numel() > self.size:  # possible for an expanded view of a small storage
             raise UserError(f"a tensor declares {value.numel()} elements, but the file has "
                             f"{self.size} bytes")
@@ -133,16 +134,17 @@ class _Plain:
 def read(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[str, Caps]:
     """Read a `.pt` file of the Assistant Axis (Lu et al. 2026) or Persona Vectors project.
 
-    Dicts are recognized by their keys: `{"axis": [L, D]}`, `{"vector": [L, D], "type", "role"}`, or
-    `{"vectors", "experiments"}` for capping experiments. A bare tensor is recognized by its file
-    name: a name with the word "axis" denotes an axis, a name that begins with the word "default"
-    (such as `default_vector.pt`) denotes a role vector, and `<trait>_<pool>_diff.pt` denotes a
-    persona vector. The pool is prompt_avg, response_avg or prompt_last.
+    The kind of a dict is inferred from its keys: `{"axis": [L, D]}`, `{"vector": [L, D], "type",
+    "role"}`, or `{"vectors", "experiments"}` for capping experiments. The kind of a bare tensor is
+    inferred from the file name: a name with the word "axis" denotes an axis, a name that begins
+    with the word "default" (such as `default_vector.pt`) denotes a role vector, and
+    `<trait>_<pool>_diff.pt` denotes a persona vector, where <pool> is prompt_avg, response_avg or
+    prompt_last.
 
     The tensor of a persona vector has shape [L + 1, D] and begins with the embeddings. Entry i
-    becomes layer i − 1. Entry 0 (the embeddings) and the last entry (after the final norm, so not
-    in the residual stream) are dropped. Layer L − 1 is therefore zero. The vector's notes record
-    this conversion.
+    becomes layer i − 1. Entry 0 (the embeddings) and the last entry (taken after the final norm, so
+    not in the residual stream) are dropped. Layer L − 1 is therefore zero. The vector's notes
+    record this conversion.
 
     Args:
       path: the file.
@@ -154,7 +156,7 @@ def read(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[str,
 
     Raises:
       UserError: as for `read_pickle`, or the content has none of these forms, or `kind` is unknown
-        or does not match; the message names the file.
+        or does not match the content.
     """
     path = pathlib.Path(path)
     if kind not in (None, *KINDS):
@@ -171,7 +173,7 @@ def _interpret(stem: str, value: Any, kind: str | None) -> Vector | dict[str, Ca
     if isinstance(value, dict):
         own = next((name for key, name in _TABLES.items() if key in value), None)
         if own is not None and kind not in (None, own):
-            raise UserError(f"kind is {kind!r}, but the file has kind {own}; omit kind")
+            raise UserError(f"kind is {kind!r}, but the kind of the file is '{own}'; omit kind")
         if own == "caps":
             return capping(value)
         if own == "axis":
@@ -180,15 +182,15 @@ def _interpret(stem: str, value: Any, kind: str | None) -> Vector | dict[str, Ca
             role, score = _text(value["role"], "role"), _text(value.get("type", ""), "type")
             notes = {"source": "Assistant Axis project, role vector", "type": score}
             return Vector(_matrix(value["vector"], "vector"), role, notes=notes)
-        raise UserError("contains a dict without any of the keys axis, vector and experiments")
+        raise UserError("contains a dict without any of the keys axis, vector or experiments")
     array = _matrix(value, "the tensor")
     persona = _PERSONA.fullmatch(stem)
     words = [word.lower() for word in _WORD.findall(stem)]
     kind = kind or ("persona" if persona else "axis" if "axis" in words else
                     "role" if words[:1] == ["default"] else None)
     if kind is None:
-        raise UserError("contains a bare tensor, and the file name does not state its kind; set "
-                        f"kind to one of {', '.join(KINDS)}")
+        raise UserError("contains a bare tensor, and its kind cannot be inferred from the file "
+                        f"name; set kind to one of {', '.join(KINDS)}")
     if kind == "axis":
         return _axis(array)
     if kind == "role":
@@ -239,16 +241,16 @@ def _persona(array: np.ndarray, trait: str, pool: str) -> Vector:
 def capping(table: Mapping[str, Any]) -> dict[str, Caps]:
     """Convert capping experiments to floors along the assistant direction.
 
-    The file's unit vectors û point away from the assistant, and the caps bound the projection from
-    above: h ← h − û·max(⟨h, û⟩ − τ, 0). With v̂ = −û, this is a floor at −τ:
-    h ← h + v̂·max(−τ − ⟨h, v̂⟩, 0) (Lu et al. 2026, §5). Percentile p of the file corresponds to
+    The unit vectors û in the file point away from the assistant, and the caps bound the projection
+    from above: h ← h − û·max(⟨h, û⟩ − τ, 0). With v̂ = −û, this is a floor at −τ:
+    h ← h + v̂·max(−τ − ⟨h, v̂⟩, 0) (Lu et al. 2026, §5). Percentile p in the file corresponds to
     percentile 100 − p along v̂.
 
     Returns:
       The caps of each experiment by id, in file order.
 
     Raises:
-      UserError: the content is malformed; for example, an experiment has no caps.
+      UserError: the content is malformed, for example because an experiment has no caps.
       KeyError: a field is missing.
     """
     vectors, out = _table(table["vectors"], "vectors"), {}
@@ -282,7 +284,7 @@ def capping(table: Mapping[str, Any]) -> dict[str, Caps]:
         if not values or len({len(value) for value in values}) > 1:
             raise UserError(f"experiment {name!r} has no caps, or vectors of different widths")
         if name in out:
-            raise UserError(f"duplicate experiment {name!r}")
+            raise UserError(f"experiments contains {name!r} twice; experiment ids must be unique")
         notes = {"source": "Assistant Axis project, capping experiment", "sign": _sign(name)}
         out[name] = Caps(np.stack(values), tuple(layers), np.array(floors), tuple(labels), name,
                            notes=notes)

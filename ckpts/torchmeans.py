@@ -1,6 +1,6 @@
-"""Read and write the `.pt` files of the published Assistant Axis code that contain many tensors.
+"""Read and write `.pt` files with many tensors, as in the published Assistant Axis code.
 
-`torchfile.read_pickle` reads all files, so no code in a file is run.
+Files are read with `torchfile.read_pickle`, so no code in a file is run.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from jaxpersona.extras import require
 
 # maximum size of a file of response means; 1,200 rollouts of a 70B model take 1.6 GB in bfloat16
 MEANS_BYTES = 16 << 30
-_SHOWN = 3  # number of invalid entries that a message names
+_SHOWN = 3  # maximum number of invalid entries named in an error message
 
 
 def read_means(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Read a `.pt` file with a dict of floating-point tensors; convert them to float32 arrays.
 
-    The number of elements is checked before the conversion, because tensors can share memory: a
-    small file could otherwise expand beyond the available memory.
+    The number of elements is checked before the conversion. Tensors can share memory, so without
+    this check a small file could expand beyond the available memory.
 
     Args:
       path: a file of at most `MEANS_BYTES`.
 
     Returns:
-      key → array.
+      The arrays by key.
 
     Raises:
-      UserError: as for `torchfile.read_pickle`, or the file contains anything but a dict of text
-        keys and dense floating-point tensors; the message names the file.
+      UserError: as for `torchfile.read_pickle`, or the content is not a dict from strings to dense
+        floating-point tensors; the message names the file.
     """
     path = pathlib.Path(path)
     held = read_pickle(path, MEANS_BYTES, convert=False)
@@ -47,14 +47,14 @@ def read_means(path: str | os.PathLike) -> dict[str, np.ndarray]:
              if not isinstance(key, str) or not _is_dense(torch, value)]
     if wrong:
         named = ", ".join(f"{key!r:.60}" for key in wrong[:_SHOWN])
-        raise UserError(f"{path}: {len(wrong)} entries are not floating-point tensors with a text "
-                        f"key ({named}{', …' if len(wrong) > _SHOWN else ''}); compute the file "
-                        "again")
+        raise UserError(f"{path}: contains invalid entries ({len(wrong)}: "
+                        f"{named}{', …' if len(wrong) > _SHOWN else ''}); recompute the file with "
+                        "only floating-point tensors and string keys")
     size, total = path.stat().st_size, sum(value.numel() for value in held.values())
     if total > size:
         raise UserError(f"{path}: its tensors declare {total} elements, but the file has {size} "
                         "bytes; save each tensor with its own memory (tensor.clone())")
-    # `pop` frees each tensor after its conversion
+    # `pop` frees each tensor as soon as it is converted
     return {key: held.pop(key).detach().to(torch.float32).numpy() for key in list(held)}
 
 
@@ -82,6 +82,6 @@ def write_pickle(path: str | os.PathLike, value: Any) -> None:
 
 
 def _is_dense(torch: Any, value: Any) -> bool:
-    """Return whether a value is a floating-point tensor whose elements are in memory."""
+    """Return whether a value is a dense floating-point tensor in CPU memory."""
     return (isinstance(value, torch.Tensor) and value.layout is torch.strided
             and value.device.type == "cpu" and value.is_floating_point())

@@ -1,4 +1,4 @@
-"""Read and write files of directions and caps: the package's format and three others.
+"""Read and write directions and caps, in this package's file format and three others.
 
 | suffix | read | written |
 |---|---|---|
@@ -37,7 +37,7 @@ _SUFFIXES = (".safetensors", ".pt", ".gguf", ".npy")
 
 
 def save_vector(path: str | os.PathLike, vector: Vector | Caps) -> list[str]:
-    """Write a direction or caps atomically; the suffix of the path selects the format.
+    """Write a direction or caps to a file atomically; the file's suffix selects the format.
 
     Args:
       path: the file to write, with the suffix .safetensors, .gguf or .npy.
@@ -80,9 +80,9 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
     """Read a direction or caps; the suffix of the file selects the format.
 
     Args:
-      path: the file, or "mini" for the axis of the embedded model.
-      kind: the kind of a bare tensor in a .pt file, if the file name does not state the kind
-        (`torchfile.read`).
+      path: the file, or "mini" for the axis of the model "mini".
+      kind: the kind of a bare tensor in a .pt file, if it cannot be inferred from the file name
+        (see `torchfile.read`).
 
     Returns:
       A direction, or caps by experiment id.
@@ -91,7 +91,7 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
       UserError: the suffix is unknown, the file is missing, damaged or unsafe, or it uses an
         unsupported convention; the message names the file.
     """
-    if os.fspath(path) == "mini":  # as in `load`, even if a file with this name exists
+    if os.fspath(path) == "mini":  # takes precedence over a file with this name, as in `load`
         held = importlib.resources.files("jaxpersona.ckpts") / "mini" / "axis.safetensors"
         with importlib.resources.as_file(held) as file:
             return load_any(file, kind)
@@ -105,7 +105,7 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
 def _read_any(path: str | os.PathLike, kind: str | None) -> Vector | dict[str, Caps]:
     suffix = pathlib.Path(path).suffix.lower()
     if os.path.isdir(path):
-        axis = os.path.join(path, "axis.safetensors")  # the axis in a run folder
+        axis = os.path.join(path, "axis.safetensors")  # run folders store their axis in this file
         hint = f"did you mean {axis}?" if os.path.isfile(axis) else "give a file"
         raise UserError(f"{path}: is a folder; {hint}")
     if kind is not None and suffix != ".pt":
@@ -126,7 +126,7 @@ def _read_any(path: str | os.PathLike, kind: str | None) -> Vector | dict[str, C
         return _dated(path, _build(header, tensors))
     except KeyError as error:
         raise UserError(f"{path}: {error} is missing") from None
-    # the repr of a deeply nested value can raise RecursionError
+    # formatting a deeply nested value for a message can raise RecursionError
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -135,8 +135,8 @@ def load_vector(path: str | os.PathLike, *, kind: str | None = None) -> Vector:
     """Read a direction in any supported format (see the module docstring).
 
     Args:
-      path: the file, or "mini" for the axis of the embedded model (`load_any`).
-      kind: the kind of a bare tensor in a .pt file (`load_any`).
+      path: the file, or "mini" for the axis of the model "mini".
+      kind: the kind of a bare tensor in a .pt file (see `load_any`).
 
     Raises:
       UserError: as for `load_any`, or the file contains caps.
@@ -151,8 +151,8 @@ def load_vector(path: str | os.PathLike, *, kind: str | None = None) -> Vector:
     """
     loaded = load_any(path, kind)
     if isinstance(loaded, dict):
-        raise UserError(f"{path}: contains caps ({', '.join(list(loaded)[:4])}); read it with "
-                        "load_caps or pass it to `generate --cap`")
+        raise UserError(f"{path}: contains caps ({', '.join(list(loaded)[:4])}); read the file "
+                        "with load_caps or pass it to `generate --cap`")
     return loaded
 
 
@@ -160,8 +160,8 @@ def load_axis(path: str | os.PathLike, *, kind: str | None = None) -> Axis:
     """Read an assistant axis in any supported format (see the module docstring).
 
     Args:
-      path: the file, or "mini" for the axis of the embedded model (`load_any`).
-      kind: the kind of a bare tensor in a .pt file (`load_any`).
+      path: the file, or "mini" for the axis of the model "mini".
+      kind: the kind of a bare tensor in a .pt file (see `load_any`).
 
     Raises:
       UserError: as for `load_vector`, or the direction is not an axis.
@@ -178,9 +178,9 @@ def load_axis(path: str | os.PathLike, *, kind: str | None = None) -> Axis:
 
 
 def load_caps(path: str | os.PathLike) -> dict[str, Caps]:
-    """Read a file of caps; return the caps by experiment id.
+    """Read a file of caps; return a dict from experiment id to `Caps`.
 
-    `caps[id].interventions()` returns the interventions for `generate`.
+    For a result `caps`, `caps[id].interventions()` returns the interventions for `generate`.
 
     Raises:
       UserError: as for `load_any`, or the file contains a direction instead of caps.

@@ -49,8 +49,8 @@ class Batch(flax.struct.PyTreeNode):
       position: [B, T] int32, the rotary position; 0 at padding.
       kind: [B, T] uint16, bit masks with the bits of `KINDS`; 0 at padding.
       turn: [B, T] int32, the zero-based index of the token's message.
-      row_id: [B] uint32, the IDs that seed the sampling of the rows, so that a row's samples do not
-        depend on its index in the batch.
+      row_id: [B] uint32, an id per row that seeds the sampling of the row, so that its samples do
+        not depend on its index in the batch.
       chunk: whether the batch is one chunk of a longer prompt (static).
 
     Examples:
@@ -62,7 +62,7 @@ class Batch(flax.struct.PyTreeNode):
     __repr__ = brief
 
     tokens: Int32[Array | np.ndarray, "B T"]
-    position: Any  # Any, because the annotations of some functions allow only jax.Array
+    position: Any  # typed as Any, because some functions' annotations allow only jax.Array
     kind: UInt16[Array | np.ndarray, "B T"]
     turn: Int32[Array | np.ndarray, "B T"]
     row_id: UInt32[Array | np.ndarray, " B"]
@@ -104,9 +104,9 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
       turn: message indices, nested like `tokens`, or None for all zeros.
       row_id: [B] integers, or None for 0, 1, ….
       width: the length T to which rows are padded; default: the length of the longest row.
-      vocabulary: the model's `config.vocab_size`, the upper bound of the ids. If None, only
-        `forward` checks this bound, and only outside `jax.jit`. Under `jax.jit`, where the ids are
-        traced, an id outside the vocabulary gives NaN logits.
+      vocabulary: the model's `config.vocab_size`; every id must be smaller. If None, only `forward`
+        checks the ids against the vocabulary, and only outside `jax.jit`. Under `jax.jit`, where
+        the ids are traced, an id outside the vocabulary gives NaN logits.
 
     Raises:
       UserError: an argument has the wrong type, the batch or a row is empty, `tokens` is a single
@@ -193,8 +193,7 @@ def check_ids(ids: np.ndarray, vocabulary: int | None, what: str, tokenizer: Any
       tokenizer: the tokenizer that converts the invalid id to text for the error message, or None.
 
     Raises:
-      UserError: an id is negative, or not less than `vocabulary`; the message contains the first
-        invalid id.
+      UserError: an id is negative or too large; the message contains the first invalid id.
     """
     most = 2**31 if vocabulary is None else vocabulary
     if not ids.size or (int(ids.min()) >= 0 and int(ids.max()) < most):
@@ -205,10 +204,10 @@ def check_ids(ids: np.ndarray, vocabulary: int | None, what: str, tokenizer: Any
     if tokenizer is not None and 0 <= wrong < len(tokenizer):
         written = f" ({tokenizer.convert_ids_to_tokens(wrong)!r})"
     raise UserError(
-        f"{what} has the token id {wrong}{written}; token ids must be in 0…{most - 1}"
+        f"{what} contains the token id {wrong}{written}; token ids must be in 0…{most - 1}"
         + ("" if vocabulary is None else ", the row indices of the model's embedding")
-        + (": the tokenizer has tokens that the model does not have, so remove them from the text "
-           "or use the model's own tokenizer" if written else "")
+        + (". The tokenizer has tokens that the model does not have; remove them from the text, or "
+           "use the model's own tokenizer" if written else "")
     )
 
 

@@ -2,8 +2,8 @@
 
 Most layers of a model have the same operations and differ only in their parameters. While a program
 of the engine is traced, each part is therefore a nested `jax.jit` function, so that layers with the
-same operations share one trace. XLA inlines the calls before it optimizes, so the compiled program
-does not change.
+same operations share one trace. XLA inlines these functions before other optimizations, so the
+compiled program does not change.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Parts(NamedTuple):
 def parts(config: ModelConfig, attention: Implementation) -> Parts:
     """Return the parts of a block, as nested `jax.jit` functions while the engine traces a program.
 
-    If the engine does not trace a program, the parts are plain functions. Each call of `parts`
-    creates new functions, so `jax.jit` would compile them again in every eager forward pass.
+    Otherwise the parts are plain functions: each call of `parts` creates new functions, which
+    `jax.jit` would compile again in every eager forward pass.
 
     Args:
       config: the model configuration.
@@ -79,11 +79,11 @@ def attend(config: ModelConfig, attention: Implementation, layer: Layer, x: Floa
       batch: the tokens of this call.
       positions: [B, S] int32, the position of each key; −1 at padding and in empty slots.
       slots: [B, T] int32, the cache slot of each token.
-      held: the block's keys and values in the cache; None without a cache.
-      known: [B, T] bool, False at tokens whose result must be NaN; None is equivalent to all True.
-        It is ignored if `normed` is given.
+      held: the block's keys and values in the cache, or None if there is no cache.
+      known: [B, T] bool, False at tokens whose result must be NaN; None means all True. Ignored if
+        `normed` is given.
       normed: x after the block's first norm if `Trace.finish` has computed it, otherwise None.
-      window: sliding-window size in positions, or None for full attention.
+      window: the sliding-window size in positions, or None for full attention.
 
     Returns:
       The output [B, T, D] to add to the residual stream, and the updated `held`.
@@ -98,9 +98,9 @@ def attend(config: ModelConfig, attention: Implementation, layer: Layer, x: Floa
         k = write(held[0], _kept(k, held[0]), slots)
         v = write(held[1], _kept(v, held[1]), slots)
         if attention != "xla":
-            # The barrier places the cache write before attention. The attention kernels do not read
-            # the cache, so without the barrier, XLA would delay the writes of all layers and keep
-            # their new keys and values in memory until the end of the program.
+            # The barrier forces the cache write before attention. These kernels do not read the
+            # cache, so without the barrier, XLA would delay the writes of all layers and keep their
+            # new keys and values in memory until the end of the program.
             k, v, own = jax.lax.optimization_barrier((k, v, own))
         held = k, v
     if attention == "cudnn":
@@ -122,7 +122,7 @@ def attend(config: ModelConfig, attention: Implementation, layer: Layer, x: Floa
 
 
 def transform(config: ModelConfig, layer: Layer, x: Float[Array, "B T D"]) -> jax.Array:
-    """Return the MLP output [B, T, D] of a block; the caller adds it to the residual stream x."""
+    """Return a block's MLP output [B, T, D] for the residual stream x; the caller adds it to x."""
     eps, offset = config.norm_eps, config.norm_offset
     y = nn.mlp(nn.rms_norm(x, layer.mlp_norm_d, eps, offset), layer, config.activation)
     if config.post_norms:
@@ -132,7 +132,7 @@ def transform(config: ModelConfig, layer: Layer, x: Float[Array, "B T D"]) -> ja
 
 def _project(layer: Layer, config: ModelConfig, normed: jax.Array,
              angle: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return queries [B, T, N, H], keys and values [B, T, K, H]; queries and keys are rotated."""
+    """Return queries [B, T, N, H] and keys [B, T, K, H], both rotated, and values [B, T, K, H]."""
     q, k, v = dots(normed, layer.qkv)
     q = nn.add_bias(q, layer.bq_nh)
     k = nn.add_bias(k, layer.bk_kh)
@@ -146,6 +146,6 @@ def _project(layer: Layer, config: ModelConfig, normed: jax.Array,
 def _kept(x: jax.Array, buffer: jax.Array) -> jax.Array:
     """Round x to the precision of its dtype if it is stored in a buffer of a wider dtype.
 
-    Without the rounding, XLA may store the values in the higher precision that a fusion uses.
+    Without this rounding, XLA may store the values in the higher precision used inside a fusion.
     """
     return x if x.dtype == buffer.dtype else nn.round_residual(x)

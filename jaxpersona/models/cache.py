@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32
 
 KV_AXES = ("batch", "kv_heads", None, None)
-_SHORT = 8  # on a CPU, T > 1 tokens per row are scattered if S is at least this many times T
+_SHORT = 8  # on a CPU, `write` scatters T > 1 tokens per row if there are at least _SHORT · T slots
 ROW_AXES = (("batch", None), ("batch",))  # logical axes of `position` and `next`
 
 
@@ -31,7 +31,7 @@ class Cache(flax.struct.PyTreeNode):
     """The keys and values of the tokens processed so far.
 
     Attributes:
-      k, v: one array [B, K, S, H] per layer.
+      k, v: the keys and values, one array [B, K, S, H] per layer.
       position: [B, S] int32, the rotary position of the token in each slot; −1 in empty slots.
       next: [B] int32, the index of each row's next free slot.
 
@@ -65,8 +65,8 @@ def kept_dtype(like: jax.Array) -> DTypeLike:
 
     The result is the dtype of `like`, except on a CPU without a mesh, where it is float32 (keys and
     values are still rounded to the dtype of `like`). XLA's CPU backend would convert a whole 16-bit
-    cache to float32 and back whenever a token is written. A float32 cache takes twice the memory of
-    a 16-bit cache.
+    cache to float32 and back whenever a token is written. A float32 cache uses twice as much memory
+    as a 16-bit cache.
     """
     return jnp.float32 if on_cpu(like) else like.dtype
 
@@ -95,8 +95,8 @@ def init_cache(config: ModelConfig, rows: int, slots: int, dtype: DTypeLike = "f
 def assign_slots(cache: Cache | None, batch: Batch) -> jax.Array:
     """Return the slot of each token, [B, T] int32; padding has the out-of-range slot S.
 
-    A row's valid tokens come before its padding and fill its next free slots in order. Padding is
-    not stored. Without a cache, S is T.
+    In each row, the valid tokens precede the padding and fill the next free slots in order. Padding
+    is not stored. Without a cache, S is T.
     """
     rows, width = batch.tokens.shape
     steps = jnp.arange(width, dtype=jnp.int32)[None]
@@ -132,12 +132,12 @@ def write(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
 
 
 def set_lines(buffer: jax.Array, values: jax.Array, slots: jax.Array, lines: int) -> jax.Array:
-    """Scatter values into a buffer along its axis of S slots, which follows `lines` leading axes.
+    """Scatter values along the axis of a buffer's S slots, which follows `lines` batch axes.
 
-    Values whose slot is S or larger are ignored. The scatter is mapped over all leading axes with
-    `jax.vmap`, so each head has its own index. With one index for all heads of a row, XLA would
-    transpose the buffer before and after a decode loop on TPUs, and copy a one-row buffer three
-    times per step on CPUs.
+    Values with a slot of S or more are dropped. The scatter is mapped over the batch axes
+    with `jax.vmap`, so each head has its own index. With one index for all heads of a row, XLA
+    would transpose the buffer before and after a decode loop on TPUs, and copy a one-row buffer
+    three times per step on CPUs.
     """
     def enter(line: jax.Array, value: jax.Array, slot: jax.Array) -> jax.Array:
         return line.at[slot].set(value, mode="drop")
@@ -150,8 +150,8 @@ def set_lines(buffer: jax.Array, values: jax.Array, slots: jax.Array, lines: int
 def by_slot(values: jax.Array, slots: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Reorder per-token values [B, T, …] by slot, given the tokens' slots [B, T].
 
-    The values are gathered, because some backends execute a scatter one token at a time. A row's
-    valid tokens must come before its padding and have consecutive slots.
+    The values are gathered, because some backends execute a scatter one token at a time. In each
+    row, the valid tokens must precede the padding and have consecutive slots.
 
     Returns:
       moved: [B, S, …] with S = `count`; arbitrary values in slots without a token.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Carry(flax.struct.PyTreeNode):
-    """The state of B rows between two calls of `forward`.
+    """The state of B batch rows between two calls of `forward`.
 
     `forward` returns a `Carry` with every field set, except that `cache` is None if no cache was
     allocated. If a field of the `Carry` passed to `forward` is None, `forward` starts with the
@@ -25,11 +25,11 @@ class Carry(flax.struct.PyTreeNode):
 
     Attributes:
       cache: the keys and values of the tokens processed so far, or None.
-      captured: the state of each reading by name; the state's `value` is the result.
-      applied: one `Applied` per intervention table, with counts summed over the calls.
+      captured: the state of each reading by name; its `value` is the result of the reading.
+      applied: one `Applied` per intervention table, with counts summed over all calls so far.
       gates: the state of each prompt gate, by the index of the gate's intervention table.
-      finite: [B] bool, True if the residual stream after the last computed block and its sum of
-        squares were finite in float32 at every valid token of all calls.
+      finite: [B] bool, True if the residual stream after the last computed block was finite at
+        every valid token of all calls, and its sum of squares was finite in float32.
 
     Examples:
       >>> import jaxpersona as jp

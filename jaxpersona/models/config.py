@@ -1,7 +1,7 @@
 """Model configuration, with parameter, memory and FLOP counts.
 
 A `ModelConfig` is frozen, hashable and static under `jax.jit`. Model families differ only in the
-values of the fields, so the same `forward` supports every family without testing the family's name.
+values of the fields, so `forward` supports every family without branching on the family's name.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _HASHED = {
         theta kind factor low_freq_factor high_freq_factor original_context
     """.split()),
 }
-MAX_LAYERS = 1024  # more layers than any released model; a larger number indicates a damaged file
+MAX_LAYERS = 1024  # more than in any released model; a larger number indicates a damaged file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Rope:
 
     The kind "default" uses only `theta`, and "linear" divides every frequency by `factor`. The kind
     "llama3" divides low frequencies by `factor`, leaves high frequencies unchanged, and
-    interpolates between both for the frequencies in between.
+    interpolates for the frequencies in between.
     """
 
     theta: float = 10_000.0
@@ -56,21 +56,23 @@ class ModelConfig:
 
     Attributes:
       family: the model family, a key of `families.FAMILIES`.
-      d_model, d_ff, n_layers, n_heads, n_kv_heads, head_dim, vocab_size: the sizes D, F, L, N,
-        K, H and V.
-      rope: the rotary embedding (see `rope_local`).
+      d_model, d_ff, n_layers, n_heads, n_kv_heads, head_dim, vocab_size: the sizes that shapes
+        call D, F, L, N, K, H and V, in this order.
+      rope: the rotary embedding of all layers or, if `rope_local` is set, of full-attention layers.
       attn_scale: the factor applied to q·k (1/√H in most families).
-      tied_embeddings: whether the output head uses the weight of the token embedding.
+      tied_embeddings: whether the output head shares the weight of the token embedding.
       windows: for each layer, the sliding-window size in positions, or None for full attention.
       rope_local: the rotary embedding of sliding-window layers, or None to use `rope`.
       activation: the activation function of the gated MLP.
       qk_norm: whether queries and keys are normalized before the rotary embedding.
-      qkv_bias, o_bias, mlp_bias: whether the projections have biases.
+      qkv_bias, o_bias, mlp_bias: whether the q, k and v projections, the attention output
+        projection and the MLP projections have biases.
       norm_offset: 1 if norms multiply by (1 + weight), 0 if they multiply by the weight.
       norm_eps: the ε of all norms.
       post_norms: whether attention and MLP outputs are normalized before the residual add.
       embed_scale: the factor applied to the token embeddings.
-      attn_softcap, final_softcap: the soft-caps of attention scores and of logits, or None.
+      attn_softcap, final_softcap: the soft-cap of the attention scores and that of the logits; None
+        for no soft-cap.
       max_context: the model's maximum sequence length in tokens.
 
     Examples:
@@ -158,17 +160,17 @@ class ModelConfig:
         return self.parameters * itemsize
 
     def step_bytes(self, itemsize: int = 2) -> int:
-        """Return the bytes of weights that a decode step reads: all except an untied embedding."""
+        """Return the number of weight bytes read per decode step, without an untied embedding."""
         untied = 0 if self.tied_embeddings else self.vocab_size * self.d_model
         return (self.parameters - untied) * itemsize
 
     def cache_bytes(self, length: int, itemsize: int = 2) -> int:
-        """Return the bytes of keys and values read per decode step for a row of `length` tokens."""
+        """Return the number of KV cache bytes read per decode step for a row of `length` tokens."""
         seen = sum(min(length, w) if w else length for w in self.windows)
         return 2 * self.n_kv_heads * self.head_dim * itemsize * seen
 
     def prefill_flops(self, length: int, *, head: bool = False) -> int:
-        """Return the floating-point operations required to prefill one row of `length` tokens.
+        """Return the number of floating-point operations to prefill one row of `length` tokens.
 
         The count is 2·P·T + 2·L·N·H·T² for T = `length`, where P is the number of parameters
         without the embedding and the output head. The attention term includes a factor 1/2 for
@@ -182,7 +184,7 @@ class ModelConfig:
 
 
 def _hashed(value: Any, kind: str) -> dict[str, Any]:
-    """Return the fields of a dataclass that its hash covers, as a dict of names and values."""
+    """Return the fields that are included in a dataclass's hash, as a dict from name to value."""
     covered = {}
     for field in dataclasses.fields(value):
         item = getattr(value, field.name)
@@ -192,10 +194,10 @@ def _hashed(value: Any, kind: str) -> dict[str, Any]:
 
 
 def replace(config: ModelConfig, **changes: Any) -> ModelConfig:
-    """Return a copy of `config` with changed fields.
+    """Return a copy of `config` with the fields in `changes` replaced.
 
-    If `changes` contains `n_layers` but not `windows`, the pattern of `windows` is repeated or
-    truncated to the new number of layers.
+    If `changes` contains `n_layers` but not `windows`, `windows` is repeated or truncated to the
+    new number of layers.
     """
     if "n_layers" in changes and "windows" not in changes:
         n = changes["n_layers"]

@@ -33,8 +33,8 @@ class Family:
       name: the key of the family in `FAMILIES`.
       architecture, model_type: the values of `architectures` and `model_type` in `config.json`.
       fields: the fields that the family supports in addition to `_COMMON`.
-      read: a function that converts these fields to fields of `ModelConfig`.
-      default: the values of missing fields.
+      read: a function from the contents of `config.json` to the family's fields of `ModelConfig`.
+      default: the default values of fields that `config.json` may omit.
     """
 
     name: str
@@ -43,13 +43,13 @@ class Family:
     fields: frozenset[str]
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
     default: Mapping[str, Any]
-    float16: bool = True  # whether activations of released models fit in float16
+    float16: bool = True  # whether the activations of released models stay in float16's range
 
 
 def _layer_windows(raw: Mapping[str, Any], fallback: Callable[[int], bool]) -> tuple:
     """Return each layer's window size, or None for full attention.
 
-    Without `layer_types`, the layers for which `fallback` returns true have a sliding window.
+    If `layer_types` is missing, layer i has a sliding window if `fallback(i)` is true.
     """
     n, window = raw["num_hidden_layers"], raw.get("sliding_window")
     types = raw.get("layer_types")
@@ -115,8 +115,8 @@ def _gemma3(raw: Mapping[str, Any]) -> dict[str, Any]:
     if raw.get("use_bidirectional_attention"):
         raise UserError("use_bidirectional_attention is true; only causal attention is supported")
     if raw.get("attn_logit_softcapping") is not None:
-        raise UserError(f"attn_logit_softcapping is {raw['attn_logit_softcapping']}; Gemma 3 has "
-                        "no attention soft-cap")
+        raise UserError(f"attn_logit_softcapping is {raw['attn_logit_softcapping']}; it must be "
+                        "null for Gemma 3, which has no attention soft-cap")
     period = raw.get("sliding_window_pattern", raw.get("_sliding_window_pattern", 6))
     local = (raw.get("rope_parameters") or {}).get("sliding_attention")
     return _gemma(raw) | {
@@ -215,7 +215,8 @@ def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
 def _read_rope(raw: Mapping[str, Any], by_layer: bool) -> Rope:
     """Return the rotary embedding of full-attention layers.
 
-    If `by_layer` is true, `rope_parameters` may contain one dict per layer type.
+    If `by_layer` is true, `rope_parameters` may contain one dict for each layer type
+    ("full_attention", "sliding_attention").
     """
     theta, scaling = raw.get("rope_theta"), raw.get("rope_scaling")
     whole = parameters = raw.get("rope_parameters")
@@ -241,7 +242,7 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
 
     Raises:
       UserError: the architecture is unknown, or fields are missing, malformed or unsupported; the
-        message contains the architecture or the fields.
+        message names the architecture or the fields.
 
     Examples:
       >>> import jaxpersona as jp
@@ -317,7 +318,7 @@ def _check_types(raw: Mapping[str, Any]) -> None:
     """Check the types and ranges of optional fields, and the number of layers.
 
     Raises:
-      UserError: fields are malformed; the message lists each of them.
+      UserError: at least one field is invalid; the message lists all invalid fields.
     """
     faults = []
 

@@ -32,9 +32,9 @@ _IGNORED = frozenset("""
     attn_pdrop embedding_dropout residual_dropout attention_probs_dropout_prob hidden_dropout_prob
 """.split())
 
-# Fields of other architectures that change the forward pass. Each field is mapped to the one value
-# that leaves the forward pass unchanged, or to None if this holds for 0, false and empty values. A
-# JSON null never changes the forward pass, and false changes it only if the mapped value is true.
+# Fields of other architectures that can change the forward pass. Each field is mapped to the only
+# value that leaves the forward pass unchanged, or to None if 0, false and empty values do. A JSON
+# null is always allowed; false is also allowed unless the mapped value is true.
 _CHANGES: dict[str, Any] = {key: None for key in """
     quantization_config quantization compression_config sparsity_config bnb_config
     num_experts num_local_experts n_routed_experts num_experts_per_tok num_experts_per_token
@@ -96,7 +96,7 @@ def check_keys(raw: Mapping[str, Any], family: str, own: frozenset[str], others:
       place: the path of the file, for the warning.
 
     Raises:
-      UserError: unsupported keys change the computation; the message lists the first 20 of them.
+      UserError: unsupported keys change the computation; the message lists at most 20 of them.
     """
     unread = sorted(set(raw) - _IGNORED - own)
 
@@ -115,7 +115,7 @@ def check_keys(raw: Mapping[str, Any], family: str, own: frozenset[str], others:
                         f"{_listed(raw, unsupported)}")
     unknown = [key for key in unread if key not in _CHANGES and raw[key] not in (None, False)]
     if unknown:
-        warnings.warn(f"{place}: ignored the unknown keys {_listed(raw, unknown)}, as transformers "
+        warnings.warn(f"{place}: ignored unknown keys ({_listed(raw, unknown)}), as transformers "
                       "does", stacklevel=4)
 
 

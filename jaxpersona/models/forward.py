@@ -52,7 +52,7 @@ class Output(flax.struct.PyTreeNode):
     """The result of a forward pass.
 
     Attributes:
-      logits: float32, [B, T, V] for `logits="all"` and [B, V] for `logits="last"`, or None.
+      logits: float32, [B, T, V] for `logits="all"`, [B, V] for `logits="last"`, otherwise None.
       carry: the state after this call, to be passed to the next call on the same rows.
 
     Examples:
@@ -71,17 +71,17 @@ class Output(flax.struct.PyTreeNode):
 
     @property
     def captured(self) -> dict[str, Any]:
-        """The state of each reading by name; `.value` is the result."""
+        """The state of each reading by name; its `value` is the result of the reading."""
         return self.carry.captured or {}
 
     @property
     def applied(self) -> tuple[Applied, ...]:
-        """One `Applied` per intervention table, with counts summed over the calls."""
+        """One `Applied` per intervention table, with counts summed over all calls so far."""
         return self.carry.applied or ()
 
     @property
     def cache(self) -> Cache | None:
-        """The cache, including the tokens of this call, or None."""
+        """The cache, including the tokens of this call; None if no cache was allocated."""
         return self.carry.cache
 
     @property
@@ -91,10 +91,10 @@ class Output(flax.struct.PyTreeNode):
 
     @property
     def finite(self) -> Bool[Array, " B"]:
-        """[B] bool, whether the residual stream was finite after the last block (`Carry.finite`).
+        """[B] bool: whether the final residual stream was finite (see `Carry.finite`).
 
-        Non-finite values in an earlier block propagate to the last block unless an edit removes
-        them.
+        Non-finite values in an earlier block propagate to the final residual stream unless an edit
+        removes them.
         """
         assert self.carry.finite is not None  # `forward` always sets this field
         return self.carry.finite
@@ -120,20 +120,20 @@ def forward(
       config: the model configuration (static).
       batch: B rows of T tokens, right-padded. If the carry has a cache, these tokens follow the
         tokens in the cache.
-      interventions: the edits of the activations, which may be prepared (`Interventions.prepare`).
-      capture: the readings of the activations, as one `Capture` or a list.
+      interventions: the edits to the activations, optionally prepared by `Interventions.prepare`.
+      capture: the readings of the activations, as one `Capture` or a list of them.
       carry: the state to continue from, returned by the previous call on these rows
         (`Output.carry`), or None.
       slots: the number of slots of a new cache (static), or None to allocate no cache. The dtype of
         a new cache is `cache.kept_dtype(params.like)`. `slots` must be None if the carry has a
         cache.
       logits: "all" for every token, "last" for each row's last valid token, or None to skip the
-        head. None also skips the layers above the last captured or edited layer or, with a cache,
-        the layers above those of the cache.
+        head. None also skips layers that have no effect on the result: without a cache, those above
+        the last captured or edited layer, and with a cache, those above the last cached layer.
       attention: "xla" (the reference), "cudnn" (flash attention on a GPU), "splash" (splash
-        attention on a TPU) or "auto" (the platform's kernel for long batches where it is supported,
+        attention on a TPU) or "auto" (the platform's kernel for long batches if it is supported,
         see `kernels.attention`). Both kernels require that positions increase by one per token, as
-        in a batch from `batch`.
+        in a batch built by `batch`.
       residual: the implementation of the operations at the end of each block: the residual add, the
         edits at the site "residual", projection readings and the next norm. It is "xla" (the
         reference), "pallas" (one kernel on a TPU, `kernels.edit`) or "interpret" (the same kernel,
@@ -147,10 +147,10 @@ def forward(
       UserError: interventions or captures do not match the model or the batch, T is larger than the
         number of slots, the cache has too few layers, a row has more tokens than free slots, a
         token id is outside the embedding, a gate with `within=True` is used on a chunked prompt,
-        the carry belongs to other readings, intervention tables or gates, `slots` is combined with
-        a carry that has a cache, a kernel does not support the platform or the arguments, or the
-        mesh set by `jax.set_mesh` differs from the mesh of the parameters. Under `jax.jit`, missing
-        slots and invalid ids are not detected and give NaN.
+        the carry does not match the readings, intervention tables or gates, `slots` is combined
+        with a carry that has a cache, a kernel does not support the platform or the arguments, or
+        the mesh set by `jax.set_mesh` differs from the mesh of the parameters. Under `jax.jit`, a
+        lack of free slots and invalid token ids are not detected and give NaN.
 
     Examples:
       >>> import jaxpersona as jp
@@ -191,7 +191,7 @@ def forward(
     if slots is None and cache is not None:
         _check_room(cache, batch)
     token_slots = assign_slots(cache, batch)
-    start: Any = None if cache is None else cache.next  # the first free slot before this call
+    start: Any = None if cache is None else cache.next  # each row's first free slot before the call
     state = carry.captured
     if state is None and capture is not None:
         state = capture.init(config, rows, width if cache is None else cache.slots)
@@ -203,7 +203,7 @@ def forward(
     else:
         cache = advance(cache, batch, token_slots)
         positions = cache.position
-    # False at tokens with an id outside the embedding or without a free slot in the cache
+    # False at tokens whose id is outside the embedding or for which the cache has no free slot
     known = (batch.tokens >= 0) & (batch.tokens < params.embed_vd.shape[0])
     if cache is not None and slots is None:
         known &= token_slots < cache.slots
@@ -248,7 +248,7 @@ def forward(
 
 
 def _check_arguments(params: Any, batch: Any, carry: Any) -> None:
-    """Check the types of arguments that are easily confused.
+    """Check the types of `params`, `batch` and `carry`.
 
     Raises:
       UserError: params is a `Model`, batch is not a `Batch`, or carry is not a `Carry`.
@@ -283,7 +283,7 @@ def _check_carry(carry: Carry, edits: PreparedInterventions, rows: int) -> None:
 
 
 def _check_ids(tokens: Any, config: ModelConfig) -> None:
-    """Check that token ids are rows of the embedding, unless they are traced or on other hosts."""
+    """Check that token ids are in the vocabulary, unless they are traced or on other hosts."""
     if is_traced(tokens):
         return
     if isinstance(tokens, jax.Array):
@@ -294,7 +294,7 @@ def _check_ids(tokens: Any, config: ModelConfig) -> None:
 
 
 def _check_room(cache: Cache, batch: Batch) -> None:
-    """Check that each row has enough free slots, unless the counts are traced or on other hosts."""
+    """Check that each row has enough free slots, unless the arrays are traced or on other hosts."""
     arrays = cache.next, batch.kind
     if any(is_traced(x) or not getattr(x, "is_fully_addressable", True)
            for x in arrays):
@@ -317,14 +317,14 @@ def _finite(x: jax.Array, batch: Batch) -> jax.Array:
 def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
     """Return the token embeddings [B, T, D], multiplied by `config.embed_scale`."""
     table, tokens = params.embed_vd, batch.tokens
-    # out-of-range ids are clipped here; the first norm (`blocks.attend`) gives NaN for these tokens
+    # out-of-range ids are clipped; the first norm (in `blocks.attend`) sets these tokens to NaN
     if isinstance(table, Int8):
         x = table.take(tokens, params.like.dtype)
     else:
         table = gather_weight(table)
         narrow = table.dtype != jnp.float32 and is_traced(table)
         if narrow and on_cpu(table):
-            # without the barrier, XLA converts the whole embedding to float32 before a loop
+            # without the barrier, XLA would convert the whole embedding to float32 before a loop
             table, tokens = jax.lax.optimization_barrier((table, tokens))
         placed = out_sharding(("batch", None, None), table)
         x = table.at[tokens].get(mode="clip", wrap_negative_indices=False, out_sharding=placed)

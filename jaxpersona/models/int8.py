@@ -3,7 +3,7 @@
 The quantization is symmetric around zero: w ≈ value · scale. The scale of a channel multiplies the
 result of the matrix product, not the weight, so programs compiled for accelerators convert int8
 values inside the product and write no dequantized copy. XLA's CPU backend would write such a copy,
-and the scales of blocks must multiply the weight itself. On a CPU, and with blocks on any device, a
+and block scales must multiply the weight itself. On a CPU, and for block scales on any device, a
 product is therefore computed for a few output channels at a time, which limits the size of the
 converted weights.
 """
@@ -48,8 +48,8 @@ class Int8(Weight):
       scale: [*out] float32, one scale per output channel; or [*out, n] float16, one scale per block
         of the flattened inputs, as in GGUF's Q8_0. Blocks are supported only without a mesh.
       made_from: [3, 2] uint32, the two sums that `params.fingerprint` computes for each of three
-        arrays: the weight before quantization, `value` and `scale`. None if the first array is
-        unknown.
+        arrays: the weight before quantization, `value` and `scale`. None if the sums of the weight
+        before quantization are unknown.
       inner: the number of input dimensions.
     """
 
@@ -78,7 +78,7 @@ class Int8(Weight):
             def scaled(y: jax.Array) -> jax.Array:
                 return (y * jax.lax.expand_dims(scale, range(y.ndim - scale.ndim))).astype(dtype)
 
-            # the backward pass converts the int8 weight again, so no converted copy is saved for it
+            # the backward pass converts the int8 weight again instead of saving a converted copy
             @functools.partial(jax.checkpoint, prevent_cse=True)
             def multiply(x: jax.Array, value: jax.Array) -> jax.Array:
                 return across_devices(x, value, self.inner, axes, scaled)
@@ -91,13 +91,13 @@ class Int8(Weight):
         return y.reshape(*rows, *out).astype(dtype)
 
     def take(self, index: jax.Array | np.ndarray, dtype: Any) -> jax.Array:
-        """Return the embeddings [B, T, D] of token ids [B, T], in `dtype`; the weight is [V, D].
+        """Look up token ids [B, T] in this embedding [V, D]; return [B, T, D] in `dtype`.
 
         Out-of-range ids are clipped.
         """
         value, scale = gather_weight(self.value), self.scale
         if on_cpu(value):
-            # without the barrier, XLA converts the whole embedding to float32 before a loop
+            # without the barrier, XLA would convert the whole embedding to float32 before a loop
             value, index = jax.lax.optimization_barrier((value, index))
 
         def rows(table: jax.Array) -> jax.Array:
@@ -114,7 +114,7 @@ class Int8(Weight):
 
 
 def quantized(w: jax.Array, inner: int = 1) -> Int8:
-    """Return the `Int8` form of an array [*out, *in]: scale = max|w| / 127 per output channel.
+    """Quantize an array [*out, *in], with scale = max|w| / 127 for each output channel.
 
     The quantization error of each value is at most half the scale of its channel.
     """
@@ -136,7 +136,7 @@ def dequantized(w: Int8, dtype: Any = F32) -> jax.Array:
 
 
 def scheme(params: Params) -> str:
-    """Return the quantization of the weights, such as "int8 per channel", or "" if unquantized."""
+    """Describe the quantization, such as "int8 per channel"; return "" for unquantized weights."""
     def is_int8(x: Any) -> bool:
         return isinstance(x, Int8)
 
@@ -149,19 +149,19 @@ def scheme(params: Params) -> str:
 
 
 def weights_note(params: Params) -> dict[str, str]:
-    """Return metadata: {"weights": scheme(params)}, or {} if the parameters are not quantized."""
+    """Return the metadata {"weights": scheme(params)}, or {} if no weight is quantized."""
     found = scheme(params)
     return {"weights": found} if found else {}
 
 
-# the backward pass converts the int8 weight again, so no converted copy is saved for it
+# the backward pass converts the int8 weight again instead of saving a converted copy
 @functools.partial(jax.checkpoint, prevent_cse=True)
 def _product(x: jax.Array, value: jax.Array, scale: jax.Array) -> jax.Array:
     """Contract x [R, I] with the int8 weight value · scale; return [R, O] in float32.
 
-    The value is [O, I] and the scale [O, n]. For one row on a GPU, an elementwise product and a sum
-    are faster than XLA's matrix product, which does not saturate memory bandwidth (34.8 µs compared
-    with 46.4 µs for a [12288, 4096] weight on an H100).
+    The value is [O, I], and the scale is [O, n], with n blocks per channel. For one row on a GPU,
+    an elementwise product and a sum are faster than XLA's matrix product, which does not saturate
+    memory bandwidth (34.8 µs instead of 46.4 µs for a [12288, 4096] weight on an H100).
     """
     if scale.shape[1] > 1 or platform(value) == "cpu":
         return _in_pieces(x, value, scale)
@@ -175,7 +175,7 @@ def _product(x: jax.Array, value: jax.Array, scale: jax.Array) -> jax.Array:
 def _in_pieces(x: jax.Array, value: jax.Array, scale: jax.Array) -> jax.Array:
     """Compute `_product` for a few output channels at a time.
 
-    This limits the size of the converted weights. If the number of channels is not a multiple of
+    Slicing limits the size of the converted weights. If the number of channels is not a multiple of
     the slice size, the last two slices overlap.
     """
     channels, width = value.shape

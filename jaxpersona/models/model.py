@@ -27,12 +27,11 @@ class Model:
       mesh: the mesh over which the parameters are sharded, or None for a single device.
       name: the name or path from which the model was loaded.
       fingerprint: sixteen hexadecimal digits that identify the configuration and the weights
-        (`params.fingerprint`). A copy with another configuration or other parameters
-        (`dataclasses.replace`) has a new fingerprint, or "" if its parameters are traced or
-        abstract.
+        (`params.fingerprint`). If `dataclasses.replace` changes the configuration or the
+        parameters, the copy has a new fingerprint, or "" if its parameters are traced or abstract.
       stop_ids: the token ids that end a reply.
       template: whether the tokenizer has a chat template; False for most base models.
-      marked: the configuration and the arrays for which `fingerprint` was computed.
+      marked: the configuration and the parameter arrays from which `fingerprint` was computed.
       derived: a cache of arrays derived from the parameters; empty in a copy.
 
     Examples:
@@ -76,7 +75,7 @@ class Model:
 
 
 def release(model: Model) -> None:
-    """Delete a model's weights from the device memory, to make room for another model.
+    """Delete a model's weights from device memory, to make room for another model.
 
     The model keeps its configuration, name and fingerprint; every later use of the deleted weights
     raises an error.
@@ -91,10 +90,11 @@ def release(model: Model) -> None:
 
 
 def check_model(model: Any) -> None:
-    """Check that the `model` argument of a public function is a model.
+    """Check that the `model` argument of a public function has the attributes of a `Model`.
 
     Raises:
-      UserError: the argument is something else, such as a model's name or `model.params`.
+      UserError: an attribute is missing; for example, the argument is a model's name or
+        `model.params`.
     """
     if not (hasattr(model, "params") and hasattr(model, "config")):
         shown = " ".join(repr(model).split())

@@ -29,7 +29,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float, *,
 
     The normalized values are multiplied by weight + offset. If the mean square overflows float32
     (values above 1.8e19), the result is 0, or NaN with `overflow_to_nan`. The boolean array `known`
-    has the shape of x without the last axis; where it is False, the result is NaN.
+    has the shape of x without the last axis; the result is NaN where `known` is False.
     """
     y = x.astype(F32)
     factor = jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
@@ -42,7 +42,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float, *,
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Return the H/2 angular frequencies in radians per position, float32."""
+    """Return the rotary frequencies, [H/2] float32, in radians per position; H is `head_dim`."""
     inverse = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if rope.kind == "linear":
         inverse = inverse / rope.factor
@@ -79,9 +79,9 @@ def attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> jax.Array:
-    """Compute causal attention, masked by position, in chunks of `QUERY_CHUNK` queries.
+    """Compute causal attention with a mask from positions, in chunks of `QUERY_CHUNK` queries.
 
-    On a mesh, queries and keys must have the same sharding over rows and heads.
+    On a mesh, queries and keys must have the same sharding over batch rows and heads.
 
     Args:
       q_btnh: queries [B, T, N, H].
@@ -91,7 +91,7 @@ def attention(
         are masked.
       scale: the factor applied to q·k.
       softcap: the bound c of the soft-cap c·tanh(scores/c) (Gemma 2), or None.
-      window: sliding-window size in positions, or None for full attention.
+      window: the sliding-window size in positions, or None for full attention.
 
     Returns:
       The attention output of each query head, [B, T, N, H].
@@ -115,8 +115,8 @@ def attention(
         mixed = jax.checkpoint(attend)(piece, where)
         return jax.lax.dynamic_update_slice_in_dim(rows, mixed, start, 1)
 
-    # Each chunk's result overwrites its queries. With `jax.lax.map`, XLA allocated the result
-    # buffers of all layers at once: 51 GB for 64 layers and 32 × 1536 tokens on a GPU.
+    # Each chunk's result overwrites its queries. With `jax.lax.map` instead, XLA allocated result
+    # buffers for all layers at once: 51 GB for 64 layers and 32 × 1536 tokens on a GPU.
     return jax.lax.fori_loop(0, chunks, one, q)[:, :t]
 
 
@@ -124,7 +124,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, q_position: jax.Array, k_p
             scale: float, softcap: float | None, window: int | None) -> jax.Array:
     b, t, n, h = q.shape
     groups = k.shape[1]
-    # The sharding is explicit, because JAX cannot infer it if there is only one key/value head.
+    # The reshape has an explicit sharding, because JAX cannot infer it for a single key/value head.
     apart = out_sharding(("batch", None, "kv_heads", "kv_group", None), q)
     q_btkgh = jnp.reshape(q, (b, t, groups, n // groups, h), out_sharding=apart)
     scores = _product("btkgh,bksh->bkgts", q_btkgh, k) * scale
@@ -135,8 +135,8 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, q_position: jax.Array, k_p
     if window is not None:
         seen &= query - key < window
     weights = jax.nn.softmax(jnp.where(seen, scores, _MASKED), axis=-1)
-    # The axis order "bkgth" is three times as fast on a CPU, but takes gigabytes more memory in a
-    # TPU prefill.
+    # On a CPU, the axis order "bkgth" is three times as fast; in a TPU prefill, it would need
+    # gigabytes more memory.
     if t == 1 or on_cpu(v):
         out = jnp.moveaxis(_product("bkgts,bksh->bkgth", weights.astype(q.dtype), v), 3, 1)
     else:
@@ -166,7 +166,7 @@ def mlp(x: jax.Array, layer: Any, activation: Activation) -> jax.Array:
     """Apply the gated MLP, down(act(gate(x)) · up(x)) (Shazeer 2020), to x [B, T, D]."""
     gate, up = dots(x, layer.gate_up)
     gate, up = add_bias(gate, layer.b_gate_f), add_bias(up, layer.b_up_f)
-    wide = gate.astype(F32)  # so that values are rounded only once, after the product
+    wide = gate.astype(F32)  # in float32, so that values are rounded only once, after the product
     act = jax.nn.silu(wide) if activation == "silu" else jax.nn.gelu(wide, approximate=True)
     inner = (act * up.astype(F32)).astype(x.dtype)
     out = dot(inner, layer.w_down_df, axes=("batch", None, None))
@@ -179,8 +179,8 @@ def add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
 
 
 def aligned(w: jax.Array, x: jax.Array) -> jax.Array:
-    """Return w with leading dimensions of size 1 added, so that it has the rank of x.
+    """Add leading dimensions of size 1 to w, so that it has the rank of x.
 
-    The user may have disabled implicit rank promotion (`jax_numpy_rank_promotion`).
+    Explicit dimensions are needed if the user has set `jax_numpy_rank_promotion` to "raise".
     """
     return jax.lax.expand_dims(w, tuple(range(x.ndim - w.ndim)))

@@ -2,8 +2,8 @@
 
 `layout` describes the shape, logical axes and initializer of every array, for initialization,
 loading, saving and sharding (`ckpts.names` defines the names in checkpoints). Weights keep the
-`[out, in]` order of the checkpoint files but split the head axes, so loading is a reshape:
-`wq_nhd` [N, H, D] is q_proj's weight [N·H, D].
+`[out, in]` order of the checkpoint files but split the head axes, so loading only reshapes them:
+`wq_nhd` [N, H, D] is the reshaped weight of q_proj [N·H, D].
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ from jaxpersona.models.weight import Joined
 class Layer(flax.struct.PyTreeNode):
     """The parameters of one block. Fields that the model family does not use are None.
 
-    Each weight is an array or a prepared `weight.Weight`. `joined_qkv` and `joined_gate_up` each
-    contain several weights joined into one; if such a field is set, the fields of the separate
-    weights are None.
+    Each weight is an array or a prepared `weight.Weight`. If `joined_qkv` or `joined_gate_up` is
+    set, it replaces the separate weights, and their fields are None.
     """
 
     __repr__ = brief
@@ -66,12 +65,12 @@ class Layer(flax.struct.PyTreeNode):
 
     @property
     def qkv(self) -> Joined | tuple[Any, Any, Any]:
-        """The weights of the query, key and value projections."""
+        """The weights of the query, key and value projections, joined or as a tuple."""
         return self.joined_qkv or (self.wq_nhd, self.wk_khd, self.wv_khd)
 
     @property
     def gate_up(self) -> Joined | tuple[Any, Any]:
-        """The weights of the MLP's gate and up projections."""
+        """The weights of the MLP's gate and up projections, joined or as a tuple."""
         return self.joined_gate_up or (self.w_gate_fd, self.w_up_fd)
 
 
@@ -99,7 +98,7 @@ class Params(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """The description of one parameter array.
+    """The shape, logical axes, initializer and dtype of one parameter array.
 
     Attributes:
       shape, axes: the dimensions and their logical axes.
@@ -198,7 +197,7 @@ class Derived:
         self._held: tuple[Callable[[Any], Any], Any, list[Any], Any] | None = None
 
     def get(self, tree: Any, make: Callable[[Any], Any]) -> Any:
-        """Return `make(tree)`, or the cached value if `make` and the arrays are the same."""
+        """Return `make(tree)`, or the cached value if `make` and `tree` are unchanged."""
         leaves, structure = jax.tree.flatten(tree)
         if not all(isinstance(x, jax.Array) for x in leaves):
             return make(tree)
@@ -229,15 +228,15 @@ def fingerprint(config: ModelConfig, params: Params) -> str:
 
     The first eight digits are `config.hash()`. The others are a hash of two sums per array, modulo
     2³². For these sums, each value is rounded to bfloat16, and its bits are mixed and multiplied by
-    an odd factor that depends on the value's position. Odd factors are invertible modulo 2³², so a
-    change of a single value changes both sums. Factors differ by position, so an exchange of two
-    values almost always changes both sums too. The fingerprint is the same on every mesh, because
-    integer sums do not depend on the order of addition, and for float32 and bfloat16 copies of a
-    model, because of the rounding. For an int8 weight, the hash uses the sums of the weight before
-    quantization (`Int8.made_from`) or, if the weight has changed since, of `value` and `scale`.
+    an odd factor that depends on its position. Odd factors are invertible modulo 2³², so a change
+    of a single value changes both sums. Factors differ by position, so swapping two values almost
+    always changes both sums too. Integer sums do not depend on the order of addition, so the
+    fingerprint is the same on every mesh. Rounding makes it the same in float32 and bfloat16. For
+    an int8 weight, the hash uses the sums of the weight before quantization (`Int8.made_from`) or,
+    if the weight has changed since, the sums of `value` and `scale`.
 
-    Float16 has a smaller exponent range. A checkpoint loaded in float16 has the same fingerprint
-    only if no value overflows, underflows or is rounded twice.
+    A checkpoint loaded in float16 has the same fingerprint only if rounding to float16 does not
+    change the bfloat16 rounding of any value; for example, no value may overflow.
 
     In a run with several processes, all processes must call this function.
     """
@@ -273,13 +272,13 @@ def begin_fingerprint(config: ModelConfig, params: Params) -> Callable[[], str]:
 
 
 def dispatch_sums(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Start computing the two sums of each array; `collect_sums` waits for the results."""
+    """Start computing each array's fingerprint sums; `collect_sums` waits for the results."""
     with unset_mesh():
         return [_sums(x, *_weights(x), placed=_spread(x)) for x in arrays]
 
 
 def collect_sums(parts: Sequence[jax.Array]) -> np.ndarray:
-    """Wait for the sums of `dispatch_sums`; return [n, 2] uint32. All processes must call this."""
+    """Wait for the sums of n arrays; return [n, 2] uint32. All processes must call this."""
     if not parts:
         return np.zeros((0, 2), np.uint32)
     local = jax.device_get([[shard.data for shard in x.addressable_shards] for x in parts])
@@ -290,12 +289,12 @@ def collect_sums(parts: Sequence[jax.Array]) -> np.ndarray:
 
 
 def origin(mark: str) -> int:
-    """Return the last eight digits of a fingerprint as an integer; 0 if the fingerprint is ""."""
+    """Return a fingerprint's last eight hexadecimal digits as an integer, or 0 if it is empty."""
     return int(mark[8:], 16) if mark else 0
 
 
 def _spread(x: jax.Array) -> NamedSharding | None:
-    """Return an array's sharding with one entry per dimension, or None on a single device."""
+    """Return an array's sharding with one spec entry per dimension, or None on a single device."""
     placed = x.sharding
     if not isinstance(placed, NamedSharding) or placed.mesh.size == 1:
         return None
@@ -304,10 +303,10 @@ def _spread(x: jax.Array) -> NamedSharding | None:
 
 
 def _weights(x: jax.Array) -> list[Any]:
-    """Return an array's odd factors: two arrays of row factors, then two arrays of column factors.
+    """Return the odd factors for the two sums of x: two row factors, then two column factors.
 
-    Row factors have the array's shape without its last dimension. Column factors are [C], where C
-    is the last dimension's size. In each sum, a value is multiplied by its row and column factors.
+    Row factors have the shape of x without the last dimension. Column factors are [C], where C is
+    the size of the last dimension. In each sum, a value is multiplied by its row and column factor.
     """
     placed = _spread(x)
     rows, column = x.shape[:-1], x.shape[-1:]
@@ -350,7 +349,7 @@ def _sums(x: jax.Array, *weights: jax.Array, placed: NamedSharding | None) -> ja
 
     def part(*local: jax.Array) -> jax.Array:
         sums = _local_sums(*local)
-        for name in copies:  # only one device counts a replicated shard
+        for name in copies:  # a replicated shard is counted on only one device
             sums = jnp.where(jax.lax.axis_index(name) == 0, sums, jnp.zeros_like(sums))
         return sums[None]
 
@@ -378,7 +377,7 @@ def _add(one: tuple[Any, Any], other: tuple[Any, Any]) -> tuple[Any, Any]:
 def _bfloat16_bits(x: jax.Array) -> jax.Array:
     """Return the bits of x rounded to bfloat16, as uint32; every NaN has the same bits.
 
-    Rounding uses integer arithmetic, because some processors flush subnormals in conversions.
+    Rounding uses integer arithmetic, because conversions on some processors flush subnormals to 0.
     """
     if x.dtype == jnp.bfloat16:
         bits = jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
@@ -394,8 +393,8 @@ def _bfloat16_bits(x: jax.Array) -> jax.Array:
 def _scrambled(bits: jax.Array) -> jax.Array:
     """Mix the 32 bits of each value with a one-to-one function.
 
-    Without mixing, a changed sign would change only bit 15 of a value, and so only bits 15 to 31
-    of a product modulo 2³².
+    Without mixing, a change of sign would flip only bit 15 of a value, and therefore change only
+    bits 15 to 31 of its product modulo 2³².
     """
     wide = bits * np.uint32(0x9E3779B1)
     return wide ^ (wide >> np.uint32(15))

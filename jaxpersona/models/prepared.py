@@ -17,10 +17,10 @@ from jaxpersona.models.int8 import Int8, quantized
 from jaxpersona.models.params import Layer, Params, Spec, collect_sums, dispatch_sums, layout
 from jaxpersona.models.weight import F32, Dense, Weight, joined, transposed
 
-# the weights in a block's matrix products, with the number of input dimensions of each weight
+# number of input dimensions of each weight in a block's matrix products
 PRODUCTS = {"wq_nhd": 1, "wk_khd": 1, "wv_khd": 1, "wo_dnh": 2, "w_gate_fd": 1, "w_up_fd": 1,
             "w_down_df": 1}
-TABLES = {"embed_vd": 1, "head_vd": 1}  # the embedding and the output head
+TABLES = {"embed_vd": 1, "head_vd": 1}  # number of input dimensions of embedding and output head
 _QKV = ("wq_nhd", "wk_khd", "wv_khd")
 _GATE_UP = ("w_gate_fd", "w_up_fd")
 
@@ -28,7 +28,7 @@ _GATE_UP = ("w_gate_fd", "w_up_fd")
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
-_LARGEST_COPY = 8e9  # bytes; on a CPU, larger models are not copied
+_LARGEST_COPY = 8e9  # bytes; float32 models above this size are not copied on a CPU
 
 
 def fast_params(model: Model, rows: int) -> Params:
@@ -37,8 +37,8 @@ def fast_params(model: Model, rows: int) -> Params:
     The layout depends only on the model, the device and the number of rows, so repeated runs give
     bit-identical results. On a CPU, float32 models up to 8 GB are copied and transposed (`in_out`)
     for 8 rows or more. On a GPU, some weights are copied and joined (`with_joined`) if all weights
-    and the copy fit into half of the memory. In all other cases, including meshes, quantized
-    weights and adapters, the result is `model.params`.
+    and the copies fit into half of the device memory. In all other cases, including meshes,
+    quantized weights and adapters, the result is `model.params`.
 
     The copy is made once per `Model` and freed with the `Model`. If `model` has no attribute
     `derived`, every call makes a copy.
@@ -64,7 +64,7 @@ def _has_weights(params: Params) -> bool:
 
 
 def _copy_fits(params: Params, config: ModelConfig, memory: int) -> bool:
-    """Return whether all weights and `with_joined`'s copy fit into half of `memory` bytes."""
+    """Return whether the weights and the `with_joined` copies fit in half of `memory`, in bytes."""
     copied = sum(getattr(layer, name).nbytes for layer in params.layers
                  for name in (*_QKV, *_GATE_UP))
     return 2 * (config.bytes(params.embed_vd.dtype.itemsize) + copied) <= memory
@@ -73,7 +73,7 @@ def _copy_fits(params: Params, config: ModelConfig, memory: int) -> bool:
 def _memory(params: Params) -> int:
     """Return the number of bytes that JAX may allocate on the weights' device, or 0 if unknown.
 
-    Unlike the free memory, this limit is constant, so the choice of a layout is reproducible.
+    Unlike the free memory, this limit is constant, so `fast_params` always chooses the same layout.
     """
     embed = params.embed_vd
     device: Any = next(iter(embed.devices())) if isinstance(embed, jax.Array) else default_device()
@@ -84,8 +84,8 @@ def _memory(params: Params) -> int:
 def in_out(params: Params) -> Params:
     """Copy the weights of all matrix products, including a tied head, to [in, out] order (`InOut`).
 
-    On CPUs, XLA's float32 product reorders an [out, in] weight in each call if the batch has
-    several rows, which doubles the time with 8 rows. With one row, [out, in] order is faster.
+    On CPUs, XLA's float32 matrix product reorders an [out, in] weight in every call if the batch
+    has several rows, which doubles the time for 8 rows. For one row, [out, in] order is faster.
     """
     layers = tuple(
         layer.replace(**{name: transposed(getattr(layer, name), inner)
@@ -96,10 +96,10 @@ def in_out(params: Params) -> Params:
 
 
 def with_joined(params: Params) -> Params:
-    """Join copies of each layer's q, k and v weights, and of its gate and up weights (`Joined`).
+    """Return parameters with joined q, k and v weights, and joined gate and up weights.
 
-    A GPU reads one large weight at a higher bandwidth than several small weights. The other weights
-    are shared with `params`.
+    The joined weights (`Joined`) are copies; the other weights are shared with `params`. A GPU
+    reads one large weight at a higher bandwidth than several small weights.
     """
     return params.replace(layers=tuple(_joined(layer, Dense) for layer in params.layers))
 
@@ -145,14 +145,19 @@ def in_int8(params: Params, *, join: bool = False, tables: bool = True) -> Param
 def quantize(w: jax.Array, inner: int) -> Int8:
     """Quantize an array, sharded or not, and wait for the result.
 
-    Waiting limits the temporary memory to one array in float32. Waiting also prevents a deadlock
-    with several CPU processes, where two programs with collective operations must not overlap.
+    Waiting limits the temporary memory to one float32 array. It also prevents a deadlock between
+    several CPU processes, where two programs with collective operations must not overlap.
     """
     return jax.block_until_ready(_quantize(w, inner))
 
 
 def with_origin(made: Params, floats: Params) -> Params:
-    """Return `made` with `Int8.made_from` computed from the unquantized parameters `floats`."""
+    """Return quantized parameters with `Int8.made_from` set.
+
+    Args:
+      made: the quantized parameters.
+      floats: the parameters before quantization.
+    """
     whole, tree = jax.tree.flatten(made, is_leaf=_is_int8)
     before = tree.flatten_up_to(floats)
     chosen = [i for i, w in enumerate(whole) if _is_int8(w)]
@@ -165,7 +170,7 @@ def originated(weights: Sequence[Any], before: np.ndarray) -> list[Any]:
 
     Args:
       weights: int8 weights and other values; the other values are returned unchanged.
-      before: [n, 2] uint32, the sums of each int8 weight before quantization.
+      before: [n, 2] uint32, the fingerprint sums of each int8 weight before quantization.
     """
     held = [w for w in weights if _is_int8(w)]
     parts = dispatch_sums([x for w in held for x in (w.value, w.scale)])
@@ -181,7 +186,7 @@ def originated(weights: Sequence[Any], before: np.ndarray) -> list[Any]:
 
 
 def int8_layout(config: ModelConfig, *, tables: bool = True) -> Params:
-    """Return a `Params` with the `Spec` of every array, for a model with int8 weights."""
+    """Return a `Params` with the `Spec` of every array of a model with int8 weights."""
     def one(holder: Any, names: Iterable[str]) -> Any:
         return holder.replace(**{name: _int8_spec(spec) for name in names
                                  if (spec := getattr(holder, name)) is not None})

@@ -1,4 +1,4 @@
-"""Configurations of released models by name, for `random:<preset>`, benchmarks and planning."""
+"""Configurations of released models by name, for randomly initialized models and planning."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ PRESETS: dict[str, ModelConfig] = {
     "gemma-2-2b": _gemma2(2304, 26, 8, 4, 256, 9216, 256),
     "gemma-2-9b": _gemma2(3584, 42, 16, 8, 256, 14_336, 256),
     "gemma-2-27b": _gemma2(4608, 46, 32, 16, 128, 36_864, 144),
-    # the configuration of the model "mini" in this package, which is small enough for tests
+    # the configuration of "mini", the small model that is included in this package
     "qwen3-mini": ModelConfig("qwen3", 1024, 128, 8, 4, 2, 32, 384, 1e-6, 1024, Rope(10_000.0),
                               32**-0.5, True, (None,) * 8, qk_norm=True),
 }

@@ -1,10 +1,10 @@
 """Weights of matrix products: plain arrays, and classes for other forms of a weight.
 
 A weight maps activations [..., *in] to [..., *out]. A plain array is a dense weight in the order of
-the checkpoint files, [*out, *in]. The classes here store such an array (`Dense`), a weight in
-another order (`InOut`), a weight with a low-rank update (`LowRank`), or several weights with the
-same input in one weight (`Joined`); `int8.Int8` stores a quantized weight. `dot` and `dots` accept
-arrays and all of these classes, so the forward pass does not depend on the class.
+the checkpoint files, [*out, *in]. The classes in this module store such an array (`Dense`), a
+weight in another order (`InOut`), a weight with a low-rank update (`LowRank`), or several weights
+with the same input (`Joined`); `int8.Int8` stores a quantized weight. `dot` and `dots` accept
+arrays and all of these classes, so the forward pass is the same for all of them.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Weight(flax.struct.PyTreeNode):
     def dot(self, x: jax.Array, axes: Axes | None, dtype: Any) -> jax.Array:
         """Multiply x [..., *in] by the weight; return [..., *out] in `dtype`.
 
-        The product accumulates in float32. `axes` are the logical axes of the result, required if
-        JAX cannot infer the sharding.
+        The product is accumulated in float32. `axes` are the logical axes of the result, required
+        if JAX cannot infer the sharding of the result.
         """
 
 
@@ -93,7 +93,7 @@ class LowRank(Weight):
     Attributes:
       base: W, an array [*out, *in] or a prepared weight.
       a: the matrix A, [r, *in].
-      b: the matrix B, [*out, r], multiplied by the scale of the update.
+      b: the matrix B, [*out, r], which already includes the scale of the update.
       inner: the number of input dimensions.
     """
 
@@ -113,7 +113,7 @@ class LowRank(Weight):
 
 
 class Joined(Weight):
-    """Several weights with the same input, concatenated along their outputs for one product.
+    """Several weights with the same input, concatenated along the outputs for a single product.
 
     Attributes:
       value: a prepared weight with one output dimension, the concatenated outputs.
@@ -145,7 +145,7 @@ def dot(x: jax.Array, w: jax.Array | Weight, *, inner: int = 1, axes: Axes | Non
       x: [..., *in].
       w: an array [*out, *in] or a prepared weight.
       inner: the number of input dimensions if `w` is an array; ignored if `w` is a prepared weight.
-      axes: the logical axes of the result, required if JAX cannot infer the sharding.
+      axes: the logical axes of the result, required if JAX cannot infer its sharding.
       dtype: the dtype of the result; default: the dtype of x.
 
     Returns:
@@ -177,8 +177,8 @@ def joined(weights: Sequence[jax.Array], form: Callable[[jax.Array], Weight] = D
 def _contract(x: jax.Array, w: jax.Array, inner: int, axes: Axes | None, dtype: Any) -> jax.Array:
     """Contract the last `inner` axes of x and w; return the result in `dtype`.
 
-    Without a mesh the product is two-dimensional, because XLA's CPU backend would transpose a
-    three-dimensional weight in every call.
+    Without a mesh, both operands are reshaped to matrices, because XLA's CPU backend would
+    transpose a three-dimensional weight in every call.
     """
     if mesh_of(w) is not None:
         return across_devices(x, w, inner, axes, lambda y: y.astype(dtype))

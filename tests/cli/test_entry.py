@@ -95,7 +95,7 @@ def test_ids_that_a_compiled_program_cannot_refuse_give_nan():
     ("hello", "tokens is 'hello'"), (["hello"], "row 0 of tokens is 'hello'"),
     ([[1], ["2"]], "row 1 of tokens"), ([[1.5]], "give integers"), (None, "tokens is None"),
     (5, "tokens is 5"), ([[2**31]], "token id 2147483648"), ([[2**32 + 5]], "token id 4294967301"),
-    ([[1], [-1]], "row 1 of tokens has the token id -1"), ([None], "row 0 of tokens"),
+    ([[1], [-1]], "row 1 of tokens contains the token id -1"), ([None], "row 0 of tokens"),
     ([[True, False]], "give integers"), ([[[1], [2, 3]]], "give integers"),
 ])
 def test_a_batch_takes_token_ids_alone(tokens, wanted):

@@ -131,8 +131,9 @@ def test_all_faults_are_named_at_once(small, tmp_path):
     others[-1].write_bytes(others[-1].read_bytes()[:-8])
     with pytest.raises(ValueError) as caught:
         hf.load(folder)
-    for part in ("missing: ", gone, "model.layers.9.mlp.up_proj.weight", "absent.safetensors",
-                 f"{norm}: shape [2, 4], expected [8]", "dtype I32", "truncated", others[-1].name):
+    for part in ("missing tensors: ", gone, "model.layers.9.mlp.up_proj.weight",
+                 "absent.safetensors", f"{norm}: shape [2, 4], expected [8]", "dtype I32",
+                 "truncated", others[-1].name):
         assert part in str(caught.value)
     with pytest.raises(ValueError, match="truncated"):
         hf.verify(folder)
@@ -169,7 +170,7 @@ def test_harmless_extras_pass_and_others_are_named(small, tmp_path):
     add("model.layers.0.self_attn.rotary_emb.inv_freq")
     hf.load(tmp_path)
     add("model.layers.0.surprise.weight")
-    with pytest.raises(ValueError, match="extra: model.layers.0.surprise.weight"):
+    with pytest.raises(ValueError, match="unexpected tensors: model.layers.0.surprise.weight"):
         hf.load(tmp_path)
 
 

@@ -94,8 +94,8 @@ def test_a_config_of_another_shape_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError) as caught:
         orbax.load(tmp_path)
-    for part in ("missing: model.layers.3.", "model.layers.0.mlp.up_proj.weight: shape [48, 32], "
-                 "expected [50, 32]", str(tmp_path)):
+    for part in ("missing arrays: model.layers.3.", "model.layers.0.mlp.up_proj.weight: shape "
+                 "[48, 32], expected [50, 32]", str(tmp_path)):
         assert part in str(caught.value)
 
 

@@ -87,7 +87,7 @@ def test_a_tied_model_may_be_stored_under_the_head_s_name_alone(tmp_path, recwar
         assert load(tmp_path, **options).fingerprint == wanted.fingerprint
     assert hf.verify(tmp_path) and not recwarn.list
     configure(tmp_path, tie_word_embeddings=False)
-    with pytest.raises(ValueError, match="missing: model.embed_tokens.weight"):
+    with pytest.raises(ValueError, match="missing tensors: model.embed_tokens.weight"):
         load(tmp_path)
 
 
