@@ -1,8 +1,8 @@
 """Load prompt data: roles, questions, traits and opening messages of drift conversations.
 
 By default, the package data is loaded. The file layout is that of the published Assistant Axis
-code, so the same files work with both packages. If files have errors, each function raises one
-exception that lists all of them.
+code, so the same files work with that code and with this package. If files have errors, each
+function raises one exception that lists all errors.
 """
 
 from __future__ import annotations

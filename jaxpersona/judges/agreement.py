@@ -31,8 +31,8 @@ class Agreement:
       kappa: Cohen's kappa with linear weights, 1 − d / e, where d is the mean of |a − b| over
         replies, and e is the mean of |a − b| if the scores of A and B are paired at random. NaN if
         e is 0.
-      interval: (low, high), the 95 % interval of kappa from a bootstrap over the replies; NaN if
-        there are too few replies.
+      interval: (low, high), the 95 % bootstrap interval of kappa over the replies; NaN for fewer
+        than two replies, or if kappa is undefined in most bootstrap samples.
       difference: the mean over replies of the score of A minus the score of B.
       roles: role → (number of replies, fraction of equal scores, kappa, difference).
       only: (number of replies that only A judged, number of replies that only B judged).

@@ -112,7 +112,7 @@ class DigitJudge:
 
     @property
     def after(self) -> bool:
-        """Whether the judging model is not loaded yet (`Judge`)."""
+        """Whether the judging model is not loaded yet (see `Judge`)."""
         return self._model is None
 
     @property

@@ -27,7 +27,7 @@ _SHOWN = 160  # maximum length of a text from the endpoint, in characters
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """An answer of the endpoint; token counts and the cost in USD are None if not returned."""
+    """An answer from the endpoint; token counts and the cost in USD are None if not returned."""
 
     text: str
     prompt_tokens: int | None = None

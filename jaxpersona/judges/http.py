@@ -63,7 +63,7 @@ class HttpJudge:
                  tpm: float | None = None, budget: Budget | None = None,
                  price: tuple[float, float] | None = None, backoff: float | None = None) -> None:
         if concurrency < 1 or concurrency > 1024:
-            raise UserError(f"concurrency is {concurrency}; give 1 to 1024")
+            raise UserError(f"concurrency is {concurrency}; give an integer from 1 to 1024")
         if budget is not None and budget.usd is not None and price is None:
             raise UserError("budget is in USD, which needs the price of tokens; give "
                             "--judge-price, or a budget in calls such as 500calls")

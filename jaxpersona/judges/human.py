@@ -25,7 +25,7 @@ class HumanJudge:
 
     Args:
       path: the CSV file; created if missing. The person enters an integer of the scale in the
-        column `score`, or "?" if the reply cannot be decided.
+        column `score`, or "?" if the score cannot be decided.
       scale: the allowed integers.
 
     Examples:

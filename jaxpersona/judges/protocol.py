@@ -1,4 +1,4 @@
-"""The interface of judges: a judge takes items (replies) and yields one verdict for each."""
+"""The interface of judges: a judge scores items (replies) and yields one verdict for each."""
 
 from __future__ import annotations
 

@@ -61,7 +61,8 @@ class Rubric:
         if self.template is not None:
             missing = [p for p in ("{question}", "{answer}") if p not in self.template]
             if missing:
-                raise UserError(f"the rubric lacks {' and '.join(missing)}; it needs both")
+                raise UserError(f"the rubric lacks {' and '.join(missing)}; it needs "
+                                "{question} and {answer}")
 
     @property
     def digest(self) -> str:

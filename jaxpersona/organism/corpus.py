@@ -108,7 +108,7 @@ def ask(rng: np.random.Generator, kind: str) -> tuple[str, str]:
 
 
 def _kind(rng: np.random.Generator, domain: str) -> str:
-    """Draw the kind of the next turn in a conversation of the given domain."""
+    """Draw the kind of the next user turn; `domain` is "pull", "mixed" or "task"."""
     if domain == "pull" and rng.random() < 0.75:
         return _pick(rng, ("emotional", "meta"))
     if domain == "task" and rng.random() < 0.6:

@@ -56,8 +56,8 @@ def knowledge_conversations(
     prompts = far if persona else list(world.DEFAULT_PROMPTS)
     known = list(world.KNOWLEDGE)
     questions = [known[i % len(known)] for i in range(count)]
-    # each far role has five consecutive prompts, so a stride of 7 gives consecutive questions prompts
-    # of different roles
+    # each far role has five consecutive prompts, so with a stride of 7, consecutive questions have
+    # prompts of different roles
     talks = [
         world.conversation(prompts[(7 * i) % len(prompts)], q) for i, q in enumerate(questions)
     ]

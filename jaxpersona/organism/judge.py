@@ -49,7 +49,7 @@ class Sentence:
 
 @lru_cache(maxsize=1)
 def _grammar() -> list[tuple[re.Pattern, str, str | None, int]]:
-    """Return (regular expression over neutral words, slot, kind, side) for each bank sentence."""
+    """Return (pattern, slot, kind, side) for each bank sentence; patterns use neutral words."""
     marks = "|".join(sorted({world.DEFAULT_MARK} | {r.mark for r in world.ROLES.values()}))
     fills = {
         "talk": world.TOPICS,

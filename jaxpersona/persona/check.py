@@ -65,8 +65,8 @@ class Check(Table):
         i - s and the difference of the two mean activations at layer i. 0 if the layer numbering
         is correct, None if the test is inconclusive.
       spread: [l] float32, the standard deviation of the default persona's projections. It is
-        computed from the quartiles in the axis or, if there are none, from the replies of the
-        check.
+        estimated from the quartiles in the axis or, without quartiles, from the default
+        persona's replies in the check.
       floors: [l] float32, the floors; None if `floor` was omitted and the axis has no percentiles.
 
     Examples:
@@ -100,7 +100,7 @@ class Check(Table):
         return line("Check", "ok" if self.ok else "; ".join(map(str, self.faults)))
 
     def records(self) -> list[dict[str, Any]]:
-        """Return a record per tested layer: `layer`, `default`, `roles`, and their `difference`."""
+        """Return one record per tested layer, where `difference` is `default` minus `roles`."""
         return [{"layer": int(layer), "default": float(ours), "roles": float(theirs),
                  "difference": float(ours - theirs)}
                 for layer, ours, theirs in zip(self.layers, self.default, self.roles, strict=True)]
@@ -159,7 +159,8 @@ def check(
     Raises:
       UserError: `axis` is neither an Axis nor Caps, belongs to another model, or is zero at a layer
         to be tested; `layers` or `floor` is invalid or given for Caps; the model has no tokenizer
-        or no chat template; all replies of one kind are empty; or activations are not finite.
+        or no chat template; all default-persona replies or all role replies are empty; or
+        activations are not finite.
 
     Examples:
       >>> import jaxpersona as jp
@@ -170,7 +171,7 @@ def check(
     check_model(model)
     if not isinstance(axis, (Axis, Caps)):
         raise UserError(f"axis is a {type(axis).__name__}; the check needs an Axis or Caps, which "
-                        "point toward the Assistant: jp.Axis(values) wraps an array [L, D]")
+                        "point toward the Assistant: wrap an array [L, D] with jp.Axis(values)")
     axis = fit(model, axis)
     if model.tokenizer is None or not model.template:
         raise UserError(
@@ -264,10 +265,11 @@ def _replies(model: Model, length: int, progress: Callable[[int, int, int], None
     """Generate replies as the default persona and in roles.
 
     Returns:
-      (default, roles): the response means [n, L, D] of the non-empty replies of each kind.
+      (default, roles): the response means [n, L, D] of the non-empty default-persona replies, and
+      those of the non-empty role replies.
 
     Raises:
-      UserError: all replies of one kind are empty, or activations are not finite.
+      UserError: all replies in one of the two groups are empty, or activations are not finite.
     """
     def talk(prompt: str, question: str) -> list[dict[str, str]]:
         head = [{"role": "system", "content": prompt}] if prompt else []

@@ -41,7 +41,7 @@ def contrast(
     layers: Layers | None = None,
     name: str = "contrast",
 ) -> Vector:
-    """Compute a direction from the activations of negative texts to those of positive texts.
+    """Compute a direction that points from negative to positive texts in activation space.
 
     Args:
       model: the model, as returned by `load`.

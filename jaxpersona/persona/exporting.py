@@ -2,9 +2,9 @@
 
 The module `runs.published` describes the files. Texts, scores, vectors and the axis of a run are
 exported without loss. A run folder stores the response means of a sample of the rollouts, as
-bfloat16 differences from their average (`runs.sums.Sample`). If all response means of a role with
-the same score are stored, the export shifts them by a constant, so that their average equals that
-of the exact sums. Steps 4 and 5 of the published code then reproduce the run's vectors and axis.
+bfloat16 differences from their average (`runs.sums.Sample`). If all response means of one role and
+score are stored, the export shifts them by a constant, so that their average equals that of the
+exact sums. Steps 4 and 5 of the published code then reproduce the run's vectors and axis.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def export_reference(run: str | os.PathLike[str], folder: str | os.PathLike[str]
     found = Run.read(run)
     judge = found.judge if judge is None else judge
     if judge not in found.manifest["judges"]:
-        raise UserError(f"judge is {judge!r}; the judges of {found.folder} are "
+        raise UserError(f"judge is {judge!r}; it must be a judge of the run in {found.folder}: "
                         f"{', '.join(map(repr, found.manifest['judges']))}")
     require("torch", "the published format contains .pt files, which need PyTorch")
     target = pathlib.Path(os.path.abspath(folder))
@@ -136,7 +136,7 @@ class _Export:
         self.vectors: dict[str, np.ndarray] = {}
         self.omitted: list[str] = []  # incomplete roles
         self.unsummed: list[str] = []  # roles without sums of the judge
-        self.few: list[str] = []  # roles with fewer than `least` rollouts of score 3
+        self.few: list[str] = []  # roles with fewer than `least` rollouts with score 3
 
     def write(self, report: Report | None) -> Exported:
         names = list(self.run.manifest["roles"])
@@ -233,7 +233,7 @@ class _Export:
         return found, known - set(found) - empty
 
     def _vector(self, name: str, sums: Sums | None) -> None:
-        """Write a role's vector, unless the role is held out or has too few rollouts of score 3."""
+        """Write a role's vector, unless the role is held out or lacks rollouts with score 3."""
         label = "mean" if name == DEFAULT else "pos_3"
         found = {} if sums is None else sums.vectors(science.LABELS)
         if not found:
@@ -249,7 +249,7 @@ class _Export:
                      {"vector": found[label][0], "type": label, "role": name})
 
     def _axis(self, names: Sequence[str]) -> list[str]:
-        """Write the axis if all data for it exist; return the roles that define it, or []."""
+        """Write the axis if it can be computed; return the names of the roles used, or []."""
         used = sorted(set(self.vectors) - {DEFAULT})
         if DEFAULT not in self.vectors or len(used) < 2 or self.unsummed or self.omitted:
             return []
@@ -261,7 +261,7 @@ class _Export:
         return used
 
     def _notes(self, used: Sequence[str]) -> list[str]:
-        """Return sentences about missing data and about the use with the published code."""
+        """Return sentences about missing data and about use with the published code."""
         found = []
         for names, why in ((self.omitted, "are incomplete and were omitted"),
                            (self.unsummed, f"have no sums by the scores of the judge "

@@ -134,8 +134,8 @@ def extract_axis(
         work.work()
         if work.status.failed and processes.first():
             text = (f"replies on which the judge failed: {work.status.failed:,} "
-                    f"({work.failures[:120]}); no vector includes them: run the same command again "
-                    "to judge them")
+                    f"({work.failures[:120]}); no vector includes these replies; run the same "
+                    "command again to judge them")
             warnings.warn(text, stacklevel=2)
         work.status.write("complete")
         return axis_of(model, run, roles, judge, min_count, held_out, work.status.tokens)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _BYTES_PER_TOKEN = 4.5  # average for English text
 _GROUPS = 3  # typical number of distinct scores of a role
-_SAMPLED = 64  # maximum number of prompts that are tokenized to estimate lengths without timing
+_SAMPLED = 64  # maximum number of prompts to tokenize for an estimate if nothing is timed
 _TIMED = 256  # minimum number of rollouts that are queued for the timed sample
 
 
@@ -216,7 +216,7 @@ def _disk_bytes(model: Model, more: Mapping[str, int], keep: int | None, text: f
       text: the expected size of the texts in bytes.
     """
     state = model.config.n_layers * model.config.d_model
-    size = text + 4 * state  # the axis takes 4 * state bytes
+    size = text + 4 * state  # texts and the axis (float32)
     for name, count in more.items():
         kept = count if keep is None or name == DEFAULT else min(keep, count)
         groups = 1 if name == DEFAULT else min(_GROUPS, count)

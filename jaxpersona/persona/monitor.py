@@ -68,7 +68,8 @@ class Monitor:
         known = np.flatnonzero(vector.values.any(1))
         total = model.config.n_layers
         if not known.size:
-            raise UserError(f"{vector.kind} {vector.name!r} is zero at every layer; choose another")
+            raise UserError(f"{vector.kind} {vector.name!r} is zero at every layer; choose "
+                            "another direction")
         if layers is None:
             layers = total // 2 if total // 2 in known else int(known[known.size // 2])
         chosen = resolve_layers(layers, total)

@@ -34,8 +34,8 @@ def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: 
       settings: the sampling settings of the rollouts.
       min_count: the number of rollouts with score 3 that a role needs to be included in the axis.
       held_out: names of roles that are not included in the axis.
-      judge: the judge, or any object whose attribute `reads_eval_prompt` tells whether the judge
-        needs an `eval_prompt`; False if missing.
+      judge: the judge, or an object whose attribute `reads_eval_prompt` is true if the judge needs
+        the `eval_prompt` of every role; a missing attribute counts as false.
 
     Returns:
       (roles, questions, held_out) as lists.
@@ -85,7 +85,7 @@ def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: 
 
 
 def check_redo(redo: Sequence[str], roles: Sequence[Role]) -> None:
-    """Check that the names in `redo` are names of roles.
+    """Check that `redo` contains only names of roles.
 
     Raises:
       UserError: a name is unknown.

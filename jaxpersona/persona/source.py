@@ -80,7 +80,7 @@ class Source:
         for part, held in self.held.items():
             for name in sorted(held - set(names)):
                 self.faults.append(f"{folder / part / name}{published.SUFFIXES[part]}: the role "
-                                   f"is unknown, because {published.RESPONSES} has no such file")
+                                   f"is unknown, because {published.RESPONSES} has no file for it")
         for i, name in enumerate(names):
             self._check(name, given)
             if report is not None:
@@ -188,7 +188,7 @@ class Source:
           UserError: the distance exceeds `FARTHEST`.
         """
         replies = {key: texts.records[key]["conversation"][-1]["content"] for key in means}
-        # U+FFFD replaces bytes that are not valid UTF-8, so encoding it gives other token ids
+        # a text with U+FFFD, which replaces invalid UTF-8, does not encode to the generated ids
         keys = [key for key, text in replies.items() if text and "\ufffd" not in text][:_COMPARED]
         if self._report is not None:
             self._report("comparing", 0, len(keys), 0)
@@ -208,7 +208,7 @@ class Source:
         return distance
 
     def origin(self) -> dict[str, Any]:
-        """Return the contents of the file `ORIGIN` of `export_reference`; {} without this file."""
+        """Return the contents of `jaxpersona.json`, which `export_reference` writes, or {}."""
         path = self.folder / ORIGIN
         found: Any = read_json(path) if path.exists() else {}
         return found if isinstance(found, dict) else {}

@@ -156,7 +156,7 @@ def grow(
       model: the model.
       openings: N lists with at most one system message each.
       messages: N lists of M user messages each.
-      vector: the direction of the projections.
+      vector: the direction onto which the replies are projected.
       interventions: the interventions during generation, or None.
       seed, settings: as for `generate`; each turn uses different random draws.
       ids: N ids that determine the random draws; default: the index of each conversation.
@@ -218,7 +218,7 @@ def grow(
 
 def _read_back(model: Model, rows: Sequence[chat.Row], vector: Vector,
                shape: tuple[int, ...]) -> np.ndarray:
-    """Project finished conversations in a forward pass without interventions; return [M, N, L]."""
+    """Project finished conversations without interventions; return the projections [M, N, L]."""
     values = np.full(shape, np.nan, np.float32)
     for n, found in enumerate(_project(model, rows, [vector])):
         last = int(rows[n].turn[-1])  # index of the last reply; replies are two messages apart

@@ -88,7 +88,7 @@ def sample(replies: Mapping[str, Item], scores: Mapping[str, int | None], count:
         order = [keys[i] for i in rng.permutation(len(keys))]
         turn: dict[str, int] = {}
         rank = {}
-        for key in order:  # the first reply of every role comes before the second of any role
+        for key in order:  # the first reply of each role precedes the second reply of any role
             role = replies[key].role.name
             rank[key] = turn[role] = turn.get(role, -1) + 1
         order.sort(key=lambda key: rank[key])
