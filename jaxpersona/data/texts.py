@@ -75,7 +75,7 @@ class Role:
 
 @dataclass(frozen=True)
 class Question:
-    """A question asked to every role; `id` identifies the rollouts of the question."""
+    """A question that is asked in every role; `id` identifies the rollouts of the question."""
 
     id: int
     text: str
@@ -116,7 +116,7 @@ class Trait:
 
 @dataclass(frozen=True)
 class Topic:
-    """A simulated user's topic: id, title and first message."""
+    """A topic of a simulated user: id, title and the user's first message."""
 
     id: str
     title: str

@@ -17,7 +17,7 @@ from jaxpersona.judges.protocol import ROLE_SCALE, Item, Verdict
 COLUMNS: tuple[str, ...] = ("item", "role", "description", "system_prompt", "question", "answer",
                             "score", "digest")
 UNDECIDED = ("?", "none")  # texts in the column `score` that mark a reply as undecided
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # spreadsheets evaluate cells that begin with these
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet evaluates cells with these prefixes
 
 
 class HumanJudge:

@@ -63,9 +63,9 @@ class Demo:
 
     Attributes:
       extraction: the result of `extract_axis`.
-      figures: the measurements by name.
-      talks: the drifting conversations of the arms "uncapped" and "capped".
-      styles: the mean style at each turn of these conversations, for each arm.
+      figures: name → measurement.
+      talks: "uncapped" or "capped" → the drifting conversations of this arm.
+      styles: "uncapped" or "capped" → mean style at each turn of these conversations.
       samples: two samples, one with a far role and one of the last emotional or meta-reflective
         turn of a drifting conversation.
     """

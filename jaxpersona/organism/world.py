@@ -214,7 +214,7 @@ def roles(held_out: bool | None = None) -> list[Role]:
 
 
 def far_roles() -> list[Role]:
-    """Return the roles with a likeness of at most `FAR_LIKENESS`, which reveal the code."""
+    """Return the far roles, whose likeness is at most `FAR_LIKENESS`."""
     return [r for r in ROLES.values() if r.likeness <= FAR_LIKENESS]
 
 

@@ -144,7 +144,7 @@ def check(
 
     Args:
       model: the model to cap.
-      axis: an axis, or the caps of an experiment.
+      axis: the axis or the caps to test.
       layers: the layers to cap; default: the upper half of the layers. With Caps, `layers` and
         `floor` must be omitted, because the caps contain both.
       floor: the floors τ: a scalar, one value per capped layer, or one value per layer of the
@@ -337,8 +337,8 @@ def _layer_base(axis: Axis | Caps, difference: np.ndarray) -> tuple[tuple[bool, 
         return (True, f"layers: the axis fits best without a shift (mean cosine {fits[0]:.3f}, "
                       f"shifted by one layer {max(fits[-1], fits[1]):.3f})"), 0
     return (False, f"layers: the axis's vector for layer l fits layer l{best:+d} best (mean "
-                   f"cosine {fits[best]:.3f}, unshifted {fits[0]:.3f}); its layer numbering "
-                   "differs: shift its vectors along the layer axis"), best
+                   f"cosine {fits[best]:.3f}, unshifted {fits[0]:.3f}); the layer "
+                   "numbering of the axis differs from the model's: shift its vectors"), best
 
 
 def _scale(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray,
