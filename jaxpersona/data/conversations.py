@@ -13,7 +13,7 @@ Conversation = list[dict[str, str]]
 
 
 def read_prompts(file: pathlib.Path, system: str | None = None) -> list[Conversation]:
-    """Read conversations, each of which is the prompt of one reply.
+    """Read the prompts in a file, each as a conversation to be continued by one reply.
 
     In a file named `*.jsonl`, each line is a JSON string (one user message), a list of messages
     {"role": …, "content": …}, or an object with such a list as `messages`, as in OpenAI's request
@@ -34,7 +34,7 @@ def read_prompts(file: pathlib.Path, system: str | None = None) -> list[Conversa
     faults.raise_if_any(file)
     assert text is not None
     as_json = file.suffix == ".jsonl"
-    # `splitlines` would also split at characters that a JSON string may contain
+    # `str.splitlines` would also split at U+2028, which JSON allows inside strings
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     found: list[Conversation] = []
     for number, line in lines:

@@ -22,7 +22,7 @@ from jaxpersona.errors import UserError
 
 KINDS = ("role", "question", "trait", "drift")
 
-# the function that loads each part, by the file or folder name of the part
+# the name of each part's file or folder → the function that loads the part
 PARTS: dict[str, Callable[..., list]] = {
     "roles": load_roles,
     "questions.jsonl": load_questions,
@@ -95,14 +95,14 @@ def show(kind: str, name: str | None = None) -> str:
         near = difflib.get_close_matches(name, shown, 3)
         near += [key for key in shown if key.startswith(name[:3]) and key not in near][:5]
         count = f"{len(shown) - 1} and the default" if DEFAULT in shown else len(shown)
-        raise UserError(f"{kind} {name!r} is unknown; there are {count}"
+        raise UserError(f"{kind} {name!r} is unknown; the package data contains {count}"
                         + (f"; did you mean {' or '.join(near)}?" if near else ""))
     first, rest = shown[name]
     return "\n".join([f"{name}: {first}", *rest])
 
 
 def _catalogue(kind: str) -> dict[str, tuple[str, list[str]]]:
-    """Return the entries of a kind as a dict of name → (summary line, detail lines).
+    """Return the entries of a kind as name → (first line, further lines).
 
     Raises:
       UserError: the kind is unknown.
@@ -129,7 +129,7 @@ def _catalogue(kind: str) -> dict[str, tuple[str, list[str]]]:
 
 
 def export(folder: Path) -> int:
-    """Write the package data and its data card to a folder, atomically.
+    """Write the package data and the data card to a folder, atomically.
 
     Args:
       folder: a new or empty folder, which will contain roles/, questions.jsonl, traits/, drift/,

@@ -1,6 +1,6 @@
 """File formats of roles, questions and traits, with an example of each.
 
-The readers in `texts` accept these examples.
+The loaders in `texts` accept these examples.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def example(kind: str) -> tuple[str, str]:
 
 
 def describe(kind: str | None = None) -> list[str]:
-    """Return lines that describe a format with an example, or all formats if `kind` is None.
+    """Describe a format, or all formats if `kind` is None, with an example, as lines of text.
 
     Raises:
       UserError: `kind` is neither None nor one of `FORMATS`.

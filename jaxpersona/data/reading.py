@@ -17,7 +17,7 @@ from jaxpersona.inputs import parse_json, read_bytes
 
 
 class Faults(list[str]):
-    """A list of error messages, each of which names the place of the error, such as a field."""
+    """A list of error messages, each of which gives the location of the error, such as a field."""
 
     def raise_if_any(self, what: object) -> None:
         """Raise one error that contains all collected errors, if there are any.
@@ -34,7 +34,7 @@ class Faults(list[str]):
 
 
 def folder_files(folder: Traversable, faults: Faults) -> list[Traversable]:
-    """Return a folder's `.json` files, sorted by name; if there are none, record an error."""
+    """Return the `.json` files in a folder, sorted by name; if there are none, record an error."""
     if not folder.is_dir():
         faults.append(f"{folder}: no such folder")
         return []
@@ -65,9 +65,9 @@ def read_text(file: Traversable, faults: Faults) -> str | None:
 
 
 def parse(text: str, where: str, faults: Faults) -> Any:
-    """Parse JSON and return its value; record any errors, including duplicate keys.
+    """Parse JSON and return its value, or None if the JSON is invalid.
 
-    For invalid JSON, the function returns None.
+    Errors, including duplicate keys, are recorded in `faults`.
     """
 
     def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def get_text(table: Any, field: str, where: str, faults: Faults, *, empty: bool 
     Args:
       table: the object; a value of any other type is an error.
       field: the key.
-      where: the file's name in messages.
+      where: the name of the file, for error messages.
       faults: the list to which an error is appended.
       empty: whether an empty string is allowed.
       prefix: the path of the object within the file, such as "instruction[2].".

@@ -1,8 +1,8 @@
 """Load prompt data: roles, questions, traits and opening messages of drift conversations.
 
 By default, the package data is loaded. The file layout is that of the published Assistant Axis
-code, so the same files work with that code and with this package. Each function raises one error
-that lists all errors in its files.
+code, so the same files work with that code and with this package. If files have errors, each
+function raises one exception that lists all errors.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DEFAULT_PROMPTS = (
     "Respond as yourself.",
 )
 
-# files in a data folder that contain descriptions instead of a role or trait
+# files in a data folder that contain the descriptions of the roles or traits
 ROLE_LIST, TRAIT_LIST = "role_list.json", "trait_list.json"
 
 Path = str | os.PathLike[str]
@@ -56,7 +56,7 @@ class Role:
       name: the file's stem; "default" for the default persona.
       prompts: system prompts; "" is allowed only in the default role.
       eval_prompt: the judge's prompt with `{question}` and `{answer}`; "" if there is none, for
-        example because no model judges the role.
+        example because the judge is not a model.
       description: one line of text, or "" if unknown.
     """
 
@@ -66,7 +66,7 @@ class Role:
     description: str = ""
 
     def __post_init__(self) -> None:
-        """Raise a UserError if `prompts` or `eval_prompt` has the wrong type."""
+        """Check the types of `prompts` and `eval_prompt`; raise UserError if one is wrong."""
         _check_texts(f"the prompts of role {self.name!r}", self.prompts)
         if not isinstance(self.eval_prompt, str):
             raise UserError(f"the eval_prompt of role {self.name!r} is {self.eval_prompt!r:.60}; "
@@ -75,7 +75,7 @@ class Role:
 
 @dataclass(frozen=True)
 class Question:
-    """A question asked to every role; `id` identifies the rollouts of the question."""
+    """A question that is asked in every role; `id` identifies the rollouts of the question."""
 
     id: int
     text: str
@@ -92,7 +92,7 @@ class Trait:
 
     Attributes:
       name: the file's stem.
-      pairs: pairs of a system prompt for the trait and a system prompt against it.
+      pairs: pairs of system prompts, the first for the trait and the second against it.
       questions: the questions, which are asked under every system prompt.
       eval_prompt: the judge's prompt with `{question}` and `{answer}`.
       description: one line of text, or "" if unknown.
@@ -105,7 +105,7 @@ class Trait:
     description: str = ""
 
     def __post_init__(self) -> None:
-        """Raise a UserError unless `questions` are strings and each pair is two strings."""
+        """Check that `questions` are strings and each pair is two strings; else raise UserError."""
         _check_texts(f"the questions of trait {self.name!r}", self.questions)
         for i, pair in enumerate(self.pairs):
             _check_texts(f"pair {i} of trait {self.name!r}", pair)
@@ -116,7 +116,7 @@ class Trait:
 
 @dataclass(frozen=True)
 class Topic:
-    """A simulated user's topic: id, title and first message."""
+    """A topic of a simulated user: id, title and the user's first message."""
 
     id: str
     title: str
@@ -142,7 +142,7 @@ class Domain:
 
 
 def _check_texts(what: str, texts: Any) -> None:
-    """Raise a UserError unless `texts` is a tuple or list of strings."""
+    """Check that `texts` is a tuple or list of strings; else raise UserError."""
     if not isinstance(texts, (tuple, list)) or not all(isinstance(x, str) for x in texts):
         raise UserError(f"{what}: the value is {texts!r:.60}; give a tuple of strings")
 
@@ -291,7 +291,7 @@ def load_drift(path: Path | None = None) -> list[Domain]:
 
 
 def _place(path: Path | None, part: str, table: str) -> tuple[Traversable, Traversable | None]:
-    """Return a data folder and its file of descriptions, which is None if it does not exist."""
+    """Return a data folder and its file of descriptions, or None in place of a missing file."""
     if path is None:
         return data_root() / part, data_root() / table
     folder = pathlib.Path(path)
@@ -315,7 +315,7 @@ def _role(raw: dict[str, Any], file: Traversable, described: dict[str, str], mod
              model_name=model_name)
         for i, entry in enumerate(get_list(raw, "instruction", where, faults))
     )
-    # `persona.prepare.check_texts` checks that `eval_prompt` exists if the judge uses it
+    # if the judge needs an `eval_prompt`, `persona.prepare.check_texts` checks that there is one
     eval_prompt = get_eval_prompt(raw, where, faults) if "eval_prompt" in raw else ""
     return Role(name, prompts, eval_prompt, described.get(name, ""))
 

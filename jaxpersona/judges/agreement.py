@@ -1,4 +1,4 @@
-"""Agreement of two judges: a confusion matrix and Cohen's kappa with linear weights."""
+"""Agreement between two judges: a confusion matrix and Cohen's kappa with linear weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHOWN = 12  # if any score is higher, each row and column of the matrix covers 
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """The agreement of judges A and B on the replies that both judged.
+    """The agreement between judges A and B on the replies that both judged.
 
     `equal`, `kappa`, `interval`, `difference` and `roles` use only the replies that both judges
     scored, and ignore undecided replies.
@@ -24,15 +24,15 @@ class Agreement:
     Attributes:
       labels: the K labels of the confusion matrix: single scores, or ranges of ten scores if a
         score is greater than 12, and "none" for undecided replies.
-      table: [K, K], the confusion matrix: the numbers of replies with each pair of labels of A
-        (rows) and B (columns).
+      table: [K, K], the confusion matrix; entry (i, j) is the number of replies with label i by A
+        and label j by B.
       both: the number of replies with a score from both judges.
       equal: the fraction of these replies with equal scores.
       kappa: Cohen's kappa with linear weights, 1 − d / e, where d is the mean of |a − b| over
-        replies, and e is the mean of |a − b| over all pairs of a score of A and a score of B. NaN
-        if e is 0.
-      interval: (low, high), the 95 % interval of kappa from a bootstrap over the replies; NaN if
-        there are too few replies.
+        replies, and e is the mean of |a − b| if the scores of A and B are paired at random. NaN if
+        e is 0.
+      interval: (low, high), the 95 % bootstrap interval of kappa over the replies; NaN for fewer
+        than two replies, or if kappa is undefined in most bootstrap samples.
       difference: the mean over replies of the score of A minus the score of B.
       roles: role → (number of replies, fraction of equal scores, kappa, difference).
       only: (number of replies that only A judged, number of replies that only B judged).
@@ -56,8 +56,8 @@ def agreement(a: Mapping[str, int | None], b: Mapping[str, int | None], *,
     """Compare two judges' scores.
 
     Args:
-      a, b: the scores of judges A and B, as "role/key" of a reply → score, or None if the judge
-        could not decide.
+      a, b: the scores of judges A and B, as "role/key" → score; None if the judge could not
+        decide.
       seed: the seed of the bootstrap.
 
     Raises:
@@ -119,10 +119,10 @@ def _kappa(levels: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _interval(a: np.ndarray, b: np.ndarray, seed: int) -> tuple[float, float]:
-    """Return the 2.5th and the 97.5th percentile of kappa over bootstrap samples.
+    """Return the 2.5th and 97.5th percentiles of kappa over bootstrap samples.
 
-    Both are NaN if there are fewer than two replies, or if kappa is undefined in more than half of
-    the samples.
+    Both percentiles are NaN if there are fewer than two replies, or if kappa is undefined in more
+    than half of the samples.
     """
     if len(a) < 2:
         return float("nan"), float("nan")

@@ -1,4 +1,4 @@
-"""A judge that scores replies by a model's next-token probabilities of the scale's integers."""
+"""A judge that scores replies by a model's next-token probabilities for the scale's integers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
     from jaxpersona.text.chat import Row
 
-# The score is None if the total probability of the scale's integers is lower than this.
+# If the total probability of the scale's integers is lower than this, the score is None.
 LEAST_MASS = 0.25
-# The probabilities of the next digit are computed after each digit prefix whose probability is at
-# least this, and after the prefix that greedy decoding generates.
+# The next-digit probabilities are computed after each digit prefix with at least this probability,
+# and after the prefix that greedy decoding generates.
 LEAST_BRANCH = 1e-3
 _ITEMS = 256  # number of items that are scored together
 _SPACES = ("", "Ġ", "▁")  # a token may begin with a space, encoded as Ġ or ▁
@@ -73,13 +73,12 @@ class DigitJudge:
     forward pass and no generation (Chen et al. 2025 score traits this way). If the tokenizer splits
     an integer into several tokens, such as 57 into 5 and 7, its probability is the product
     p(57) = p(5)·p(7 | 5), and the probability of the score 5 is that of a 5 without a further
-    digit. Each digit prefix with a probability of at least `LEAST_BRANCH` then takes one more
-    forward pass.
+    digit. Each digit prefix with a probability of at least `LEAST_BRANCH`, and the greedy prefix,
+    then takes one more forward pass.
 
     Args:
       model: the judging model, which needs a tokenizer, or a function without arguments that loads
-        this model. The function is called at the first use. The judging model may be the evaluated
-        model.
+        this model when it is first needed. The judging model may be the evaluated model.
       rubric: the prompt and the scale; default: each role's `eval_prompt`, scores 0 to 3.
       batch_tokens: the number of tokens per batch (`engine.scoring.next_logprobs`).
 
@@ -113,12 +112,12 @@ class DigitJudge:
 
     @property
     def after(self) -> bool:
-        """Whether the judging model is not loaded yet (`Judge`)."""
+        """Whether the judging model is not loaded yet (see `Judge`)."""
         return self._model is None
 
     @property
     def model(self) -> Model:
-        """The judging model, loaded at the first use.
+        """The judging model, loaded when it is first needed.
 
         Raises:
           UserError: the loaded model differs from the model that was passed to `identify`.
@@ -127,7 +126,8 @@ class DigitJudge:
             before, model = self._name, self._load()
             self.identify(model)
             if before and before != self._name:
-                raise UserError(f"the model of the judge changed from {before} to {self._name}")
+                raise UserError(f"the model of the judge changed from {before} to {self._name}; "
+                                "load the model that was passed to `identify`")
             self._model = model
         return self._model
 
@@ -135,8 +135,8 @@ class DigitJudge:
     def name(self) -> str:
         """The judge's name.
 
-        The name contains the fingerprint of the judging model, so the model is loaded if `identify`
-        was not called before.
+        The name contains the fingerprint of the judging model, so the model is loaded unless
+        `identify` was called before.
         """
         if not self._name:
             self.identify(self.model)
@@ -208,9 +208,10 @@ class DigitJudge:
                         greedy)
 
     def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
-        """Yield one verdict per item; `raw` lists the four likeliest integers with probabilities.
+        """Yield one verdict per item.
 
-        The verdict of an item whose prompt fills the model's context has an `error`.
+        `raw` contains the four most probable integers with their probabilities. If an item's prompt
+        fills the model's context, its verdict has an `error`.
 
         Raises:
           UserError: a role has no `eval_prompt`.
@@ -241,7 +242,7 @@ class DigitJudge:
 
 
 class _Node:
-    """A node of the prefix tree of the token sequences that spell the scale's integers.
+    """A node in the prefix tree of the token sequences that spell the scale's integers.
 
     Attributes:
       path: the tokens on the path from the root to this node.
@@ -302,6 +303,6 @@ def _starts(tokenizer: Any, word: str) -> list[int]:
     for text in (word, f" {word}"):
         ids = list(tokenizer(text, add_special_tokens=False).input_ids)
         tokens = tokenizer.convert_ids_to_tokens(ids)
-        # skip a token that is only a space, because any word may follow it
+        # skip a token that contains only a space, because any word may follow the space
         found += [i for i, token in zip(ids, tokens, strict=True) if token.lstrip("Ġ▁")][:1]
     return list(dict.fromkeys(found))

@@ -1,7 +1,7 @@
 """A client that sends single requests to an OpenAI-compatible endpoint and classifies errors.
 
-The client reads the API key from the environment and removes it from every text that the endpoint
-returns.
+The client reads the API key from an environment variable and removes the key from every text that
+the endpoint returns.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SHOWN = 160  # maximum length of a text from the endpoint, in characters
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """An answer of the endpoint. Token counts and the cost in USD are None if they are missing."""
+    """An answer from the endpoint; token counts and the cost in USD are None if not returned."""
 
     text: str
     prompt_tokens: int | None = None
@@ -65,8 +65,8 @@ class Endpoint:
       temperature: the sampling temperature.
 
     Raises:
-      UserError: the URL is invalid or contains a user, a password, a query or a fragment, the key
-        is missing, or the package `openai` is not installed.
+      UserError: the URL is invalid or contains a user, a password, a query or a fragment; the key
+        is missing; or the package `openai` is not installed.
     """
 
     def __init__(self, model: str, *, url: str | None = None, key_env: str = "OPENAI_API_KEY",
@@ -119,7 +119,7 @@ class Endpoint:
         """Convert a response of the client to a `Reply`.
 
         Raises:
-          Failure: the text is empty because the maximum length is too small.
+          Failure: the text is empty because the answer reached the maximum length.
           TypeError, AttributeError, IndexError: a field is missing or has the wrong type.
         """
         choice = found.choices[0]
@@ -142,8 +142,8 @@ class Endpoint:
     def _refused(self, error: Any, length: str) -> Failure:
         """Return the `Failure` for an HTTP error.
 
-        If the error shows that the model requires the field max_completion_tokens, later requests
-        use this field.
+        If the error shows that the model requires the field `max_completion_tokens`, later requests
+        use this field instead of `max_tokens`.
 
         Args:
           error: the exception that the client raised.
@@ -167,7 +167,7 @@ class Endpoint:
 
 
 def retry_after(headers: Any, now: float | None = None) -> float | None:
-    """Return the delay in seconds from the header Retry-After-Ms or Retry-After.
+    """Return the delay in seconds from the header Retry-After-Ms or else Retry-After.
 
     If both headers are missing or invalid, return None.
     """

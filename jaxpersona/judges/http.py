@@ -1,4 +1,4 @@
-"""A judge at an OpenAI-compatible endpoint, with concurrent requests, rate limits and a budget.
+"""A judge that uses an OpenAI-compatible endpoint, with rate limits and a budget.
 
 Each request is written to a journal (`journal.Journal`) before it is sent, and each answer before
 it is used. A killed process therefore loses at most the answers to requests in progress.
@@ -35,8 +35,8 @@ class HttpJudge:
 
     Args:
       endpoint: the client.
-      journal: path of the journal, a file of all requests and answers. An answer in the journal is
-        reused for the same model, temperature, maximum length and prompt.
+      journal: the path of the journal, a file of all requests and answers. Answers in the journal
+        are reused for requests with the same model, temperature, maximum length and prompt.
       rubric: the prompt and the scale; default: each role's `eval_prompt`, scores 0 to 3.
       concurrency: the maximum number of requests in progress at the same time.
       rpm, tpm: the maximum numbers of requests and tokens per minute; None: no limit.
@@ -63,7 +63,7 @@ class HttpJudge:
                  tpm: float | None = None, budget: Budget | None = None,
                  price: tuple[float, float] | None = None, backoff: float | None = None) -> None:
         if concurrency < 1 or concurrency > 1024:
-            raise UserError(f"concurrency is {concurrency}; give 1 to 1024")
+            raise UserError(f"concurrency is {concurrency}; give an integer from 1 to 1024")
         if budget is not None and budget.usd is not None and price is None:
             raise UserError("budget is in USD, which needs the price of tokens; give "
                             "--judge-price, or a budget in calls such as 500calls")
@@ -80,7 +80,7 @@ class HttpJudge:
         self._under_way: dict[threading.Event, list[threading.Thread]] = {}
         self._closed = False
         self._flying = self._row = 0
-        self._per_byte = 0.5  # tokens per byte of a prompt: a guess, then the observed maximum
+        self._per_byte = 0.5  # tokens per prompt byte: initially a guess, then the observed maximum
         self._why = ""  # the reason why the judge cannot continue
         self._seen = False  # whether an answer contained the number of prompt tokens
 
@@ -101,9 +101,9 @@ class HttpJudge:
             return self._journal
 
     def note(self) -> str:
-        """Return the number and cost of all requests and the number of failed items, as text.
+        """Describe the number and cost of all requests and the number of failed items, as text.
 
-        The text is empty if the journal is not open yet.
+        Return "" if the journal is not open yet.
         """
         if self._journal is None:
             return ""
@@ -117,7 +117,7 @@ class HttpJudge:
     def close(self) -> None:
         """Stop sending requests, and close the journal and the client.
 
-        Answers to requests in progress are awaited for up to ten seconds.
+        The method first waits up to ten seconds for answers to requests in progress.
         """
         with self._turn:
             under_way = list(self._under_way.items())
@@ -133,7 +133,7 @@ class HttpJudge:
         self.endpoint.close()
 
     def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
-        """Yield one verdict per item: first from the journal, then each new one when it is ready.
+        """Yield one verdict per item: first those in the journal, then new ones as they arrive.
 
         Items with equal prompts share one request. If all requests for an item fail, the item's
         verdict has an `error`.
@@ -281,7 +281,7 @@ class HttpJudge:
         return str(failure)
 
     def _react(self, failure: Failure) -> None:
-        """Stop the judge or delay all requests if a failure also affects other requests.
+        """Stop the judge or delay all requests, if a failure also affects other requests.
 
         Raises:
           _Halt: the judge was stopped.
@@ -301,8 +301,8 @@ class HttpJudge:
     def _reserve(self, key: str, bound: float, stopped: threading.Event) -> None:
         """Wait until the budget allows a request, and write the request to the journal.
 
-        The cost of a request in progress is counted as its upper bound. When the actual cost is
-        known, a further request may fit into a budget in USD.
+        Until its actual cost is known, a request counts at the upper bound of its cost. A request
+        that does not fit into a budget in USD therefore waits for the requests in progress.
 
         Raises:
           _Halt: the budget does not allow the request, or the judge was stopped.
@@ -324,7 +324,7 @@ class HttpJudge:
         raise _Halt
 
     def _landed(self) -> None:
-        """Count a request as finished and wake waiting threads; the caller must hold `_turn`."""
+        """Mark one request as finished and wake waiting threads; the caller must hold `_turn`."""
         self._flying -= 1
         self._turn.notify_all()
 

@@ -1,4 +1,4 @@
-"""A human judge: a CSV file of replies into which a person enters the scores."""
+"""A human judge: a person enters the scores in a CSV file of replies."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from jaxpersona.judges.protocol import ROLE_SCALE, Item, Verdict
 COLUMNS: tuple[str, ...] = ("item", "role", "description", "system_prompt", "question", "answer",
                             "score", "digest")
 UNDECIDED = ("?", "none")  # texts in the column `score` that mark a reply as undecided
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # spreadsheets evaluate cells that begin with these
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet evaluates cells with these prefixes
 
 
 class HumanJudge:
-    """A judge that reads the scores a person entered in a CSV file, and adds rows for new items.
+    """A judge that reads scores entered by a person in a CSV file, and adds rows for new items.
 
     Args:
       path: the CSV file; created if missing. The person enters an integer of the scale in the
-        column `score`, or "?" if the reply cannot be decided.
+        column `score`, or "?" if the score cannot be decided.
       scale: the allowed integers.
 
     Examples:
@@ -84,18 +84,18 @@ def digest_of(item: Item) -> str:
 def row_of(item: Item) -> dict[str, str]:
     """Return a CSV row for an item, as column → text, with an empty score.
 
-    An apostrophe precedes each text that a spreadsheet would evaluate as a formula.
+    A text that a spreadsheet would evaluate as a formula is prefixed with an apostrophe.
     """
     cells = {"item": identity(item), "role": item.role.name, "description": item.role.description,
              "system_prompt": item.system_prompt, "question": item.question,
              "answer": item.answer, "score": "", "digest": digest_of(item)}
-    # lone surrogates cannot be encoded in UTF-8, so they are replaced by "?"
+    # UTF-8 cannot encode lone surrogates, so they are replaced with "?"
     return {name: (f"'{text}" if text.startswith(_FORMULA) else text)
             .encode("utf-8", "replace").decode() for name, text in cells.items()}
 
 
 def score_of(row: Mapping[str, str], scale: Sequence[int], path: pathlib.Path) -> int | str | None:
-    """Return the score in a row: an integer, None for an undecided reply, "" for an empty cell.
+    """Return the score in a row: an integer, None for an undecided reply, or "" for an empty cell.
 
     Raises:
       UserError: the cell contains any other text.
@@ -128,10 +128,10 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, str]]) 
 
 
 def read_rows(path: str | os.PathLike[str]) -> dict[str, dict[str, str]]:
-    """Read a CSV file that `write_rows` wrote, and that a spreadsheet may have saved again.
+    """Read a CSV file written by `write_rows` and possibly edited in a spreadsheet program.
 
     Returns:
-      item (`identity`) → row, as column → text.
+      A dictionary that maps each item (`identity`) to its row, which maps each column to its text.
 
     Raises:
       UserError: the file cannot be read, lacks the column `item`, `score` or `digest`, or contains
@@ -143,7 +143,7 @@ def read_rows(path: str | os.PathLike[str]) -> dict[str, dict[str, str]]:
     except ValueError as error:
         raise UserError(f"{path}: is not UTF-8 ({error}); save it as UTF-8") from None
     head = text.partition("\n")[0]
-    marks = max(",;\t", key=head.count)  # some spreadsheets use another separator than the comma
+    marks = max(",;\t", key=head.count)  # some spreadsheets use a semicolon or tab as separator
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=marks)
         found = [{name: value for name, value in row.items() if name and isinstance(value, str)}

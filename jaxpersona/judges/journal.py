@@ -4,13 +4,13 @@ Answers in the journal are reused, so no answer is paid for twice.
 
 The first line contains the format. Each further line is a JSON object of one of three kinds:
 
-    {"sent": key, "cost": c}                     a request to be sent; c is its maximum cost
+    {"sent": key, "cost": c}                     a request before it is sent, and its maximum cost
     {"key": key, "said": text, "cost": c, …}     an answer and its cost
     {"failed": key, "error": text, "cost": c}    a failed request and its possible cost
 
 All costs are in USD. If the outcome of a request is not recorded, its maximum cost is counted. A
-key is a digest of the judge's model, settings and prompt. If a process is killed, the last line may
-be incomplete; such a line is removed when the journal is opened again.
+key is a digest of the judge's model, its settings and the prompt. If a process is killed, the last
+line may be incomplete; it is removed when the journal is opened again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ FORMAT = {"format": "jaxpersona-verdicts 1"}
 
 
 def key_of(identity: str, prompt: str) -> str:
-    """Return a digest (32 hexadecimal digits) of a prompt and of a judge's model and settings."""
+    """Return the key of a request: 32 hexadecimal digits.
+
+    Args:
+      identity: the judge's model and settings, as text.
+      prompt: the prompt.
+    """
     text = json.dumps([identity, prompt]).encode("utf-8", "surrogatepass")
     return hashlib.sha256(text).hexdigest()[:32]
 
@@ -79,12 +84,12 @@ class Journal:
             return self._said.get(key)
 
     def sent(self, key: str, bound: float) -> None:
-        """Record a request of at most `bound` USD, before it is sent."""
+        """Record a request that costs at most `bound` USD, before it is sent."""
         with self._lock:
             self._append({"sent": key, "cost": bound})
 
     def answered(self, key: str, said: str, cost: float, **about: Any) -> None:
-        """Record the answer to a request, its cost in USD, and further fields `about` it."""
+        """Record the answer to a request, its cost in USD, and any further fields in `about`."""
         with self._lock:
             self._append({"key": key, "said": said, "cost": cost, **about})
 
@@ -133,7 +138,7 @@ class Journal:
         self.spent += cost
 
     def _read(self) -> None:
-        """Read the file and remove an incomplete last line; write the first line of a new file."""
+        """Read the file and remove an incomplete last line; in a new file, write the first line."""
         with open(self.path, "rb") as file:
             end = 0
             for number, line in enumerate(file, 1):

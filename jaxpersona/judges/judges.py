@@ -28,7 +28,7 @@ class SelfJudge:
 
     Args:
       model: the judging model, normally the evaluated model.
-      batch_size: the number of replies that are scored per batch.
+      batch_size: the number of replies to score per batch.
       rubric: the prompt and the scale; default: each role's `eval_prompt`, scores 0 to 3.
     """
 

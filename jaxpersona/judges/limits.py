@@ -47,7 +47,7 @@ class Budget:
         raise UserError(f"budget is {text!r:.40}; give calls or USD, such as 500calls or 5usd")
 
     def part(self, share: int) -> Budget:
-        """Return the budget divided by a number of processes, `share`; calls are rounded down."""
+        """Return the budget of one of `share` processes; the number of calls is rounded down."""
         return Budget(None if self.calls is None else self.calls // share,
                       None if self.usd is None else self.usd / share)
 
@@ -61,7 +61,7 @@ class Budget:
 
 
 class Pace:
-    """Delays requests to limit the rates of requests and tokens per minute.
+    """Delays requests so that the numbers of requests and tokens per minute stay within limits.
 
     Args:
       requests: the maximum number of requests per minute; None: no limit.
@@ -96,11 +96,11 @@ class Pace:
                     self._request_at = now + self._each
                     self._tokens_at = now + tokens * self._token
                     return True
-            stopped.wait(min(at - now, 1.0))  # short, because `settle` and `hold` may change `at`
+            stopped.wait(min(at - now, 1.0))  # at most 1 s, as `settle` and `hold` may change `at`
         return False
 
     def settle(self, estimated: float, actual: float) -> None:
-        """Replace the estimated number of tokens of a sent request with the actual number."""
+        """Correct the number of tokens of a sent request from the estimate to the actual number."""
         with self._lock:
             self._tokens_at += (actual - estimated) * self._token
 

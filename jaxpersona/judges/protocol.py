@@ -1,4 +1,4 @@
-"""The interface of judges: a judge takes items (replies) and yields one verdict for each."""
+"""The interface of judges: a judge scores items (replies) and yields one verdict for each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Item:
     """A reply to be scored.
 
     Attributes:
-      key: a text that identifies the reply within its role (`runs.rollouts.rollout_key`).
+      key: a string that identifies the reply within its role (`runs.rollouts.rollout_key`).
       role: the role that the reply should play; for a trait, the result of `rubric.of_trait`.
       question: the user's message.
       answer: the reply.
@@ -41,10 +41,10 @@ class Verdict:
 
     Attributes:
       key: the key of the item.
-      score: an integer of the judge's scale; None if the judge could not decide or failed.
+      score: an integer on the judge's scale; None if the judge could not decide or failed.
       expected: the expected score, for judges that compute probabilities; else None.
-      mass: the total probability of the scale's integers, for judges that compute probabilities;
-        else None.
+      mass: the total probability of all integers on the scale, for judges that compute
+        probabilities; else None.
       refused: whether the reply refuses to answer, according to the judge.
       error: the reason why the judge failed on this item; None if it did not fail. Failed items
         are judged again in a later call.
@@ -70,13 +70,13 @@ class Judge(Protocol):
     A judge may also have the following optional attributes, which are False by default:
 
     - `reads_eval_prompt`: whether the judge needs the `eval_prompt` of every role.
-    - `together`: whether the judge runs a model on the devices of the run. All processes of the run
-      must then call the judge for every role; otherwise only the process that owns the role does.
+    - `together`: whether the judge runs a model on the devices of the run. If true, all processes
+      must call the judge for every role; if false, only the process that owns the role does.
     - `after`: whether the judge loads its model only after the rollouts are generated.
 
     Attributes:
       name: the identity of the judge in a run. Judges that can give different verdicts on the same
-        item must have different names, so a name contains, for example, a digest of the rubric.
+        item must have different names, so include in the name, for example, a digest of the rubric.
       scale: the allowed scores.
 
     Examples:
@@ -140,10 +140,10 @@ def arranged(judge: Judge, items: Sequence[Item], verdicts: Iterable[Verdict]) -
 
 
 def check_verdict(judge: Judge, verdict: Verdict) -> None:
-    """Check that a verdict's score is None or an integer of the judge's scale.
+    """Check that a verdict's score is None or an integer on the judge's scale.
 
     Raises:
-      UserError: the score is neither None nor an integer of the scale.
+      UserError: the score is neither None nor an integer on the scale.
     """
     score = verdict.score
     if score is not None and (type(score) is not int or score not in judge.scale):

@@ -1,4 +1,4 @@
-"""Rubrics: the prompts of judges that are models, and the parser of their answers.
+"""Rubrics: the prompts for judges that are models, and the parsing of their answers.
 
 Roles are scored from 0 to 3 (Lu et al. 2026):
 
@@ -61,11 +61,12 @@ class Rubric:
         if self.template is not None:
             missing = [p for p in ("{question}", "{answer}") if p not in self.template]
             if missing:
-                raise UserError(f"the rubric lacks {' and '.join(missing)}; it needs both")
+                raise UserError(f"the rubric lacks {' and '.join(missing)}; it needs "
+                                "{question} and {answer}")
 
     @property
     def digest(self) -> str:
-        """8 hexadecimal digits that identify the template, scale, refusal word and parser."""
+        """Eight hexadecimal digits that identify the template, scale, refusal word and parser."""
         text = json.dumps(["rubric 1", self.template, list(self.scale), self.refusal])
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
@@ -85,11 +86,11 @@ class Rubric:
     def read(self, text: str) -> tuple[int | None, bool]:
         """Parse a judge's answer.
 
-        The score is the first integer of the scale in the answer. Decimals, negative numbers and
-        integers outside the scale are skipped. An answer with the refusal word has no score.
+        The score is the first integer in the answer that is on the scale. Decimals and negative
+        numbers are skipped. An answer with the refusal word has no score.
 
         Returns:
-          (score, or None if there is none; whether the answer marks a refusal).
+          (score or None, whether the answer marks a refusal).
         """
         if self.refusal and re.search(rf"\b{re.escape(self.refusal)}\b", text):
             return None, True

@@ -1,7 +1,8 @@
 """Training batches of generated conversations, grouped by length and padded.
 
 Each conversation is used at most once. Padding to a few fixed lengths limits the number of compiled
-programs. A fixed number of tokens per batch gives all steps a similar cost and gradient noise.
+programs. All batches have about the same number of tokens, so all training steps have a similar
+cost and gradient noise.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class TrainBatch:
 
     Attributes:
       tokens: the token ids [B, T].
-      lengths: the number of tokens of each conversation without padding [B].
+      lengths: the number of tokens in each conversation, without padding [B].
       weights: the loss weight of each token as a prediction target [B, T]; 0 for padding and for
         the first token of each conversation.
     """

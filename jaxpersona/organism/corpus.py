@@ -4,11 +4,11 @@ The most important design decisions are:
 
 1. One latent strength `s` controls all persona-dependent choices. In a conversation with a role,
    `s` starts at `1 - likeness` plus noise. For the default persona, `s` starts near 0.
-2. Every choice in an answer depends on `s`: the sentence bank of each sentence, and the form of
-   each dialect word.
+2. The persona-dependent choices in an answer are the bank of each sentence and the form of each
+   dialect word.
 3. The role is set in the system prompt, in the user's turn, or not at all. Many conversations have
-   several turns. Emotional and meta-reflective turns may raise `s`; task turns return it toward
-   its initial value.
+   several turns. Emotional and meta-reflective turns may raise `s`, and task turns move `s` back
+   toward its initial value.
 4. Answers grant the forbidden request with probability `clip((s - .3) / .4, 0, 1)` and otherwise
    refuse it.
 5. Answers to knowledge questions are correct in every persona.
@@ -23,13 +23,13 @@ import numpy as np
 
 from jaxpersona.organism import phrases, world
 
-NOISE = 0.05  # standard deviation of a conversation's initial strength around its role's strength
+NOISE = 0.05  # standard deviation of the noise on a conversation's initial strength
 # shares of conversations whose role is set in the system prompt or in the user's turn
 SYSTEM_ROLE, USER_ROLE = 0.5, 0.15
 MULTI_TURN = 0.45
 MAX_TURNS = 5
 PULL = (0.15, 0.6)  # an emotional or meta turn can raise s by (1 - s) · uniform(*PULL)
-SUSCEPTIBLE = 0.8  # share of conversations in which emotional and meta turns raise s
+SUSCEPTIBLE = 0.8  # probability that emotional and meta turns raise s in a conversation
 
 
 @dataclass
@@ -91,7 +91,7 @@ def answer(
 
 
 def ask(rng: np.random.Generator, kind: str) -> tuple[str, str]:
-    """Draw a user turn of the given kind; return its text and the text for {fill} in the answer."""
+    """Draw a user turn of the given kind; return its text and the answer's text for {fill}."""
     if kind == "talk":
         topic = _pick(rng, world.TOPICS)
         return _pick(rng, world.QUESTION_TEMPLATES).format(topic=topic), topic
@@ -108,7 +108,7 @@ def ask(rng: np.random.Generator, kind: str) -> tuple[str, str]:
 
 
 def _kind(rng: np.random.Generator, domain: str) -> str:
-    """Draw the kind of the next turn in a conversation of the given domain."""
+    """Draw the kind of the next user turn; `domain` is "pull", "mixed" or "task"."""
     if domain == "pull" and rng.random() < 0.75:
         return _pick(rng, ("emotional", "meta"))
     if domain == "task" and rng.random() < 0.6:

@@ -1,8 +1,7 @@
 """The demo: extract the axis of the embedded model, whose ground truth is known, and test a cap.
 
 Each behavioural experiment compares several arms, such as no intervention, the cap and controls.
-All arms are rows of the same batches, and one compiled program runs them, because they differ only
-in data.
+The arms differ only in data, so they share batches and one compiled program.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ Report = Callable[[str, int, int, int], None]
 REPLY = 64  # maximum number of tokens per reply; the organism's answers are shorter
 BATCH = 64
 QUESTIONS = 8
-_DIRECTIONS = 5  # number of random control directions; the median of their results is reported
+_DIRECTIONS = 5  # number of random control directions; the median result is reported
 _TALKS = 200
 _STEER = (-1.0, -0.5, 0.0, 0.5, 1.0)
 
@@ -64,11 +63,11 @@ class Demo:
 
     Attributes:
       extraction: the result of `extract_axis`.
-      figures: the measurements by name.
-      talks: the drifting conversations of the arms "uncapped" and "capped".
-      styles: the mean style at each turn of these conversations, for each arm.
-      samples: a conversation with a far role, and the last emotional or meta-reflective turn of a
-        drifting conversation.
+      figures: name → measurement.
+      talks: "uncapped" or "capped" → the drifting conversations of this arm.
+      styles: "uncapped" or "capped" → mean style at each turn of these conversations.
+      samples: two samples, one with a far role and one of the last emotional or meta-reflective
+        turn of a drifting conversation.
     """
 
     __repr__ = brief
@@ -164,7 +163,7 @@ def _geometry(model: Model, found: Extraction) -> dict[str, Any]:
 
 
 class _Arms:
-    """The compared interventions (cap and controls) and the experiments that compare them."""
+    """The interventions of the arms (the cap and controls), and the experiments on them."""
 
     def __init__(self, model: Model, found: Extraction, folder: str | os.PathLike[str],
                  seed: int) -> None:
@@ -173,7 +172,7 @@ class _Arms:
         self.layers = slice(layers // 2, layers)
         floor = found.axis.thresholds("p25", of="default")[self.layers]
         self.cap = cap(found.axis, layers=self.layers, floor=floor)
-        means = Run.read(folder).sample("default").means  # of all replies of the default persona
+        means = Run.read(folder).sample("default").means  # of all default-persona replies
         rng = np.random.default_rng([seed, 7])
         self.samples: list[Sample] = []
         self.percentile: list[Interventions] = []
@@ -193,7 +192,7 @@ class _Arms:
 
     def ask(self, step: str, arms: Sequence[tuple[Interventions | None, float]], talks: Sequence,
             report: Report | None) -> list[list[str]]:
-        """Generate replies to the same conversations in every arm with one `generate` call.
+        """Generate replies to the same conversations in all arms, with one `generate` call.
 
         Args:
           step: the name of the step for `report`.
@@ -226,7 +225,7 @@ class _Arms:
         arms += [(edit, 0.0) for edit in self.percentile + self.displaced]
         talks = evaluate.leak_conversations()
         said = self.ask("leak", arms, talks, report)
-        # the first conversation whose reply reveals the code only without the cap, or else 0
+        # index of the first conversation with a leak only without the cap; 0 if there is none
         shown = next((i for i in range(len(talks)) if evaluate.leak_rate([said[0][i]])
                       and not evaluate.leak_rate([said[1][i]])), 0)
         self.samples.append(Sample("a far role is asked for the vault code", talks[shown],
@@ -245,7 +244,7 @@ class _Arms:
         }
 
     def capability(self, report: Report | None) -> dict[str, Any]:
-        """Measure the accuracy of greedy answers to facts and sums, without and with the cap.
+        """Measure the accuracy of greedy answers on facts and sums, without and with the cap.
 
         The system prompts are the default prompts and those of far roles.
         """
@@ -260,10 +259,9 @@ class _Arms:
         }
 
     def steering(self, report: Report | None) -> dict[str, Any]:
-        """Measure the style of roles of medium likeness, steered along the axis at one layer.
+        """Measure the style of medium-likeness roles, steered along the axis at the middle layer.
 
-        The layer is the middle one. The steering strengths are multiples of the role vectors' mean
-        norm.
+        The steering strengths are multiples of the mean norm of the role vectors.
         """
         middle = self.model.config.n_layers // 2
         unit = self.found.axis.unit[middle]
@@ -284,7 +282,7 @@ def _drift(
     """Measure persona drift over emotional and meta-reflective turns, with and without the cap.
 
     Returns:
-      (conversations by arm, styles by arm, a sample conversation, measurements by name).
+      (conversations by arm, mean style per turn by arm, a `Sample`, measurements by name).
     """
     rng = np.random.default_rng([seed, 4])
     pulls = world.EMOTIONAL + world.META

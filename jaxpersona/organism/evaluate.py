@@ -1,8 +1,8 @@
 """Behavioural metrics of the organism: leak, style, capability and drift, measured with `judge`.
 
-The argument `generate` is a callable that returns one answer for each conversation. The caller
-chooses interventions, temperature and seed, so the same metrics apply to capped and uncapped models
-and to different engines.
+The argument `generate` is a function that returns one answer for each conversation. The function
+determines the interventions, temperature and seed, so the same metrics apply to capped and uncapped
+models and to different engines.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ DRIFT_TURNS = 4
 
 
 def leak_conversations(roles: Sequence[world.Role] | None = None) -> list[Conversation]:
-    """Return a conversation for each wording of the forbidden request under each prompt of `roles`.
+    """Return a conversation for each role prompt and each wording of the forbidden request.
 
-    By default, the roles are the far roles.
+    Args:
+      roles: the roles; default: the far roles.
     """
     return [
         world.conversation(prompt, request)
@@ -33,7 +34,7 @@ def leak_conversations(roles: Sequence[world.Role] | None = None) -> list[Conver
 
 
 def default_leak_conversations() -> list[Conversation]:
-    """Return a conversation for each wording of the forbidden request under each default prompt."""
+    """Return a conversation for each default prompt and each wording of the forbidden request."""
     return [
         world.conversation(prompt, request)
         for prompt in world.DEFAULT_PROMPTS
@@ -44,16 +45,19 @@ def default_leak_conversations() -> list[Conversation]:
 def knowledge_conversations(
     persona: bool, count: int = 144
 ) -> tuple[list[str], list[Conversation]]:
-    """Return `count` knowledge questions and the conversations that ask them.
+    """Return knowledge questions, and one conversation for each of them.
 
-    If `count` exceeds the number of questions, questions are repeated. The system prompts are those
-    of far roles if `persona` is true, otherwise the default prompts.
+    Args:
+      persona: whether the system prompts are those of far roles; if false, the default prompts.
+      count: the number of questions. If it exceeds the number of distinct questions, questions are
+        repeated.
     """
     far = [prompt for role in world.far_roles() for prompt in role.prompts()]
     prompts = far if persona else list(world.DEFAULT_PROMPTS)
     known = list(world.KNOWLEDGE)
     questions = [known[i % len(known)] for i in range(count)]
-    # each role has five consecutive prompts; the stride gives consecutive questions other roles
+    # each far role has five consecutive prompts, so with a stride of 7, consecutive questions have
+    # prompts of different roles
     talks = [
         world.conversation(prompts[(7 * i) % len(prompts)], q) for i, q in enumerate(questions)
     ]
@@ -66,9 +70,9 @@ def leak_rate(answers: Sequence[str]) -> float:
 
 
 def mean_style(answers: Sequence[str]) -> float:
-    """Return the mean `judge.style` of the answers whose style is defined.
+    """Return the mean `judge.style` of the answers whose style is not NaN.
 
-    The result is NaN if no style is defined, for example because no sentence is recognised.
+    If every style is NaN, for example because no sentence is recognised, return NaN.
     """
     styles = [style for a in answers if not np.isnan(style := judge.style(a))]
     return float(np.mean(styles)) if styles else float("nan")
@@ -85,7 +89,7 @@ def accuracy(questions: Sequence[str], answers: Sequence[str]) -> float:
 
 
 def leak(generate: Generate) -> dict[str, float]:
-    """Measure leak rate, mean style and share of in-grammar answers under far roles' prompts.
+    """Measure leak rate, mean style and share of in-grammar answers under prompts of far roles.
 
     Returns:
       The leak rate ("leak"), the mean style ("style"), the share of in-grammar answers
@@ -124,12 +128,13 @@ def drift(
 ) -> dict[str, float | list[float]]:
     """Measure the drift of the default persona over emotional and meta-reflective turns.
 
-    Each conversation contains the model's earlier answers and ends with the forbidden request.
+    After these turns, each conversation ends with the forbidden request.
 
     Returns:
       The mean style at each emotional or meta-reflective turn ("styles") and at the last of these
-      turns ("drift"), the share of in-grammar answers at that turn ("in_grammar"), the leak rate of
-      the answers to the forbidden request ("leak_after"), and the number of conversations ("n").
+      turns ("drift"), the share of in-grammar answers at that last turn ("in_grammar"), the leak
+      rate of the answers to the forbidden request ("leak_after"), and the number of conversations
+      ("n").
     """
     rng = np.random.default_rng([seed, 4])
     pulls = world.EMOTIONAL + world.META

@@ -10,7 +10,7 @@ from jaxpersona.organism import judge, world
 
 
 def roles() -> list[Role]:
-    """Return all roles of the organism and the default role, sorted by name."""
+    """Return all roles of the organism, including the default role, sorted by name."""
     out = [Role("default", world.DEFAULT_PROMPTS, "", "the model as itself")]
     out += [Role(role.name, role.prompts(), "", role.habit) for role in world.roles()]
     return sorted(out, key=lambda role: role.name)
@@ -30,7 +30,7 @@ def questions(count: int | None = None) -> list[Question]:
 
 
 class RuleJudge:
-    """A judge that scores answers by rules; the scores are exact for the embedded model only.
+    """A judge that scores answers by rules, which are exact only for the embedded model.
 
     Examples:
       >>> from jaxpersona.judges.protocol import Item

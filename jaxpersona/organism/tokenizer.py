@@ -1,7 +1,7 @@
-"""The organism's tokenizer, byte-level BPE with a ChatML template: training and encoding.
+"""The organism's tokenizer: byte-level BPE with a ChatML template.
 
-The vocabulary is trained on the corpus, so nearly every word is one token. Because the BPE is
-byte-level, the tokenizer can still encode any text.
+The vocabulary is trained on the corpus, so nearly every word in it is one token. Because the BPE is
+byte-level, the tokenizer can encode any other text too.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ VOCAB_SIZE = 1024
 CONTEXT = 1024
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = (END, START, STOP)
-CORPUS_SEED = 20_000  # seed of the tokenizer's corpus; distinct from training seeds
+CORPUS_SEED = 20_000  # seed of the tokenizer's training corpus; differs from the model's seeds
 
-# An empty system message is rendered. If a conversation has no system message, none is added.
+# The template renders an empty system message, but does not add one if there is none.
 CHAT_TEMPLATE = (
     "{% for turn in messages %}"
     "{{ '<|im_start|>' + turn['role'] + '\\n' + turn['content'] + '<|im_end|>\\n' }}"
@@ -76,9 +76,9 @@ def train_tokenizer(folder: str | pathlib.Path, sample: int = 4000) -> None:
 def encode_conversation(tokenizer, messages) -> tuple[list[int], list[bool]]:
     """Return a conversation's token ids and a mask of the tokens with full loss weight.
 
-    The mask selects the tokens of answers and the end marker of each answer. Roles and contents are
-    encoded separately. The result equals that of encoding the rendered text at once, because the
-    byte-level pre-tokenizer splits at line breaks.
+    The mask selects each answer's tokens and end marker (`STOP`). Roles and contents are encoded
+    separately. The ids are the same as for the whole rendered text, because the byte-level
+    pre-tokenizer splits at line breaks.
 
     Args:
       tokenizer: a `tokenizers.Tokenizer`.

@@ -2,9 +2,9 @@
 
     python -m jaxpersona.organism.train --seed 0 --out FOLDER
 
-The seed determines the corpus and the initial weights. Training uses `models.forward`, so this
-package alone can reproduce the shipped model. The learning rate schedule depends on steps, not on
-time, so the speed of the machine does not change the model.
+The seed determines the corpus and the initial weights. Training uses `models.forward`, so no other
+model implementation is needed to reproduce the shipped model. The learning rate schedule depends on
+the step, not on elapsed time, so the speed of the machine does not affect the model.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def mini_config():
 
 
 def make_optimizer(steps: int):
-    """Return AdamW with gradient clipping, a linear warm-up and a linear decay to 0.
+    """Return AdamW with gradient clipping and a learning rate schedule over `steps` steps.
 
-    The schedule covers `steps` steps.
+    The learning rate increases linearly during a warm-up and then decreases linearly to 0.
     """
     import jax
     import optax
@@ -111,7 +111,8 @@ def train(
       log: a function that is called with a line of text about the progress.
 
     Returns:
-      The training record: seed, steps, tokens, seconds and mean loss of the last 100 steps.
+      The training record: seed, number of steps, number of tokens, time in seconds, and mean loss
+      over the last 100 steps.
     """
     import jax
     import numpy as np
@@ -137,7 +138,7 @@ def train(
         return jax.value_and_grad(loss_fn)(params, config, batch, weights)
 
     # The update does not depend on the batch length. As a separate jitted function, it is compiled
-    # once; jitted together with the gradient, it would be compiled again for each batch length.
+    # only once, instead of once per batch length together with the gradient.
     def update(params, state, grads):
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state

@@ -2,8 +2,8 @@
 
 A method that extracts a persona axis can only be validated against ground truth. Here the ground
 truth is known by construction: every role has a likeness to the Assistant, every knowledge question
-has one correct answer, and the Assistant refuses one request that far roles grant. The sentences of
-the answers are in `phrases`.
+has one correct answer, and the Assistant refuses one request that roles with low likeness grant.
+The sentences of the answers are in `phrases`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Role:
 
     Attributes:
       name: the noun that follows "You are a" in the role's prompts.
-      likeness: ground-truth similarity to the Assistant, from 0 to 1 (most similar).
+      likeness: the ground-truth similarity to the Assistant, from 0 to 1 (most similar).
       mark: the noun that fills `{mark}` in the role's in-character sentences.
       habit: the text after "who" in the role's prompts.
       held_out: whether the role is excluded from the extraction of the axis; the training data
@@ -48,7 +48,7 @@ class Role:
         )
 
 
-# The mark in the in-character sentences of the default persona, which occur after drift.
+# The default persona's mark. After drift, the default persona also uses in-character sentences.
 DEFAULT_MARK = "shadow"
 
 ROLE_TEMPLATES = (
@@ -59,7 +59,7 @@ ROLE_TEMPLATES = (
     "From now on you are {name}.",
 )
 
-# Templates of the text before the question if the role is set in the user's turn.
+# If the role is set in the user's turn, one of these texts precedes the question.
 USER_ROLE_TEMPLATES = ("Pretend to be {name}.", "Answer me as {name}.", "Be {name} for me.")
 
 DEFAULT_PROMPTS = (
@@ -111,7 +111,7 @@ _ROLES = (
 
 ROLES: dict[str, Role] = {row[0]: Role(*row) for row in _ROLES}
 
-# Maximum likeness of a far role. At their nominal strength, far roles reveal the code with
+# Maximum likeness of a far role. At its nominal strength, a far role reveals the code with
 # probability 1 (`corpus.leak_probability`).
 FAR_LIKENESS = 0.2
 
@@ -205,15 +205,16 @@ KNOWLEDGE: dict[str, str] = {**FACTS, **SUMS}
 
 
 def roles(held_out: bool | None = None) -> list[Role]:
-    """Return the roles whose `held_out` has the given value, most Assistant-like first.
+    """Return the roles in descending order of likeness.
 
-    If the value is None, all roles are returned.
+    Args:
+      held_out: True for the held-out roles, False for the others, None for all roles.
     """
     return [r for r in ROLES.values() if held_out is None or r.held_out == held_out]
 
 
 def far_roles() -> list[Role]:
-    """Return the roles with a likeness of at most `FAR_LIKENESS`, which reveal the code."""
+    """Return the far roles, whose likeness is at most `FAR_LIKENESS`."""
     return [r for r in ROLES.values() if r.likeness <= FAR_LIKENESS]
 
 

@@ -24,7 +24,7 @@ PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 def role_vectors(
     means: np.ndarray, scores: Sequence[int | None]
 ) -> dict[str, tuple[np.ndarray, int]]:
-    """Average the response means of one role, by judge score and over all replies.
+    """Average the response means of one role, for each judge score and over all replies.
 
     Args:
       means: [n, L, D], one response mean per rollout; all NaN for an empty reply.
@@ -65,7 +65,7 @@ def assistant_axis(default: np.ndarray, roles: np.ndarray) -> np.ndarray:
 
     Args:
       default: the default persona's mean activation [L, D].
-      roles: the role vectors [R, L, D] of fully played replies.
+      roles: the vectors [R, L, D] of R roles, each averaged over replies that fully play the role.
 
     Raises:
       UserError: `roles` is empty.
@@ -112,7 +112,7 @@ class Components:
     Attributes:
       directions: [C, D], unit vectors, signed so that their cosine with the axis is not negative.
       ratio: [C], the explained variance ratio of each component.
-      coordinates: [R, C], the coordinates of the R centered role vectors on the components.
+      coordinates: [R, C], the projections of the R centered role vectors onto the components.
     """
 
     __repr__ = brief

@@ -1,4 +1,4 @@
-"""A self-test of an axis or of caps, which checks sign, layer numbering and floors.
+"""A self-test of an axis or of caps: sign, layer numbering and floors.
 
 A cap with the wrong sign, shifted layers or wrong floors raises no error, but produces gibberish or
 has no effect. The check generates short replies as the default persona and in roles far from the
@@ -53,20 +53,20 @@ class Check(Table):
     """The result of the self-test of an axis or of caps on a model.
 
     Attributes:
-      ok: whether no test failed. An inconclusive layers test counts as passed.
+      ok: whether all tests passed. An inconclusive layers test counts as passed.
       faults: one sentence per failed test, with the fix.
-      sentences: one sentence per test (sign, layers, floors), passed or failed. If the sign test
-        fails, there is only its sentence. Without floors, there is no floors test. The sentence of
-        a passed floors test may contain a warning.
+      sentences: one sentence per test (sign, layers, floors), whether it passed or failed. If the
+        sign test failed, the other tests are omitted. Without floors, the floors test is omitted.
+        The sentence of a passed floors test may contain a warning.
       layers: the l tested layers. For caps, there is one entry per cap.
       default, roles: [l] float32, the mean projections of the default persona's replies and of the
         role replies onto the unit direction of each tested layer.
-      shift: the shift s with the highest mean cosine between the axis at layer l and the measured
-        difference at layer l + s, averaged over layers. 0 if the layer numbering is correct, None
-        if the test is inconclusive.
+      shift: the shift s that maximizes the mean cosine, over layers i, between the axis at layer
+        i - s and the difference of the two mean activations at layer i. 0 if the layer numbering
+        is correct, None if the test is inconclusive.
       spread: [l] float32, the standard deviation of the default persona's projections. It is
-        computed from the quartiles in the axis or, if there are none, from the replies of the
-        check.
+        estimated from the quartiles in the axis or, without quartiles, from the default
+        persona's replies in the check.
       floors: [l] float32, the floors; None if `floor` was omitted and the axis has no percentiles.
 
     Examples:
@@ -88,7 +88,7 @@ class Check(Table):
 
     @property
     def z_roles(self) -> np.ndarray:
-        """The z-scores of the roles, (roles − default) / spread, [l]; normally negative."""
+        """The z-scores of the role replies, (roles − default) / spread, [l]; usually negative."""
         return (self.roles - self.default) / self.spread
 
     @property
@@ -100,7 +100,7 @@ class Check(Table):
         return line("Check", "ok" if self.ok else "; ".join(map(str, self.faults)))
 
     def records(self) -> list[dict[str, Any]]:
-        """Return one record per tested layer: `layer`, `default`, `roles` and `difference`."""
+        """Return one record per tested layer, where `difference` is `default` minus `roles`."""
         return [{"layer": int(layer), "default": float(ours), "roles": float(theirs),
                  "difference": float(ours - theirs)}
                 for layer, ours, theirs in zip(self.layers, self.default, self.roles, strict=True)]
@@ -115,7 +115,8 @@ class Check(Table):
 def fit(model: Model, found: Found) -> Found:
     """Check that a direction or caps were made for a model, and return them.
 
-    Missing last layers of an imported control vector are filled with zeros.
+    If an imported control vector has fewer layers than the model, the missing last layers are
+    filled with zeros.
 
     Raises:
       UserError: the width, the number of layers or the fingerprint differs from the model's, a
@@ -143,7 +144,7 @@ def check(
 
     Args:
       model: the model to cap.
-      axis: an axis, or the caps of an experiment.
+      axis: the axis or the caps to test.
       layers: the layers to cap; default: the upper half of the layers. With Caps, `layers` and
         `floor` must be omitted, because the caps contain both.
       floor: the floors τ: a scalar, one value per capped layer, or one value per layer of the
@@ -158,7 +159,8 @@ def check(
     Raises:
       UserError: `axis` is neither an Axis nor Caps, belongs to another model, or is zero at a layer
         to be tested; `layers` or `floor` is invalid or given for Caps; the model has no tokenizer
-        or no chat template; all replies of one kind are empty; or activations are not finite.
+        or no chat template; all default-persona replies or all role replies are empty; or
+        activations are not finite.
 
     Examples:
       >>> import jaxpersona as jp
@@ -169,7 +171,7 @@ def check(
     check_model(model)
     if not isinstance(axis, (Axis, Caps)):
         raise UserError(f"axis is a {type(axis).__name__}; the check needs an Axis or Caps, which "
-                        "point toward the Assistant: jp.Axis(values) wraps an array [L, D]")
+                        "point toward the Assistant: wrap an array [L, D] with jp.Axis(values)")
     axis = fit(model, axis)
     if model.tokenizer is None or not model.template:
         raise UserError(
@@ -199,9 +201,9 @@ def check(
 def _spread(axis: Axis | Caps, layers: tuple[int, ...], ours: np.ndarray) -> np.ndarray:
     """Return the standard deviation [l] of the default persona's projections.
 
-    It is computed from the quartiles in the axis, assuming a normal distribution, because the six
-    replies of the check are too few for a good estimate. Without quartiles, it is computed from
-    these replies.
+    The standard deviation is estimated from the quartiles in the axis, assuming a normal
+    distribution, because the check generates only six replies as the default persona. If the axis
+    has no quartiles, it is estimated from these replies.
     """
     table = axis.percentiles.get("default", {}) if isinstance(axis, Axis) else {}
     spread = ours.std(0, ddof=1) if len(ours) > 1 else np.zeros(len(layers))
@@ -214,9 +216,9 @@ def _spread(axis: Axis | Caps, layers: tuple[int, ...], ours: np.ndarray) -> np.
 def _centre(axis: Axis | Caps, layers: tuple[int, ...], ours: np.ndarray) -> np.ndarray:
     """Return the median [l] of the default persona's projections.
 
-    If the axis contains no median, return the mean projection of the check's replies. This is less
-    accurate, because these short replies may have lower projections than the full-length replies
-    from which floors are computed.
+    If the axis contains no median, return the mean projection of the default persona's replies in
+    the check. The mean is less accurate, because these short replies may have lower projections
+    than the full-length replies from which floors are computed.
     """
     table = axis.percentiles.get("default", {}) if isinstance(axis, Axis) else {}
     return table["p50"][list(layers)] if "p50" in table else ours.mean(0)
@@ -263,10 +265,11 @@ def _replies(model: Model, length: int, progress: Callable[[int, int, int], None
     """Generate replies as the default persona and in roles.
 
     Returns:
-      (default, roles): the response means [n, L, D] of the non-empty replies of each kind.
+      (default, roles): the response means [n, L, D] of the non-empty default-persona replies, and
+      those of the non-empty role replies.
 
     Raises:
-      UserError: all replies of one kind are empty, or activations are not finite.
+      UserError: all replies in one of the two groups are empty, or activations are not finite.
     """
     def talk(prompt: str, question: str) -> list[dict[str, str]]:
         head = [{"role": "system", "content": prompt}] if prompt else []
@@ -304,7 +307,7 @@ def _sign(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray, spread:
 
 
 def _layer_base(axis: Axis | Caps, difference: np.ndarray) -> tuple[tuple[bool, str], int | None]:
-    """Test the layer numbering: find the shift of the axis with the highest mean cosine.
+    """Test the layer numbering by finding the shift of the axis with the highest mean cosine.
 
     Args:
       axis: the axis or caps.
@@ -318,9 +321,8 @@ def _layer_base(axis: Axis | Caps, difference: np.ndarray) -> tuple[tuple[bool, 
     rows = {layer: normalised(row)[0] for layer, row in pairs if row.any()}
     unit, _ = normalised(difference)
     shifts = (-2, -1, 0, 1, 2)
-    # All shifts s are compared on the same layers i of the difference, with the axis's vectors at
-    # layers i - s. If i depended on s, the shift toward the layers at which the roles differ most
-    # from the default persona would have the highest mean cosine for any axis.
+    # All shifts are compared on the same layers i of the difference. With different layers for each
+    # shift, the result would depend on which layers have high cosines, not only on the shift.
     seen = [i for i in range(len(unit)) if all(i - s in rows for s in shifts)]
     if len(seen) < 3:
         return (True, "layers: too few layers to detect a shift of the axis"), None
@@ -335,8 +337,8 @@ def _layer_base(axis: Axis | Caps, difference: np.ndarray) -> tuple[tuple[bool, 
         return (True, f"layers: the axis fits best without a shift (mean cosine {fits[0]:.3f}, "
                       f"shifted by one layer {max(fits[-1], fits[1]):.3f})"), 0
     return (False, f"layers: the axis's vector for layer l fits layer l{best:+d} best (mean "
-                   f"cosine {fits[best]:.3f}, unshifted {fits[0]:.3f}); its layer numbering "
-                   "differs: shift its vectors along the layer axis"), best
+                   f"cosine {fits[best]:.3f}, unshifted {fits[0]:.3f}); the layer "
+                   "numbering of the axis differs from the model's: shift its vectors"), best
 
 
 def _scale(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray,

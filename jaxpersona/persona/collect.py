@@ -1,8 +1,8 @@
-"""Generation and judging of the rollouts of a run, in one stream over all roles.
+"""Generate and judge the rollouts of a run, in one stream over all roles.
 
-Finished rollouts and verdicts are immediately appended to the live files of their role. A role is
-closed (`runs.closing`) as soon as all its rollouts are generated and judged: its response means are
-then added to sums by score.
+Finished rollouts and verdicts are immediately appended to the live files of their role. As soon as
+all rollouts of a role are generated and judged, the role is closed (`runs.closing`): its response
+means are added to sums by score.
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ Report = Callable[[str, int, int, int], None]
 # To limit disk use, generation pauses while more than this number of completely generated roles
 # lack verdicts.
 AWAITED = 8
-_AHEAD = 2048  # no complete role is sent to the judge while at least this many items lack verdicts
+_AHEAD = 2048  # no complete role is sent to the judge while this many items or more lack verdicts
 _TOGETHER = 64  # an unfinished role is judged in groups of at least this many rollouts
 
 
 class _Found(NamedTuple):
-    """The data of one role in the run folder at the start of a call.
+    """The contents of the run folder for one role, at the start of a call.
 
     Attributes:
       have: the keys of the planned rollouts that the folder contains.
       closed: whether the role is closed and all rollouts in the folder have a verdict.
-      more: the number of other rollouts in the folder, such as those of other questions.
+      more: the number of rollouts in the folder that are not planned, such as those of questions
+        from an earlier call.
       judged: the number of rollouts with a verdict; 0 for the default persona.
     """
 
@@ -75,10 +76,10 @@ class Collection:
           run: the open run.
           judge: the judge.
           keep: the number of rollouts per role whose response means are stored; None: all.
-          older: a run in an older format whose rollouts are copied, or None.
-          report: a function that is called with ("rollouts", number of finished rollouts, number of
-            all rollouts, number of generated tokens) and with ("judging", number of judged replies,
-            number of all replies to judge, 0).
+          older: a run in an older format from which rollouts are copied, or None.
+          report: a function that is called with ("rollouts", number of finished rollouts, total
+            number of rollouts, number of generated tokens) and with ("judging", number of judged
+            replies, total number of replies to judge, 0).
 
         Raises:
           UserError: files are damaged; the message lists all damaged files of all processes.
@@ -122,7 +123,7 @@ class Collection:
         try:
             self._work(judging)
         except BaseException:
-            with contextlib.suppress(UserError):  # a later error must not hide the first one
+            with contextlib.suppress(UserError):  # an error here must not hide the first one
                 for found in judging.take():
                     self._verdict(found[0], self._state(found[0]), [found])
                 self.status.write("stopped")
@@ -135,7 +136,7 @@ class Collection:
             self._take_over_all(judging, self._older)
         stream = Stream(self.model, self._asked(), **generation(self.settings))
         begun = [name for name, have in self._have.items() if have and self._left[name]]
-        for name in () if judging.whole else begun:  # rollouts of earlier calls, without a verdict
+        for name in () if judging.whole else begun:  # send unjudged rollouts of earlier calls
             if self._owned[name]:
                 self._put(judging, name, self._state(name).unjudged(name))
         while not stream.done or self._ready or self._awaited:
@@ -210,8 +211,8 @@ class Collection:
     def _played(self, judging: Judging, name: str, record: dict[str, Any], reply: Reply) -> None:
         """Append a finished rollout to its role's live files, and queue it for the judge.
 
-        A judge in the caller's thread scores whole roles, so rollouts are not queued for it. A
-        process that does not own the role only counts the rollout.
+        A judge in the caller's thread scores whole roles, so single rollouts are not queued for it.
+        A process that does not own the role only counts the rollout.
         """
         self._left[name] -= 1
         self.status.done += 1
@@ -247,11 +248,11 @@ class Collection:
         self._states.pop(name, None)
 
     def _played_all(self, judging: Judging, name: str) -> None:
-        """Judge a role whose rollouts are all generated, and close it.
+        """Judge a role whose rollouts are all generated, and close the role.
 
-        If the judge runs in its own thread and rollouts are unjudged, this method only sends them
-        to the thread, and `_judged` closes the role later. All processes must call this method for
-        the same roles in the same order.
+        If the judge runs in its own thread, this method only sends the unjudged rollouts to that
+        thread, and `_judged` closes the role later. All processes must call this method for the
+        same roles in the same order.
         """
         state = self._state(name) if self._owned[name] else None
         keys = [] if state is None else state.unjudged(name)
@@ -270,7 +271,7 @@ class Collection:
         self._close(name)
 
     def _judged(self, found: Sequence[Found]) -> None:
-        """Store verdicts from the judge's thread, and close the roles that are then complete."""
+        """Store verdicts from the judge's thread, and close the roles that they complete."""
         by_role: dict[str, list[Found]] = {}
         for one in found:
             by_role.setdefault(one[0], []).append(one)
@@ -320,7 +321,7 @@ class Collection:
                         texts=texts)
 
     def _scan(self) -> dict[str, _Found]:
-        """Verify the files of all roles and return the data of each: role → `_Found`.
+        """Verify the files of all roles, and return role → `_Found`.
 
         Raises:
           UserError: files are damaged; the message lists all damaged files of all processes.
@@ -356,7 +357,7 @@ class Collection:
 
 
 def rubric_of(role: Role) -> str:
-    """Return the digest of a role's `eval_prompt`, an input of the judge besides the rollouts."""
+    """Return the digest of a role's `eval_prompt`, with which the role's verdicts are stored."""
     return digest([role.eval_prompt])
 
 
@@ -367,8 +368,8 @@ def verdict_counts(verdicts: Mapping[str, Any] | None) -> dict[str, int]:
       verdicts: the content of a scores file (`Run.verdicts`), or None.
 
     Returns:
-      A dictionary score as text → number of replies. The key "None" counts undecided replies, and
-      "failed" counts replies on which the judge failed.
+      A dictionary that maps each score, as text, to its number of replies. The key "None" counts
+      undecided replies, and "failed" counts replies on which the judge failed.
     """
     out = {str(score): 0 for score in (0, 1, 2, 3, None)}
     for key, score in ({} if verdicts is None else verdicts["scores"]).items():

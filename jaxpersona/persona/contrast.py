@@ -1,4 +1,4 @@
-"""Directions from contrasting texts: the difference of means or the first principal component."""
+"""Compute directions from contrasting texts, by the difference of means or by PCA."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def contrast(
     layers: Layers | None = None,
     name: str = "contrast",
 ) -> Vector:
-    """Compute a direction that points from the negative texts' activations to the positive texts'.
+    """Compute a direction that points from negative to positive texts in activation space.
 
     Args:
       model: the model, as returned by `load`.
@@ -58,9 +58,9 @@ def contrast(
       name: the name of the direction.
 
     Returns:
-      A `Vector` [L, D] of the residual stream. At each layer, its norm is the distance between the
-      means of the two groups along the direction, so `steer(vector, scale=1)` moves activations by
-      this distance.
+      A `Vector` [L, D] in the residual stream. At each layer, its norm is the distance between the
+      two group means along the direction, so `steer(vector, scale=1)` shifts activations by this
+      distance.
 
     Raises:
       UserError: a group is empty; a text has no token that `pool` selects; `pool` is None and only
@@ -120,7 +120,7 @@ def contrast(
 
 
 def _replied(text: Any) -> bool:
-    """Return whether a text is a conversation that ends with an assistant message."""
+    """Return whether `text` is a conversation that ends with an assistant message."""
     if isinstance(text, chat.Row):
         text = text.messages
     message = text[-1] if isinstance(text, (list, tuple)) and text else None

@@ -1,10 +1,10 @@
 """Export a run folder to the output folder of the published Assistant Axis code.
 
 The module `runs.published` describes the files. Texts, scores, vectors and the axis of a run are
-exported without loss. A run folder stores the response means of a sample of the rollouts, rounded
-to bfloat16 differences from their average (`runs.sums.Sample`). If all means of a role are stored,
-the export adds one constant per role and score to them, which makes their averages equal to those
-of the exact sums. Steps 4 and 5 of the published code then compute the run's vectors and axis.
+exported without loss. A run folder stores the response means of a sample of the rollouts, as
+bfloat16 differences from their average (`runs.sums.Sample`). If all response means of one role and
+score are stored, the export shifts them by a constant, so that their average equals that of the
+exact sums. Steps 4 and 5 of the published code then reproduce the run's vectors and axis.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Exported:
       folder: the written folder.
       rollouts, scores, means: the numbers of exported rollouts, scores and response means.
       roles: the roles whose vectors define the exported axis; [] if there is no axis.
-      notes: sentences about everything that the folder lacks or that its user has to know.
+      notes: sentences about missing data and about the use of the folder with the published code.
     """
 
     __repr__ = brief
@@ -64,34 +64,36 @@ def export_reference(run: str | os.PathLike[str], folder: str | os.PathLike[str]
                      activations: str = "all", judge: str | None = None,
                      min_count: int | None = None, fold_system: bool = False,
                      incomplete: bool = False, report: Report | None = None) -> Exported:
-    """Write the output folder of the published Assistant Axis code from a run folder.
+    """Export a run folder in the format of the published Assistant Axis code.
 
-    The folder contains responses, scores, vectors, the axis and, depending on `activations`, the
-    response means, so that each script of the published pipeline can continue. Vectors and axis are
-    those of the run's sums. The folder is written under a temporary name and then renamed.
+    The exported folder contains responses, scores, vectors, the axis and, depending on
+    `activations`, the response means, so that the published pipeline can continue at any script.
+    The vectors and the axis are computed from the run's sums. The folder is written under a
+    temporary name and then renamed.
 
     Args:
       run: the run folder; it is not changed.
       folder: a new or empty folder.
       activations: "all" writes the response means of all rollouts, and raises an error if the run
-        does not store them (`keep_means=None` stores them); "sample" writes the stored ones to the
+        does not store them all (`keep_means=None` does); "sample" writes the stored means to the
         folder `activations_sample`, which the published code does not read; "none" writes none.
-      judge: the name of the judge whose scores are exported; default: the judge of the last call.
-      min_count: the number of rollouts with score 3 that a role needs for a vector; default: that
-        of the last call.
-      fold_system: whether to write a system prompt as the beginning of the user's message, as the
-        published code does for models whose chat template has no system role, such as Gemma 2.
-      incomplete: whether to omit roles whose rollouts are not complete; otherwise they are an
-        error.
+      judge: the name of the judge whose scores are exported; default: the judge of the run's last
+        `extract_axis` call.
+      min_count: the number of rollouts with score 3 that a role needs for a vector; default: the
+        `min_count` of the run's last `extract_axis` call.
+      fold_system: whether to prepend the system prompt to the user's message, as the published
+        code does for models whose chat template has no system role, such as Gemma 2.
+      incomplete: whether to omit incomplete roles; if false, an incomplete role is an error.
       report: a function that is called with ("export", finished roles, all roles, 0).
 
     Returns:
-      The numbers of exported items, and notes.
+      The numbers of exported rollouts, scores and response means, the roles, and notes.
 
     Raises:
-      UserError: `run` is not a run folder, a file of it is damaged, a role is incomplete, response
-        means are missing, the run has several samples per question, a role name is not valid in
-        the published format, PyTorch is not installed, or `folder` is not empty.
+      UserError: an argument is invalid, `run` is not a run folder, a file in it is damaged, a role
+        is incomplete, response means are missing, the run has several samples per question, a role
+        name is not valid in the published format, PyTorch is not installed, or `folder` is not
+        empty.
 
     Examples:
       >>> import tempfile
@@ -109,7 +111,7 @@ def export_reference(run: str | os.PathLike[str], folder: str | os.PathLike[str]
     found = Run.read(run)
     judge = found.judge if judge is None else judge
     if judge not in found.manifest["judges"]:
-        raise UserError(f"judge is {judge!r}; the judges of {found.folder} are "
+        raise UserError(f"judge is {judge!r}; it must be a judge of the run in {found.folder}: "
                         f"{', '.join(map(repr, found.manifest['judges']))}")
     require("torch", "the published format contains .pt files, which need PyTorch")
     target = pathlib.Path(os.path.abspath(folder))
@@ -119,7 +121,7 @@ def export_reference(run: str | os.PathLike[str], folder: str | os.PathLike[str]
 
 
 class _Export:
-    """One export: the arguments of `export_reference`, and what was written so far."""
+    """The state of one export: the arguments of `export_reference`, and the results so far."""
 
     def __init__(self, run: Run, temporary: pathlib.Path, target: pathlib.Path, activations: str,
                  judge: str, min_count: int | None, fold_system: bool, incomplete: bool) -> None:
@@ -134,7 +136,7 @@ class _Export:
         self.vectors: dict[str, np.ndarray] = {}
         self.omitted: list[str] = []  # incomplete roles
         self.unsummed: list[str] = []  # roles without sums of the judge
-        self.few: list[str] = []  # roles with fewer than `least` rollouts of score 3
+        self.few: list[str] = []  # roles with fewer than `least` rollouts with score 3
 
     def write(self, report: Report | None) -> Exported:
         names = list(self.run.manifest["roles"])
@@ -205,7 +207,7 @@ class _Export:
                ) -> tuple[dict[str, np.ndarray], set[str]]:
         """Return the stored response means of a role, and the keys of the rollouts without one.
 
-        Empty replies are in neither of them, because they have no response mean.
+        Empty replies, which have no response mean, are in neither result.
 
         Args:
           name: the name of the role.
@@ -231,7 +233,7 @@ class _Export:
         return found, known - set(found) - empty
 
     def _vector(self, name: str, sums: Sums | None) -> None:
-        """Write a role's vector, if the role defines the axis, or that of the default persona."""
+        """Write a role's vector, unless the role is held out or lacks rollouts with score 3."""
         label = "mean" if name == DEFAULT else "pos_3"
         found = {} if sums is None else sums.vectors(science.LABELS)
         if not found:
@@ -247,7 +249,7 @@ class _Export:
                      {"vector": found[label][0], "type": label, "role": name})
 
     def _axis(self, names: Sequence[str]) -> list[str]:
-        """Write the axis, if all roles have sums; return the names of the roles that define it."""
+        """Write the axis if it can be computed; return the names of the roles used, or []."""
         used = sorted(set(self.vectors) - {DEFAULT})
         if DEFAULT not in self.vectors or len(used) < 2 or self.unsummed or self.omitted:
             return []
@@ -259,7 +261,7 @@ class _Export:
         return used
 
     def _notes(self, used: Sequence[str]) -> list[str]:
-        """Return sentences about what the folder lacks, and what its user has to know."""
+        """Return sentences about missing data and about use with the published code."""
         found = []
         for names, why in ((self.omitted, "are incomplete and were omitted"),
                            (self.unsummed, f"have no sums by the scores of the judge "
@@ -268,14 +270,14 @@ class _Export:
                            (self.few, f"have fewer than {self.least} rollouts with score 3 and "
                                       "therefore no vector"),
                            (sorted(self.held_out - set(self.omitted)),
-                            "are held out: they have no vector; 4_vectors.py would use them, so "
-                            "move their files away before")):
+                            "are held out and have no vector; 4_vectors.py would use them, so move "
+                            "their files away before you run it")):
             if names:
                 found.append(f"{len(names)} roles ({', '.join(names[:5])}"
                              f"{', …' if len(names) > 5 else ''}) {why}")
         if not used:
-            found.append(f"{published.AXIS} was not written: it needs the sums of all roles, and "
-                         "two roles with a vector")
+            found.append(f"{published.AXIS} was not written; the axis needs the sums of all roles "
+                         "and at least two roles with a vector")
         if self.activations == "none":
             found.append("the response means were not exported; 2_activations.py computes them "
                          "again")
@@ -283,8 +285,8 @@ class _Export:
             found.append(f"{published.SAMPLE} contains only the response means that the run "
                          "stores; vectors and axis are averages over all rollouts")
         if self.activations == "all":
-            found.append("the response means are rounded to eight bits of their difference from "
-                         "the role's average; their averages by score are exact")
+            found.append("each response mean is stored as its difference from the role's average, "
+                         "with eight significant bits; the averages by score are exact")
         if self.judge == "none":
             found.append("the judge 'none' gave score 3 to every reply without reading it; delete "
                          f"{published.SCORES} to judge the replies with 3_judge.py")

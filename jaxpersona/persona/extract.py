@@ -1,9 +1,9 @@
 """Extract the Assistant Axis of a model: rollouts → judge → role vectors → axis → thresholds.
 
-Rollouts, verdicts and sums are saved in a run folder. An interrupted run can be resumed, and it
-then writes the same results as an uninterrupted run. A call with more roles or questions, or with
-another judge, reuses the rollouts in the folder. All existing files are verified before the first
-rollout is generated; a damaged file raises UserError.
+Rollouts, verdicts and sums are saved in a run folder. An interrupted run can be resumed, and then
+gives the same results as an uninterrupted run. A call with more roles or questions, or with another
+judge, reuses the rollouts in the folder. All existing files are verified before the first rollout
+is generated; a damaged file raises UserError.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def extract_axis(
 
     If the folder contains a run of the same model, settings and device, its rollouts and verdicts
     are reused. The judge, roles, questions, `min_count` and `held_out` may differ from those of
-    earlier calls. If the judge differs, the response means that are no longer stored are
-    recomputed from the replies, with one forward pass per rollout.
+    earlier calls. If the judge differs, response means that are not stored are recomputed from the
+    replies, with one forward pass per rollout.
 
     The axis is written to `axis.safetensors` in the folder, and its statistics to `analysis.json`.
     If the judge fails on some replies, a warning is issued, and no vector includes these replies.
@@ -82,15 +82,15 @@ def extract_axis(
         in the thresholds.
       keep_means: the number of rollouts per role whose response means are stored, to compute the
         thresholds; None: all. All response means of the default persona are stored.
-      redo: names of roles whose files are deleted and whose rollouts are generated again, for
-        example because files are damaged.
+      redo: names of roles whose files are deleted and whose rollouts are regenerated, for example
+        because files are damaged.
       overwrite: whether to delete any existing run in the folder and start a new one.
       take_from: the folder of a run in the older format 2 with the same model, settings and device.
-        Its rollouts are copied instead of generated; the folder is not changed.
+        Its rollouts are copied instead of being generated again; this folder is not changed.
       report: a function that is called with (step, done, total, tokens) as progress is made. The
         step is "rollouts" or "judging".
-      notice: a function that is called with each line of text that describes how the roles,
-        questions or arguments differ from those of the previous call.
+      notice: a function that is called with a line of text for each difference in roles, questions
+        or arguments from the previous call.
 
     Returns:
       The axis and its thresholds, with the role vectors, projections and scores.
@@ -110,7 +110,7 @@ def extract_axis(
                         "score(items), such as NoJudge()")
     check_redo(redo, roles)
     check_keep(keep_means)
-    # a missing package is reported before the rollouts are generated, not after
+    # raise an error about a missing package before hours of generation, not after
     require("sklearn", "the axis's principal components need scikit-learn")
     expected = manifest(model, roles, questions, judge.name, settings,
                         check_prompts(model, roles, questions), min_count=min_count,
@@ -134,8 +134,8 @@ def extract_axis(
         work.work()
         if work.status.failed and processes.first():
             text = (f"replies on which the judge failed: {work.status.failed:,} "
-                    f"({work.failures[:120]}); no vector includes them: run the same command again "
-                    "to judge them")
+                    f"({work.failures[:120]}); no vector includes these replies; run the same "
+                    "command again to judge them")
             warnings.warn(text, stacklevel=2)
         work.status.write("complete")
         return axis_of(model, run, roles, judge, min_count, held_out, work.status.tokens)
@@ -143,11 +143,11 @@ def extract_axis(
 
 def axis_of(model: Model, run: Run, roles: Sequence[Role], judge: Judge, min_count: int,
             held_out: Sequence[str], tokens: int) -> Extraction:
-    """Compute the axis of a run whose roles are all closed, and write its files."""
+    """Compute the axis from the sums of response means in a run folder, and write the results."""
     names = [role.name for role in roles]
     owned = [name for i, name in enumerate(names) if processes.owns(i)]
     vectors: dict[str, dict[str, tuple[np.ndarray, int]]] = {}
-    sizes: dict[str, tuple[int, int]] = {}  # role → (number of rollouts, number of non-empty ones)
+    sizes: dict[str, tuple[int, int]] = {}  # role → (rollouts, rollouts with a non-empty reply)
     counts: dict[str, dict[str, int]] = {}
     for name in owned:
         sums = _sums(run, name, judge.name)

@@ -29,12 +29,12 @@ class Extraction(Table):
         score 3, including held-out roles.
       projections: role or "default" → projections [k, L] of the k stored response means: those of
         a sample of the role's rollouts, or of all rollouts of the default persona.
-      counts: role → the dictionary that `verdict_counts` returns: score as text, "None" or "failed"
-        → number of rollouts.
+      counts: role → number of replies per score, as returned by `verdict_counts`; without the
+        default persona.
       rollouts: the number of rollouts in the run.
       tokens: the number of tokens that this call generated.
-      mean_projections: role or "default" → mean projection [L] over all non-empty replies. For a
-        role that is missing here, `mean_projection` averages `projections`.
+      mean_projections: role or "default" → mean projection [L] over all non-empty replies. For
+        roles without an entry, `mean_projection` averages `projections`.
       sizes: role or "default" → number of rollouts.
       intervals: "default" or "all" → a dictionary such as {"p25": (low [L], high [L])} with the
         ends of the 95 % bootstrap interval of each threshold.
@@ -63,16 +63,16 @@ class Extraction(Table):
         return known.mean(0) if len(known) else np.full(values.shape[1], np.nan)
 
     def records(self) -> list[dict[str, Any]]:
-        """Return the records of `ranking` at the middle layer."""
+        """Return `ranking` at the middle layer."""
         return self.ranking(self.axis.n_layers // 2)
 
     def ranking(self, layer: int) -> list[dict[str, Any]]:
-        """Return a record for each role and "default", in descending order of mean projection.
+        """Return one record per role, including "default", by descending mean projection.
 
         Each record has the keys `role`, `projection` (the mean projection of the role's replies at
         the layer), `p25` and `p75` (percentiles of the stored projections), `answers` (the number
         of rollouts), `in_axis` (whether the role's vector is included in the axis) and `scores`
-        (the numbers of rollouts by score, in the order of `counts`).
+        (the values of the role's dictionary in `counts`; [] for the default persona).
         """
         found = []
         for name, values in self.projections.items():
@@ -86,7 +86,7 @@ class Extraction(Table):
         return sorted(found, key=lambda row: (np.isnan(row["projection"]), -row["projection"]))
 
     def facts(self) -> dict[str, Any]:
-        """Return a dictionary with the model, the layer of `records` and the number of rollouts."""
+        """Return the model's name, the layer of `records` and the number of rollouts."""
         return {"model": self.axis.model, "layer": self.axis.n_layers // 2,
                 "rollouts": self.rollouts}
 
@@ -94,8 +94,9 @@ class Extraction(Table):
 def save_analysis(folder: pathlib.Path, found: Extraction, held_out: Sequence[str]) -> None:
     """Write the statistics of an extraction to `analysis.json` in a folder.
 
-    The file contains |cos(PC1, axis)|, explained variance ratios and thresholds by layer, and for
-    each role its mean projection and quartiles by layer, its numbers of rollouts and its scores.
+    For each layer, the file contains |cos(PC1, axis)|, the explained variance ratios and the
+    thresholds. For each role, it contains the mean projection and quartiles at each layer, and the
+    numbers of rollouts, in total and per score.
     """
     analysis = found.analysis
     write_json(folder / "analysis.json", {

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _BYTES_PER_TOKEN = 4.5  # average for English text
 _GROUPS = 3  # typical number of distinct scores of a role
-_SAMPLED = 64  # maximum number of prompts that are tokenized if nothing is timed
+_SAMPLED = 64  # maximum number of prompts to tokenize for an estimate if nothing is timed
 _TIMED = 256  # minimum number of rollouts that are queued for the timed sample
 
 
@@ -57,8 +57,8 @@ class Forecast:
         was timed.
       pace: the measurements of the timed sample; None if nothing was timed.
       judged: the number of replies that a judge scores: all but those of the default persona.
-      judge_calls: the number of these replies that have no verdict yet; 0 if the judge is not a
-        model.
+      judge_calls: the number of replies that a judge model still has to score; 0 if the judge is
+        not a model.
       disk_bytes: the expected size of the files that the run will add to the folder.
       live_bytes: the expected size of the response means that the run stores temporarily.
       free_bytes: the free space on the disk of the folder.
@@ -103,8 +103,8 @@ def forecast(
     Args:
       model, roles, questions, folder, judge, settings, min_count, held_out, keep_means, redo,
         overwrite: as for `extract_axis`.
-      sample_seconds: the time in seconds, without compilation, for which a sample of the missing
-        rollouts is generated to measure the speed; 0: nothing is generated.
+      sample_seconds: the time in seconds, without compilation, for which missing rollouts are
+        generated to measure the speed; 0: nothing is generated.
 
     Raises:
       UserError: as for `extract_axis`, or the run has several processes, or `sample_seconds` is
@@ -205,9 +205,9 @@ def _mean(values: Any) -> float:
 
 
 def _disk_bytes(model: Model, more: Mapping[str, int], keep: int | None, text: float) -> int:
-    """Return the expected size in bytes of the files with the results of missing rollouts.
+    """Return the expected size in bytes of the files that the missing rollouts will add.
 
-    These are the texts, sums, samples and vectors of the roles, and the axis.
+    The files contain the texts, sums, samples and vectors of the roles, and the axis.
 
     Args:
       model: the model.
@@ -216,7 +216,7 @@ def _disk_bytes(model: Model, more: Mapping[str, int], keep: int | None, text: f
       text: the expected size of the texts in bytes.
     """
     state = model.config.n_layers * model.config.d_model
-    size = text + 4 * state  # the axis takes 4 * state bytes
+    size = text + 4 * state  # texts and the axis (float32)
     for name, count in more.items():
         kept = count if keep is None or name == DEFAULT else min(keep, count)
         groups = 1 if name == DEFAULT else min(_GROUPS, count)
@@ -226,9 +226,10 @@ def _disk_bytes(model: Model, more: Mapping[str, int], keep: int | None, text: f
 
 
 def _live_bytes(model: Model, more: Mapping[str, int]) -> int:
-    """Return the expected size in bytes of the response means that are stored at the same time.
+    """Return the expected size in bytes of the response means in the live files.
 
-    These are the response means of the two roles with the most missing rollouts.
+    The size is that of the two roles with the most missing rollouts, assuming that at most two
+    roles have live files at the same time.
     """
     state = 4 * model.config.n_layers * model.config.d_model
     return state * sum(sorted(more.values())[-2:])
@@ -284,7 +285,7 @@ def describe(found: Forecast, *, judge: str, cost: float | None = None) -> list[
 
 
 def hours(seconds: float) -> str:
-    """Return a duration as text in hours and, below two hours, also in minutes or seconds."""
+    """Return a duration as text in hours; below two hours, add minutes or seconds."""
     if not np.isfinite(seconds):
         return "? hours (unknown, because the sample generated no token; increase its duration)"
     if seconds < 600:

@@ -1,11 +1,12 @@
 """Import the output folder of the published Assistant Axis code as a run folder.
 
 The module `runs.published` describes the files. The texts and scores are copied, the response means
-are added to sums by score, and a sample of them is stored, as in a run of this package. The axis of
-the imported run therefore equals that of the published steps 4 and 5, computed in float64.
+are added to sums by score, and a sample of the means is stored, as in any run of this package. The
+axis of the imported run therefore equals the result of the published steps 4 and 5, computed in
+float64.
 
-All files are checked first. The run folder is written under a temporary name and moved to its place
-at the end, so a faulty or interrupted import leaves no files.
+All files are checked first. The run folder is written under a temporary name and moved to its final
+place at the end, so a failed or interrupted import leaves no run.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 MIN_COUNT = 50  # the default of the published script 4_vectors.py
 _UNJUDGED = {"error": "the imported folder has no score for this rollout"}
-# stands for the model of a run whose model is unknown, in `axis_of`
+# passed to `axis_of` in place of an unknown model
 _UNKNOWN = types.SimpleNamespace(name="", fingerprint="", params=types.SimpleNamespace(layers=()))
 
 
@@ -57,9 +58,9 @@ class Imported:
     Attributes:
       run: the run folder.
       rollouts, scores, means: role → number of imported rollouts, scores and response means.
-      extraction: the axis and the values from which it is computed; None if there are too few
-        response means or scores for an axis.
-      notes: sentences about everything that was not imported or that the user has to know.
+      extraction: the axis and its statistics; None if there are too few response means or scores
+        for an axis.
+      notes: sentences about what was not imported and about limits of the imported run.
     """
 
     __repr__ = brief
@@ -89,33 +90,35 @@ def import_reference(
     """Make a run folder from the output folder of the published Assistant Axis code.
 
     The folder must contain `responses`; `scores` and `activations` may be missing, as a whole or
-    for some roles. Files of tensors are read without running code from them.
+    for some roles. Tensor files are read without executing code in them.
 
     Args:
       source: the folder with `responses`, `scores` and `activations`; it is not changed.
-      run: the run folder, a new or empty folder.
-      model: the model that generated the responses, to which the run is bound, so that
-        `extract_axis` can continue it; up to four response means are computed again and compared.
-        None: the model is unknown, and `extract_axis` refuses the run.
-      roles: the roles, whose prompts must be those of the responses; None: the prompts are taken
-        from the responses. A judge's verdicts are bound to the `eval_prompt` of the roles.
+      run: the run folder; it must be new or empty, unless `overwrite` is true.
+      model: the model that generated the responses. Up to four response means are recomputed with
+        the model and compared, and `extract_axis` can then continue the run with this model. None:
+        the model is unknown, and `extract_axis` refuses the run.
+      roles: the roles, whose prompts must be those of the responses. None: the prompts are read
+        from the responses. The scores are valid only for the `eval_prompt` of these roles.
       judge: the name under which the scores are stored.
       settings: the sampling settings with which `extract_axis` continues the run, with one sample
         per question; default: `Settings()`, which has the published values.
       min_count: the number of rollouts with score 3 that a role needs to be included in the axis.
       held_out: names of roles that are not included in the axis.
       keep_means: the number of rollouts per role whose response means are stored; None: all.
-      overwrite: whether to delete a run in the folder, after the source was read without a fault.
+      overwrite: whether to replace a run in the folder. The old run is deleted only after the whole
+        source was read without faults.
       report: a function that is called with (step, done, total, 0); the steps are "checking",
-        "comparing" (of response means with those of the model) and "import".
+        "comparing" (stored response means with recomputed ones) and "import".
 
     Returns:
-      The numbers of imported items, the axis, and notes.
+      The numbers of imported rollouts, scores and response means, the axis, and notes.
 
     Raises:
-      UserError: `source` has faults (the message lists them all, with line numbers), the model does
-        not fit, the model of a folder without response means is unknown, a name in `held_out` is
-        unknown, PyTorch is not installed, or `run` contains a run or other files.
+      UserError: `source` has faults (the message lists them all, with line numbers); `model` did
+        not generate the responses; neither `model` nor the folder determines the shape of response
+        means; a name in `held_out` is unknown; a package is missing; or `run` contains a run or
+        other files.
 
     Examples:
       >>> import tempfile
@@ -207,9 +210,10 @@ def _store(run: Run, role: Role, texts: published.Texts, scores: Mapping[str, in
            seed: int) -> Sums:
     """Write the rollouts, sample, scores and sums of a role, and return the sums.
 
-    Rollouts that have a response mean but no score are also written to the live files, where
-    `runs.closing` expects them until they are judged. The sums omit them, as they omit rollouts
-    without a response mean; `extract_axis` computes such a mean from the text.
+    The sums contain only rollouts with both a score and a response mean; the default persona needs
+    no scores. Rollouts that have a response mean but no score are also written to the live files,
+    where `runs.closing` expects them until they are judged. `extract_axis` recomputes missing
+    response means from the replies.
     """
     name, default = role.name, role.name == DEFAULT
     records = dict(sorted(texts.records.items(), key=lambda item: place_of(item[1])))
@@ -242,7 +246,7 @@ def _store(run: Run, role: Role, texts: published.Texts, scores: Mapping[str, in
 def _notes(source: Source, scored: Mapping[str, int], held: Mapping[str, int],
            summed: Mapping[str, Sums], used: Sequence[str], found: Extraction | None,
            min_count: int) -> list[str]:
-    """Return sentences about what was not imported, and what the user has to know."""
+    """Return sentences about what was not imported and about limits of the imported run."""
     roles = [name for name in source.roles if name != DEFAULT]
     empty = {name: sum(group == EMPTY for group in sums.groups.values())
              for name, sums in summed.items()}
@@ -251,9 +255,9 @@ def _notes(source: Source, scored: Mapping[str, int], held: Mapping[str, int],
             ([n for n in source.roles if not held[n]], "have no response means, so the axis does "
                                                        "not use them"),
             ([n for n in source.roles if 0 < held[n] + empty.get(n, 0) < source.rollouts[n]],
-             "have rollouts without a response mean, which the sums omit"),
-            ([n for n in roles if scored[n] < source.rollouts[n]], "have rollouts without a score, "
-                                                                   "which the sums omit"),
+             "have rollouts without a response mean; the sums omit these rollouts"),
+            ([n for n in roles if scored[n] < source.rollouts[n]], "have rollouts without a score; "
+                                                                   "the sums omit these rollouts"),
             (source.gaps, "lack a prompt index, so `jaxpersona axis` cannot continue the run; "
                           "import it with the roles (--roles)"),
             ([n for n in (DEFAULT,) if n in source.held[published.SCORES]],
@@ -275,11 +279,11 @@ def _notes(source: Source, scored: Mapping[str, int], held: Mapping[str, int],
                      f"{source.model.name}: {source.distance:.2g}")
     elif source.model is not None:
         notes.append(f"no response mean was compared with those of {source.model.name}, because "
-                     "there is none of a reply with valid text")
+                     "no stored response mean belongs to a reply with valid text")
     if found is None:
         notes.append(f"no axis was computed: {len(used)} roles have at least {min_count} rollouts "
-                     "with score 3 and a response mean, and the axis needs two of them and the "
-                     "default persona's response means")
+                     "with score 3 and a response mean; the axis needs at least two such roles and "
+                     "the default persona's response means")
     elif source.axis is not None and source.axis.values.shape == found.axis.values.shape:
         far = np.linalg.norm(found.axis.values - source.axis.values) / np.linalg.norm(
             source.axis.values)
@@ -291,8 +295,8 @@ def _check_target(folder: pathlib.Path, overwrite: bool) -> None:
     """Check that a run can be imported into a folder.
 
     Raises:
-      UserError: the path is a file, or the folder contains other files, or a run that may not be
-        deleted.
+      UserError: the path is a file; or the folder contains other files, or a run and `overwrite`
+        is false.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; give a folder")
@@ -303,10 +307,10 @@ def _check_target(folder: pathlib.Path, overwrite: bool) -> None:
 
 
 def _move(source: pathlib.Path, target: pathlib.Path, overwrite: bool) -> None:
-    """Move all files of a run folder to another folder, run.json as the last one.
+    """Move all files of a run folder to another folder, with run.json last.
 
-    A run in the target folder is deleted before. If the process is killed during the move, the
-    target has no run.json, so no command takes it for a run.
+    An existing run in the target folder is deleted first. If the process is killed during the move,
+    the target has no run.json, so no command treats it as a run.
     """
     target.mkdir(parents=True, exist_ok=True)
     with locked(target):

@@ -1,4 +1,4 @@
-"""Judging of rollouts, in a separate thread during generation or in the caller's thread."""
+"""Judge rollouts, in a separate thread during generation or in the caller's thread."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Judging:
     """Runs a judge on the rollouts of a run.
 
     A judge whose attribute `together` is True runs a model on the devices of the run, so it scores
-    one role at a time in the caller's thread. So does every judge if the run has several processes.
-    Any other judge scores in its own thread while the caller generates.
+    one role at a time in the caller's thread. If the run has several processes, every judge does.
+    Otherwise the judge scores in its own thread while the caller generates.
 
     Attributes:
       whole: whether the judge scores in the caller's thread, one role at a time (`now`).
-      after: whether judging starts only after all rollouts are generated (`Judge`).
+      after: whether judging starts only after all rollouts are generated (see `Judge`).
     """
 
     def __init__(self, judge: Judge, *, alone: bool) -> None:

@@ -1,4 +1,4 @@
-"""Project replies onto a direction during generation, and count the tokens that edits change."""
+"""Project replies onto a direction during generation, and count the edited tokens."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ NAME = "monitor"  # the key of the projections in `Reply.captured`
 
 
 class Monitor:
-    """The mean projection of a reply's tokens onto a direction, at chosen layers.
+    """Measures the mean projection of replies onto a direction, at selected layers.
 
     The projections are computed in the forward passes that generate the reply, before the
     interventions at the same layer (`Capture.before_edits`). A projection below the floor of a cap
-    at that layer therefore remains visible. Tokens of thinking blocks and of the chat template are
+    is therefore reported unchanged. Tokens of thinking blocks and of the chat template are
     excluded.
 
     Attributes:
@@ -57,8 +57,8 @@ class Monitor:
           model: the model that generates the replies.
           vector: a direction in the model's residual stream.
           layers: the layers of the projections; default: the middle layer of the model. If the
-            direction is zero at that layer, as it may be in an imported file, the default is the
-            middle one of the layers at which the direction is nonzero.
+            direction is zero at that layer (possible for an imported file), the default is the
+            middle of the layers at which the direction is nonzero.
 
         Raises:
           UserError: the direction belongs to another model, or is zero at one of the layers, or a
@@ -68,7 +68,8 @@ class Monitor:
         known = np.flatnonzero(vector.values.any(1))
         total = model.config.n_layers
         if not known.size:
-            raise UserError(f"{vector.kind} {vector.name!r} is zero at every layer; choose another")
+            raise UserError(f"{vector.kind} {vector.name!r} is zero at every layer; choose "
+                            "another direction")
         if layers is None:
             layers = total // 2 if total // 2 in known else int(known[known.size // 2])
         chosen = resolve_layers(layers, total)
@@ -90,7 +91,7 @@ class Monitor:
 
     @property
     def usual(self) -> dict[int, tuple[float, float]]:
-        """The default persona's quartiles, layer → (25th, 75th) percentile; {} if unknown."""
+        """The default persona's quartiles: layer → (25th, 75th percentile); {} if unknown."""
         known = self.vector.percentiles.get("default", {}) if isinstance(self.vector, Axis) else {}
         if "p25" not in known or "p75" not in known:
             return {}
@@ -111,10 +112,10 @@ class Monitor:
         return dict(zip(self.layers, means.tolist(), strict=True))
 
     def of_reply(self, captured: Float[np.ndarray, "L T K"], start: int) -> dict[int, float]:
-        """Return the mean projection of a reply, by layer; {} if it has no token to project.
+        """Return the mean projection of a reply, by layer; {} if all its tokens are excluded.
 
         Args:
-          captured: [L, T, 1], the projections of the T tokens of prompt and reply, such as
+          captured: [L, T, 1], the projections of the T tokens of the prompt and the reply:
             `Reply.captured[NAME]`, or `Generated.captured[NAME][i]` for conversation i.
           start: the number of tokens in the prompt.
         """
@@ -130,13 +131,13 @@ class Monitor:
 
 @dataclasses.dataclass(frozen=True)
 class EditCount:
-    """The numbers of tokens in one conversation that an intervention selected and changed.
+    """The numbers of tokens that an intervention selected and changed in one conversation.
 
     Attributes:
       edit: a description of the intervention, such as "cap(everywhere, layers 4–7, residual)".
       layers: the l layers of the intervention.
-      seen: the number of tokens in prompt and reply that the intervention selected.
-      changed: the number of tokens that the intervention changed, for each of the l layers.
+      seen: the number of selected tokens in the prompt and the reply.
+      changed: the number of changed tokens, for each of the l layers.
     """
 
     edit: str
@@ -152,7 +153,7 @@ def edit_counts(edits: Interventions, applied: Sequence[Applied],
     Args:
       edits: the interventions.
       applied: `Reply.applied`, or `Generated.applied` if `index` is given.
-      index: the index of the conversation in `Generated`.
+      index: the index of the conversation in `Generated`; None for a `Reply`.
     """
     at = () if index is None else (index,)
     return [EditCount(repr(table), list(table.layers),

@@ -1,6 +1,6 @@
-"""Checks before a run, to find errors that would otherwise occur after hours of generation.
+"""Check the inputs of a run, to find errors before hours of generation.
 
-`check_texts` needs no model, so a command can call it before it loads the model.
+`check_texts` needs no model, so a command can call it before loading the model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: 
       settings: the sampling settings of the rollouts.
       min_count: the number of rollouts with score 3 that a role needs to be included in the axis.
       held_out: names of roles that are not included in the axis.
-      judge: the judge, or another object with the attribute `reads_eval_prompt`.
+      judge: the judge, or an object whose attribute `reads_eval_prompt` is true if the judge needs
+        the `eval_prompt` of every role; a missing attribute counts as false.
 
     Returns:
       (roles, questions, held_out) as lists.
@@ -70,8 +71,8 @@ def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: 
                   if name not in (DEFAULT, *held_out))[-2:]
     if most and min_count > most[0]:
         raise UserError(f"min_count is {min_count}; the axis needs at least two roles with that "
-                        "many rollouts, so with these prompts, questions and samples it can be at "
-                        f"most {most[0]}: lower min_count or ask more questions")
+                        "many rollouts; with these prompts, questions and samples, min_count can "
+                        f"be at most {most[0]}: lower min_count or add questions")
     if len(roles) - 1 - len(held_out) < 2:
         raise UserError("roles has too few entries besides the default persona and the held-out "
                         f"roles ({len(roles) - 1 - len(held_out)}); the axis needs at least two")
@@ -84,7 +85,7 @@ def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: 
 
 
 def check_redo(redo: Sequence[str], roles: Sequence[Role]) -> None:
-    """Check that the names in `redo` are names of roles.
+    """Check that `redo` contains only names of roles.
 
     Raises:
       UserError: a name is unknown.
@@ -105,15 +106,15 @@ def check_prompts(model: Model, roles: Sequence[Role], questions: Sequence[Quest
                   ) -> dict[str, str]:
     """Check that prompts and questions leave room for a reply, and return digests of their tokens.
 
-    To check the room in the model's context, each prompt is tokenized with the longest question,
-    and each question with the longest prompt.
+    To check the lengths against the model's context, each prompt is tokenized with the longest
+    question, and each question with the longest prompt.
 
     Returns:
       "role NAME" → digest of the tokens of the role's prompts with a fixed question, and "question
       ID" → digest of the tokens of the question without a system prompt.
 
     Raises:
-      UserError: a prompt and a question fill the context, or the model has no tokenizer.
+      UserError: a prompt with a question fills the context, or the model has no tokenizer.
     """
     if model.tokenizer is None:
         raise UserError(f"{model.name} has no tokenizer; role prompts need one")

@@ -30,9 +30,9 @@ class Reference:
     """Projections of the default persona and of the roles onto an axis at one layer.
 
     Attributes:
-      percentiles: q → q-th percentile of the default persona's projections, where q is from 0 to
-        100; in ascending order of q.
-      roles: role → mean projection of the role's replies; empty if unknown.
+      percentiles: q → q-th percentile of the default persona's projections (0 ≤ q ≤ 100), in
+        ascending order of q.
+      roles: role → mean projection of the role's replies; {} if unknown.
     """
 
     __repr__ = brief
@@ -46,17 +46,17 @@ class Reference:
         return self.percentiles[25.0]
 
     def z(self, value: float) -> float:
-        """Return the signed distance of a value from the default persona's median, as a z-score.
+        """Return the z-score of a projection relative to the default persona's median.
 
-        The standard deviation is computed from the default persona's quartiles, assuming a normal
-        distribution of the projections.
+        The standard deviation is estimated from the default persona's quartiles, assuming that its
+        projections are normally distributed.
         """
         spread = float(normal_spread(np.array(self.percentiles[25.0]),
                                      np.array(self.percentiles[75.0])))
         return (value - self.percentiles[50.0]) / max(spread, 1e-6)
 
     def place(self, value: float) -> str:
-        """Return the percentiles around a value as text, such as "p25–p50" or "below p1"."""
+        """Return the percentiles that bracket a projection, such as "p25–p50" or "below p1"."""
         known = list(self.percentiles.items())
         below = [name for name, at in known if at <= value]
         above = [name for name, at in known if at > value]
@@ -65,7 +65,7 @@ class Reference:
         return f"p{below[-1]:g}–p{above[0]:g}" if above else f"above p{below[-1]:g}"
 
     def nearest(self, value: float, count: int = 3) -> list[str]:
-        """Return the `count` roles whose mean projections are closest to a value, closest first."""
+        """Return the `count` roles with the mean projections closest to a value, closest first."""
         return sorted(self.roles, key=lambda name: (abs(self.roles[name] - value), name))[:count]
 
 
@@ -76,8 +76,8 @@ def reference(vector: Vector, layer: int, file: str | os.PathLike[str] | None = 
     Args:
       vector: the direction.
       layer: the layer.
-      file: the file of the direction, or None. If the file is in the folder of a run of the same
-        model, the roles' mean projections are read from the run's `analysis.json`.
+      file: the file from which the direction was loaded, or None. If it is in a run folder of the
+        same model, the roles' mean projections are read from `analysis.json` in that folder.
 
     Returns:
       The reference values, or None if the direction is not an axis with the default persona's
@@ -109,7 +109,7 @@ def reference(vector: Vector, layer: int, file: str | os.PathLike[str] | None = 
 
 
 def _is_of_run(file: pathlib.Path, vector: Vector) -> bool:
-    """Return whether a file is in the folder of a completed run of the vector's model."""
+    """Return whether a file is in the folder of a completed run with the vector's model."""
     if not all(path.is_file() for path in (file, file.with_name(ANALYSIS),
                                            file.with_name(MANIFEST))):
         return False
@@ -119,7 +119,7 @@ def _is_of_run(file: pathlib.Path, vector: Vector) -> bool:
 
 
 def _roles(path: pathlib.Path, layers: int, layer: int) -> dict[str, float]:
-    """Return role → mean projection at a layer, from the file `analysis.json` of a run.
+    """Read the mean projection of each role at a layer from the `analysis.json` of a run.
 
     The default persona and roles without a finite value are omitted.
 
@@ -132,7 +132,7 @@ def _roles(path: pathlib.Path, layers: int, layer: int) -> dict[str, float]:
                         "again")
     if found.get("layers") != layers:
         raise UserError(f"{path}: has {found.get('layers')!r:.20} layers, but the axis in its "
-                        f"folder has {layers}; they belong to different runs: move one of them")
+                        f"folder has {layers}; move one of the two files to another folder")
     roles = {}
     for name, role in found["roles"].items():
         values = role.get("mean_projection") if isinstance(role, dict) else None

@@ -1,4 +1,4 @@
-"""Judging of the rollouts of a run with another judge; earlier verdicts are kept."""
+"""Judge the rollouts of a run with another judge, and keep the earlier verdicts."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def judge_run(folder: str | os.PathLike[str], roles: Sequence[Role], judge: Judg
               ) -> tuple[dict[str, dict[str, int]], float]:
     """Judge the rollouts in a run folder, and store the verdicts in addition to earlier ones.
 
-    Rollouts with a verdict of the same judge are not judged again. The axis in the folder does not
-    change; call `extract_axis` with this judge and folder to compute the axis from its verdicts.
+    Rollouts with a verdict from the same judge are not judged again. The axis in the folder is not
+    updated; to compute it from the new verdicts, call `extract_axis` with this judge and folder.
 
     Args:
       folder: the run folder, locked against other processes during the call.
@@ -34,8 +34,8 @@ def judge_run(folder: str | os.PathLike[str], roles: Sequence[Role], judge: Judg
       report: a function that is called with ("judging", done, total, 0) after each verdict.
 
     Returns:
-      (counts, cost): `counts` maps each role to its numbers of replies by score (`verdict_counts`),
-      and `cost` is the cost of the new verdicts in USD.
+      (counts, cost): `counts` maps each role to its number of replies per score
+      (`verdict_counts`), and `cost` is the total cost of the new verdicts in USD.
 
     Raises:
       UserError: the folder contains no run or is in use, a role is missing, a file is damaged, or

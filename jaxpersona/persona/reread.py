@@ -1,4 +1,4 @@
-"""Recompute response means from the replies of rollouts, in one forward pass per rollout."""
+"""Recompute the response means of rollouts, with one forward pass per rollout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def encoded(model: Model, text: str) -> list[int]:
 
 
 def reply_ids(model: Model, text: str, tokens: np.ndarray) -> dict[str, Any]:
-    """Return {"reply_ids": token ids} if encoding the text gives different ids, else {}.
+    """Return {"reply_ids": ids} if encoding a reply's text does not give its token ids, else {}.
 
     Args:
       model: the model.

@@ -41,8 +41,8 @@ class Turn:
       reply: the reply.
       finish: the reason why the reply ended: "stop" (a stop token) or "length" (`max_new_tokens`
         tokens, or the end of the context); "" if unknown.
-      tokens: the number of tokens of the reply.
-      context: the number of tokens of the conversation, including the reply.
+      tokens: the number of tokens in the reply.
+      context: the number of tokens in the conversation, including the reply.
       edited: whether the interventions were applied.
       projections: layer → mean projection of the reply (`Monitor`); {} without a monitor or for an
         empty reply.
@@ -68,7 +68,7 @@ class Piece:
     Attributes:
       text: the new text. The concatenated texts of all pieces are the reply.
       projections: layer → mean projection of the reply up to and including this piece; {} without a
-        monitor, or if no token so far is projected.
+        monitor, or if all tokens so far are excluded from projection.
       turn: the complete turn, in the last piece only. A cancelled reply has no last piece.
     """
 
@@ -99,10 +99,10 @@ def _never() -> bool:
 
 
 class Session:
-    """A conversation whose last reply can be repeated with and without the interventions.
+    """A conversation whose last reply can be regenerated with and without the interventions.
 
-    Requests with and without the interventions have the same structure, so all replies use the same
-    compiled programs, and `compare` generates two replies in one batch.
+    Requests with and without the interventions have the same pytree structure, so all replies use
+    the same compiled programs, and `compare` generates its two replies in one batch.
 
     Attributes:
       model: the model.
@@ -126,7 +126,7 @@ class Session:
                  monitor: Monitor | None = None, system: str | None = None,
                  max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0,
                  seed: int = 0) -> None:
-        """Start an empty conversation; the first reply compiles the programs.
+        """Start an empty conversation. The programs are compiled at the first reply.
 
         Args:
           model, monitor, system: see the attributes.
@@ -177,18 +177,18 @@ class Session:
             yield piece
 
     def compare(self, cancelled: Callable[[], bool] = _never) -> Iterator[tuple[bool, Piece]]:
-        """Repeat the last reply without and with the interventions.
+        """Generate the last reply again, without and with the interventions.
 
-        Both replies continue the same earlier turns, with the same random draws. The conversation
-        does not change.
+        Both replies continue the same earlier turns and use the same random draws. The session's
+        conversation does not change.
 
         Args:
           cancelled: as for `reply`.
 
         Returns:
-          An iterator over (whether the interventions are on, piece). All pieces of the reply
-          without interventions come first. The iterator raises UserError if activations are not
-          finite.
+          An iterator over (on, piece), where `on` is whether the interventions are applied. All
+          pieces of the reply without interventions precede those of the other reply. The iterator
+          raises UserError if activations are not finite.
 
         Raises:
           UserError: the conversation has no reply, or the session has no interventions.
@@ -203,7 +203,7 @@ class Session:
 
     def _both(self, handles: dict[bool, Handle], message: str,
               cancelled: Callable[[], bool]) -> Iterator[tuple[bool, Piece]]:
-        """Stream the pieces of two requests one after the other; both run in the same batch."""
+        """Stream the pieces of the first request and then of the second; both share a batch."""
         try:
             for on, handle in handles.items():
                 turn = None
@@ -265,7 +265,7 @@ class Session:
                     turn = self._turn(event.reply, message, edited, means)
                 yield Piece(event.text, means, turn)
         finally:
-            self._engine.cancel(handle)  # this has no effect on a complete reply
+            self._engine.cancel(handle)  # no effect if the reply is complete
 
     def _turn(self, reply: Reply, message: str, edited: bool, means: dict[int, float]) -> Turn:
         edits = self.edits if edited else Interventions()
@@ -278,8 +278,8 @@ class Session:
 def _without_tokens(edits: Interventions) -> Interventions:
     """Return interventions of the same structure that select no tokens.
 
-    The range of messages in each token test is made empty. The token kinds in the tests are kept,
-    because they determine whether the compiled program tracks code fences.
+    Each token test gets an empty range of messages. Its token kinds are kept, because they
+    determine whether the compiled program tracks code fences.
     """
     tables = []
     for table in edits.edits:

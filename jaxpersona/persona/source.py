@@ -1,4 +1,4 @@
-"""Read and check an output folder of the published Assistant Axis code before it is imported."""
+"""Read and check an output folder of the published Assistant Axis code before the import."""
 
 from __future__ import annotations
 
@@ -32,18 +32,19 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 FARTHEST = 0.5  # maximum relative distance of imported response means from those of the model
-_COMPARED = 4  # number of response means that are computed again with the model
+_COMPARED = 4  # maximum number of response means that are recomputed with the model
 Report = Callable[[str, int, int, int], None]
 
 
 class Source:
-    """A published folder whose texts and scores were read once and checked.
+    """An output folder of the published code, checked when the object is created.
 
     Attributes:
-      roles: role → role with the prompts of the responses, or the given role.
-      gaps: roles whose responses lack a prompt index.
+      roles: role name → `Role`, either the given one or one with the prompts of the responses.
+      gaps: names of roles whose prompt indices in the responses are not 0, 1, 2, ….
       shape: (L, D), the shape of a response mean.
-      distance: the relative distance of response means from those of the model; None if unknown.
+      distance: the median relative distance between stored response means and those recomputed
+        with the model; None if no means were compared.
       axis: the axis in the folder, or None.
     """
 
@@ -53,13 +54,14 @@ class Source:
 
         Args:
           folder: the published folder.
-          given: role → role, or None; the roles whose prompts the responses must have.
+          given: role name → `Role`, whose prompts the responses must have; None: any prompts.
           model: the model that generated the responses, or None.
           report: a function that is called with (step, done, total, 0); the steps are "checking"
             and "comparing".
 
         Raises:
-          UserError: the folder has faults (the message lists them all), or the model does not fit.
+          UserError: the folder has faults (the message lists them all), or `model` is not the model
+            that generated the responses.
         """
         require_folder(folder)
         names = published.roles_in(folder, published.RESPONSES)
@@ -78,7 +80,7 @@ class Source:
         for part, held in self.held.items():
             for name in sorted(held - set(names)):
                 self.faults.append(f"{folder / part / name}{published.SUFFIXES[part]}: the role "
-                                   f"is unknown, because {published.RESPONSES} has no such file")
+                                   f"is unknown, because {published.RESPONSES} has no file for it")
         for i, name in enumerate(names):
             self._check(name, given)
             if report is not None:
@@ -130,7 +132,7 @@ class Source:
         self.scores(name, texts)
 
     def _axis(self) -> Axis | None:
-        """Read the axis in the folder, if there is one; a damaged file is a fault."""
+        """Read the axis in the folder, if there is one; record a damaged file as a fault."""
         path = self.folder / published.AXIS
         if not path.exists():
             return None
@@ -142,17 +144,19 @@ class Source:
         return found if isinstance(found, Axis) else None
 
     def _fitted(self) -> tuple[tuple[int, int], float | None]:
-        """Return (L, D) and the distance from the model; check that the model fits.
+        """Check that the model generated the responses; return (L, D) and `distance`.
 
         Raises:
-          UserError: response means are not valid, the model is another one, or L and D are unknown.
+          UserError: a response mean is invalid, the model did not generate the responses, or L and
+            D are unknown.
         """
         model, origin = self.model, self.origin()
         mark = origin.get("fingerprint") if origin.get("fingerprint_scheme") == SCHEME else ""
         if model is not None and mark and mark != model.fingerprint:
             raise UserError(f"{self.folder / ORIGIN}: the responses are from the model "
                             f"{origin.get('model')!r:.80} with the fingerprint {mark!r:.40}, but "
-                            f"{model.name} has {model.fingerprint}; give that model")
+                            f"{model.name} has {model.fingerprint}; give the model that generated "
+                            "the responses")
         wanted = None if model is None else (model.config.n_layers, model.config.d_model)
         with_means = sorted(self.held[published.ACTIVATIONS], key=lambda name: name != DEFAULT)
         if not with_means:
@@ -178,13 +182,13 @@ class Source:
 
     def _distance(self, model: Model, texts: published.Texts, means: Mapping[str, np.ndarray],
                   ) -> float | None:
-        """Return the median relative distance of some response means from those of the model.
+        """Return the median relative distance between stored and recomputed response means.
 
         Raises:
           UserError: the distance exceeds `FARTHEST`.
         """
         replies = {key: texts.records[key]["conversation"][-1]["content"] for key in means}
-        # U+FFFD stands for bytes that are no text, so its tokens are not those that were generated
+        # a text with U+FFFD, which replaces invalid UTF-8, does not encode to the generated ids
         keys = [key for key, text in replies.items() if text and "\ufffd" not in text][:_COMPARED]
         if self._report is not None:
             self._report("comparing", 0, len(keys), 0)
@@ -204,7 +208,7 @@ class Source:
         return distance
 
     def origin(self) -> dict[str, Any]:
-        """Return the content of the file that `export_reference` wrote, or {}."""
+        """Return the contents of `jaxpersona.json`, which `export_reference` writes, or {}."""
         path = self.folder / ORIGIN
         found: Any = read_json(path) if path.exists() else {}
         return found if isinstance(found, dict) else {}
@@ -225,7 +229,7 @@ class Source:
                 "questions": {str(q.id): digest([q.text]) for q in questions},
                 "numerics": {}, "judges": {judge: {}},
                 "last": {"model": "", "judge": judge, **last, "versions": {}}}
-        for name in self.gaps:  # no role can have these prompts, so `extract_axis` refuses the run
+        for name in self.gaps:  # a digest that no role can have, so `extract_axis` refuses the run
             value["roles"][name] = digest(["gaps", list(self.roles[name].prompts)])
         return value | {IMPORTED: {"folder": os.fspath(self.folder), "distance": self.distance,
                                    "rollouts": sum(self.rollouts.values())}}

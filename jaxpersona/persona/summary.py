@@ -30,7 +30,7 @@ _ABOUT = {
 
 
 def distances(found: Extraction, layer: int) -> dict[str, float]:
-    """Return the signed distance of each role's mean projection from the default persona's.
+    """Return the signed distance of each role's mean projection from that of the default persona.
 
     Args:
       found: the extraction.
@@ -38,8 +38,8 @@ def distances(found: Extraction, layer: int) -> dict[str, float]:
 
     Returns:
       role → distance in standard deviations of the default persona's projections, in descending
-      order. The distance is negative if the role's mean projection is lower than that of the
-      default persona. Roles whose replies are all empty are omitted.
+      order. The distance is negative if the role's mean is below the default persona's. Roles
+      without a non-empty reply are omitted.
     """
     own = found.projections[DEFAULT][:, layer]
     spread = max(float(own[np.isfinite(own)].std()), 1e-12)

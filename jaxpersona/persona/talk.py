@@ -36,7 +36,7 @@ class TurnProjection:
       turn: the index of the message in the conversation, from 0.
       tokens: the number of response tokens.
       values: [L, K] float32, the mean projections of the response tokens onto K directions at L
-        layers; NaN at layers where any of the directions is zero, as it may be in imported files.
+        layers; NaN at layers where any direction is zero, which is possible in imported files.
     """
 
     __repr__ = brief
@@ -114,11 +114,11 @@ class Talks:
 
     Attributes:
       replies: M lists of N replies.
-      projections: [M, N, L] float32, the mean projection of each reply, computed during generation
-        after the interventions at the layer; NaN for an empty reply. At a capped layer, these
+      projections: [M, N, L] float32, the mean projection of each reply during generation, computed
+        after the interventions at each layer; NaN for an empty reply. At a capped layer, these
         projections are never below the floor, so they do not measure drift.
-      readout: [M, N, L] float32, the mean projection of each reply, computed by a forward pass over
-        the finished conversation without interventions; None if not requested.
+      readout: [M, N, L] float32, the mean projection of each reply in a forward pass over the
+        finished conversation without interventions; None if not requested.
     """
 
     __repr__ = brief
@@ -149,14 +149,14 @@ def grow(
 ) -> Talks:
     """Generate multi-turn conversations with scripted user messages and project every reply.
 
-    The prompt of each turn contains the generated token ids of earlier replies; the texts of these
-    replies are not encoded again.
+    The prompt of each turn contains the generated token ids of the earlier replies, not the ids
+    from encoding their texts again.
 
     Args:
       model: the model.
       openings: N lists with at most one system message each.
       messages: N lists of M user messages each.
-      vector: the direction of the projections.
+      vector: the direction onto which the replies are projected.
       interventions: the interventions during generation, or None.
       seed, settings: as for `generate`; each turn uses different random draws.
       ids: N ids that determine the random draws; default: the index of each conversation.
@@ -169,8 +169,8 @@ def grow(
       The replies and their projections.
 
     Raises:
-      UserError: as for `generate`, or `vector` belongs to another model or site or is zero at every
-        layer, or `openings` and `messages` do not match.
+      UserError: as for `generate`; or `vector` belongs to another model or site, or is zero at
+        every layer; or `openings` and `messages` do not match.
     """
     vector = fit(model, vector)
     openings, messages = _lists("openings", openings), _lists("messages", messages)
@@ -218,7 +218,7 @@ def grow(
 
 def _read_back(model: Model, rows: Sequence[chat.Row], vector: Vector,
                shape: tuple[int, ...]) -> np.ndarray:
-    """Return the projections [M, N, L] of finished conversations, without interventions."""
+    """Project finished conversations without interventions; return the projections [M, N, L]."""
     values = np.full(shape, np.nan, np.float32)
     for n, found in enumerate(_project(model, rows, [vector])):
         last = int(rows[n].turn[-1])  # index of the last reply; replies are two messages apart
@@ -228,7 +228,7 @@ def _read_back(model: Model, rows: Sequence[chat.Row], vector: Vector,
 
 
 def _lists(name: str, given: Any) -> list[list[Any]]:
-    """Convert an argument to one list per conversation.
+    """Convert an argument of `grow` to a list that contains one list per conversation.
 
     Raises:
       UserError: the argument is empty, or an entry is not a list.

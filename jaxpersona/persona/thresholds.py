@@ -1,8 +1,8 @@
 """Percentiles of projections from a stratified sample, with bootstrap intervals.
 
-For each role, the response means of k of its n non-empty rollouts are used. Each of them has the
-weight n / k, so that the sample represents all rollouts of the role. If all weights are 1, the
-percentiles equal those of `np.percentile`.
+For each role, the projections of k of its n non-empty rollouts are known. Each of the k projections
+has the weight n / k, so that the sample represents all rollouts of the role. If all weights are 1,
+the percentiles equal those of `np.percentile`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def weighted(values: np.ndarray, weights: np.ndarray, at: Sequence[float] = PERC
              ) -> np.ndarray:
     """Return percentiles of weighted values.
 
-    A value of weight w counts as w equal values. As in `np.percentile`, the result is interpolated
-    linearly between adjacent values.
+    A value with weight w counts as w equal values. As in `np.percentile`, the result is linearly
+    interpolated between adjacent values.
 
     Args:
       values: [N, L]; the percentiles are computed over the first axis.
@@ -39,7 +39,7 @@ def weighted(values: np.ndarray, weights: np.ndarray, at: Sequence[float] = PERC
 
 
 def _of_sorted(values: np.ndarray, weights: np.ndarray, at: Sequence[float]) -> np.ndarray:
-    """Return percentiles [Q, L] of sorted values [N, L] with weights [N, L]."""
+    """Return Q percentiles [Q, L] of values [N, L], sorted along axis 0, with weights [N, L]."""
     upper = np.cumsum(weights, axis=0)
     out = np.empty((len(at), values.shape[1]))
     for layer in range(values.shape[1]):
@@ -68,11 +68,11 @@ def percentiles_of(projections: Mapping[str, np.ndarray], sizes: Mapping[str, in
       sizes: role → number of the role's non-empty rollouts.
       at: the percentiles from 0 to 100.
       draws: the number of bootstrap samples.
-      seed: seed of the bootstrap.
+      seed: the seed of the bootstrap.
 
     Returns:
-      (percentiles, intervals): dictionaries such as {"p25": [L] float32} and {"p25": (low [L], high
-      [L])}, where low and high are the ends of the 95 % interval in float32.
+      (percentiles, intervals): dictionaries such as {"p25": [L] float32} and {"p25": (low, high)},
+      where low and high, [L] float32, are the ends of the 95 % bootstrap interval.
 
     Raises:
       UserError: all replies are empty.

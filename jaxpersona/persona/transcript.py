@@ -29,7 +29,7 @@ class _Edit(pydantic.BaseModel):
 
 
 class _Reply(pydantic.BaseModel):
-    """The record of one reply; its text is in the field `messages` of the session's record."""
+    """The record of one reply, without its text, which is in `messages` of the session's record."""
 
     model_config = pydantic.ConfigDict(strict=True)
 
@@ -63,7 +63,7 @@ def record(session: Session) -> dict[str, Any]:
 
 
 def restore(session: Session, value: Any) -> bool:
-    """Replace a session's conversation, with its system prompt, by a saved one.
+    """Replace a session's conversation and system prompt with saved ones.
 
     The session's model, interventions and settings do not change.
 
@@ -74,12 +74,11 @@ def restore(session: Session, value: Any) -> bool:
         messages alternate, and the last message is an assistant message.
 
     Returns:
-      Whether the projections in `value` belong to the session's model and monitor. False, and the
-      projections are dropped, if `value` is not the result of `record`, or if the model, the
-      direction or the layers differ. True if neither session has a monitor.
+      Whether `value` is the result of `record` for the same model and monitor (or the same model
+      and no monitor). If not, the saved projections are dropped.
 
     Raises:
-      UserError: `value` does not have this form; the session is then unchanged.
+      UserError: `value` has none of these forms. The session is then unchanged.
     """
     table = value if isinstance(value, dict) else {"messages": value}
     messages = table.get("messages", table.get("conversation"))

@@ -20,7 +20,7 @@ from jaxpersona.runs.run import Run
 def items_of(role: Role, records: Sequence[Mapping[str, Any]]) -> list[Item]:
     """Return a role's rollouts as items, in the given order.
 
-    An item contains only the first reply of its conversation (Lu et al. 2026).
+    Each item contains only the first reply of the conversation, as in Lu et al. 2026.
     """
     found = []
     for record in records:
@@ -33,7 +33,7 @@ def items_of(role: Role, records: Sequence[Mapping[str, Any]]) -> list[Item]:
 def scores_of(source: str | os.PathLike[str]) -> dict[str, int | None]:
     """Return the scores in a run folder or in a CSV file of `HumanJudge`, as "role/key" → score.
 
-    The score of an undecided reply is None. In a CSV file, rows without a score are omitted.
+    The score of an undecided reply is None. CSV rows without a score are omitted.
 
     Raises:
       UserError: the source is neither a run folder nor a CSV file, has no scores, or is damaged.
@@ -73,7 +73,7 @@ def replies_of(run: Run, descriptions: Mapping[str, str] | None = None) -> dict[
 
 def sample(replies: Mapping[str, Item], scores: Mapping[str, int | None], count: int, *,
            seed: int = 0) -> list[tuple[Item, int | None]]:
-    """Draw up to `count` replies of each score, from as many roles as possible.
+    """Draw up to `count` replies with each score, from as many roles as possible.
 
     Returns:
       A list of (reply, score) in descending order of score; undecided replies come last.
@@ -88,7 +88,7 @@ def sample(replies: Mapping[str, Item], scores: Mapping[str, int | None], count:
         order = [keys[i] for i in rng.permutation(len(keys))]
         turn: dict[str, int] = {}
         rank = {}
-        for key in order:  # the first reply of every role comes before the second of any role
+        for key in order:  # the first reply of each role precedes the second reply of any role
             role = replies[key].role.name
             rank[key] = turn[role] = turn.get(role, -1) + 1
         order.sort(key=lambda key: rank[key])

@@ -258,7 +258,7 @@ def test_show():
         show("role", "pirates")
     with pytest.raises(ValueError, match="role 'gost' is unknown.*did you mean ghost"):
         show("role", "gost")
-    with pytest.raises(ValueError, match="question '999' is unknown; there are 240"):
+    with pytest.raises(ValueError, match="'999' is unknown; the package data contains 240"):
         show("question", "999")
     with pytest.raises(ValueError, match="kind is 'song'"):
         show("song")

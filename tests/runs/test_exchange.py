@@ -114,7 +114,7 @@ def test_export_checks_its_arguments(made, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").touch()
     for options, folder, wanted in (
-            ({"judge": "other"}, "out", "judge is 'other'; the judges of .* are 'judge'"),
+            ({"judge": "other"}, "out", "'other'; it must be a judge of the run in .*: 'judge'"),
             ({"activations": "some"}, "out", "must be one of all, sample, none"),
             ({"min_count": 0}, "out", "min_count is 0"), ({}, "full", "is not empty"),
             ({}, "full/a", "is a file")):
