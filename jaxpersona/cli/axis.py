@@ -106,7 +106,7 @@ def axis(
         help="Duration in seconds of the sample of --dry-run; 0 skips it.")] = 30.0,
     judge_cost: Annotated[float | None, typer.Option(
         show_default="not printed",
-        help="Cost of judging one reply in USD, for --dry-run.")] = None,
+        help="Cost in USD of judging one reply, for --dry-run.")] = None,
     judge_rubric: RubricOption = None,
     judge_after: AfterOption = False,
     judge_url: UrlOption = None,
@@ -161,7 +161,7 @@ def axis(
     check_settings(min_count=min_count)
     check_folder("--out", out)
     if judge_cost is not None and not (dry_run and 0 <= judge_cost < math.inf):
-        raise UserError(f"--judge-cost is {judge_cost}; give the cost of judging one reply in USD, "
+        raise UserError(f"--judge-cost is {judge_cost}; give the cost in USD of judging one reply, "
                         "together with --dry-run")
     own = model == "mini" and roles is None
     judge = judge or ("rules" if own else "none")
