@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from jaxpersona.data.texts import Question, Role
     from jaxpersona.persona.forecast import Forecast
 
-_OWN = "the built-in ones for mini, otherwise data"
+_OWN = "the built-in ones for mini, otherwise `data`"
 
 
 def axis(
@@ -76,7 +76,7 @@ def axis(
     top_p: Annotated[float, typer.Option(
         help="Cumulative probability for nucleus sampling.")] = 0.9,
     batch_size: Annotated[int, typer.Option(
-        help="Number of replies that are generated at the same time.")] = 32,
+        help="Batch size: the number of replies that are generated in parallel.")] = 32,
     seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
     min_count: MinCountOption = 10,
     held_out: Annotated[str, typer.Option(
@@ -106,7 +106,7 @@ def axis(
         help="Duration in seconds of the sample of --dry-run; 0 skips it.")] = 30.0,
     judge_cost: Annotated[float | None, typer.Option(
         show_default="not printed",
-        help="Cost of judging one reply in USD, for --dry-run.")] = None,
+        help="Cost in USD of judging one reply, for --dry-run.")] = None,
     judge_rubric: RubricOption = None,
     judge_after: AfterOption = False,
     judge_url: UrlOption = None,
@@ -161,7 +161,7 @@ def axis(
     check_settings(min_count=min_count)
     check_folder("--out", out)
     if judge_cost is not None and not (dry_run and 0 <= judge_cost < math.inf):
-        raise UserError(f"--judge-cost is {judge_cost}; give the cost of judging one reply in USD, "
+        raise UserError(f"--judge-cost is {judge_cost}; give the cost in USD of judging one reply, "
                         "together with --dry-run")
     own = model == "mini" and roles is None
     judge = judge or ("rules" if own else "none")
@@ -205,8 +205,8 @@ def axis(
         else:
             say(*forecast.describe(cost, judge=judge, cost=judge_cost))
         if cost.disk_bytes + cost.live_bytes > cost.free_bytes:
-            raise UserError(f"--out is {out}; its disk has too little free space for the run: "
-                            "free some space, or choose another folder")
+            raise UserError(f"--out is {out}; its disk has too little free space for the run, so "
+                            "free some space or choose another folder")
         return
     with interrupt.keeping(lambda: kept_of(out)), closed(judged):
         with progress(log=True, note=getattr(judged, "note", None)) as report:
@@ -243,8 +243,8 @@ def _texts(model: str, roles: str | None, questions: str | None, limit: int | No
       roles, questions: the values of `--roles` and `--questions`.
       limit, limit_questions: the maximum numbers of roles (besides the default persona) and of
         questions, or None for all.
-      held_out: the value of `--held-out`; if it is empty, the held-out roles of `mini` are used for
-        its built-in roles.
+      held_out: the value of `--held-out`; if it is empty and `own` is True, the standard held-out
+        roles of `mini` are used.
       own: whether the roles are the built-in roles of `mini`.
 
     Returns:

@@ -20,17 +20,20 @@ if TYPE_CHECKING:
     from jaxpersona.vectors.vector import Axis
 
 
-def open_caps(file: pathlib.Path, given: Mapping[str, str | None]) -> Axis | Caps:
+def open_caps(file: pathlib.Path, given: Mapping[str, str | None],
+              suffix: str = "") -> Axis | Caps:
     """Load an axis, or the caps of one experiment, from a file.
 
     Args:
       file: the file of `--cap`, or the argument of `vectors check`.
       given: the values of the options `--cap-layers`, `--percentile`, `--of` and `--experiment`,
         by name; None for an option that was not given.
+      suffix: the part `:FROM:TO[:pNN]` after the file name in the value of `--cap`, or "". It sets
+        the values of `--cap-layers` and `--percentile` in `given`.
 
     Raises:
       UserError: the file cannot be read or contains neither an axis nor caps, an option does not
-        apply to the file, the axis has no such percentile, or `--experiment` is unknown or is
+        apply to the file, the axis lacks the percentile, or `--experiment` is unknown, or is
         missing for a file with several experiments.
     """
     from jaxpersona.ckpts.vectors import load_any, load_axis
@@ -42,12 +45,13 @@ def open_caps(file: pathlib.Path, given: Mapping[str, str | None]) -> Axis | Cap
                             f"a direction (kind: {found.kind})")
         axis = load_axis(file)
         if given["--percentile"] is not None or given["--of"] is not None:
-            # raise the error for an unknown percentile before a model is loaded
+            # report an unknown percentile before the model is loaded
             _floor(axis, given["--percentile"], given["--of"])
         return axis
     own = [name for name, value in given.items() if name != "--experiment" and value is not None]
     if own:
-        raise UserError(f"{file}: the caps define their layers and floors; omit {own[0]}")
+        raise UserError(f"{file}: the caps define their layers and floors; omit "
+                        + (f"{suffix} from the value of --cap" if suffix else own[0]))
     name = given["--experiment"] or (next(iter(found)) if len(found) == 1 else None)
     if name is None or name not in found:
         raise UserError(f"{file}: choose an experiment with --experiment: {', '.join(found)}")
@@ -66,7 +70,7 @@ def read_spec(file: pathlib.Path) -> Any:
     text = read_text(file, faults)
     found = None if text is None else parse(text, str(file), faults)
     faults.raise_if_any(file)
-    if found is None:  # `Edits.asked` is None only if there is no `--spec`
+    if found is None:  # JSON null would be mistaken for a missing `--spec`
         raise UserError(f"{file}: contains null; give at least one intervention")
     return found
 
@@ -103,7 +107,7 @@ def cap_edits(model: Model, held: Axis | Caps, layers: str | None, percentile: s
 
 
 def _floor(axis: Axis, percentile: str | None, of: str | None) -> np.ndarray:
-    """Return an axis's thresholds [L] at a percentile (default: p25 of the default persona)."""
+    """Return the threshold at each layer; default: p25 of the default persona's projections."""
     return axis.thresholds(percentile or "p25", of=of or "default")
 
 
@@ -129,7 +133,7 @@ def spec_edits(model: Model, spec: Any, file: pathlib.Path, check: bool) -> Inte
 
 
 def _test_operator(model: Model, item: dict[str, Any], folder: pathlib.Path, at: str) -> None:
-    """Run the self-test on a cap of `--spec` if its vector is the file of an axis.
+    """Run the self-test on a cap of `--spec` if its `vector` names an axis file.
 
     If the axis was not measured in the residual stream, print that the cap is not tested.
 
@@ -148,8 +152,8 @@ def _test_operator(model: Model, item: dict[str, Any], folder: pathlib.Path, at:
     if not isinstance(axis, Axis):
         return
     if axis.site != "residual":
-        _say(f"{at}not tested: the self-test supports only axes of the residual stream, and this "
-             f"axis was measured at site {axis.site}")
+        _say(f"{at}not tested, because the self-test supports only axes of the residual stream, "
+             f"and this axis was measured at site {axis.site}")
         return
     if isinstance(floor, str):
         floor = axis.thresholds(floor, of=item["of"])

@@ -36,7 +36,7 @@ def chat(
 ) -> None:
     """Chat with a model in the terminal, and show the projection of each reply onto a direction.
 
-    The direction is that of --axis or, without --axis, the axis of --cap. Without both, no
+    The direction is that of --axis or, without --axis, the axis of --cap. With neither option, no
     projections are shown. In the chat, /help lists the commands.
     """
     from jaxpersona.cli.dialogue import Dialogue

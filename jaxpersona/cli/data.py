@@ -12,7 +12,8 @@ import typer
 from jaxpersona.cli.output import say
 
 app = typer.Typer(no_args_is_help=True, help="Check, show and export prompt data (roles, "
-                                             "questions, traits, drift); explain its formats.")
+                                             "questions, traits, drift), and explain its file "
+                                             "formats.")
 
 
 @app.command()
@@ -23,7 +24,7 @@ def check(
             help="A folder that contains roles/, questions.jsonl, traits/ or drift/.")
     ] = None,
 ) -> None:
-    """Check all prompt data in a folder; print a summary, or all errors."""
+    """Check all prompt data in a folder, and print either a summary or all errors."""
     from jaxpersona.data.export import check_data
 
     say(*check_data(folder))

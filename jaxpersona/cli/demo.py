@@ -26,9 +26,9 @@ def demo(
 ) -> None:
     """Extract the Assistant Axis of `mini`, calibrate a cap, and evaluate both.
 
-    Both are evaluated against the known ground truth of `mini`. The command writes a run folder
-    with figures. It prints a table of measurements, two conversations whose last messages are
-    answered with and without the cap, and one line of JSON.
+    The axis and the cap are evaluated against the known ground truth of `mini`. The command writes
+    a run folder with figures. It prints a table of measurements, two conversations with replies to
+    the last message with and without the cap, and one line of JSON.
     """
     from jaxpersona.organism.demo import run_demo
     from jaxpersona.organism.method import held_out
@@ -37,8 +37,8 @@ def demo(
 
     started = time.perf_counter()
     if model != "mini":
-        raise UserError(f"model is {model!r}; the demo needs the ground truth of mini; "
-                        "for other models, use `jaxpersona axis`")
+        raise UserError(f"model is {model!r}; the demo needs the known ground truth of mini, so "
+                        "use `jaxpersona axis` for other models")
     check_folder("--out", out)
     loaded = support.open_model(model, None)
     middle = loaded.config.n_layers // 2

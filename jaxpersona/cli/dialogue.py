@@ -154,7 +154,7 @@ class Dialogue:
         return True
 
     def _greet(self) -> None:
-        """Print the model, its interventions, the meaning of projections, and how to get help."""
+        """Print the model, its interventions, the meaning of projections, and a hint on /help."""
         session, monitor = self.session, self.session.monitor
         say(repr(session.model), error=True)
         if session.edits.edits:
@@ -215,7 +215,7 @@ class Dialogue:
         return turns[0]
 
     def _note(self, turn: Turn) -> str:
-        """Describe a reply: its projections, length, changed activations and use of the context."""
+        """Describe a reply by its projections, length, changed activations and context length."""
         session = self.session
         context = session.model.config.max_context
         parts = []
@@ -253,13 +253,13 @@ class Dialogue:
         """Write the session to a JSON file.
 
         Raises:
-          UserError: the path is not valid as the name of a file.
+          UserError: the path contains a null character or is a folder.
         """
         from jaxpersona.ckpts.files import atomic
         from jaxpersona.persona.transcript import record
 
         if "\0" in str(file):
-            raise UserError("the name of the file contains a null character; remove it")
+            raise UserError("the file name contains a null character; remove it")
         if file.is_dir():
             raise UserError(f"{file} is a folder; give the name of a file")
         with atomic(file) as temporary:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 CapOption = Annotated[str | None, typer.Option(
     "--cap", help="A file with an axis or caps, or `mini` for the axis of mini. "
-                  "FILE:FROM:TO:pNN also sets --cap-layers and --percentile.")]
+                  "The form FILE:FROM:TO:pNN also sets --cap-layers and --percentile.")]
 CapLayersOption = Annotated[str | None, typer.Option(
     "--cap-layers", help="The layers to cap, a half-open range such as 46:54; default: the upper "
                          "half.")]
@@ -30,8 +30,9 @@ PercentileOption = Annotated[str | None, typer.Option(
     "--percentile", help="The percentile of projections that --cap uses as the floor; default: "
                          "p25.")]
 OfOption = Annotated[str | None, typer.Option(
-    "--of", help="The population from which --percentile is computed: `all` rollouts, or `default` "
-                 "(the default) for those of the default persona.")]
+    "--of", help="The population from which --percentile is computed: `all` (all rollouts, except "
+                 "those of held-out roles) or `default` (the rollouts of the default persona); "
+                 "default: `default`.")]
 ExperimentOption = Annotated[str | None, typer.Option(
     "--experiment", help="The id of an experiment in a capping_config.pt file.")]
 CheckOption = Annotated[bool, typer.Option(help="Test the caps on short replies before "
@@ -60,8 +61,8 @@ _SHORT = re.compile(r"(.+?):(\d+:\d+)(?::(p\d+(?:\.\d+)?))?")
 class Edits:
     """The values of the options for interventions and projections, and the contents of their files.
 
-    The method `read` sets the following attributes. An attribute is None before this call, and if
-    its option was not given.
+    The method `read` sets the following attributes. Each attribute is None until then, and remains
+    None if its option was not given.
 
     Attributes:
       held: the axis or caps in the file of `--cap`.
@@ -106,7 +107,7 @@ class Edits:
 
         if not math.isfinite(self.scale):
             raise UserError(f"--scale is {self.scale}; it must be finite")
-        file = self._cap_file()
+        file, suffix = self._cap_file()
         for layers in (self.cap_layers, self.steer_layers, self.axis_layers):
             if layers is not None:
                 parse_layers(layers)
@@ -126,33 +127,36 @@ class Edits:
             missing.append("--where needs --cap or --steer")
         if missing:
             raise UserError(", and ".join(missing))
-        self.held = None if file is None else caps.open_caps(file, given)
+        self.held = None if file is None else caps.open_caps(file, given, suffix)
         self.vector = load_vector(self.steer) if self.steer else None
         self.asked = caps.read_spec(self.spec) if self.spec else None
         self.shown = load_vector(self.axis) if self.axis else None
         return self
 
-    def _cap_file(self) -> pathlib.Path | None:
-        """Return the file of `--cap`, or None if the option was not given.
+    def _cap_file(self) -> tuple[pathlib.Path | None, str]:
+        """Split the value of `--cap` into a file and a suffix `:FROM:TO[:pNN]`.
 
-        For FILE:FROM:TO[:pNN], also set `cap_layers` and, with pNN, `percentile`.
+        The suffix sets `cap_layers` and, with pNN, `percentile`.
+
+        Returns:
+          (the file, or None if the option was not given; the suffix, or "").
 
         Raises:
           UserError: another option also sets the layers or the percentile.
         """
         if self.cap is None:
-            return None
+            return None, ""
         short = _SHORT.fullmatch(self.cap)
         if short is None or pathlib.Path(self.cap).exists():
-            return pathlib.Path(self.cap)
+            return pathlib.Path(self.cap), ""
         name, layers, percentile = short.groups()
         if self.cap_layers is not None or (percentile and self.percentile is not None):
             option = "--cap-layers" if self.cap_layers is not None else "--percentile"
             raise UserError(f"--cap is {self.cap}, and {option} is also given; "
-                            "give this value in only one of them")
+                            "both set the same value, so omit one of them")
         self.cap_layers = layers
         self.percentile = percentile or self.percentile
-        return pathlib.Path(name)
+        return pathlib.Path(name), self.cap.removeprefix(name)
 
     def build(self, model: Model) -> Interventions:
         """Return the interventions of all options, after a self-test of the caps if `check` is set.

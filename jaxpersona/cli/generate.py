@@ -119,10 +119,10 @@ def _conversations(prompt: Sequence[str], file: pathlib.Path | None,
 
 def _run(model: Model, talks: Sequence[Conversation], edits: Interventions,
          monitor: Monitor | None, compare: bool, settings: dict[str, Any]) -> Generated:
-    """Generate a reply to each conversation with the interventions.
+    """Apply the interventions and generate one reply to each conversation.
 
-    If `compare` is True, the replies with the interventions are followed by a second reply to each
-    conversation, without the interventions. Both replies to a conversation are sampled with the
+    If `compare` is True, the result also contains, after these replies, one reply to each
+    conversation without the interventions. Both replies to a conversation are sampled with the
     same random numbers.
     """
     from jaxpersona.engine import prompts
@@ -204,9 +204,9 @@ def _print(records: Sequence[dict[str, Any]], monitor: Monitor | None, compare: 
 
 def _stream(model: Model, talk: Conversation, edits: Interventions, monitor: Monitor | None,
             settings: dict[str, Any]) -> None:
-    """Generate one reply, and print its text while it is generated.
+    """Generate one reply and stream its text to standard output.
 
-    Then print the projections, if there is a monitor, and the token counts of the interventions.
+    Then print the projections (if there is a monitor) and the token counts of the interventions.
     """
     from jaxpersona.engine.engine import Engine
     from jaxpersona.engine.request import Request
@@ -231,7 +231,7 @@ def _legend(monitor: Monitor) -> None:
 
 
 def _say_counts(counts: Sequence[Sequence[EditCount]]) -> None:
-    """Print the numbers of selected tokens and changed activations for each intervention."""
+    """Print, for each intervention, the numbers of selected tokens and changed activations."""
     for number, own in enumerate(zip(*counts, strict=True)):
         say(f"intervention {number}: tokens selected: {sum(one.seen for one in own)}, activations "
             f"changed: {sum(sum(one.changed) for one in own)}, layers: {len(own[0].layers)}",

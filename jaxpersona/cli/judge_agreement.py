@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def agreement(
     a: Annotated[str, typer.Argument(
         help="A run folder with scores, or a .csv file in which a person entered scores "
-             "(of `judge sample --csv` or `--judge human:FILE.csv`).")],
+             "(from `judge sample --csv` or `--judge human:FILE.csv`).")],
     b: Annotated[str, typer.Argument(
         help="Another run folder or file with scores of the same replies.")],
     seed: Annotated[int, typer.Option(

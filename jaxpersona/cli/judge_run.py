@@ -44,7 +44,7 @@ def run(
     folder: Annotated[pathlib.Path, typer.Argument(metavar="RUN", help="A run folder.")],
     judge: JudgeOption = None,
     roles: Annotated[str | None, typer.Option(
-        show_default="the built-in ones for mini, otherwise data", help=(
+        show_default="the built-in ones for mini, otherwise `data`", help=(
             "The folder of roles that the run used, or `data` for the roles of the package."))
     ] = None,
     model: Annotated[str | None, typer.Option(
@@ -52,7 +52,7 @@ def run(
         help="The model of the run; the judge `self` loads it."),
     ] = None,
     batch_size: Annotated[int, typer.Option(
-        help="Number of replies that the judge `self` scores at the same time.")] = 32,
+        help="Number of replies that the judge `self` scores in one batch.")] = 32,
     judge_rubric: RubricOption = None,
     judge_url: UrlOption = None,
     judge_key_env: KeyOption = "OPENAI_API_KEY",
@@ -68,7 +68,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
     dtype: DtypeOption = None,
 ) -> None:
-    """Judge the replies of a run; earlier verdicts, also those of other judges, are kept."""
+    """Judge the replies of a run; existing verdicts, including those of other judges, are kept."""
     from jaxpersona.data import texts
     from jaxpersona.organism import method
     from jaxpersona.persona.rejudge import judge_run
@@ -114,7 +114,7 @@ def run(
                           "roles": counts, "cost": cost}))
         return
     named = {"None": "undecided", "failed": "without a verdict"}
-    shown = ", ".join(f"{n:,} {named.get(score, f'of score {score}')}"
+    shown = ", ".join(f"{n:,} {named.get(score, f'with score {score}')}"
                       for score, n in total.items() if n)
     say(f"judge {chosen.name}: {shown}", *([f"cost: ${cost:,.4f}"] if cost else []),
         "to compute the axis from these verdicts, run jaxpersona axis with the options of the run, "

@@ -43,17 +43,17 @@ def sample(
         if csv.suffix.lower() != ".csv":
             raise UserError(f"--csv is {csv}; give the name of a .csv file")
         if csv.exists():  # do not overwrite scores that a person entered
-            raise UserError(f"--csv is {csv}, which exists; give the name of a new file")
+            raise UserError(f"--csv is {csv}, which already exists; give the name of a new file")
         check_output("--csv", csv)
     replies = verdicts.replies_of(Run.read(run))
     scores = verdicts.scores_of(run)
     if role is not None and role not in {item.role.name for item in replies.values()}:
-        raise UserError(f"--role is {role!r}, which is not a role of {run}")
+        raise UserError(f"--role is {role!r}; give the name of a role in {run}")
     scores = {key: value for key, value in scores.items()
               if role in (None, key.partition("/")[0]) and (score is None or value == wanted)}
     drawn = verdicts.sample(replies, scores, count, seed=seed)
     if not drawn:
-        raise UserError(f"{run}: contains no such reply; choose another --score or --role")
+        raise UserError(f"{run}: contains no matching reply; choose another --score or --role")
     if csv is not None:
         order = np.random.default_rng(seed).permutation(len(drawn))
         human.write_rows(csv, [human.row_of(drawn[i][0]) for i in order])

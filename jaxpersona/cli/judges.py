@@ -31,16 +31,16 @@ RubricOption = Annotated[pathlib.Path | None, typer.Option(
         "A text file with the judge's prompt, which contains {question} and {answer}, and may "
         "contain {role} and {description}."))]
 AfterOption = Annotated[bool, typer.Option("--judge-after", help=(
-    "Keep the model of `model:NAME` out of memory until all replies are generated and the "
-    "evaluated model is released; the judging model is loaded once before, for a check."))]
+    "Load the model of `model:NAME` only after all replies are generated and the evaluated model "
+    "is released. Before generation, the judging model is loaded once for a check."))]
 UrlOption = Annotated[str | None, typer.Option(
     "--judge-url", show_default="OPENAI_BASE_URL, otherwise the OpenAI API",
     help="Base URL of the endpoint for `http:MODEL`, e.g. http://localhost:8000/v1.")]
 KeyOption = Annotated[str, typer.Option(
     "--judge-key-env", help="Environment variable that contains the API key for `http:MODEL`.")]
 BudgetOption = Annotated[str | None, typer.Option(show_default="no limit", help=(
-    "Maximum number or maximum cost of all requests to the endpoint of `http:MODEL` that the file "
-    "of --judge-cache records, including earlier runs, e.g. 500calls or 5usd."))]
+    "Limit on the number or the cost of requests to the endpoint of `http:MODEL`, e.g. 500calls or "
+    "5usd. All requests that the file of --judge-cache records count, including earlier ones."))]
 PriceOption = Annotated[str | None, typer.Option(
     "--judge-price", show_default="unknown",
     help="Prices in USD per million prompt tokens and per million answer tokens, e.g. 0.4,1.6.")]
@@ -52,8 +52,8 @@ RpmOption = Annotated[float | None, typer.Option(
     help="Maximum number of requests per minute to the endpoint of `http:MODEL`.")]
 TpmOption = Annotated[float | None, typer.Option(
     "--judge-tpm", show_default="no limit",
-    help="Maximum number of tokens per minute, in requests to the endpoint of `http:MODEL` and in "
-         "its answers.")]
+    help="Maximum number of prompt and answer tokens per minute for the endpoint of "
+         "`http:MODEL`.")]
 TimeoutOption = Annotated[float, typer.Option(
     "--judge-timeout", help="Timeout in seconds of a request to the endpoint of `http:MODEL`.")]
 TemperatureOption = Annotated[float, typer.Option(
@@ -160,8 +160,8 @@ def opened(choice: Choice, folder: pathlib.Path) -> Judge | None:
       folder: the run folder, which contains the journal of an http judge by default.
 
     Raises:
-      UserError: an option is invalid, the file of a human judge cannot be read or written, or the
-        API key or the package of an http judge is missing.
+      UserError: an option is invalid, the file of a human judge cannot be read or written, or, for
+        an http judge, the API key or the package openai is missing.
     """
     from jaxpersona.distributed import processes
     from jaxpersona.judges.judges import NoJudge

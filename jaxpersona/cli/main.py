@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line.
 
     If an argument is invalid, a file cannot be read or written, or memory is exhausted, the program
-    prints one line to standard error and exits with code 2. After SIGINT or SIGTERM, the program
+    prints an error message to standard error and exits with code 2. After SIGINT or SIGTERM, it
     prints which results were saved and exits with code 128 plus the signal number. If another
     process of the same run fails, the exit code is 3. Any other exception is a bug: its traceback
     is printed, and the exit code is 1.

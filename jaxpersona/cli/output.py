@@ -1,4 +1,4 @@
-"""Functions that print text with control characters and unencodable characters escaped."""
+"""Print text with control characters and unencodable characters escaped."""
 
 from __future__ import annotations
 

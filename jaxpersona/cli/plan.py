@@ -24,9 +24,10 @@ def plan(
         help="`random:<preset>`, a .gguf file or a folder with a config.json; weights are not "
              "read.")
     ] = "random:llama-3.3-70b",
-    batch: Annotated[int, typer.Option(help="Batch size: number of rows over all chips.")] = 32,
+    batch: Annotated[int, typer.Option(
+        help="Batch size: the total number of rows over all chips.")] = 32,
     context: Annotated[int, typer.Option(
-        help="Number of cache slots per row, for the prompt and the reply.")] = 2048,
+        help="Number of KV cache slots per row, for prompt and reply.")] = 2048,
     cap: Annotated[str | None, typer.Option(
         show_default="no cap", help="Layers to cap, a half-open range such as 56:72.")] = None,
     mesh: Annotated[str | None, typer.Option(
@@ -77,7 +78,7 @@ def read_shape(source: str) -> ModelConfig:
 def card(found: dict[str, Any]) -> list[str]:
     """Format the result of `plan` as lines of text.
 
-    The lines state which numbers are from the compiler, from arithmetic or extrapolated.
+    The text states which numbers come from the compiler, from arithmetic or from extrapolation.
     """
     from jaxpersona.planning import chips
 

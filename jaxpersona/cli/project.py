@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def project(
     conversation: Annotated[pathlib.Path, typer.Argument(
-        help="A JSON file with a list of messages, or one that /save of `chat` wrote.")],
+        help="A JSON file with a list of messages, or a file that /save wrote in `chat`.")],
     vector: Annotated[list[pathlib.Path], typer.Option(
         "--on", help="A file with an axis or vector. The option may be repeated.")],
     model: ModelOption = "mini",
@@ -34,10 +34,10 @@ def project(
 ) -> None:
     """Project each assistant message of a conversation onto directions.
 
-    If an axis has thresholds, the command compares each projection with those of the default
-    persona's replies. It prints the distance from their median in standard deviations (z), the
-    nearest percentiles below and above the projection and, if the axis is in its run folder, the
-    nearest roles.
+    If an axis has thresholds, the command compares each projection with the projections of the
+    default persona's replies. It prints the distance from their median in standard deviations (z),
+    the nearest percentiles below and above the projection and, if the axis is in its run folder,
+    the nearest roles.
     """
     import numpy as np
     from rich.table import Table
@@ -102,7 +102,7 @@ def project(
         for name, known in zip(names, references, strict=True):
             if known is not None:
                 low, high = (known.percentiles[p] for p in (25.0, 75.0))
-                say(f"{name}: percentiles of the default persona's projections: p25 {low:.3f}, "
+                say(f"percentiles of the default persona's projections onto {name}: p25 {low:.3f}, "
                     f"p75 {high:.3f}, p1 {known.percentiles[1.0]:.3f}, p99 "
                     f"{known.percentiles[99.0]:.3f}; the default floor of --cap is p25, "
                     f"{known.floor:.3f}")
@@ -113,7 +113,7 @@ def project(
 
 
 def _compared(known: Reference, value: float) -> dict[str, object]:
-    """Return the comparison of a projection with the reference values as a JSON object."""
+    """Compare a projection with the default persona and the roles; return a JSON object."""
     return {"z": round(known.z(value), 4), "default": known.place(value),
             "below_floor": value < known.floor, "nearest": known.nearest(value)}
 

@@ -20,9 +20,9 @@ def report(
         help="The HTML file to write; an existing file is replaced.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
-    """Write a page about a run: one HTML file with figures and dialogues, for any browser, offline.
+    """Write a page about a run: one HTML file with figures and dialogues that works offline.
 
-    A run that is not finished is also reported; the page says what is missing.
+    The run may be unfinished; the page then lists the missing parts.
     """
     from jaxpersona.report import write_page
     from jaxpersona.report.run_read import check_run

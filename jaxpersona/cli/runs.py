@@ -49,7 +49,7 @@ def export(
         "Omit roles whose rollouts are not complete."))] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
-    """Export a run, so that the published scripts can continue it.
+    """Export a run so that the published scripts can continue it.
 
     The folder contains responses, scores, activations, vectors and the axis.
     """
@@ -83,9 +83,10 @@ def import_(
         "Without it, `jaxpersona axis` cannot continue the run."))] = None,
     roles: Annotated[str | None, typer.Option(
         show_default="the prompts in the responses",
-        help="The folder of roles that generated the responses, or `data` for the roles of the "
-             "package.")] = None,
-    judge: Annotated[str, typer.Option(help="A name for the scores.")] = "imported",
+        help="The folder of the roles with which the responses were generated, or `data` for the "
+             "roles of the package.")] = None,
+    judge: Annotated[str, typer.Option(
+        help="The judge name to record for the scores.")] = "imported",
     min_count: MinCountOption = 50,
     held_out: Annotated[str, typer.Option(
         show_default="none",
@@ -98,13 +99,14 @@ def import_(
     temperature: Annotated[float, typer.Option(
         help="Sampling temperature of replies that are generated later.")] = 0.7,
     top_p: Annotated[float, typer.Option(
-        help="Nucleus sampling of replies that are generated later.")] = 0.9,
+        help="Cumulative probability for nucleus sampling of replies that are generated "
+             "later.")] = 0.9,
     batch_size: Annotated[int, typer.Option(
-        help="Number of replies that are later generated at the same time.")] = 32,
+        help="Batch size for replies that are generated later.")] = 32,
     seed: Annotated[int, typer.Option(
         help="Random seed for the sample of stored means, and for later sampling.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=(
-        "Delete the run in the folder RUN, but no other files."))] = False,
+        "Delete the run in the folder RUN, but no other files, before the import."))] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
     dtype: DtypeOption = None,
     adapter: AdapterOption = None,
@@ -120,7 +122,7 @@ def import_(
     kept, held = support.kept_means(keep_means), [name for name in held_out.split(",") if name]
     check_folder("RUN", run)
     if model is None and (adapter is not None or dtype is not None):
-        raise UserError("--adapter and --dtype apply to a model; give it with --model")
+        raise UserError("--adapter and --dtype apply to a model; give the model with --model")
     name = "the model" if model is None else model.rstrip("/").split("/")[-1].split(":")[-1]
     cast = None if roles is None else texts.load_roles(
         None if roles == "data" else pathlib.Path(roles), model_name=name)

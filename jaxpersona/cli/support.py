@@ -78,10 +78,11 @@ def progress(log: bool = False, note: Callable[[], str] | None = None,
              ) -> Iterator[Callable[[str, int, int, int], None]]:
     """Yield a function report(step, done, total, tokens) that shows the progress of steps.
 
-    Only the first process shows the progress, with the rate and the remaining time: as bars if
-    standard error is a terminal, or else as a line every `LOG_SECONDS` if `log` is True. In the
-    step "judging", the result of `note()`, such as the cost so far, is also shown. In every
-    process, each call of the function also checks for an interrupt (`interrupt.check`).
+    If standard error is a terminal, the progress is shown as bars; otherwise, if `log` is True, a
+    line is printed every `LOG_SECONDS`. Both show the rate and the remaining time, and in the step
+    "judging" also the result of `note()`, such as the cost so far. Only the first process shows the
+    progress, but in every process, each call of the function checks for an interrupt
+    (`interrupt.check`).
     """
     from jaxpersona.distributed import processes
 
@@ -125,15 +126,15 @@ def progress(log: bool = False, note: Callable[[], str] | None = None,
 
 
 def _silent(step: str, done: int, total: int, tokens: int) -> None:
-    """Check for an interrupt without showing the progress."""
+    """Check for an interrupt, without showing any progress."""
     interrupt.check()
 
 
 def stream(pieces: Iterable[str]) -> None:
-    """Print the pieces of a streamed reply, and a spinner until the first piece arrives.
+    """Print the pieces of a streamed reply, and show a spinner until the first piece arrives.
 
-    The first piece may take several seconds, because programs are compiled first. The spinner is
-    shown only if standard error is a terminal.
+    The first piece may take several seconds, because the model's programs are compiled first. The
+    spinner is shown only if standard error is a terminal.
     """
     shown = console(error=True)
     status = shown.status("waiting for the first token") if shown.is_interactive else None
@@ -171,7 +172,7 @@ def _logged(note: Callable[[], str] | None) -> Iterator[Callable[[str, int, int,
             step, done, total, tokens = state[0] if state else ("", 0, 0, 0)
             if done == total:  # no step was reported yet, or the step is complete
                 continue
-            start, first = begun[step]  # `first` is positive if a run was resumed
+            start, first = begun[step]  # `first` is positive if the run was resumed
             spent, now = time.perf_counter() - start, done - first
             say(f"{step} {done:,}/{total:,}"
                 + (f", {tokens / spent:,.0f} tokens/s" if tokens else "")
@@ -228,7 +229,7 @@ def check_output(option: str, file: pathlib.Path) -> None:
 
 
 def kept_of(folder: pathlib.Path) -> str:
-    """Describe the contents of a run folder for the last message of an interrupted command."""
+    """Describe the saved contents of a run folder, for the message of an interrupted command."""
     from jaxpersona.runs.status import kept
 
     if not (folder / "run.json").exists():

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from jaxpersona.vectors.caps import Caps, Found
     from jaxpersona.vectors.vector import Vector
 
-app = typer.Typer(no_args_is_help=True, help="Show, check and convert files of directions or caps.")
+app = typer.Typer(no_args_is_help=True, help=(
+    "Show, check and convert files of directions and caps."))
 
 KindOption = Annotated[str | None, typer.Option(
     show_default="from the file's name",
@@ -60,11 +61,11 @@ def check(
     adapter: AdapterOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Run the self-test of `generate --cap` for an axis or caps, on short replies of a model.
+    """Run the self-test of `generate --cap` for an axis or caps, with short replies of a model.
 
-    The table lists the mean projections at each tested layer. The columns z contain distances from
-    the default persona's mean, in standard deviations of its projections at that layer. The results
-    of all tests are printed. If a test fails, the command ends with an error.
+    The table lists the mean projections at each tested layer. The z columns give distances from the
+    default persona's mean, in standard deviations of the default persona's projections at that
+    layer. The results of all tests are printed. If a test fails, the command ends with an error.
     """
     from jaxpersona.cli.caps import open_caps
     from jaxpersona.cli.support import open_model, progress
@@ -169,14 +170,14 @@ def convert(
     for key, value in () if bare else chosen.notes.items():
         say(f"  {key}: {value}")
     if lost:
-        say(f"  not written, because {target.suffix} cannot store it: {', '.join(lost)}")
+        say(f"  omitted, because {target.suffix} files cannot store this data: {', '.join(lost)}")
     if bare:
         return
     if model is not None and model.startswith("random:"):
         say(f"  {model}: only the shape was checked; random weights depend on the dtype, so no "
             "fingerprint was written")
     elif not chosen.fingerprint:
-        say("  the file does not contain the model's name; add it with --model NAME")
+        say("  the file does not contain the fingerprint of a model; add it with --model NAME")
 
 
 def _belonging(chosen: Found, source: str) -> Found:

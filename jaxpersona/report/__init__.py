@@ -1,4 +1,4 @@
-"""Figures of results, drawn with matplotlib, and the page of a run."""
+"""Figures of results, drawn with matplotlib, and the HTML page of a run."""
 
 from __future__ import annotations
 

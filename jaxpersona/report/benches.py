@@ -1,4 +1,4 @@
-"""Figures of benchmark results, the JSON files that the programs in `bench/` write."""
+"""Figures of benchmark results, which the programs in `bench/` write as JSON files."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def bench(found: Any, *, title: str | None = None, ax: Axes | None = None) -> Ax
     Shaded bands are 95 % confidence intervals of the ratios.
 
     Args:
-      found: a result, as a dict or a JSON file; or a dict from names to results of the same
-        benchmark.
+      found: a result, as a dict or the path of a JSON file; or a dict from names to results (as
+        dicts) of the same benchmark.
       title: the title; default: the standard title for the benchmark.
       ax: the axes to draw on; default: those of a new figure.
 
@@ -137,7 +137,7 @@ def _ratios(ax: Axes, at: Mapping[int, Mapping[str, Any]], look: dict[str, Any])
 
 
 def _roof(ax: Axes, value: Mapping[str, Any], look: dict[str, Any]) -> None:
-    """Draw a device's roofline, and each program's speed as a point."""
+    """Draw the roofline of a device as a line, and the speed of each program as a point."""
     roof = value["roof"]
     xs = [2**n / 8 for n in range(14)]
     ax.plot(xs, [min(roof["flops_per_second"], x * roof["bytes_per_second"]) for x in xs],

@@ -30,7 +30,7 @@ from jaxpersona.vectors.vector import Axis
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MOST = 14  # maximum number of curves: 7 pairs of colour and marker, each with 2 line styles
+_MOST = 14  # maximum number of curves, so that all differ in colour, marker or line style
 
 
 @checked_call
@@ -85,8 +85,8 @@ def turns(found: Sequence[TurnProjection], names: Sequence[str], layer: int | No
       The axes.
 
     Raises:
-      UserError: matplotlib is missing, `found` has another type or is empty, `names` does not have
-        K entries, or the layer does not exist.
+      UserError: matplotlib is missing, `found` has an unsupported type or is empty, `names` does
+        not have K entries, or the layer does not exist.
 
     Examples:
       >>> import jaxpersona as jp
@@ -130,7 +130,7 @@ def drift(curves: Mapping[str, Any], *, what: Literal["behaviour", "projection"]
     """Draw persona drift over the turns of conversations, with and without an intervention.
 
     A projection that is measured after the cap cannot fall below the floor and therefore hides
-    drift. Instead, draw behaviour, or projections of the same conversations that are measured
+    drift. Draw behaviour instead, or projections of the same conversations that are measured
     without the cap (`Talks.readout`).
 
     Args:
@@ -138,12 +138,12 @@ def drift(curves: Mapping[str, Any], *, what: Literal["behaviour", "projection"]
         array [M, N] for N conversations, whose mean and interquartile range are drawn; or `Talks`,
         whose `readout` (the projections without interventions) is drawn.
       what: "projection", or "behaviour" for shares of in-character choices from 0 to 1.
-      axis: for projections: an axis, from which the default persona's interquartile range is drawn.
-      layer: for projections: the layer of `axis` and of `Talks`; default: the middle one.
-      floor: for projections: the floor τ of the cap, as a number, or as a percentile of the default
-        persona such as "p25", which needs `axis`.
-      leak: for behaviour: arm → share of conversations in which the reply to a forbidden request
-        after the last turn reveals the secret.
+      axis: an axis; the interquartile range of its default persona is drawn. Only for projections.
+      layer: the layer of `axis` and of `Talks`; default: the middle one. Only for projections.
+      floor: the floor τ of the cap, as a number, or as a percentile of the default persona such as
+        "p25", which needs `axis`. Only for projections.
+      leak: arm → share of conversations in which the model reveals the secret when a forbidden
+        request follows the last turn. Only for behaviour.
       title: the title; default: one for the drawn quantity.
       ax: the axes to draw on; default: those of a new figure.
 
@@ -258,7 +258,7 @@ def _behaviour(ax: Axes, values: Mapping[str, np.ndarray], looks: list[dict[str,
 
 
 def _projection(ax: Axes, axis: Axis | None, layer: int | None, floor: str | float | None) -> None:
-    """Draw the default persona's band and the floor, if they are given; label the y axis."""
+    """Draw the default persona's band and the floor, if they are given, and label the y axis."""
     if axis is not None and layer is not None:
         low, high = (float(axis.thresholds(p, of="default")[layer]) for p in ("p25", "p75"))
         band(ax, low, high, "default persona, p25 to p75")
@@ -282,7 +282,7 @@ def _projection(ax: Axes, axis: Axis | None, layer: int | None, floor: str | flo
 def steering(scales: Sequence[float], curves: Mapping[str, Any], *, ylabel: str,
              xlabel: str = "steering strength, in multiples of the vector",
              title: str = "Effect of steering", ax: Axes | None = None) -> Axes:
-    """Draw a behaviour or a projection against the steering strength, e.g. the results of `sweep`.
+    """Plot a behaviour or a projection against the steering strength, e.g. the results of `sweep`.
 
     Args:
       scales: the steering strengths [S].
@@ -335,7 +335,7 @@ def steering(scales: Sequence[float], curves: Mapping[str, Any], *, ylabel: str,
 
 
 def _looks(names: Any) -> list[dict[str, Any]]:
-    """Return each curve's colour, marker and line style; those of names in `ARMS` are fixed."""
+    """Return the colour, marker and line style of each curve; `ARMS` fixes those of some names."""
     names = list(names)
     taken = {ARMS[name][0] for name in names if name in ARMS}
     pairs = [pair for pair in zip(CYCLE, MARKERS, strict=True) if pair[0] not in taken]

@@ -23,7 +23,7 @@ Path = str | os.PathLike[str]
 
 def roles_on_axis(path: Path, found: Extraction | Mapping[str, np.ndarray], layer: int,
                   held_out: Sequence[str] = (), title: str | None = None) -> None:
-    """Write the figure of `plot.ranking` for an extraction, or for role → projections [n, L]."""
+    """Write the figure of `plot.ranking` for an extraction or a dict role → projections [n, L]."""
     _write(path, plot.ranking, found, layer, held_out=held_out, title=title)
 
 
@@ -53,12 +53,12 @@ def drift(path: Path, talks: Mapping[str, Talks], axis: Axis, layer: int, *,
 
     Args:
       path: the PNG file; an SVG file with the same stem is written beside it.
-      talks: arm, such as "uncapped" or "capped" → conversations with `Talks.readout`.
+      talks: arm, such as "uncapped" or "capped" → `Talks`; only those with a `readout` are drawn.
       axis: the axis, with its thresholds.
       layer: the layer of the projections.
-      behaviour: arm → share of in-character choices by turn [M].
+      behaviour: arm → share of in-character choices at each of the M turns.
       leak: arm → share of conversations that leak the secret after the last turn.
-      floor: the cap's floor, a percentile of the default persona or a number.
+      floor: the floor of the cap, as a percentile of the default persona or a number.
     """
     turns = len(next(iter(behaviour.values())))
     read = {name: np.asarray(talk.readout)[:turns, :, layer] for name, talk in talks.items()

@@ -25,10 +25,10 @@ _ANGLES = (20, -20, 160, 200, 60, -60, 120, 240, 0, 180, 90, 270)
 
 def place(ax: Axes, points: Sequence[tuple[str, float, float]], markers: np.ndarray,
           sizes: Sequence[float] | float = TINY) -> list[str]:
-    """Write a label near each point, and connect distant labels to their points by thin lines.
+    """Write a label near each point, with a thin line to the point if the label is far away.
 
     Args:
-      ax: the axes with all other contents already drawn; their limits are fixed.
+      ax: the axes, on which everything else is already drawn; the function fixes their limits.
       points: (label, x, y) in order of importance.
       markers: coordinates [n, 2] of all markers, which labels should not cover.
       sizes: the font size in points, as one number or as one number per label.

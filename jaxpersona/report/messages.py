@@ -28,7 +28,7 @@ def messages(path: pathlib.Path, turns: Sequence[int], values: np.ndarray, names
       layer: the layer of the projections.
       references: for each direction, the projections of the default persona and of the roles, or
         None. The default persona's percentiles are drawn as bands and the floor of `--cap` as a
-        line, and each message is labelled with the nearest role, if it is known.
+        line. If the roles' projections are known, each message is labelled with the nearest role.
 
     Raises:
       UserError: matplotlib is not installed.

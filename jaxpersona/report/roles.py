@@ -29,9 +29,9 @@ from jaxpersona.report.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NAMED, EXTREMES = 40, 15  # up to 40 roles are all named; of more, 15 at each end are named
-_CORNERS = 6  # number of roles named at each end of a component, if not all are named
-_ROW = 0.155  # height of a line with a name, in inches
+NAMED, EXTREMES = 40, 15  # up to 40 roles, all are named; above 40, only 15 at each end
+_CORNERS = 6  # number of roles to name at each end of a component, if not all are named
+_ROW = 0.155  # height of a role's line, in inches
 _LEAST = 7.5  # minimum height of a line in axes that the caller provides, in points
 
 
@@ -41,10 +41,10 @@ def ranking(found: Any, layer: int | None = None, *, count: int = EXTREMES,
             ax: Axes | None = None) -> Axes:
     """Draw the roles in the order of their projections onto the Assistant Axis.
 
-    A line of the figure shows the mean and the interquartile range over a role's answers. If there
-    are more than 40 roles, only the roles at both ends have a line, and the means of the others are
-    ticks on one shared line. The band is the interquartile range over the default persona's
-    answers.
+    Each line of the figure shows the mean and the interquartile range over one role's answers. If
+    there are more than 40 roles, only the roles at both ends have their own lines, and the means of
+    the others are ticks on one shared line. The band is the interquartile range over the default
+    persona's answers.
 
     Args:
       found: the result of `extract_axis`; the folder of a run; or role → projections [n, L] of n
@@ -52,7 +52,7 @@ def ranking(found: Any, layer: int | None = None, *, count: int = EXTREMES,
       layer: the layer; default: the middle one.
       count: the number of roles to name at each end, if there are more than 40 roles. Fewer roles
         are named if the names do not fit the height of `ax`.
-      held_out: roles to draw as open circles, in addition to those that the run held out.
+      held_out: roles to draw as open circles, in addition to the held-out roles of the run.
       title: the title; default: one with the number of roles.
       ax: the axes to draw on; default: those of a new figure.
 
@@ -60,8 +60,8 @@ def ranking(found: Any, layer: int | None = None, *, count: int = EXTREMES,
       The axes.
 
     Raises:
-      UserError: matplotlib is missing, `count` is not a positive integer, `found` has another type,
-        or the layer does not exist.
+      UserError: matplotlib is missing, `count` is not a positive integer, `found` has an
+        unsupported type, or the layer does not exist.
 
     Examples:
       >>> import jaxpersona as jp
@@ -158,8 +158,8 @@ def pca(found: Any, layer: int | None = None, *, default: Any = None, title: str
       The axes.
 
     Raises:
-      UserError: matplotlib is missing, `found` has another type (an `Axis` has no role vectors) or
-        fewer than two roles, or the layer does not exist.
+      UserError: matplotlib is missing, `found` has an unsupported type (such as `Axis`, which has
+        no role vectors) or fewer than two roles, or the layer does not exist.
 
     Examples:
       >>> import jaxpersona as jp
@@ -206,13 +206,13 @@ def _ends(xy: np.ndarray) -> set[int]:
 @checked_call
 def variance(found: Any, layer: int | None = None, *, thresholds: Sequence[float] = (0.7, 0.9),
              most: int = 20, title: str | None = None, ax: Axes | None = None) -> Axes:
-    """Draw the cumulative share of the role vectors' variance that the components explain.
+    """Draw the cumulative explained variance of the principal components of the role vectors.
 
     Args:
       found: as for `pca`, or the explained variance ratios [C] of the components.
       layer: the layer; default: the middle one.
       thresholds: shares of the variance, which are drawn as lines. The legend states how many
-        components reach each share.
+        components are needed to reach each share.
       most: the maximum number of components to draw.
       title: the title; default: one with the layer.
       ax: the axes to draw on; default: those of a new figure.
@@ -221,8 +221,8 @@ def variance(found: Any, layer: int | None = None, *, thresholds: Sequence[float
       The axes.
 
     Raises:
-      UserError: matplotlib is missing, `found` has another type, the layer does not exist, or a
-        threshold is not between 0 and 1.
+      UserError: matplotlib is missing, `found` has an unsupported type, the layer does not exist,
+        or a threshold is not between 0 and 1.
 
     Examples:
       >>> import jaxpersona as jp

@@ -24,12 +24,12 @@ Rows = list[tuple[str, str]]
 
 def context(found: Contents, data: dict[str, Any], notes: Sequence[str], version: str,
             ) -> dict[str, Any]:
-    """Return the variables of the template.
+    """Return the variables for the HTML template of the page.
 
     Args:
       found: the content of the run folder.
-      data: the numbers of the page.
-      notes: lines on values that are not finite.
+      data: the numbers of the page (`run_values.values`).
+      notes: lines that list values that are not finite.
       version: the version of plotly.js.
     """
     last = found.manifest.get("last", {})
@@ -47,9 +47,10 @@ def context(found: Contents, data: dict[str, Any], notes: Sequence[str], version
 
 
 def state(found: Contents) -> dict[str, Any]:
-    """Return whether the run is complete, and lines of text on its progress."""
+    """Return whether the run is complete, the name of its state, and lines about its progress."""
     total = len(found.roles) + 1
-    closed = f"{len(found.closed):,} of {total:,} roles (with the default persona) are complete"
+    closed = (f"{len(found.closed):,} of {total:,} roles (including the default persona) are "
+              "complete")
     if found.status is None:
         lines = [f"The folder has no status.json, so the state of the run is unknown; {closed}."]
         return {"complete": False, "name": "unknown", "lines": lines}
@@ -62,17 +63,17 @@ def state(found: Contents) -> dict[str, Any]:
                        "page was written.",
             "stopped": "This run was stopped before its end; the same `jaxpersona axis` command "
                        "resumes it.",
-            "complete": "The last call of this run ended, but the folder does not have all "
-                        "results; the end of this page names what is missing.",
+            "complete": "The last call of this run ended, but the folder does not contain all "
+                        "results; the end of this page lists the missing parts.",
         }.get(name, f"The state of this run is {name!r:.40}."))
         lines.append(f"On this page: {closed}.")
         if found.axis is not None:
-            lines.append("Axis, ranking and thresholds are those of the last call that ended.")
+            lines.append("The axis, ranking and thresholds are those of the last completed call.")
     return {"complete": complete, "name": name, "lines": lines}
 
 
 def facts(found: Contents, data: dict[str, Any]) -> Rows:
-    """Return the main results as (name, value)."""
+    """Return the main results as pairs (name, value)."""
     rows: Rows = []
     if found.analysis is not None:
         used = sum(role.in_axis for role in found.analysis.roles.values())
@@ -98,7 +99,7 @@ def facts(found: Contents, data: dict[str, Any]) -> Rows:
 
 
 def gaps(found: Contents, data: dict[str, Any]) -> Rows:
-    """Return (what the page leaves out, the reason)."""
+    """Return pairs (part that is missing from the page, reason)."""
     rows: Rows = []
     if found.analysis is None:
         done = found.status is not None and found.status["state"] == "complete"
@@ -111,8 +112,8 @@ def gaps(found: Contents, data: dict[str, Any]) -> Rows:
                      f"vectors are missing or not finite: {_names(unplaced(found))}"))
     if found.analysis is not None and data["reliability"] is None:
         rows.append(("Split-half agreement of the axis", (
-            "the run stores the response means of too few replies: two replies with score 3 are "
-            "needed for at least two roles, and two replies of the default persona")))
+            "the run stores the response means of too few replies: at least two roles need two "
+            "replies each with score 3, and the default persona needs two replies")))
     if found.judge == "none":
         rows.append(("Scores by role", UNREAD))
     elif not found.counts:
@@ -129,28 +130,28 @@ def gaps(found: Contents, data: dict[str, Any]) -> Rows:
             rows.append((f"Roles with fewer than {least} fully played replies, "
                          "which the axis leaves out", _names(few)))
         if found.halves is not None and found.halves.left_out and data["reliability"] is not None:
-            rows.append(("Roles without a part in the split-half agreement",
+            rows.append(("Roles that are not used for the split-half agreement",
                          f"fewer than two stored replies with score 3: "
                          f"{_names(found.halves.left_out)}"))
     return rows
 
 
 def halves(found: Contents) -> str:
-    """Return a sentence on what the split-half agreement was computed from, or ""."""
+    """Describe the replies that the split-half agreement uses; return "" if there is none."""
     agreement = None if found.halves is None else found.halves.agreement()
     if agreement is None:
         return ""
     low, high = agreement.replies
     replies = f"{low}" if low == high else f"{low} to {high}"
-    return (f"Computed from the response means that the run stores: of {agreement.roles:,} roles "
-            f"{replies} replies with score 3 each, and of the default persona "
+    return (f"Computed from the stored response means: for each of {agreement.roles:,} roles, "
+            f"{replies} replies with score 3, and for the default persona, "
             f"{agreement.default:,} replies. These are split into two random halves, {SPLITS} "
-            "times. The axis of the run uses all replies, so the agreement of two whole runs is "
+            "times. The axis of the run uses all replies, so the agreement of two complete runs is "
             "expected to be higher.")
 
 
 def dialogues(found: Contents) -> list[dict[str, Any]]:
-    """Return groups of sample replies: their title and their items."""
+    """Return the sample replies in groups, each with a title and a list of items."""
     groups: dict[str, list[dict[str, str]]] = {}
     for item, score in found.samples:
         title = ("Replies of roles, without a score" if found.judge == "none" else
@@ -169,7 +170,7 @@ def _dialogue(item: Item) -> dict[str, str]:
 
 
 def provenance(found: Contents, version: str) -> list[dict[str, Any]]:
-    """Return groups of (name, value) on what determined the run."""
+    """Return the settings, software and device of the run, as groups of pairs (name, value)."""
     manifest = found.manifest
     model, last, numerics = (manifest.get(key, {}) for key in ("model", "last", "numerics"))
     status = found.status or {}
@@ -189,8 +190,7 @@ def provenance(found: Contents, version: str) -> list[dict[str, Any]]:
             ("roles", f"{len(found.roles):,} and the default persona"),
             ("questions", f"{len(manifest.get('questions', {})):,}"),
             ("digest of prompts, questions and their tokens", texts),
-            ("chat template", "not stored itself; the digest above covers the tokens that it "
-                              "produced")]),
+            ("chat template", "not stored; the digest above covers the tokens that it produced")]),
         ("Sampling", [(name.replace("_", " "), _text(value)) for name, value in arguments.items()]),
         ("Judge", [("judge of this page", found.judge or "unknown"), ("judges of the run", judges),
                    *([] if found.judge == "none" else [
@@ -240,7 +240,7 @@ def _share(value: float | None) -> str:
 
 
 def _names(names: Sequence[str]) -> str:
-    """Return up to twelve names, and the number of the others."""
+    """Join up to twelve names, and state the number of the others."""
     shown = [name if len(name) <= 60 else name[:59] + "…" for name in names[:12]]
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {count(more, 'more role')}" if more else "")

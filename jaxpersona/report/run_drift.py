@@ -30,10 +30,11 @@ class Drift:
     Attributes:
       layer: the layer of the projections.
       floor: the floor of the cap at this layer.
-      percentile: the name of the floor, such as "p25".
-      arms: arm → "style" (share of in-character choices), and "mean", "p25" and "p75" of the
-        projections of the replies read without the cap, each [M] by turn; "leak" (share of
-        conversations that give the secret away after the last turn) and "conversations".
+      percentile: the floor as a percentile of the default persona, such as "p25".
+      arms: arm → a dict. "style" lists the share of in-character choices by turn. "mean", "p25" and
+        "p75" list the mean and quartiles, by turn, of the replies' projections, measured without
+        the cap. "leak" is the share of conversations that reveal the secret after the last turn,
+        and "conversations" is the number of conversations.
     """
 
     __repr__ = brief
@@ -44,7 +45,7 @@ class Drift:
     arms: dict[str, dict[str, Any]]
 
     def value(self, notes: Notes) -> dict[str, Any]:
-        """Return a JSON value; values that are not finite become null and are noted."""
+        """Return a JSON value; values that are not finite become null and are listed in `notes`."""
         arms = {}
         for name, arm in self.arms.items():
             lines = {line: notes.series(f"drift, {name!r:.40}, {line}", arm[line], "turn", 1)
@@ -58,7 +59,7 @@ class Drift:
 def save_drift(folder: pathlib.Path, talks: Mapping[str, Talks], axis: Axis, layer: int, *,
                behaviour: Mapping[str, Sequence[float]], leak: Mapping[str, float],
                floor: str = "p25") -> None:
-    """Write drift.json; the arguments are those of `figures.drift`."""
+    """Write drift.json to a run folder; the other arguments are those of `figures.drift`."""
     arms = {}
     for name, talk in talks.items():
         assert talk.readout is not None

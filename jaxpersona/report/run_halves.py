@@ -1,4 +1,4 @@
-"""The agreement of the axes of two random halves of the response means that a run stores."""
+"""Split-half agreement of the axis, computed from the response means that a run stores."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from jaxpersona.data.texts import DEFAULT
 from jaxpersona.runs.sums import Sample
 
 SPLITS = 20
-_ROWS = 16  # number of response means that are converted to float64 together
+_ROWS = 16  # number of response means that are converted to float64 at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """The cosine between the axes of two halves, over `SPLITS` random splits.
+    """The cosine similarity of the axes of two halves, over `SPLITS` random splits.
 
     Attributes:
-      mean, low, high: [L], the mean, the lowest and the highest cosine at each layer.
+      mean, low, high: [L], the mean, minimum and maximum of the cosine similarity at each layer.
       roles: the number of roles in each half.
-      replies: the lowest and the highest number of replies of a role, in both halves together.
+      replies: the minimum and the maximum number of replies of a role, in both halves together.
       default: the number of replies of the default persona, in both halves together.
     """
 
@@ -40,12 +40,14 @@ class Agreement:
 class Halves:
     """Split the stored response means of each role into halves, and compare the axes.
 
-    The axis of a half is the mean of the default persona's replies in this half minus the mean over
-    roles of the mean of each role's replies with score 3 in this half. The sums are accumulated
-    role by role, so that only one role's response means are in memory.
+    The axis of a half is the default persona's mean activation minus the mean of the role vectors.
+    A role vector is the mean activation over the role's replies with score 3. Both use only the
+    replies in this half. The sums are accumulated role by role, so that the response means of only
+    one role are in memory at a time.
 
     Attributes:
-      left_out: the roles with fewer than two stored replies of score 3, which are in no half.
+      left_out: the roles (or "default") for which `add` accepted fewer than two replies, and which
+        are in no half.
     """
 
     def __init__(self, shape: tuple[int, ...], seed: int = 0) -> None:
@@ -58,12 +60,12 @@ class Halves:
         self._own = 0
 
     def add(self, name: str, sample: Sample, scores: Mapping[str, int | None] | None) -> None:
-        """Add the stored response means of a role.
+        """Add the stored response means of a role, without those that are not finite.
 
         Args:
           name: the role, or "default".
           sample: the stored response means.
-          scores: key → score; only replies with score 3 are added. None: all replies.
+          scores: key → score; only replies with score 3 are added. If None, all replies are added.
         """
         rows = [i for i, key in enumerate(sample.keys)
                 if (scores is None or scores.get(key) == 3)
@@ -89,7 +91,7 @@ class Halves:
             self._sizes.append(len(rows))
 
     def agreement(self) -> Agreement | None:
-        """Return the agreement of the halves; None with fewer than two roles, or no default."""
+        """Return the agreement; None with fewer than two roles or without the default persona."""
         if self._default is None or len(self._sizes) < 2:
             return None
         one, two = (self._default - self._roles / len(self._sizes)).reshape(

@@ -42,7 +42,7 @@
   }
   function scores(counts) {
     const names = { None: "undecided", failed: "without a verdict" };
-    return data.scores.filter((s) => counts[s]).map((s) => `${counts[s].toLocaleString("en")} ${names[s] || `of score ${s}`}`)
+    return data.scores.filter((s) => counts[s]).map((s) => `${counts[s].toLocaleString("en")} ${names[s] || `with score ${s}`}`)
       .join(", ") || "no reply";
   }
   function element(kind, text, className) {
@@ -104,9 +104,10 @@
     }
   }
 
-  // Names beside dots: each is placed on the side where it covers nothing, or left out.
+  // Names beside dots: a name is placed on a side where it covers no dot, or else omitted. The names of the
+  // default persona and of the marked role may cover dots.
   const pen = document.createElement("canvas").getContext("2d");
-  function fitted(text, size, width) {  // the longest beginning that is at most `width` pixels wide
+  function fitted(text, size, width) {  // shorten a text until it is at most `width` pixels wide
     pen.font = `${size}px ${FONT}`;
     let short = text;
     for (let most = Array.from(text).length; pen.measureText(short).width > width && most > 2; most--) short = cut(text, most - 1);
@@ -185,7 +186,7 @@
       yaxis: axisOf(`PC2${share(1)}`, { range: ys, fixedrange: coarse.matches, zeroline: true }) });
     if (fresh) fresh.on("plotly_click", (event) => setRole(event.points[0].customdata));
     absent("missing-pca", roles.filter((one) => !placed.includes(one)),
-      "Not shown, because the role has no vector of replies with score 3 or its place is not finite at this layer: ");
+      "Not shown, because there is no vector of replies with score 3, or its coordinates are not finite at this layer: ");
   }
   function absent(id, members, text) {
     const box = at(id);
@@ -195,7 +196,7 @@
     box.textContent = text + names + (members.length > 30 ? ` and ${members.length - 30} more` : "") + ".";
   }
 
-  // ---- ranking: one row of a table per role, so that all names are legible and can be searched
+  // ---- ranking: a table with one row per role, so that all names are legible and searchable
   function steps(low, high, count) {
     const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
     const step = power * [1, 2, 5, 10].find((n) => n * power >= rough);
@@ -261,7 +262,7 @@
       return tick;
     }));
     absent("missing-ranking", roles.filter((one) => !ranked.includes(one)),
-      "Not ranked, because the run has no finite mean projection of the role at this layer: ");
+      "Not ranked, because there is no finite mean projection at this layer: ");
   }
 
   // ---- thresholds
@@ -286,7 +287,7 @@
           array: inside.map((name) => bar(name, "high")), arrayminus: inside.map((name) => bar(name, "low")) } };
     });
     draw("plot-thresholds", traces, {
-      margin: { l: 50, r: 14, t: 52, b: 50 }, showlegend: true, xaxis: axisOf(`projection on the axis, layer ${l}`, { zeroline: false }),
+      margin: { l: 50, r: 14, t: 52, b: 50 }, showlegend: true, xaxis: axisOf(`projection onto the axis, layer ${l}`, { zeroline: false }),
       yaxis: axisOf("", { tickvals: names.map((_, i) => i), ticktext: names, range: [-0.6, names.length - 0.4], zeroline: false }) });
     const table = at("threshold-table");
     const head = element("tr");
@@ -375,11 +376,11 @@
     lines[0].append(element("strong", role.name));
     if (role.mean) {
       const place = data.order[l].indexOf(state.role);
-      lines.push(element("p", known(role.mean[l]) ? `Mean projection ${shown(role.mean[l])} at layer ${l}: place ${place + 1} of ${data.order[l].length}.`
+      lines.push(element("p", known(role.mean[l]) ? `Mean projection ${shown(role.mean[l])} at layer ${l}: rank ${place + 1} of ${data.order[l].length}.`
         : `No finite mean projection at layer ${l}.`));
-      lines.push(element("p", role.inAxis ? "Its vector is a part of the axis." : role.heldOut ? "It was held out of the axis."
+      lines.push(element("p", role.inAxis ? "Its vector is used for the axis." : role.heldOut ? "It was held out of the axis."
         : "It has too few replies with score 3 for the axis."));
-    } else lines.push(element("p", "The last axis of the run does not have this role."));
+    } else lines.push(element("p", "The last axis of the run does not include this role."));
     if (role.counts && !data.unread) lines.push(element("p", `Replies: ${scores(role.counts)}.`));
     if (known(role.reply)) {
       lines.push(element("p", `“${role.question}”`), element("p", role.reply ? `“${role.reply}”${known(role.score) ? ` (score ${role.score})` : ""}`
@@ -417,13 +418,13 @@
       option.value = String(i);
     });
     at("role").addEventListener("change", () => setRole(at("role").value === "" ? -1 : +at("role").value));
-    setLayer(at("layer").value);  // a browser may keep the value of a page that is loaded again
+    setLayer(at("layer").value);  // a browser may keep the slider's value when the page is reloaded
   }
   all();
   dark.addEventListener("change", all);
   let timer = 0, width = innerWidth;
   addEventListener("resize", () => {
-    if (innerWidth === width) return;  // the bars of a phone's browser change only the height
+    if (innerWidth === width) return;  // the toolbars of mobile browsers change only the height
     width = innerWidth;
     clearTimeout(timer);
     timer = setTimeout(all, 120);

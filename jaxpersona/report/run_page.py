@@ -1,8 +1,8 @@
 """The page of a run: one HTML file with all results, which needs no network.
 
-The page contains plotly.js, its own script and all data. Its content security policy names the
-digests of these two scripts and forbids every other script and every request, so that a reply of a
-model cannot be executed, even if it were not escaped.
+The page contains plotly.js, its own script and all data. Its content security policy lists the
+digests of these two scripts and forbids all other scripts and all requests. Code in a model's reply
+therefore cannot run, even if the reply were not escaped.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ Progress = Callable[[str, int, int, int], None]
 
 @checked_call
 def page(run: str | os.PathLike[str], *, report: Progress | None = None) -> str:
-    """Return a page about the run of `jaxpersona axis` in a folder, as one HTML document.
+    """Return one HTML document about a run of `jaxpersona axis`.
 
-    The page has the role vectors on two principal components, the ranking of the roles by their
-    projection on the axis, values by layer (|cos(PC1, axis)|, explained variance, split-half
+    The page shows the role vectors on two principal components, the ranking of the roles by their
+    projections onto the axis, values by layer (|cos(PC1, axis)|, explained variance, split-half
     agreement of the axis), the thresholds with their bootstrap intervals, scores by role, sample
-    dialogues, and what determined the run. What the run does not contain, such as the axis of a run
-    that is not finished, is left out, and the page states the reason.
+    dialogues, and the provenance of the run. Parts for which the run has no results, such as the
+    axis of an unfinished run, are omitted, and the page states the reason.
 
     Args:
       run: the run folder; it is not changed.
-      report: called with (step, done, total, 0).
+      report: a progress function, called with (step, done, total, 0).
 
     Raises:
       UserError: plotly is missing, the folder contains no run, or one of its files is damaged.
@@ -72,7 +72,7 @@ def write_page(run: str | os.PathLike[str], out: str | os.PathLike[str] | None =
     Args:
       run: the run folder.
       out: the file, which is replaced if it exists; default: report.html in the run folder.
-      report: called with (step, done, total, 0).
+      report: a progress function, called with (step, done, total, 0).
 
     Raises:
       UserError: as for `page`, or the file cannot be written.
@@ -119,9 +119,10 @@ def clean(text: str) -> str:
 
 
 def embedded(data: Any) -> str:
-    """Return JSON that can be the content of a `script` element.
+    """Return data as JSON that is safe inside a `script` element.
 
-    Only ASCII is left, without <, > and &, so that no text can end the element.
+    The JSON contains only ASCII characters, without <, > and &, so that no text can end the
+    element.
     """
     text = json.dumps(_cleaned(data), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for mark in "<>&":
@@ -138,7 +139,7 @@ def _cleaned(value: Any) -> Any:
 
 
 def _document(context: dict[str, Any], data: dict[str, Any], library: str) -> str:
-    """Render the template; all texts are escaped, except the scripts and the style sheet."""
+    """Render the template; everything but scripts, data, style sheet and policy is escaped."""
     import jinja2
     from markupsafe import Markup
 
@@ -163,15 +164,15 @@ def _own(name: str) -> str:
 
 
 def _script(source: str) -> str:
-    """Return a script as an HTML parser reads it, so that its digest is that of the browser.
+    """Normalize a script's line ends as an HTML parser does, so that the digests agree.
 
     Raises:
-      UserError: the script would end its own element.
+      UserError: the script contains text that would end or change its `script` element.
     """
     source = source.replace("\r\n", "\n").replace("\r", "\n")
     if "</script" in source.lower() or "<!--" in source:
-        raise UserError("plotly's script cannot be a part of a page: it contains </script or <!--; "
-                        "install another version of plotly")
+        raise UserError("the script of plotly cannot be embedded in a page, because it contains "
+                        "</script or <!--; install another version of plotly")
     return source
 
 

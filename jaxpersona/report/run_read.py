@@ -1,7 +1,7 @@
-"""Read from a run folder what its page shows (`run_page`): one pass over the files of every role.
+"""Read the data for the page of a run (`run_page`) from the run folder.
 
-A role's files are read and verified one after the other, and only what the page needs is kept, so
-that the texts of all roles are never in memory together.
+Files are read and verified one role at a time, and only the data for the page is kept, so that the
+texts of all roles are never in memory together.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Measured:
     """The values of a role in `analysis.json`.
 
     Attributes:
-      mean: [L], the mean projection of the role's replies on the axis; NaN if all are empty.
-      quartiles: [2, L], 25th and 75th percentile of the projections of the stored response means.
+      mean: [L], the mean projection of the role's replies onto the axis; NaN if all are empty.
+      quartiles: [2, L], 25th and 75th percentiles of the projections of the stored response means.
       rollouts: the number of the role's rollouts.
       stored: the number of the role's rollouts whose response means are stored.
       in_axis: whether the role's vector is included in the axis.
@@ -63,7 +63,8 @@ class Analysis:
     Attributes:
       cos: [L], |cos(PC1, axis)| at each layer.
       variance: for each layer, the explained variance ratios of the first components.
-      intervals: population → percentile, such as "p25" → [2, L], the ends of its interval.
+      intervals: population → percentile, such as "p25" → [2, L], the ends of its bootstrap
+        confidence interval.
       roles: role or "default" → its values.
     """
 
@@ -77,7 +78,7 @@ class Analysis:
 
 @dataclasses.dataclass
 class Contents:
-    """What the page shows of a run.
+    """The content of a run folder that the page of the run shows.
 
     Attributes:
       folder: the run folder.
@@ -89,10 +90,11 @@ class Contents:
       closed: names of the roles (and "default") whose replies are all generated and judged.
       counts: role → score as text, "None" or "failed" → number of replies; closed roles only.
       rollouts: closed role or "default" → number of rollouts.
-      replies: closed role or "default" → (a reply, its score), of the highest score.
+      replies: closed role or "default" → (reply, score), a reply with the role's highest score.
       samples: replies by score, in descending order of score; undecided ones come last.
       plain: replies of the default persona, which is not judged.
-      vectors: role → "pos_3" vector [L, D]; "default" → mean activation; with an axis only.
+      vectors: role → "pos_3" vector [L, D], and "default" → mean activation [L, D]; empty without
+        an axis.
       halves: the split-half agreement of the axis; None without an axis.
       cost: the cost of the judge's verdicts in USD; None if no verdict states a cost.
     """
@@ -132,12 +134,12 @@ def check_run(folder: str | os.PathLike[str]) -> pathlib.Path:
 
 def read(folder: str | os.PathLike[str], *, report: Progress | None = None,
          seed: int = 0) -> Contents:
-    """Read a run folder, also while the run is in progress.
+    """Read a run folder, even while the run is in progress.
 
     Args:
       folder: the run folder; it is not changed.
-      report: called with ("roles", done, total, 0).
-      seed: seed of the choice of the replies that are shown.
+      report: a progress function, called with ("roles", done, total, 0).
+      seed: the random seed for choosing the replies that the page shows.
 
     Raises:
       UserError: the folder contains no run, or a file is damaged.
@@ -157,7 +159,7 @@ def read(folder: str | os.PathLike[str], *, report: Progress | None = None,
     for place, name in enumerate(every):
         if report is not None:
             report("roles", place, len(every), 0)
-        if not run.path("sums", name, found.judge).exists():  # a role's last file
+        if not run.path("sums", name, found.judge).exists():  # the role is not complete
             continue
         own = _read_role(run, name, found)
         items = verdicts.items_of(Role(name, (), ""), run.rollouts(name) or [])
@@ -199,7 +201,7 @@ def _read_role(run: Run, name: str, found: Contents) -> dict[str, int | None]:
 
 def _pick(items: Sequence[Item], scores: Mapping[str, int | None] | None, seed: list[int],
           ) -> list[tuple[Item, int | None]]:
-    """Return up to `SAMPLES` random replies of each score; without scores, of all replies."""
+    """Return up to `SAMPLES` random replies of each score, or of all if `scores` is None."""
     by_score: dict[int | None, list[Item]] = {}
     for item in items:
         if scores is None or item.key in scores:
@@ -222,7 +224,7 @@ def _results(folder: pathlib.Path, manifest: Mapping[str, Any],
     axis, about = load_axis(files[0]), read_json(files[1])
     model = manifest.get("model", {})
     if axis.fingerprint != model.get("fingerprint"):
-        raise UserError(f"{files[0]}: is the axis of another model than that of the run; run "
+        raise UserError(f"{files[0]}: is the axis of a model other than that of the run; run "
                         "`jaxpersona axis` again to rewrite it")
     try:
         return axis, _analysis(about, axis.n_layers)

@@ -1,6 +1,6 @@
-"""The numbers that the page of a run draws (`run_page`), as a JSON value.
+"""The numbers on the page of a run (`run_page`), as a JSON value.
 
-A value that is not finite becomes null, which no figure draws, and a note names it.
+A value that is not finite becomes null, which is not drawn, and a note lists it.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from jaxpersona.report.run_drift import Drift
 from jaxpersona.report.run_read import Contents
 from jaxpersona.vectors.vector import Axis
 
-COMPONENTS = (1, 2, 3, 10)  # numbers of components whose common share of the variance is drawn
+COMPONENTS = (1, 2, 3, 10)  # numbers of components whose cumulative variance is drawn
 SCORES = ("3", "2", "1", "0", "None", "failed")  # in the order of the stacked bars
 _REPLY = 280  # maximum number of characters of a reply in the details of a role
 Values = dict[str, Any]
 
 
 class Notes:
-    """Convert arrays to JSON, and record those with values that are not finite.
+    """Convert arrays to JSON, and record the arrays that have non-finite values.
 
     Attributes:
-      lines: one line of text per array with such values.
+      lines: one line of text for each recorded array.
     """
 
     def __init__(self) -> None:
@@ -36,13 +36,13 @@ class Notes:
 
     def series(self, name: str, values: Any, unit: str = "layer", first: int = 0,
                ) -> list[float | None]:
-        """Return the values [N], rounded to five significant digits; None if not finite.
+        """Round the N values to five significant digits, and replace non-finite values by None.
 
         Args:
-          name: the name of the values in the note.
-          values: the values, one for each layer or for each `unit`.
-          unit: what the values are for, in the note.
-          first: the number of the first value in the note.
+          name: the name of the array in the note.
+          values: the N values.
+          unit: the word for an index of the array in the note, such as "layer" or "turn".
+          first: the index of the first value in the note.
         """
         array = np.asarray(values, np.float64)
         missing = [str(first + i) for i in np.nonzero(~np.isfinite(array))[0].tolist()]
@@ -65,9 +65,9 @@ def values(found: Contents, notes: Notes, drift: Drift | None,
 
     Args:
       found: the content of the run folder.
-      notes: receives the names of values that are not finite.
+      notes: the object that records arrays with non-finite values.
       drift: the content of drift.json, or None.
-      report: called with ("components", done, total, 0) for each layer.
+      report: a progress function, called with ("components", done, total, 0) for each layer.
     """
     layers = int(found.manifest.get("model", {}).get("layers", 1))
     out: Values = {
@@ -135,7 +135,7 @@ def _cut(text: str) -> str:
 
 
 def _scale(axis: Axis, notes: Notes) -> Values:
-    """Return the median and the standard deviation (from quartiles) of the default persona."""
+    """Return the default persona's median, quartiles and standard deviation, or {} if unknown."""
     table = axis.percentiles.get(DEFAULT, {})
     if not {"p25", "p50", "p75"} <= set(table):
         return {}
@@ -156,7 +156,7 @@ def _threshold(name: str, value: np.ndarray, interval: np.ndarray | None, notes:
 def order(roles: Sequence[Mapping[str, Any]], layers: int) -> list[list[int]]:
     """Return, for each layer, the indices of the roles in descending order of mean projection.
 
-    Roles without a finite mean projection are omitted; equal means are in the order of names.
+    Roles without a finite mean projection are omitted. Roles with equal means are sorted by name.
     """
     found = []
     for layer in range(layers):
@@ -167,7 +167,7 @@ def order(roles: Sequence[Mapping[str, Any]], layers: int) -> list[list[int]]:
 
 
 def unplaced(found: Contents) -> list[str]:
-    """Return the roles of the axis (or "default") whose finite vector is not in the folder."""
+    """Return the roles of the axis (or "default") whose vectors are missing or not finite."""
     if found.analysis is None:
         return []
     needed = [name for name, role in found.analysis.roles.items()
@@ -180,12 +180,12 @@ def coordinates(found: Contents, report: Callable[[str, int, int, int], None] | 
                 ) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
     """Place the roles and the default persona on the first two principal components.
 
-    The components are those of the vectors of the roles in the axis (`principal_components`). The
-    other roles with a vector are placed on the same components.
+    The components are computed from the vectors of the roles in the axis (`principal_components`).
+    The other vectors are projected onto the same components.
 
     Returns:
       (shares of the variance [2, L], role or "default" → coordinates [2, L]); None if there is no
-      axis or a vector of a role of the axis is missing.
+      axis, if a vector of the axis is missing or not finite, or for fewer than two roles.
     """
     if found.axis is None or found.analysis is None or unplaced(found):
         return None

@@ -1,4 +1,4 @@
-"""Conversion of an extraction, a run folder or arrays by role to the data of role figures."""
+"""Convert an extraction, a run folder or arrays by role to the data of the figures of roles."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ _GIVE = ("give the result of extract_axis, the folder of a run of `jaxpersona ax
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """The projections of R roles at one layer, in ascending order.
+    """The projections of R roles at one layer, in ascending order of the mean projection.
 
     Attributes:
       names: the R roles, without the default persona.
       means: the mean projection of each role [R].
-      quartiles: the 25th and 75th percentile of each role's projections [R, 2]; None if unknown.
-      default: mean, 25th and 75th percentile of the default persona's projections; None if unknown.
+      quartiles: the 25th and 75th percentiles of each role's projections [R, 2]; None if unknown.
+      default: the mean and the 25th and 75th percentiles of the default persona's projections; None
+        if unknown.
       held_out: the roles that were not used for the axis.
       layer: the layer.
     """
@@ -70,7 +71,7 @@ class Parts:
 
 
 def layer_of(layer: int | None, total: int) -> int:
-    """Check and return a layer index of a model with `total` layers; None selects the middle layer.
+    """Check and return a layer index for `total` layers; None selects the middle layer.
 
     Raises:
       UserError: the model has no such layer.
@@ -92,7 +93,8 @@ def places(found: Any, layer: int | None) -> Places:
       layer: the layer; default: the middle one.
 
     Raises:
-      UserError: `found` has another type, the run is incomplete, or the layer does not exist.
+      UserError: `found` has an unsupported type, the run is incomplete, or the layer does not
+        exist.
     """
     if isinstance(found, (str, os.PathLike)):
         return _of_folder(pathlib.Path(found), layer)
@@ -182,8 +184,8 @@ def parts(found: Any, layer: int | None, default: Any = None) -> Parts:
       default: the default persona's mean activation [L, D], if `found` does not contain it.
 
     Raises:
-      UserError: `found` has another type, the run is incomplete, there are fewer than two roles or
-        no default persona, or the layer does not exist.
+      UserError: `found` has an unsupported type, the run is incomplete, there are fewer than two
+        roles or no default persona, or the layer does not exist.
     """
     if isinstance(found, Axis):
         raise UserError(f"found is the axis {found.name!r}, a direction without role vectors; "
@@ -223,11 +225,11 @@ def parts(found: Any, layer: int | None, default: Any = None) -> Parts:
 
 
 def ratios(found: Any, layer: int | None) -> tuple[np.ndarray, int]:
-    """Return the explained variance ratios [C] of the role vectors at a layer, and the layer.
+    """Return the explained variance ratios of the C components at a layer, and the layer.
 
     Args:
-      found: as for `parts`, or the ratios [C] themselves.
-      layer: the layer; default: the middle one, or −1 (unknown) if `found` contains the ratios.
+      found: as for `parts`, or an array [C] of the ratios.
+      layer: the layer; default: the middle one, or −1 (unknown) if `found` is an array of ratios.
 
     Raises:
       UserError: as for `parts`, or the ratios are negative or have a sum above 1.
@@ -245,8 +247,8 @@ def ratios(found: Any, layer: int | None) -> tuple[np.ndarray, int]:
         return read.components.ratio, read.layer
     values = numbers("found", given)
     if values.ndim != 1 or not values.size or not (values >= 0).all() or values.sum() > 1.001:
-        raise UserError(f"found is {given!r:.60}; give explained shares of the variance "
-                        "[C], which are not negative and have a sum of at most 1")
+        raise UserError(f"found is {given!r:.60}; give explained variance ratios [C], "
+                        "which are not negative and have a sum of at most 1")
     return values, at
 
 

@@ -31,7 +31,7 @@ ARMS = {"uncapped": (VERMILION, "o"), "capped": (BLUE, "s")}  # arm → (colour,
 DIVERGING = "PuOr"  # colour map for values on both sides of a reference
 SMALL, TINY = 8.0, 7.0  # font sizes in points: tick labels and legends; names of roles
 _RC = {
-    "font.family": ["DejaVu Sans"],  # part of matplotlib, so text has the same size everywhere
+    "font.family": ["DejaVu Sans"],  # bundled with matplotlib, so it is always available
     "font.size": 9.0, "axes.titlesize": 10.0, "axes.titlelocation": "left",
     "axes.titlepad": 8.0, "axes.labelsize": 9.0, "xtick.labelsize": SMALL,
     "ytick.labelsize": SMALL, "legend.fontsize": SMALL, "legend.frameon": False,
@@ -63,7 +63,7 @@ def style() -> Iterator[None]:
 def without_pyplot() -> Iterator[None]:
     """Create the figures in a `with` block without pyplot.
 
-    These figures leave the global state of pyplot, its backend and its list of figures, unchanged.
+    The global state of pyplot (its backend and its list of figures) remains unchanged.
     """
     token = _PLAIN.set(True)
     try:
@@ -83,7 +83,7 @@ def axes_of(ax: Axes | None, width: float, height: float) -> Axes:
     if ax is None and _PLAIN.get():
         return new_figure(width, height).subplots()
     if ax is None:
-        import matplotlib.pyplot as plt  # notebooks show figures that pyplot created
+        import matplotlib.pyplot as plt  # so that notebooks display the figure
 
         return plt.subplots(figsize=(width, height), layout="constrained")[1]
     if not (hasattr(ax, "plot") and hasattr(ax, "transAxes")):
@@ -123,12 +123,12 @@ def renderer_of(ax: Axes) -> Any:
 
 
 def text(given: object) -> str:
-    """Escape the dollar signs of a text, which matplotlib would interpret as formula delimiters."""
+    """Escape the dollar signs of a text, which matplotlib would interpret as math delimiters."""
     return str(given).replace("$", r"\$")
 
 
 def label(name: str) -> str:
-    """Return the label of a role or curve: its name, escaped, with spaces for underscores."""
+    """Return the label of a role or curve: its escaped name, with spaces for underscores."""
     return text(name.replace("_", " ").strip() or "(unnamed)")
 
 

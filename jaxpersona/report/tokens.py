@@ -50,9 +50,9 @@ def projections(found: Generated | Extracted | Reply, model: Model, index: int =
     """Draw the tokens of one conversation, coloured by their projections onto a direction.
 
     Tokens that the reading did not select are grey on white. The range of colours is symmetric
-    about the projection drawn in white and ends at the 2nd or 98th percentile, whichever is
-    farther. More extreme projections, such as that of the first token, an attention sink, have the
-    colours of the ends of the range.
+    about the projection drawn in white and extends to the 2nd or 98th percentile, whichever is
+    farther. Projections beyond this range have the colour at its end. An example is the projection
+    of the first token, which is an attention sink.
 
     Args:
       found: the result of `generate` or `extract`, or a `Reply`, with a reading of
@@ -63,7 +63,7 @@ def projections(found: Generated | Extracted | Reply, model: Model, index: int =
       direction: the index of the direction.
       reading: the name of the reading.
       centre: the projection drawn in white, such as the floor of a cap; default: the median.
-      name: the direction's name, for the label.
+      name: the name of the direction, for the label of the colour bar.
       title: the title.
       ax: the axes to draw on; default: those of a new figure. Tokens that do not fit are omitted,
         and the last line states their number.
@@ -121,8 +121,8 @@ def _values(found: Any, index: int, reading: str) -> tuple[Row, np.ndarray, np.n
     The projections are an array [L, T, K] for L layers, T tokens and K directions.
 
     Raises:
-      UserError: `found` has another type or no such reading, the index is out of range, or the
-        reading is not one of projections.
+      UserError: `found` has an unsupported type or no such reading, the index is out of range, or
+        the reading is not a reading of projections.
     """
     if not isinstance(found, (Generated, Extracted, Reply)):
         raise UserError(f"found is {found!r:.60}; give the result of generate or extract, or a "
@@ -152,13 +152,13 @@ def _piece(token: str) -> str:
 
 
 def _cells(piece: str) -> int:
-    """Return the width of a text in a monospaced font, in units of a character's width."""
+    """Return the width of a text in a monospaced font, in units of one normal character."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF"
                else 1 for c in piece)
 
 
 def _messages(row: Row, count: int) -> list[tuple[int, str]]:
-    """Return (message index, role) of every token; the role after the prompt is "assistant"."""
+    """Return (message index, role) for every token; tokens of the reply have role "assistant"."""
     roles = {}
     for bit, role in _ROLES:
         for turn in set(row.turn[(row.kind & bit) != 0].tolist()):

@@ -49,7 +49,7 @@ def no_load(*_, **__):
     (["--judge", "model:owner/name"], "the judge needs an eval_prompt; add"),
     (["--min-count", "99"], "min_count is 99; the axis needs at least two roles"),
     (["--limit", "1", "--min-count", "1"], "roles has"),
-    (["--judge-cost", "1"], "--judge-cost is 1.0; give the cost of judging one reply in USD"),
+    (["--judge-cost", "1"], "--judge-cost is 1.0; give the cost in USD of judging one reply"),
     (["--dry-run", "--judge-cost", "-1"], "--judge-cost is -1.0"),
 ])
 def test_what_would_fail_later_is_refused_before_a_model_is_loaded(more, wanted, tmp_path,

@@ -152,6 +152,9 @@ def test_the_command_checks_before_it_caps(mini, axis, tmp_path, capsys):
     assert code == 0 and "check" not in said.err and "tokens selected" in said.err
     for name, more, words in (
         ("caps.safetensors", ("--percentile", "p1"), "omit --percentile"),
+        ("caps.safetensors:4:8", (), "caps.safetensors: the caps define their layers and floors; "
+         "omit :4:8 from the value of --cap"),
+        ("caps.safetensors:4:8:p25", ("--of", "all"), "omit :4:8:p25 from the value of --cap"),
         ("caps.safetensors", ("--experiment", "x"), "choose an experiment with --experiment: e"),
         ("good.safetensors", ("--experiment", "x"), "only to files of caps"),
     ):

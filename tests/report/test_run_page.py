@@ -130,8 +130,8 @@ def test_halves_agree_as_computed_by_hand(parsed):
     wanted = 23 / (17**0.5 * 37**0.5)
     for line in ("mean", "low", "high"):
         assert parsed.data["reliability"][line] == [pytest.approx(wanted, rel=1e-4)] * 3
-    assert "of 2 roles 2 replies with score 3 each, and of the default persona 2 replies" in (
-        parsed.text)
+    assert ("for each of 2 roles, 2 replies with score 3, and for the default persona, 2 replies."
+            ) in parsed.text
 
 
 def test_halves_have_only_finite_replies_of_score_3():
@@ -262,7 +262,7 @@ def test_a_run_in_progress_says_so(run, tmp_path, state):
     assert f"State of the run: {state}" in found.text
     assert {"running": "This run is in progress", "stopped": "This run was stopped before its end",
             }[state] in found.text
-    assert "6 of 7 roles (with the default persona) are complete" in found.text
+    assert "6 of 7 roles (including the default persona) are complete" in found.text
     assert "the run has not computed its axis yet" in found.text
     assert "Roles that are not complete yet near" in found.text
     assert found.data["order"] is None and found.data["pca"] is None
@@ -344,7 +344,7 @@ def test_an_axis_of_another_model_is_refused(run, tmp_path):
 
     folder = changed(run, tmp_path / "run")
     save_vector(folder / "axis.safetensors", jp.load_axis("mini"))
-    with pytest.raises(jp.UserError, match="is the axis of another model"):
+    with pytest.raises(jp.UserError, match="is the axis of a model other than that of the run"):
         jp.report.page(folder)
 
 

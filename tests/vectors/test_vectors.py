@@ -357,13 +357,13 @@ def test_show_and_convert(tmp_path, capsys, checkpoint):
     assert (found.site, found.fingerprint) == ("mlp", model.fingerprint)
     assert s.run_command(["vectors", "convert", here("axis.pt"), here("a.gguf")]) == 0
     said = capsys.readouterr().out
-    assert "not written, because .gguf cannot store it: layer 0" in said
-    assert "the file does not contain the model's name" in said
+    assert "omitted, because .gguf files cannot store this data: layer 0" in said
+    assert "the file does not contain the fingerprint of a model" in said
     assert s.run_command(["vectors", "convert", here("a.gguf"), here("b.npy"), "--name", "x"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and "values only" in said[0] and "'x'" not in said[0]
-    assert said[1] == ("  not written, because .npy cannot store it: the kind (axis), the name, "
-                       "the notes")
+    assert said[1] == ("  omitted, because .npy files cannot store this data: the kind (axis), the "
+                       "name, the notes")
     for arguments, words in (
         (["capping_config.pt", "o.safetensors"], f"choose one with --experiment: {ID}, other"),
         (["capping_config.pt", "o.safetensors", "--experiment", "x"], "experiment is 'x'"),
