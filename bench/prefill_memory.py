@@ -24,7 +24,7 @@ from common import Peak, report
 
 
 def measure(model: str, length: int, dtype: str, run: bool) -> dict[str, Any]:
-    """Compile a prefill of `length` tokens and return its memory.
+    """Compile a prefill of `length` tokens and return its memory in bytes.
 
     If `run` is true, also run it and return the seconds and the peak resident memory.
     """
