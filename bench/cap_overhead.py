@@ -3,7 +3,7 @@
     python bench/cap_overhead.py --model mini --batch 32 --layers 4:8 --sweep
 
 The arms (timed calls) run in alternating pairs. A cap adds a few fusions to each capped layer and a
-few that run once per step. The fusions are counted in the compiled programs, so their counts have
+few to the step as a whole. The fusions are counted in the compiled programs, so their counts have
 no timing noise.
 """
 

@@ -71,7 +71,7 @@ def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int = 
     for name, arm in arms.items():
         arm()  # warm up
         once = arm()
-        if once < long:  # measure again, because `once` sets the number of calls
+        if once < long:  # repeat the measurement, because it determines the number of calls
             once = min(once, arm())
         turns[name] = max(1, math.ceil(long / max(once, 1e-6)))
     begun = time.perf_counter()

@@ -109,7 +109,7 @@ def compile_all(builds: dict[str, Callable[[], Any]]) -> tuple[dict[str, Any], f
 
 
 def busy(path: pathlib.Path, steps: int, most: int = 30) -> dict[str, Any]:
-    """Return the microseconds and the calls per decode step of the GPU kernels in a profile.
+    """Summarize the GPU kernels in a profile: microseconds and calls per decode step.
 
     Args:
       path: the profile, an .xplane.pb file.

@@ -56,7 +56,7 @@ class Decoding:
               prompts: bool = False) -> Callable[[], float]:
         """Return a function that times the steps, including the prefill if `prompts` is true."""
         reads = Capture() if read is None else read
-        # each run copies this state, because `decode` donates the state that it receives
+        # each run copies this state, because `decode` donates its buffers
         first = None if prompts else self.start(edits, reads)
 
         def once() -> float:

@@ -7,8 +7,8 @@ Both sides compute every layer's mean activation over response tokens. In transf
 batch is averaged, as in the code of Lu et al. 2026. The variant "sorted" also sorts the
 conversations by length, and the variant "headless" also skips the output head. Each side runs in
 its own process and is timed after a warm-up run. The reported memory is the peak above the memory
-of the loaded weights. MFU is the fraction of the device's measured peak matmul FLOP/s that is used,
-not counting padding.
+of the loaded weights. Model FLOP utilization (MFU) is relative to the device's measured peak matmul
+FLOP/s and does not count padding.
 """
 
 from __future__ import annotations

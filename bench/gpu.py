@@ -109,7 +109,7 @@ class Bench:
         return self._context(32)
 
     def products(self) -> dict[str, Any]:
-        """Time a block's matmuls with 1 and 32 rows and several layouts and dtypes of the weights.
+        """Time a block's matmuls for 1 and 32 rows, in several weight layouts and dtypes.
 
         Each form (a layout, a dtype and an operation) is timed for a weight [d_ff, d_model]. The
         multiply-sum forms are timed only with 1 row. Joined weights are compared with separate ones

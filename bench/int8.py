@@ -12,7 +12,7 @@ output head.
 
 The last line of the output is one JSON object. Its field `bars` contains the results of three tests
 of the arm `int8`: whether the perplexity is within 1 % of that of float32, whether the cosine of
-the axes is at least 0.99 at every layer, and whether the weights take at most 0.30 of the bytes in
+the axes is at least 0.99 at every layer, and whether the weights take at most 30 % of their size in
 float32.
 """
 

@@ -1,4 +1,4 @@
-"""Compare one-pass with two-pass capture, and refilling of finished rows with static batches.
+"""Compare one-pass capture with two-pass capture, and refilled batches with static batches.
 
     python bench/pipeline.py --model mini --batch 32
 

@@ -162,7 +162,7 @@ def analysis(default: np.ndarray, found: science.Analysis) -> dict[str, Any]:
 
 
 def ranking(found: Any, layer: int) -> dict[str, Any]:
-    """Return the roles in descending order of their mean projections on the axis at a layer.
+    """Rank the roles by mean projection on the axis at a layer, in descending order.
 
     The result also contains the mean projections of the default persona and of the extreme roles.
     """

@@ -92,7 +92,7 @@ def main() -> None:
     """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True,
-                        help="the run folder; an existing run in it is deleted first")
+                        help="the run folder; an existing run folder is deleted first")
     parser.add_argument("--roles", type=int, default=275)
     parser.add_argument("--questions", type=int, default=240)
     parser.add_argument("--new", type=int, default=512)

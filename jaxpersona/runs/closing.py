@@ -115,7 +115,7 @@ def close(run: Run, role: str, state: State, *, judge: str, rubric: str, keep: i
 
     Raises:
       Damaged: the role's sample file differs from the content that the run wrote.
-      UserError: a file cannot be written, or a response mean is not finite.
+      UserError: a file cannot be written, or a response mean is infinite or partly NaN.
     """
     # sort, because rollouts were appended to `State.records` in the order in which they finished
     records = state.records = dict(sorted(state.records.items(),

@@ -32,7 +32,7 @@ def manifest_of(folder: pathlib.Path, overwrite: bool = False) -> dict[str, Any]
         are also accepted.
 
     Raises:
-      UserError: the folder has no manifest, or a manifest that is damaged or of another format.
+      UserError: the folder has no manifest, or its manifest is damaged or has another format.
     """
     path = folder / MANIFEST
     require_file(path)

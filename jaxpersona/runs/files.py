@@ -13,7 +13,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.runs import live
 from jaxpersona.runs.names import file_stem, judge_folder
 
-DRIFT, PAGE = "drift.json", "report.html"  # like figures, written without the run's lock
+DRIFT, PAGE = "drift.json", "report.html"  # written without holding the run's lock
 FIGURES = (*(f"{name}.{kind}" for name in ("roles", "pca", "variance", "drift")
              for kind in ("png", "svg")), DRIFT, PAGE)
 RESULTS = ("axis.safetensors", "analysis.json")
@@ -125,7 +125,7 @@ def remove_leftovers(folder: pathlib.Path, roles: Iterable[str], judges: Iterabl
 
 
 def alive(process: int) -> bool:
-    """Return whether the process with this id is running on this machine."""
+    """Return whether a process with the id `process` is running on this machine."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

@@ -1,4 +1,4 @@
-"""The origin of an imported run: its record in run.json, and the check before it is continued.
+"""The origin of an imported run: its record in run.json, and a check before the run continues.
 
 The field `imported` contains the number of imported rollouts, the path of the source folder, and
 the median relative distance between the imported response means and those that the model computes

@@ -124,7 +124,7 @@ class Live:
 
     def _read(self, repair: bool) -> None:
         if not self._lines.exists():
-            if repair:  # a process killed in `add` or `keep_only` may leave this file
+            if repair:  # a process killed in `add` or `keep_only` may leave the means file behind
                 self._means.unlink(missing_ok=True)
         else:
             size, valid, row = require_file(self._lines), 0, -1

@@ -45,7 +45,7 @@ class Older:
     def check(self, manifest: Mapping[str, Any]) -> None:
         """Check that this run used the same model, settings and device as the given manifest.
 
-        The function `same` compares the prompt and the question of each rollout.
+        Prompts and questions are not checked; `same` compares them for each rollout.
 
         Raises:
           UserError: a field of the model, the settings or the device differs.

@@ -1,4 +1,4 @@
-"""Rollouts, a role's replies to each pair of prompt and question: their order and their keys.
+"""Rollouts: a role's replies to every combination of system prompt and question.
 
 The rollouts of a role are sorted by (question id, prompt index, sample). Rollouts of new questions
 with higher ids therefore come after the existing rollouts.

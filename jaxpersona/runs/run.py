@@ -99,7 +99,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Run:
-        """Return the run in a folder, opened read-only.
+        """Open the run in a folder read-only.
 
         Raises:
           UserError: the folder contains no run of this format, or its manifest is damaged.
@@ -116,7 +116,7 @@ class Run:
         Args:
           folder: a new or empty folder, or the folder of the same run (`compare.check_same`).
           manifest: a JSON value with the fields of `runs.manifest.manifest`.
-          worker: index of this process in the run; process 0 must open the folder first.
+          worker: the index of this process in the run; process 0 must open the folder first.
           overwrite: whether to delete an existing run in the folder, even a different run, and
             start a new run. Files that no run wrote are not deleted.
 

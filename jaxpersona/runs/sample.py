@@ -46,7 +46,7 @@ def chosen(prompts: Mapping[str, int], keep: int | None, *, seed: int, role: str
         keys.sort(key=lambda key: _rank(seed, role, key))
     kept: set[str] = set()
     depth = 0
-    while len(kept) < keep:  # add each prompt's lowest-ranked rollout, then its second, …
+    while len(kept) < keep:  # add each prompt's lowest-ranked rollout, then its second-lowest, …
         for prompt in sorted(strata, key=lambda p: _rank(seed, role, f"prompt {p}")):
             if depth < len(strata[prompt]) and len(kept) < keep:
                 kept.add(strata[prompt][depth])
