@@ -2,8 +2,9 @@
 
     python bench/cap_overhead.py --model mini --batch 32 --layers 4:8 --sweep
 
-The arms (timed calls) run in alternating pairs. A cap adds some fusions to each capped layer and
-some once per step. They are counted in the compiled programs, so these counts have no timing noise.
+The arms (timed calls) run in alternating pairs. A cap adds a few fusions to each capped layer and a
+few to the step as a whole. The fusions are counted in the compiled programs, so their counts have
+no timing noise.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Benchmark utilities: paired timing with a stopping rule, device limits and JSON reports.
 
-Timings are noisy, so two arms (timed calls) are compared by the ratios of alternating pairs. Pairs
-are added until the bootstrap 95 % interval of the median ratio is narrow or a limit is reached. A
-ratio whose interval is wider than `WIDTH` · max(1, ratio) is unresolved and supports no claim.
+Timings are noisy, so two arms (timed calls) are compared by the ratios of their times in
+alternating pairs. Pairs are added until the 95 % bootstrap confidence interval of the median ratio
+is narrow or a limit is reached. A ratio whose interval is wider than `WIDTH` · max(1, ratio) is
+unresolved and supports no claim.
 
 In each pair, each arm runs for about `LONG` seconds. Short calls of the arms are interleaved, so
 that background load affects all arms equally. Because measurement stops at the first narrow
@@ -33,12 +34,12 @@ import jaxpersona
 
 WIDTH = 0.02
 LONG = 2.0  # approximate seconds per arm in a pair; less if the budget is small
-_HIDDEN = ("one", "side", "out")  # arguments that are only for subprocesses; reports omit them
+_HIDDEN = ("one", "side", "out")  # arguments that only subprocesses use; reports omit them
 _PACKAGES = ("jax", "jaxlib", "numpy", "flax", "transformers", "torch")
 
 
 def interval(ratios: Sequence[float], draws: int = 2000) -> tuple[float, float]:
-    """Return the bootstrap 95 % interval of the median ratio."""
+    """Return the 95 % bootstrap confidence interval of the median ratio."""
     rng = np.random.default_rng(0)
     values = np.asarray(ratios)
     medians = np.median(rng.choice(values, (draws, values.size)), axis=1)
@@ -52,7 +53,7 @@ def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int = 
     """Time all arms in alternating rounds and compare each with the baseline.
 
     Args:
-      arms: for each arm's name, a function that runs the arm once and returns the seconds.
+      arms: name → function that runs the arm once and returns the seconds.
       baseline: the arm whose seconds are the numerator of the ratios.
       pairs: the maximum number of rounds (at least `least`).
       least: the minimum number of rounds.
@@ -70,7 +71,7 @@ def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int = 
     for name, arm in arms.items():
         arm()  # warm up
         once = arm()
-        if once < long:  # measure again, because `once` sets the number of calls
+        if once < long:  # repeat the measurement, because it determines the number of calls
             once = min(once, arm())
         turns[name] = max(1, math.ceil(long / max(once, 1e-6)))
     begun = time.perf_counter()
@@ -112,7 +113,7 @@ def turn_about(arms: dict[str, Callable[[], float]], turns: dict[str, int]) -> d
 
 
 def machine() -> dict[str, Any]:
-    """Return the device, the number of CPU cores, the processor and the package versions."""
+    """Return the device, the number of CPU cores, the CPU architecture and the package versions."""
     device = jax.devices()[0]
     versions = {"python": platform.python_version(), "jaxpersona": jaxpersona.__version__}
     for name in _PACKAGES:
@@ -127,7 +128,7 @@ def machine() -> dict[str, Any]:
 
 
 def seconds_of(call: Callable[[], Any], repeats: int = 5) -> float:
-    """Return the seconds of the fastest of several calls, after a warm-up call that compiles."""
+    """Return the seconds of the fastest of `repeats` calls, after a warm-up call that compiles."""
     jax.block_until_ready(call())
     best = float("inf")
     for _ in range(repeats):
@@ -154,9 +155,9 @@ def peak_flops(dtype: Any, size: int = 2048) -> float:
 class Peak:
     """Context manager that records the peak memory relative to the start of the block.
 
-    The memory is sampled every 5 ms. If the devices have memory statistics, it is the sum of their
-    bytes in use and of the GPU memory of PyTorch. If not, it is the process's resident memory
-    (Linux).
+    The memory is sampled every 5 ms. If the devices report memory statistics, the sample is the sum
+    of their bytes in use and the GPU memory that PyTorch has allocated. Otherwise, it is the
+    resident memory of the process (Linux only).
     """
 
     def __enter__(self) -> Peak:

@@ -3,8 +3,8 @@
     git worktree add /tmp/before main && python bench/compare.py /tmp/before --model mini
 
 Each process uses the package and the `decoding.py` of one checkout. The arms (timed calls) are
-decode and capped decode at every batch size, prefill, extraction and, with `--folder`, the load of
-a checkpoint. A ratio above 1 means that this checkout is faster. The times of two processes of the
+decode and capped decode at every batch size, prefill, extraction and, with `--folder`, loading of a
+checkpoint. A ratio above 1 means that this checkout is faster. The times of two processes of the
 same checkout can differ by a few percent, because their memory layouts differ. Every arm is
 therefore measured in several rounds (`--restarts`), each with new processes: one of this checkout
 and two of the other. The field `same` is the interval of the ratio between the two processes of the
@@ -174,7 +174,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Run the comparison and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("other", help="the checkout to compare with")
+    parser.add_argument("other", help="folder of the checkout to compare with")
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--steps", type=int, default=8,

@@ -63,8 +63,8 @@ class Steps:
             out = jax.block_until_ready(program(params, fresh, *rest))
             spent = time.perf_counter() - begun
             if int(out.step) != self.setting.steps:
-                raise RuntimeError(f"the decode loop ended after step {int(out.step)}, "
-                                   f"expected step {self.setting.steps}")
+                raise RuntimeError(f"the decode loop ended after {int(out.step)} steps "
+                                   f"instead of {self.setting.steps}")
             return spent
 
         return once
@@ -94,7 +94,7 @@ def attempt(work: Callable[..., Any], *given: Any) -> Any:
 
 
 def compile_all(builds: dict[str, Callable[[], Any]]) -> tuple[dict[str, Any], float]:
-    """Run the first build alone and the others in threads, which reuse its autotuning results.
+    """Run the first build alone, then the others in threads that reuse its autotuning results.
 
     Returns:
       The result of each build by name, and the total seconds.
@@ -109,7 +109,7 @@ def compile_all(builds: dict[str, Callable[[], Any]]) -> tuple[dict[str, Any], f
 
 
 def busy(path: pathlib.Path, steps: int, most: int = 30) -> dict[str, Any]:
-    """Return the microseconds and the calls per decode step of the GPU kernels in a profile.
+    """Summarize the GPU kernels in a profile: microseconds and calls per decode step.
 
     Args:
       path: the profile, an .xplane.pb file.

@@ -1,4 +1,4 @@
-"""Complete conversations with random tokens and random lengths."""
+"""Draw complete conversations with random tokens and random lengths."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Decoding:
               prompts: bool = False) -> Callable[[], float]:
         """Return a function that times the steps, including the prefill if `prompts` is true."""
         reads = Capture() if read is None else read
-        # each run copies this state, because `decode` donates its argument
+        # each run copies this state, because `decode` donates its buffers
         first = None if prompts else self.start(edits, reads)
 
         def once() -> float:
@@ -67,8 +67,8 @@ class Decoding:
                 self.program(*self.arguments(state, edits, reads), greedy=self.greedy))
             spent = time.perf_counter() - begun
             if int(state.step) != self.steps:
-                raise RuntimeError(f"the decode loop ended after step {int(state.step)}, "
-                                   f"expected step {self.steps}")
+                raise RuntimeError(f"the decode loop ended after {int(state.step)} steps "
+                                   f"instead of {self.steps}")
             return spent
 
         return once
@@ -82,7 +82,7 @@ class Decoding:
 
     @property
     def bytes(self) -> int:
-        """The bytes of weights, keys and values that a step halfway through the run reads."""
+        """The bytes of weights, keys and values read by the decode step halfway through the run."""
         embed = self.model.params.embed_vd
         config = self.model.config
         seen = self.prompt + self.steps // 2

@@ -1,14 +1,14 @@
-"""Compare activation extraction from complete conversations with forward hooks in transformers.
+"""Benchmark activation extraction from conversations against forward hooks in transformers.
 
     python bench/extract.py --model mini --conversations 256
 
-Both sides compute every layer's mean over response tokens. In transformers, the variant "hooks"
-runs the full model on batches in the given order and keeps every layer's output until the batch is
-averaged, as in the code of Lu et al. 2026. The variant "sorted" also sorts the conversations by
-length, and the variant "headless" also skips the output head. Each side runs in its own process and
-is timed after a warm-up run. The reported memory is the peak above the memory of the loaded
-weights. MFU is the fraction of the device's measured peak matmul FLOP/s that is used, not counting
-padding.
+Both sides compute every layer's mean activation over response tokens. In transformers, the variant
+"hooks" runs the full model on batches in the given order and keeps every layer's output until the
+batch is averaged, as in the code of Lu et al. 2026. The variant "sorted" also sorts the
+conversations by length, and the variant "headless" also skips the output head. Each side runs in
+its own process and is timed after a warm-up run. The reported memory is the peak above the memory
+of the loaded weights. Model FLOP utilization (MFU) is relative to the device's measured peak matmul
+FLOP/s and does not count padding.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python bench/fit.py --model random:qwen3-32b --dtype bfloat16 --batch 32 --context 2048
 
-The measured peak includes weights, cache and temporaries. It is read from the device's memory
-statistics or, if the device has none, is the peak resident memory of the process. MBU is relative
-to the chip's published bandwidth.
+The measured peak includes weights, cache and temporaries. It comes from the device's memory
+statistics or, if there are none, from the resident memory of the process. The memory bandwidth
+utilization (MBU) is relative to the chip's published bandwidth.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
         setting = Decoding(model, args.batch, args.new - 16, prompt=args.context - args.new)
         edits = jp.cap(direction, layers=resolve_layers(layers, total), floor=1e3)
         setting.timer(edits, prompts=True)()
-    once = setting.timer(edits)  # outside `Peak`, because it holds a second copy of the cache
+    once = setting.timer(edits)  # outside `Peak`, because the timer copies the cache
     once()
     step = once() / setting.steps
     estimate = plan(model.config, args.chip, batch=args.batch, context=args.context)

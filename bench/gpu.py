@@ -5,8 +5,8 @@
 
 To save GPU time, the model is loaded once, and the decode and prefill programs of a part are
 compiled in parallel threads. At the end of each part, its result is written to `gpu-<part>.json`
-and at most 1,500 characters of it are printed. An interrupted run keeps the results of complete
-parts. If a part fails, its error is reported, the other parts still run, and the exit status is 1.
+and the first 1,500 characters are printed. An interrupted run keeps the results of completed parts.
+If a part fails, its error is reported, the other parts still run, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Bench:
         return jp.cap(self.direction, layers=layers, floor=floor)
 
     def many(self, rows: int) -> jp.Interventions:
-        """Return a different cap for each row, with a random direction and a different floor."""
+        """Return a distinct cap for each row, with its own random direction and floor."""
         bank = np.random.default_rng(1).normal(size=(rows, self.config.d_model))
         return jp.cap(bank, layers=self.eight, floor=np.linspace(1e3, 2e3, rows),
                       rows=np.arange(rows))
@@ -109,11 +109,11 @@ class Bench:
         return self._context(32)
 
     def products(self) -> dict[str, Any]:
-        """Time a block's matmuls with 1 and 32 rows and several layouts and dtypes of the weights.
+        """Time a block's matmuls for 1 and 32 rows, in several weight layouts and dtypes.
 
-        Each form (a layout, a dtype and an operation) is timed for a weight [d_ff, d_model], and
-        the multiply-sum forms only with 1 row. Joined weights are compared with separate ones for
-        the query, key and value projections and for the gate and up projections.
+        Each form (a layout, a dtype and an operation) is timed for a weight [d_ff, d_model]. The
+        multiply-sum forms are timed only with 1 row. Joined weights are compared with separate ones
+        for the query, key and value projections and for the gate and up projections.
         """
         d, f = self.config.d_model, self.config.d_ff
         count = 4 if self.small else 12  # enough weights to exceed the L2 cache
@@ -163,7 +163,7 @@ class Bench:
                     for i in range(count):
                         y = form(x, w[i], s[i])
                         total += y.sum()
-                        # each matmul depends on the one before it, so they run in sequence
+                        # each matmul depends on the previous one, so they run in sequence
                         x = (x + y[:, :1] * 0).astype(x.dtype)
                     return total
 
@@ -195,8 +195,8 @@ class Bench:
         """Time prefills that capture every layer's mean, with XLA attention and cuDNN attention.
 
         Some prefills are also timed with the cheapest capture (`plain`). Without a GPU, only XLA
-        attention is timed. The result also contains the relative differences between the means of
-        both implementations.
+        attention is timed. The result also contains the relative differences between the means that
+        the two implementations return.
         """
         widths = (96, 64) if self.small else (2048, 512, 256, 128)
         tokens = 768 if self.small else 16384
@@ -355,11 +355,11 @@ def main() -> None:
                              "--small, a temporary folder")
     parser.add_argument("--hlo", type=pathlib.Path,
                         help="folder for the compiled HLO text of the profiled programs")
-    parser.add_argument("--tag", default="", help="suffix of the result files' names")
+    parser.add_argument("--tag", default="", help="suffix for the names of the result files")
     parser.add_argument("--budget", type=float, default=20.0,
                         help="time limit per comparison in seconds")
     parser.add_argument("--seconds", type=float, default=330.0,
-                        help="the number of seconds after which no further part starts")
+                        help="start no further part after this many seconds")
     parser.add_argument("--small", action="store_true", help="small shapes, for a smoke test")
     args = parser.parse_args()
     if args.out is None:  # a smoke test must not overwrite GPU results
@@ -374,7 +374,7 @@ def main() -> None:
              "date": time.strftime("%Y-%m-%d")}
     for part in args.parts:
         if time.perf_counter() - begun > args.seconds:
-            print(f"{part}: skipped, because --seconds is exceeded after "
+            print(f"{part}: skipped, because the time limit --seconds was exceeded after "
                   f"{time.perf_counter() - begun:.0f} s", flush=True)
             continue
         at = time.perf_counter()

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# What needs a GPU, in two parts of at most ten minutes each:
+# Run the GPU benchmarks, in two parts of at most ten minutes each:
 #
-#     bash bench/gpu.sh 1 [folder]    caps, decode, extraction and products of the Qwen3-8B shape
-#     bash bench/gpu.sh 2 [folder]    memory of the Qwen3-32B shape, generation and extraction
-#                                     of the Qwen3-8B shape against transformers with hooks
-#     SMALL=1 bash bench/gpu.sh 1     a rehearsal on a CPU with small shapes
+#     bash bench/gpu.sh 1 [folder]    Qwen3-8B shape: caps, decode, extraction and matmuls
+#     bash bench/gpu.sh 2 [folder]    Qwen3-32B shape: memory; Qwen3-8B shape: generation and
+#                                     extraction, compared with hooks in transformers
+#     SMALL=1 bash bench/gpu.sh 1     smoke test on a CPU with small shapes
 #
-# Needs python with jax, flax, safetensors, transformers and PyTorch; nothing is installed. Results
-# are JSON lines in the folder: bench/results by default, a temporary folder for a rehearsal, which
-# is never written to bench/results. HLO=folder keeps the compiled text of the profiled programs
-# there. PARTS and BENCHES select from a part: PARTS="weights1 start", BENCHES="peers extract".
-# FORMS, PEERS, PEER and ROWS change what part 2 compares; LIMIT is a bench's time limit in seconds.
-# Every bench has its own time limit.
+# The script requires Python with jax, flax, safetensors, transformers and PyTorch, and installs
+# nothing. Results are written to the folder as JSON: by default to bench/results, or, for a smoke
+# test, to a temporary folder. HLO=folder writes the compiled HLO text of the profiled programs to
+# that folder. PARTS selects benchmarks of part 1, such as PARTS="weights1 start", and BENCHES those
+# of part 2, such as BENCHES="peers extract". FORMS, PEERS, PEER and ROWS set the options of part 2.
+# LIMIT is the time limit of `peers` and of `extract` in seconds.
 set -u
 cd "$(dirname "$0")/.."
 part=${1:-}
@@ -21,14 +21,14 @@ case $part in 1 | 2) ;; *) echo "give the part, 1 or 2: bash bench/gpu.sh 1"; ex
 if [ "${SMALL:-0}" = 1 ]; then
     out=${out:-$(mktemp -d)}
     if [ "$(realpath -m "$out")" = "$(realpath -m bench/results)" ]; then
-        echo "SMALL=1 is a rehearsal; give another folder than bench/results"; exit 2
+        echo "SMALL=1 runs a smoke test; give a folder other than bench/results"; exit 2
     fi
     echo "results: $out"
 fi
 out=${out:-bench/results}
 mkdir -p "$out"
 
-# the package's folders lie apart in the repository: put them together by links
+# link the package's folders, which are separate in the repository, into one package
 package=$(mktemp -d)
 trap 'rm -rf "$package"' EXIT
 mkdir "$package/jaxpersona"
@@ -46,7 +46,7 @@ if [ "$part" = 1 ]; then
     exit $status
 fi
 
-# torch and jax share the card: neither may take all of its memory at the start
+# PyTorch and JAX share the GPU, so JAX must not preallocate its memory
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
 if [ "${SMALL:-0}" = 1 ]; then
     tag=small huge=mini peer=mini kind=float32 count=16 budget=2
@@ -55,16 +55,16 @@ else
     tag=gpu huge=random:qwen3-32b peer=${PEER:-random:qwen3-8b} kind=bfloat16 count=256 budget=20
     new=32 some=46:54 rows=${ROWS:-8} context=2048 forms="${FORMS:-static compiled}"
 fi
-run() {  # name of the result, seconds, script, arguments
+run() {  # name of the result, time limit in seconds, script, arguments
     local name=$1 limit=$2 script=$3; shift 3
     [[ " ${BENCHES:-fit peers extract} " == *" $name "* ]] || return
-    [ $SECONDS -gt 400 ] && { echo "$name: not begun after $SECONDS s"; return; }
+    [ $SECONDS -gt 400 ] && { echo "$name: skipped, because $SECONDS s have passed"; return; }
     if timeout "$limit" "$python" "bench/$script.py" "$@" > "$out/$name.log" 2>&1; then
         tail -n 1 "$out/$name.log" > "$out/$name-$tag.json"
         tail -n 1 "$out/$name.log" | cut -c1-1200
     else
         status=1
-        echo "$name failed or was cut off:"; tail -n 12 "$out/$name.log"
+        echo "$name failed or reached its time limit:"; tail -n 12 "$out/$name.log"
     fi
     rm -f "$out/$name.log"
     echo "   $SECONDS s"

@@ -4,14 +4,15 @@
 
 The text is `pydoc_data.topics`, the part of the Python Language Reference that CPython ships for
 `help()`: English prose with code examples. The text is divided into windows of `--window` tokens,
-and the perplexity covers all tokens of a window but the first. A direction is the mean activation
-of the default persona's replies minus that of a role's replies to the same questions. The axis is
-the mean of the roles' directions. The float32 model generates the replies, so that all models read
-the same tokens. The arm `int8, float tables` does not quantize the embedding and the output head.
+and the perplexity covers all tokens of a window except the first. A direction is the mean
+activation of the default persona's replies minus that of a role's replies to the same questions.
+The axis is the mean of the roles' directions. The float32 model generates the replies, so that all
+models read the same tokens. The arm `int8, float tables` does not quantize the embedding and the
+output head.
 
 The last line of the output is one JSON object. Its field `bars` contains the results of three tests
 of the arm `int8`: whether the perplexity is within 1 % of that of float32, whether the cosine of
-the axes is at least 0.99 at every layer, and whether the weights take at most 0.30 of the bytes in
+the axes is at least 0.99 at every layer, and whether the weights take at most 30 % of their size in
 float32.
 """
 
@@ -34,7 +35,7 @@ ROLES = ("ghost", "pirate", "poet", "scientist", "child", "warrior")
 
 
 def prose(model: jp.Model, count: int, window: int) -> list[list[int]]:
-    """Return about `count` tokens of the Language Reference, in windows of `window` tokens."""
+    """Return up to `count` tokens of the Language Reference, in windows of `window` tokens."""
     topics = importlib.import_module("pydoc_data.topics").topics
     text = "\n\n".join(topics[name] for name in sorted(topics))
     ids = model.tokenizer(text[: 8 * count], add_special_tokens=False).input_ids[:count]

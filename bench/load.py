@@ -9,11 +9,11 @@ cache. An additional first round is a warm-up. The results are:
 - `speed_over_raw`: the seconds of the raw read / the seconds of the load. The raw read calls
   `read_bytes` on every file and keeps the bytes, because a loader must also allocate memory for
   the weights. This is the main result.
-- `kept_over_raw`: the ratio of the bytes that the load and the raw read keep per second. It differs
-  from `speed_over_raw` if the load widens the dtype: float32 parameters take twice the bytes of the
-  bfloat16 files.
-- `speed_over_buffer`: the speed relative to a read through one reused 16 MiB buffer. This bound
-  shows the cost of allocating memory; a loader, which must allocate memory, cannot reach it.
+- `kept_over_raw`: the bytes per second that the load keeps in memory / those that the raw read
+  keeps. It differs from `speed_over_raw` if the load widens the dtype: float32 parameters take
+  twice the bytes of the bfloat16 files.
+- `speed_over_buffer`: the speed relative to a read through one reused 16 MiB buffer. This upper
+  bound leaves out the cost of allocating memory, so a loader cannot reach it.
 
 All processes use ordinary pages (`NUMPY_MADVISE_HUGEPAGE=0`). Without this setting, only the load
 would use huge pages, which are up to ten times slower to allocate on virtual machines that return

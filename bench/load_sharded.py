@@ -1,4 +1,4 @@
-"""Measure the peak memory of each process in multi-process loading of a checkpoint.
+"""Measure each process's peak memory when several processes load a checkpoint together.
 
     python bench/load_sharded.py [--gigabytes 6] [--processes 2] [--devices 4] [--dtype bfloat16]
 

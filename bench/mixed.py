@@ -1,24 +1,24 @@
-"""Compare generation and extraction of mixed lengths with forward hooks in transformers.
+"""Benchmark generation and extraction with mixed lengths against forward hooks in transformers.
 
     python bench/mixed.py --model SmolLM2.gguf
 
-In the part `generate`, `--prompts` prompts of the package's roles and questions, one per role, are
-answered greedily with a cap on the upper half of the layers. Every request has its own limit of 8
-to 128 tokens, and every reply has this length, because stop tokens are ignored. The peer is
-transformers, which caps with one forward hook per capped layer. It runs batches of `--batch`
-prompts with left padding, and each batch runs until its longest reply ends. The arm `hooks` runs
-the prompts in the given order, and the arm `sorted` runs them in the order of their lengths.
+In the part `generate`, the model greedily answers `--prompts` prompts of the package, one per role,
+with a cap on the upper half of the layers. Every request has its own limit of 8 to 128 tokens, and
+every reply has exactly this length, because stop tokens are ignored. The peer is transformers,
+which caps with one forward hook per capped layer. It runs batches of `--batch` prompts with left
+padding, and each batch runs until its longest reply ends. The arm `hooks` runs the prompts in the
+given order, and the arm `sorted` runs them in the order of their lengths.
 
 The part `extract` computes every layer's mean over the response tokens of `--conversations`
 conversations, which have random tokens and geometrically distributed lengths (`conversations.py`).
 The peer runs batches of `--peer-batch` conversations, in the given order or sorted by length, with
 the output head, as in the code of Lu et al. 2026.
 
-All arms run in alternating pairs in one process (`common.paired`). `utilisation` is the share of
-live rows in decode steps, and `prefill_efficiency` is the number of prompt tokens divided by the
-same number with padding (`Generated.stats`). `agreement` is the share of replies whose first
-`--compared` tokens are equal on both sides; differences are expected where two logits are nearly
-equal. The output is a table and one JSON line.
+All arms run in alternating pairs in one process (`common.paired`). `utilisation` is the mean share
+of live rows in a decode step, and `prefill_efficiency` is the share of prefilled tokens that are
+not padding (`Generated.stats`). `agreement` is the share of replies whose first `--compared` tokens
+are equal on both sides; differences are expected where two logits are nearly equal. The output is a
+table and one JSON line.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from jaxpersona.runs.rollouts import opening
 def role_prompts(count: int, name: str) -> list[list[dict[str, str]]]:
     """Return one conversation for each of the first `count` roles.
 
-    Role i has its prompt i and the question i, modulo the numbers of prompts and questions.
+    The conversation of role i uses prompt i of the role and question i, modulo their numbers.
     """
     roles = [role for role in texts.load_roles(None, model_name=name) if role.name != "default"]
     questions = texts.load_questions(None)
@@ -80,7 +80,7 @@ class Generation:
         return spent
 
     def hooks(self, *, sort: bool) -> float:
-        """Run the peer on all prompts, sorted by length if `sort`, and return the seconds."""
+        """Run the peer on all prompts, sorted by length if `sort` is true; return the seconds."""
         torch, peer = self.peer.torch, self.peer
         order = range(len(self.rows))
         if sort:
@@ -125,7 +125,7 @@ def programs_of(run: Callable[[], Any]) -> int:
 
 
 def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the ratios of the peer's seconds to ours, an interval, and the seconds of all arms."""
+    """Return the ratios of the peer's seconds to ours, with the interval and all arms' seconds."""
     ours = found["ours"]
     return {"ratio": ours["ratio"], "interval": ours["interval"],
             "unresolved": ours["unresolved"], "pairs": ours["pairs"],

@@ -1,4 +1,4 @@
-"""Compare capped generation with forward hooks in transformers, on the same machine.
+"""Benchmark capped generation against forward hooks in transformers, on the same machine.
 
     python bench/peers.py --model mini --batch 1 8 32
 
@@ -102,7 +102,7 @@ class Hooked:
         self.device = device or ("cuda" if jax.default_backend() == "gpu" else "cpu")
         raw = {**to_hf(model.config), "dtype": dtype}
         config = AutoConfig.for_model(raw.pop("model_type"), **raw)
-        # Any, because the type stubs of `to` and `generate` are too narrow
+        # annotated as Any, because the type stubs of `to` and `generate` are too narrow
         with torch.device(self.device):
             made: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         # the weights share memory with the JAX arrays if the dtypes are equal

@@ -1,4 +1,4 @@
-"""Compare captures in one pass with captures in two, and refilled rows with static batches.
+"""Compare one-pass capture with two-pass capture, and refilled batches with static batches.
 
     python bench/pipeline.py --model mini --batch 32
 
@@ -128,7 +128,7 @@ class Run:
 
 
 def appended(row: Row, tokens: np.ndarray) -> Row:
-    """Return a prompt with the tokens of a reply appended."""
+    """Append the tokens of a reply to a prompt."""
     n = tokens.size
     return Row(np.concatenate([row.tokens, tokens]),
                np.concatenate([row.kind, np.full(n, ASSISTANT, np.int32)]),

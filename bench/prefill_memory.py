@@ -8,7 +8,7 @@ weights: the memory of the compiled program (temporaries and outputs, including 
 to `memory_analysis()`) and the peak resident memory. The output is a table and one JSON line.
 
 The default dtype is float32. With bfloat16, XLA on CPU would convert the weights to float32, and
-the constant memory of this copy would hide some of the growth with length.
+the fixed size of this copy would mask some of the growth with length.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from common import Peak, report
 
 
 def measure(model: str, length: int, dtype: str, run: bool) -> dict[str, Any]:
-    """Compile a prefill of `length` tokens and return its memory.
+    """Compile a prefill of `length` tokens and return its memory in bytes.
 
     If `run` is true, also run it and return the seconds and the peak resident memory.
     """

@@ -45,7 +45,7 @@ from jaxpersona.persona.extract import extract_axis
 from jaxpersona.runs.rollouts import Settings, opening
 from jaxpersona.runs.run import Run
 
-EXTREMES = 15  # number of nearest and of farthest roles on the page
+EXTREMES = 15  # number of roles to list at each end of the axis
 FARTHEST = 20  # number of farthest roles for which the cap is tested
 COMPONENTS = 20
 
@@ -162,7 +162,7 @@ def analysis(default: np.ndarray, found: science.Analysis) -> dict[str, Any]:
 
 
 def ranking(found: Any, layer: int) -> dict[str, Any]:
-    """Return the roles in descending order of their mean projections on the axis at a layer.
+    """Rank the roles by mean projection on the axis at a layer, in descending order.
 
     The result also contains the mean projections of the default persona and of the extreme roles.
     """
@@ -183,9 +183,10 @@ def read_scores(judge: DigitJudge, role: texts.Role, records: list[dict[str, Any
 
 
 def judge_stage(args: argparse.Namespace) -> dict[str, Any]:
-    """Judge answers of a random sample of roles, and compute the axis of answers with score 3.
+    """Judge answers of a random sample of roles, and compute an axis from those with score 3.
 
-    This axis is compared with the axes of all judged answers and of the whole run.
+    This axis is compared with the axis of all judged answers of the same roles and with the axis of
+    the whole run.
     """
     held, means = answers(args), np.load(args.out / "means.npz")
     names = [name for name in held if name != "default"]
@@ -244,8 +245,8 @@ def cosines(a: np.ndarray, b: np.ndarray) -> list[float]:
 def cap_stage(args: argparse.Namespace) -> dict[str, Any]:
     """Compare answers, perplexity and capability without a cap, with a cap, and with a control.
 
-    The cap is a floor at p25. The control moves each activation by the same distance as the cap,
-    but in a random direction.
+    The cap is a floor at the 25th percentile of all answers' projections. The control moves each
+    activation as far as the cap would move it, but in a random direction.
     """
     model = jp.load(args.model, dtype=args.dtype)
     axis = jp.load_axis(args.out / "axis.safetensors")

@@ -100,7 +100,7 @@ def section(folder: pathlib.Path, slug: str) -> str:
 
 
 def judged(folder: pathlib.Path) -> list[str]:
-    """Return the lines of the subsection about judged answers; [] without results."""
+    """Return the lines of the subsection about judged answers; [] if there are no results."""
     judge = load(folder, "judge")
     if judge is None:
         return []
@@ -129,7 +129,7 @@ def judged(folder: pathlib.Path) -> list[str]:
 
 
 def capped(folder: pathlib.Path) -> list[str]:
-    """Return the lines of the subsection about capping; [] without results."""
+    """Return the lines of the subsection about capping; [] if there are no results."""
     cap, judge = load(folder, "cap"), load(folder, "cap_judge")
     if cap is None:
         return []
@@ -174,7 +174,7 @@ def capped(folder: pathlib.Path) -> list[str]:
 
 
 def speed(folder: pathlib.Path) -> list[str]:
-    """Return the lines of the subsection about speed; [] without results."""
+    """Return the lines of the subsection about speed; [] if there are no results."""
     found = load(folder, "speed")
     if found is None:
         return []
@@ -214,7 +214,7 @@ def options(found: dict[str, Any]) -> str:
 
 
 def names(ranked: list[list[Any]]) -> str:
-    """Return the names of ranked roles with their mean projections, as text."""
+    """Format ranked roles with their mean projections as comma-separated text."""
     return ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in ranked)
 
 

@@ -1,4 +1,4 @@
-"""Compare the speed of capped generation with that of forward hooks in transformers."""
+"""Benchmark capped generation against forward hooks in transformers, for `real_axis.py`."""
 
 from __future__ import annotations
 

@@ -55,11 +55,11 @@ def auc(means: dict[str, np.ndarray], halves: dict[str, np.ndarray]) -> list[flo
 
 
 def reliability(means: dict[str, np.ndarray], halves: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Return the agreement of the two halves of the questions at every layer.
+    """Return the split-half reliability of the axis and of the role vectors at every layer.
 
-    `axis_reliability` is the cosine between the two axes. `role_reliability` is the mean over roles
-    of the cosine between a role's two vectors, after the mean over all roles in the same half is
-    subtracted from each vector.
+    `axis_reliability` is the cosine between the axes of the two halves. `role_reliability` is the
+    mean over roles of the cosine between a role's two vectors, after the mean over all roles in the
+    same half is subtracted from each vector.
     """
     one, two = (_half_vectors(means, halves, second) for second in (False, True))
     a, b = _half_axis(one), _half_axis(two)

@@ -83,7 +83,7 @@ def resident() -> int:
 
 
 def size(folder: pathlib.Path, *parts: str) -> int:
-    """Return the total bytes of the files in the given subfolders, by default in all of them."""
+    """Return the total size in bytes of the files in a folder, or only in the given subfolders."""
     return sum(p.stat().st_size for p in folder.rglob("*")
                if p.is_file() and (not parts or p.relative_to(folder).parts[0] in parts))
 
@@ -92,7 +92,7 @@ def main() -> None:
     """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True,
-                        help="the run folder; if it exists, it is deleted first")
+                        help="the run folder; an existing run folder is deleted first")
     parser.add_argument("--roles", type=int, default=275)
     parser.add_argument("--questions", type=int, default=240)
     parser.add_argument("--new", type=int, default=512)

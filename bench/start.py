@@ -5,9 +5,9 @@
 Every measurement runs in a new process, which imports the package, loads the model and greedily
 answers one prompt at batch size 1. Three arms alternate: jaxpersona with empty compilation caches
 (cold), jaxpersona with the caches of an earlier process (warm), and transformers (`from_pretrained`
-and `generate`). The time of the first token is that of the first event of `Engine.stream`, or of
-the first generated token that the streamer of transformers receives. Wall-clock seconds depend on
-the load of the machine, so CPU seconds are also reported.
+and `generate`). The first token is timed at the first event of `Engine.stream` or, in transformers,
+when the streamer receives the first generated token. Wall-clock seconds depend on the load of the
+machine, so CPU seconds are also reported.
 
 - `import_s`, `load_s`: the wall-clock seconds of the imports and of loading the model (median of
   the warm runs).
@@ -118,7 +118,7 @@ def theirs(folder: str) -> dict[str, Any]:
     done = time.perf_counter()
     text = tokenizer.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
     return {"import_s": imported - begun, "load_s": loaded - imported,
-            "token_s": streamer.times[1][0] - loaded,  # the first call of `put` contains the prompt
+            "token_s": streamer.times[1][0] - loaded,  # the first call of `put` receives the prompt
             "reply_s": done - loaded, "cpu_s": streamer.times[1][1] - spent, "text": text}
 
 
@@ -209,7 +209,7 @@ def process(task: str, argument: str, cache: str) -> dict[str, Any]:
     done = subprocess.run([sys.executable, __file__, "--one", task, argument], check=True, env=env,
                           stdout=subprocess.PIPE, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    if "token_s" in found:  # seconds to the first token
+    if "token_s" in found:
         found["first_s"] = found["import_s"] + found["load_s"] + found["token_s"]
     return {**found, "process_s": time.perf_counter() - begun}
 

@@ -4,10 +4,10 @@
     JAX_PLATFORMS=cpu python bench/tpu_kernels.py attention --model gemma-2-27b --chip v6e
     JAX_PLATFORMS=cpu python bench/tpu_kernels.py residual --model llama-3.1-8b --chip v5e
 
-The programs are compiled but not run. The part `attention` compiles a prefill of one row with
-XLA's chunked attention and with splash attention. The part `residual` compiles decode steps and a
-prefill without a cap, and with every layer capped by XLA's edit or by the fused kernel. Few layers
-are enough (`--layers`), because each layer adds the same number of kernels and bytes, and the
+The programs are compiled but not run. The part `attention` compiles a prefill of one row with XLA's
+chunked attention and with splash attention. The part `residual` compiles decode steps and a prefill
+without a cap, and with every layer capped by XLA's edit or by the fused kernel. A few layers are
+enough (`--layers`), because each layer adds the same number of kernels and bytes, and the
 temporaries of one layer's attention are freed before the next layer. The last line of the output is
 JSON.
 """
@@ -89,7 +89,7 @@ def sizes(program: Any) -> dict[str, int]:
 
 
 def per_layer(program: Any, layers: int) -> float:
-    """Return the median over layers of the number of kernels in a layer."""
+    """Return the median number of kernels per layer."""
     found = hlo.operations(program.as_text())
     if any(op.looped and op.kind in KERNELS and "layer0" in op.scope.split("/") for op in found):
         found = [op for op in found if op.looped]  # count only the operations of a decode step
@@ -100,9 +100,9 @@ def per_layer(program: Any, layers: int) -> float:
 def score_bytes(program: Any, config: ModelConfig, width: int) -> int:
     """Estimate the bytes of attention scores that a program writes per layer.
 
-    XLA's cost analysis counts the body of a loop only once. This function adds the sizes of those
-    results in a loop's body that are at least as large as one chunk's scores in bfloat16, and
-    multiplies the sum by the number of chunks.
+    XLA's cost analysis counts the body of a loop only once. This function adds up the results in
+    loop bodies that are at least as large as the bfloat16 scores of one chunk, and multiplies the
+    sum by the number of chunks.
     """
     chunk = 2 * config.n_heads * min(width, QUERY_CHUNK) * width
     found = [op for op in hlo.operations(program.as_text()) if op.looped and op.bytes >= chunk]
@@ -110,7 +110,7 @@ def score_bytes(program: Any, config: ModelConfig, width: int) -> int:
 
 
 def attention(config: ModelConfig, mesh: Any, widths: list[int]) -> dict[str, Any]:
-    """Compile prefills of one row with both attention implementations; return their sizes."""
+    """Compile prefills of one row with XLA attention and splash attention; return their sizes."""
     out: dict[str, Any] = {}
     for width in widths:
         for name in ("xla", "splash"):
@@ -127,7 +127,7 @@ def attention(config: ModelConfig, mesh: Any, widths: list[int]) -> dict[str, An
 
 def residual(config: ModelConfig, mesh: Any, rows: int, width: int, programs: list[str],
              readings: bool) -> dict[str, Any]:
-    """Compile programs without a cap, and with every layer capped by either implementation.
+    """Compile programs without a cap, and with every layer capped by XLA or the Pallas kernel.
 
     Returns:
       The sizes and the number of kernels of each program, and the overhead of the caps.

@@ -201,7 +201,7 @@ def test_a_rehearsal_does_not_write_over_the_results_of_a_gpu(tmp_path, named):
                                   "TRACE": str(trace), "TMPDIR": str(tmp_path), "HLO": ""})
     assert sorted((BENCH / "results").iterdir()) == before
     if named == "bench/results":
-        assert out.returncode == 2 and "another folder than bench/results" in out.stdout
+        assert out.returncode == 2 and "a folder other than bench/results" in out.stdout
         assert not trace.exists()
         return
     assert out.returncode == 0, out.stderr

@@ -1,1 +1,1 @@
-"""Rollouts, and the run folder with the files, the manifest and the lock of a run."""
+"""Rollouts, and run folders: their files, manifests and locks."""

@@ -1,8 +1,8 @@
 """Close a role: write its rollouts, sample, scores and sums, and then clear its live files.
 
 A role is closed again after questions are added, after verdicts change, or for another judge.
-Each step writes whole files and can be repeated. The file of sums lists the rollouts that the sums
-contain, so no rollout is counted twice, even if a process is killed between two steps.
+Each step writes whole files and can be repeated. The sums file lists the rollouts that it includes,
+so no rollout is counted twice, even if a process is killed between two steps.
 """
 
 from __future__ import annotations
@@ -33,11 +33,10 @@ class State:
     Attributes:
       records: key → rollout; `close` sorts the rollouts by question, prompt and sample.
       live: the role's live files, to which rollouts and verdicts are appended.
-      verdicts: key → the judge's verdict, which is a JSON object with some fields of `PLAIN`.
+      verdicts: key → the judge's verdict, a JSON object with a subset of the fields of `PLAIN`.
         Verdicts that failed in an earlier call are omitted.
       sums: the sums of the response means by the judge's scores, or None if none are stored.
-      closed: whether the role is closed, so that its final files contain all its rollouts and
-        verdicts.
+      closed: whether the role's final files contain all its rollouts and verdicts.
     """
 
     __repr__ = brief
@@ -65,8 +64,8 @@ def state_of(run: Run, role: str, judge: str, rubric: str, shape: tuple[int, int
       shape: (L, D), the shape of a response mean.
       texts: whether to return the texts of a closed role's rollouts. If false, each record of a
         closed role is {}.
-      repair: whether to delete scores by another rubric and invalid data in the live files. If
-        false, both are ignored.
+      repair: whether to delete scores that are based on another rubric, and invalid data in the
+        live files. If false, both are ignored.
 
     Raises:
       Damaged: a file differs from the content that the run wrote.
@@ -105,8 +104,8 @@ def close(run: Run, role: str, state: State, *, judge: str, rubric: str, keep: i
     Args:
       run, role, judge, rubric: as in `state_of`.
       state: the role's state.
-      keep: the number of rollouts whose response means are stored, or None for all. The default
-        persona, which is not judged, always keeps all.
+      keep: the number of rollouts whose response means are stored, or None for all. For the
+        default persona, all are always stored.
       seed: the seed of the sample.
       reread: a function that recomputes the response means of the given rollouts and yields them
         in the same order.
@@ -116,9 +115,9 @@ def close(run: Run, role: str, state: State, *, judge: str, rubric: str, keep: i
 
     Raises:
       Damaged: the role's sample file differs from the content that the run wrote.
-      UserError: a file cannot be written, or a response mean is not finite.
+      UserError: a file cannot be written, or a response mean is infinite or partly NaN.
     """
-    # new rollouts are appended to `State.records` in the order in which they finished
+    # sort, because rollouts were appended to `State.records` in the order in which they finished
     records = state.records = dict(sorted(state.records.items(),
                                           key=lambda item: place_of(item[1])))
     live = state.live

@@ -17,10 +17,10 @@ from jaxpersona.runs.seal import sha256
 
 FORMAT = "jaxpersona-run 3"
 OLDER = "jaxpersona-run 2"  # an older format; `runs.older` reads its rollouts
-BOUND = ("model", "arguments", "numerics")  # fields that must be equal
+BOUND = ("model", "arguments", "numerics")  # fields that must not change within a run
 GROWING = ("roles", "questions", "judges")  # fields to which entries may be added
-DIGEST = "digest"  # field with the digest of the other fields
-LAST = "last"  # field with the arguments of the last call; it is not compared
+DIGEST = "digest"  # field with the digest of all other fields
+LAST = "last"  # field that records the last call; it is not compared
 
 
 def manifest_of(folder: pathlib.Path, overwrite: bool = False) -> dict[str, Any]:
@@ -28,11 +28,11 @@ def manifest_of(folder: pathlib.Path, overwrite: bool = False) -> dict[str, Any]
 
     Args:
       folder: the run folder.
-      overwrite: whether the caller will delete the run, so that format `OLDER` and a wrong digest
-        are accepted too.
+      overwrite: whether the caller will delete the run. If so, format `OLDER` and a wrong digest
+        are also accepted.
 
     Raises:
-      UserError: the folder has no manifest, or a manifest that is damaged or of another format.
+      UserError: the folder has no manifest, or its manifest is damaged or has another format.
     """
     path = folder / MANIFEST
     require_file(path)
@@ -40,8 +40,8 @@ def manifest_of(folder: pathlib.Path, overwrite: bool = False) -> dict[str, Any]
     version = stored.get("format") if isinstance(stored, dict) else None
     older = isinstance(version, str) and version.startswith("jaxpersona-run ")
     if version == OLDER and not overwrite:
-        raise UserError(f"{folder}: run.json has format {OLDER!r} of an older version; choose "
-                        "another folder, and copy the rollouts into it with take_from "
+        raise UserError(f"{folder}: run.json has the older format {OLDER!r}; choose another "
+                        "folder, and copy the rollouts into it with take_from "
                         f"(--take-from {folder})")
     if older and version not in (FORMAT, OLDER):
         raise UserError(f"{folder}: run.json has format {version!r}, but this version writes "
@@ -88,7 +88,7 @@ def judges_of(folder: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """Return a JSON value as text of at most 80 characters."""
+    """Format a value as JSON, truncated to 80 characters."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:79] + "…"
 
@@ -96,8 +96,8 @@ def shown(value: Any) -> str:
 def check_same(folder: pathlib.Path, stored: Any, wanted: Mapping[str, Any]) -> None:
     """Check that two manifests belong to the same run.
 
-    The `GROWING` fields are compared by their common entries, and `LAST` is not compared. All other
-    fields must be equal.
+    In the `GROWING` fields, only the entries that are in both manifests are compared. `LAST` is not
+    compared, and `check_origin` checks `IMPORTED`. All other fields must be equal.
 
     Raises:
       UserError: a field differs, or the stored manifest is damaged.

@@ -10,7 +10,7 @@ from jaxpersona.errors import UserError
 
 
 class Damaged(UserError):
-    """Error for a file of a role that is missing, unreadable or not as the run wrote it.
+    """Error for a role's file that is missing, unreadable or different from what the run wrote.
 
     Attributes:
       role: the name of the role.

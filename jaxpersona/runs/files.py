@@ -1,4 +1,4 @@
-"""The names and the deletion of the files that a run writes; no other file is ever deleted."""
+"""Name and delete the files that a run writes; other files are never deleted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.runs import live
 from jaxpersona.runs.names import file_stem, judge_folder
 
-DRIFT, PAGE = "drift.json", "report.html"  # written without the lock, like the figures
+DRIFT, PAGE = "drift.json", "report.html"  # written without holding the run's lock
 FIGURES = (*(f"{name}.{kind}" for name in ("roles", "pca", "variance", "drift")
              for kind in ("png", "svg")), DRIFT, PAGE)
 RESULTS = ("axis.safetensors", "analysis.json")
@@ -21,7 +21,7 @@ STATUS = "status.json"
 MANIFEST = "run.json"
 PARTS = {"rollouts": ".jsonl", "samples": ".safetensors", "vectors": ".safetensors",
          "scores": ".json", "sums": ".safetensors"}
-JUDGED = ("scores", "sums")  # parts that have one folder per judge
+JUDGED = ("scores", "sums")  # parts with one subfolder per judge
 
 
 def path_of(folder: pathlib.Path, part: str, role: str, judge: str = "") -> pathlib.Path:
@@ -41,7 +41,7 @@ def path_of(folder: pathlib.Path, part: str, role: str, judge: str = "") -> path
 
 
 def folders_of(folder: pathlib.Path, judges: Iterable[str]) -> Iterator[tuple[str, pathlib.Path]]:
-    """Yield (part, path) for every folder that contains files of roles, except `live`."""
+    """Yield (part, path) for each folder that may contain files of roles, except `live`."""
     judges = list(judges)
     for part in PARTS:
         yield part, folder / part
@@ -51,7 +51,7 @@ def folders_of(folder: pathlib.Path, judges: Iterable[str]) -> Iterator[tuple[st
 
 
 def delete_run(folder: pathlib.Path, roles: Iterable[str], judges: Iterable[str]) -> int:
-    """Delete the files of a run, and those of its folders that are empty then.
+    """Delete the files of a run, and then its empty subfolders.
 
     The manifest, the lock files and all files that no run wrote are kept.
 
@@ -109,7 +109,7 @@ def delete(path: pathlib.Path) -> bool:
 
 
 def remove_leftovers(folder: pathlib.Path, roles: Iterable[str], judges: Iterable[str]) -> None:
-    """Remove the temporary files of processes that were killed while they wrote a run's files.
+    """Remove the temporary files that killed processes of a run left behind.
 
     The caller holds the lock, so no other process of the run is writing. Figures are written
     without the lock, so a temporary file of a figure is removed only if its process has ended.
@@ -125,7 +125,7 @@ def remove_leftovers(folder: pathlib.Path, roles: Iterable[str], judges: Iterabl
 
 
 def alive(process: int) -> bool:
-    """Return whether the process with this id is running on this machine."""
+    """Return whether a process with the id `process` is running on this machine."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

@@ -1,7 +1,8 @@
-"""The origin of an imported run: a field of run.json, and the check before the run is continued.
+"""The origin of an imported run: its record in run.json, and a check before the run continues.
 
-The field `imported` contains the number of imported rollouts, the folder's name, and the relative
-distance of its response means from those of the model (`persona.importing`), or None.
+The field `imported` contains the number of imported rollouts, the path of the source folder, and
+the median relative distance between the imported response means and those that the model computes
+(`persona.importing`). The distance is None if no response means were compared.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ IMPORTED = "imported"  # field of run.json; absent if all rollouts were generate
 
 def check_origin(folder: pathlib.Path, stored: Mapping[str, Any],
                  wanted: Mapping[str, Any]) -> None:
-    """Check that an imported run belongs to the model of the manifest with which it is opened.
+    """Check that an imported run is opened with the model for which it was imported.
 
     Args:
       folder: the run folder.
@@ -41,10 +42,10 @@ def check_origin(folder: pathlib.Path, stored: Mapping[str, Any],
     name = stored.get("last", {}).get("model", "")
     raise UserError(f"{folder}: was imported from {where!r} for the model {name!r} with the "
                     f"fingerprint {known}, but the given model has the fingerprint {given}; give "
-                    "that model, or choose another folder")
+                    "the model of the import, or choose another folder")
 
 
 def continued(origin: Mapping[str, Any]) -> str:
-    """Return the notice of a call that continues an imported run."""
+    """Return the notice for a call that continues an imported run."""
     return (f"{origin.get('rollouts', 0):,} rollouts of the run were imported from "
             f"{origin.get('folder', '')!r}; further rollouts are generated with this package")

@@ -4,10 +4,10 @@
     live/<role>.means            the response means, [n, L, D] float32 without a header
     live/<role>.verdicts.jsonl   one line per verdict of a judge
 
-The first line of a JSONL file contains the role and its binding. Each new rollout or verdict is
-appended as one line with a checksum. The checksum of a rollout also covers its mean. If a process
-is killed at any time, all complete lines stay valid, and an incomplete line is removed when the
-files are opened again.
+The first line of a JSONL file contains the role and its binding (`Run.binding`). Each new rollout
+or verdict is appended as one line with a checksum. The checksum of a rollout also covers its
+response mean. If a process is killed at any time, all complete lines stay valid, and an incomplete
+line is removed when the files are opened again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Live:
 
     Attributes:
       records: key → rollout, in the order in which the rollouts finished.
-      verdicts: judge → key → verdict (a JSON object); callers pass the judge as "name/rubric".
+      verdicts: judge → key → verdict (a JSON object). A judge is identified as "name/rubric".
     """
 
     def __init__(self, folder: pathlib.Path, role: str, binding: str,
@@ -124,7 +124,7 @@ class Live:
 
     def _read(self, repair: bool) -> None:
         if not self._lines.exists():
-            if repair:  # if a process is killed in `add` or `keep_only`, the means may remain
+            if repair:  # a process killed in `add` or `keep_only` may leave the means file behind
                 self._means.unlink(missing_ok=True)
         else:
             size, valid, row = require_file(self._lines), 0, -1
@@ -181,7 +181,7 @@ def _values(lines: BinaryIO, means: BinaryIO | None = None,
     """Yield each line of a file and its JSON value, up to the first line that is not valid.
 
     Args:
-      lines: the file of lines.
+      lines: the JSONL file, opened in binary mode.
       means: the file of response means, with one mean for each line after the first, or None.
       size: the number of bytes per mean.
     """

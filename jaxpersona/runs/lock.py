@@ -19,7 +19,7 @@ _OF_WORKER = re.compile(r"\.lock(\.[1-9][0-9]{0,8})?")
 
 @contextlib.contextmanager
 def locked(folder: pathlib.Path, worker: int = 0) -> Iterator[None]:
-    """Hold the lock of a folder during the `with` block.
+    """Hold the lock on a folder for the duration of the `with` block.
 
     If the process is killed, the operating system releases the lock.
 
@@ -45,7 +45,7 @@ def locked(folder: pathlib.Path, worker: int = 0) -> Iterator[None]:
 
 
 def is_lock(name: str) -> bool:
-    """Return whether a file name is the name of a lock file of a run."""
+    """Return whether `name` is the file name of a run's lock file."""
     return _OF_WORKER.fullmatch(name) is not None
 
 
@@ -87,6 +87,6 @@ def _take(path: pathlib.Path) -> int:
 
 
 def _release(path: pathlib.Path, handle: int) -> None:
-    # remove the file before unlocking it, so that no process can lock a file that is then removed
+    # unlink before unlocking, so that no other process can lock a file that is about to be removed
     path.unlink(missing_ok=True)
     os.close(handle)

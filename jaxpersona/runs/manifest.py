@@ -40,7 +40,7 @@ _CPU = re.compile(r"(avx|sse|fma|f16c|amx|asimd|sve|bf16|i8mm)")
 
 def manifest(model: Model, roles: Sequence[Role], questions: Sequence[Question], judge: str,
              settings: Settings, tokens: Mapping[str, str], **last: Any) -> dict[str, Any]:
-    """Return a run's manifest as a JSON value.
+    """Return a run's manifest as a JSON object.
 
     When a run is resumed, `compare.check_same` requires the fields "model" (weights, dtype, shape
     and stop tokens), "arguments" (all fields of `settings`) and "numerics" (the result of
@@ -55,7 +55,7 @@ def manifest(model: Model, roles: Sequence[Role], questions: Sequence[Question],
       judge: the name of the judge.
       tokens: digests of the tokens of each role's prompts and of each question, with the keys
         "role <name>" and "question <id>" (`prepare.check_prompts`).
-      last: further arguments to record; they are not compared.
+      last: further arguments to record in the field "last".
     """
     return {
         "model": {"fingerprint": model.fingerprint, "fingerprint_scheme": SCHEME,

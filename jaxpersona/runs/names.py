@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from jaxpersona.errors import UserError
 
 _SAFE = frozenset(string.ascii_letters + string.digits + "_-.")
-_LONGEST = 200  # bytes; file systems allow 255, and suffixes and temporary names need the rest
+_LONGEST = 200  # maximum bytes; file systems allow 255, and suffixes need the rest
 
 
 def file_stem(role: str) -> str:
-    """Return the file name of a role, without a suffix.
+    """Return the file name for a role, without its suffix.
 
     ASCII letters, digits, `_`, `-` and `.` are kept. A leading `.` and every other UTF-8 byte are
     written as `%XX`. File names therefore contain no path separators, and different roles have
@@ -24,7 +24,7 @@ def file_stem(role: str) -> str:
 
 
 def judge_folder(judge: str) -> str:
-    """Return the folder name of a judge; above 100 bytes, a digest replaces the end of the name."""
+    """Return the folder name for a judge; a digest replaces the end of names over 100 bytes."""
     stem = file_stem(judge)
     if len(stem) <= 100:
         return stem
@@ -35,8 +35,8 @@ def check_names(roles: Iterable[str]) -> None:
     """Check that every role name can be a file name.
 
     Raises:
-      UserError: `roles` is not iterable, or a name is empty, not a string, not valid UTF-8 or too
-        long, or two names are equal or differ only in case, which some file systems ignore.
+      UserError: `roles` is not iterable; a name is empty, not a string, not valid UTF-8 or too
+        long; or two names are equal or differ only in case (some file systems ignore case).
     """
     seen: set[str] = set()
     if not isinstance(roles, Iterable):

@@ -18,7 +18,7 @@ from jaxpersona.runs.files import MANIFEST
 from jaxpersona.runs.names import file_stem
 from jaxpersona.runs.seal import sha256
 
-_LIMIT = 16 << 30  # maximum bytes of a role's rollouts file
+_LIMIT = 16 << 30  # maximum size of a role's rollouts file in bytes
 
 
 class Older:
@@ -45,7 +45,7 @@ class Older:
     def check(self, manifest: Mapping[str, Any]) -> None:
         """Check that this run used the same model, settings and device as the given manifest.
 
-        The prompts and questions are not compared here, but for each rollout (`same`).
+        Prompts and questions are not checked; `same` compares them for each rollout.
 
         Raises:
           UserError: a field of the model, the settings or the device differs.
@@ -76,7 +76,7 @@ class Older:
         data = read_bytes(text, _LIMIT)
         tensors, about = read_tensors(means)
         values, records = tensors.get("response"), None
-        if about.get("rollouts") == sha256(data):  # so `data` is JSON, as it was written
+        if about.get("rollouts") == sha256(data):  # so `data` is valid JSON
             records = [json.loads(line) for line in data.decode().split("\n") if line]
         if records is None or values is None or about.get("role") != role or (
                 len(values) != len(records)):

@@ -1,4 +1,4 @@
-"""The output folder of the published Assistant Axis code (Lu et al. 2026): its names and fields.
+"""Read and convert the files of the published Assistant Axis code (Lu et al. 2026).
 
     responses/<role>.jsonl   one rollout per line, with the fields `FIELDS`
     scores/<role>.json       key → score from 0 to 3; a rollout without a score was not judged
@@ -8,7 +8,7 @@
 
 A key is `<label>_p<prompt_index>_q<question_index>`. The published code labels every rollout "pos".
 A run folder of this package labels the rollouts of the default persona "default", so the functions
-below convert the keys. The readers append all faults to a list, so that one error names them all.
+below convert the keys. The readers append all faults to a list, so that one error reports them all.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ AXIS = "axis.pt"
 SUFFIXES = {RESPONSES: ".jsonl", SCORES: ".json", ACTIVATIONS: ".pt"}
 FIELDS = ("system_prompt", "prompt_index", "question_index", "question", "conversation", "label")
 LABEL = "pos"
-MAX_INDEX = 1_000_000  # exclusive limit of prompt and question indices
-_SHOWN = 5  # number of keys that a message names
-_LONGEST = 200  # bytes of a role's name; file systems allow 255, and suffixes need the rest
+MAX_INDEX = 1_000_000  # exclusive upper bound of prompt and question indices
+_SHOWN = 5  # maximum number of keys that a message lists
+_LONGEST = 200  # maximum bytes of a role name; file systems allow 255, and suffixes need the rest
 
 
 @dataclasses.dataclass
 class Texts:
-    """The rollouts of one role.
+    """The rollouts of one role in a published folder.
 
     Attributes:
       records: key in a run folder (`rollout_key`) → rollout.
       names: key in the published folder → key in a run folder.
-      extra: field → number of rollouts with this field, for fields that are not in `FIELDS`.
+      extra: unknown field (not in `FIELDS`) → number of rollouts that have it.
     """
 
     __repr__ = brief
@@ -57,12 +57,12 @@ class Texts:
     extra: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def prompts(self) -> dict[int, str]:
-        """Return prompt index → system prompt, in ascending order of the index."""
+        """Return a dictionary prompt index → system prompt, sorted by index."""
         found = {r["prompt_index"]: r["system_prompt"] for r in self.records.values()}
         return dict(sorted(found.items()))
 
     def questions(self) -> dict[int, str]:
-        """Return question index → question, in ascending order of the index."""
+        """Return a dictionary question index → question, sorted by index."""
         found = {r["question_index"]: r["question"] for r in self.records.values()}
         return dict(sorted(found.items()))
 
@@ -73,7 +73,7 @@ def published_key(record: Mapping[str, Any]) -> str:
 
 
 def published_record(record: Mapping[str, Any], *, fold_system: bool = False) -> dict[str, Any]:
-    """Return a rollout with the fields of the published code, in their order.
+    """Convert a rollout to the published format, with the fields in the order of `FIELDS`.
 
     Args:
       record: a rollout of a run folder.
@@ -88,33 +88,35 @@ def published_record(record: Mapping[str, Any], *, fold_system: bool = False) ->
 
 
 def check_role(role: str) -> None:
-    """Check that a role's name can be a file name without escapes.
+    """Check that a role's name can be a file name without escaping.
 
     Raises:
-      UserError: the name begins with a dot, contains a path separator or a character that cannot be
-        printed, is too long, or is not valid UTF-8.
+      UserError: the name is empty, too long or not valid UTF-8, begins with a dot, or contains a
+        path separator, a colon or a non-printable character.
     """
     plain = role.isprintable() and not role.startswith(".") and not set(role) & set("/\\:")
     if not role or not plain or len(role.encode("utf-8", "replace")) > _LONGEST:
         raise UserError(f"the role name {role[:40]!r} cannot be a file name in the published "
-                        "format; use a name without path separators, colons, control characters "
-                        "and a leading dot")
+                        "format; use a shorter name, or one without a leading dot, path "
+                        "separators, colons and control characters")
 
 
 def roles_in(folder: pathlib.Path, part: str) -> list[str]:
-    """Return the role names of the files of a part, sorted; [] if its folder does not exist.
+    """Return the sorted names of the roles that have a file in a subfolder.
+
+    The list is empty if the subfolder does not exist.
 
     Args:
       folder: the published folder.
-      part: `RESPONSES`, `SCORES` or `ACTIVATIONS`.
+      part: the name of the subfolder: `RESPONSES`, `SCORES` or `ACTIVATIONS`.
 
     Raises:
-      UserError: a name is not valid (`check_role`).
+      UserError: a role name is not valid (`check_role`).
     """
     place, suffix = folder / part, SUFFIXES[part]
     if not place.is_dir():
         return []
-    # hidden files are those of editors and operating systems
+    # skip hidden files, which editors and operating systems create
     names = sorted(p.name.removesuffix(suffix) for p in place.iterdir()
                    if p.name.endswith(suffix) and not p.name.startswith("."))
     for name in names:
@@ -123,7 +125,7 @@ def roles_in(folder: pathlib.Path, part: str) -> list[str]:
 
 
 def read_responses(folder: pathlib.Path, role: str, faults: Faults) -> Texts:
-    """Read and check the rollouts of a role; every faulty line is a fault with its number."""
+    """Read and check the rollouts of a role; record each fault with its line number."""
     path, found = folder / RESPONSES / f"{role}.jsonl", Texts()
     prompts: dict[int, str] = {}
     questions: dict[int, str] = {}
@@ -150,12 +152,12 @@ def read_responses(folder: pathlib.Path, role: str, faults: Faults) -> Texts:
         found.names[f"{raw['label']}_p{raw['prompt_index']}_q{raw['question_index']}"] = key
         found.extra.update(set(raw) - set(FIELDS))
     if not found.records and len(faults) == before:
-        faults.append(f"{path}: contains no rollout")
+        faults.append(f"{path}: contains no rollouts")
     return found
 
 
 def read_scores(folder: pathlib.Path, role: str, texts: Texts, faults: Faults) -> dict[str, int]:
-    """Read and check the scores of a role; return key in a run folder → score."""
+    """Read and check the scores of a role; return a dictionary `rollout_key` → score."""
     path = folder / SCORES / f"{role}.json"
     raw = read_table(path, faults) or {}
     _unknown(path, raw, texts, faults)
@@ -171,13 +173,13 @@ def read_scores(folder: pathlib.Path, role: str, texts: Texts, faults: Faults) -
 
 def read_activations(folder: pathlib.Path, role: str, texts: Texts, shape: tuple[int, ...] | None,
                      faults: Faults) -> dict[str, np.ndarray]:
-    """Read and check the response means of a role; return key in a run folder → mean [L, D].
+    """Read and check the response means of a role; return `rollout_key` → mean [L, D].
 
     Args:
       folder: the published folder.
       role: the name of the role.
       texts: the rollouts of the role.
-      shape: (L, D), or None if it is unknown; then all means must have the shape of the first one.
+      shape: (L, D); None if unknown, in which case all means must have the shape of the first.
       faults: the list to which faults are appended.
     """
     path = folder / ACTIVATIONS / f"{role}.pt"
@@ -194,7 +196,7 @@ def read_activations(folder: pathlib.Path, role: str, texts: Texts, shape: tuple
     if wrong:
         faults.append(f"{path}: tensors of another shape than "
                       f"{list(shape) if len(shape) == 2 else '[layers, width]'}: {_some(wrong)}; "
-                      f"the first one has {list(held[wrong[0]].shape)}")
+                      f"the first of them has {list(held[wrong[0]].shape)}")
     broken = [key for key, mean in held.items() if not np.isfinite(mean).all()]
     if broken:
         faults.append(f"{path}: tensors with non-finite values: {_some(broken)}")
@@ -208,13 +210,13 @@ def _unknown(path: pathlib.Path, keys: Iterable[str], texts: Texts, faults: Faul
 
 
 def _some(keys: list[str]) -> str:
-    """Return the first keys as text, and their number if not all are shown."""
+    """Join the first `_SHOWN` keys with commas; append the total number if there are more."""
     named = ", ".join(f"{key:.60}" for key in keys[:_SHOWN])
     return named + (f", … ({len(keys)} in total)" if len(keys) > _SHOWN else "")
 
 
 def _record(raw: Any, role: str, where: str, faults: Faults) -> dict[str, Any] | None:
-    """Return a line's rollout with the fields of a run folder; record faults and return None."""
+    """Convert a line to a rollout of a run folder; if it is faulty, record why and return None."""
     before = len(faults)
     if not isinstance(raw, dict):
         faults.append(f"{where}: contains {kind(raw)}, not an object")
@@ -242,11 +244,11 @@ def _record(raw: Any, role: str, where: str, faults: Faults) -> dict[str, Any] |
 
 
 def _fault_of(talk: Any) -> str:
-    """Return the fault of a conversation, or "" if it has none."""
+    """Describe the first fault of a conversation; return "" if there is none."""
     if not isinstance(talk, list) or not all(
             isinstance(m, dict) and set(m) == {"role", "content"}
             and all(isinstance(x, str) for x in m.values()) for m in talk):
-        return "is not a list of messages with the texts role and content"
+        return "is not a list of messages with the string fields role and content"
     roles = [message["role"] for message in talk]
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
         return (f"has messages of the roles {', '.join(roles)[:60] or 'none'}; it must have one "

@@ -1,7 +1,7 @@
-"""Rollouts: a role's replies to all pairs of prompt and question, their order and their keys.
+"""Rollouts: a role's replies to every combination of system prompt and question.
 
-The rollouts of a role are sorted by (question id, prompt, sample). Rollouts of new questions with
-higher ids therefore come after the existing rollouts.
+The rollouts of a role are sorted by (question id, prompt index, sample). Rollouts of new questions
+with higher ids therefore come after the existing rollouts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxpersona.text import chat
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
-MAX_SAMPLES = 100_000  # limits the texts of a role, which must fit in memory at once
+MAX_SAMPLES = 100_000  # bounds the size of a role's texts, which must fit in memory together
 MAX_ROWS = 65_536
 
 
@@ -90,7 +90,7 @@ def keys_of(role: Role, questions: Sequence[Question], settings: Settings) -> li
 def rollout_key(record: Mapping[str, Any]) -> str:
     """Return the key that identifies a rollout within its role.
 
-    The key consists of the label, the indices of prompt and question, and, if not 0, the sample.
+    The key consists of the label, the prompt and question indices, and the sample if it is not 0.
     """
     key = f"{record['label']}_p{record['prompt_index']}_q{record['question_index']}"
     return f"{key}_s{record['sample']}" if record.get("sample") else key

@@ -1,27 +1,27 @@
-"""The run folder: its files, their digests, and the checks when a run is resumed.
+"""The run folder: its files, their digests, and the checks before a run is resumed.
 
     run.json                           the manifest (`runs.manifest`)
     live/<role>.*                      a role that is not closed yet (`runs.live`)
     rollouts/<role>.jsonl              one rollout per line, in the order of `runs.rollouts`
     samples/<role>.safetensors         the response means of a sample of rollouts (`sums.Sample`)
     scores/<judge>/<role>.json         a judge's verdicts
-    sums/<judge>/<role>.safetensors    sums of the response means by score (`sums.Sums`)
-    vectors/<role>.safetensors         averages of the response means by the last judge's scores
+    sums/<judge>/<role>.safetensors    sums of the response means, grouped by score (`sums.Sums`)
+    vectors/<role>.safetensors         averages of the response means for the last judge's scores
     axis.safetensors                   the axis with its thresholds
     analysis.json                      cosines, variance ratios and projections
     status.json                        progress, rate and time left (`runs.status`)
     .lock                              exists while a process uses the folder
 
 A role is live until all its rollouts are generated and judged; `runs.closing` then writes the files
-of the closed role. Each file is written under a temporary name and renamed, and only status.json
-contains times. A run that was killed at any point can therefore be resumed, and all files except
-status.json become identical to those of an uninterrupted run.
+of the closed role. All files except live files are written under a temporary name and then renamed,
+and only status.json contains timestamps. A run that was killed at any point can therefore be
+resumed, and all files except status.json become identical to those of an uninterrupted run.
 
 Sealed files (`runs.seal`) contain a digest of their content, the name of their role, and the role's
 binding: the digest of the data that determine the role's rollouts. Sample files also contain the
-digest of the rollouts. A call extends the run if it has another judge or min_count, other held-out
-roles, or further questions or roles. Each call that starts or resumes a run recomputes the vectors,
-the axis and the analysis.
+digest of the rollouts file. A call with another judge or min_count, with other held-out roles, or
+with additional questions or roles extends the run. Each call that starts or resumes a run
+recomputes the vectors, the axis and the analysis.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ from jaxpersona.runs.sums import Sample, Sums
 
 
 class Run:
-    """The files of one run: `Run.open` starts or resumes it, `Run.read` opens it read-only.
+    """The files of one run. `Run.open` starts or resumes the run; `Run.read` opens it read-only.
 
     Attributes:
       folder: the run folder.
@@ -99,7 +99,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Run:
-        """Return the run in a folder, opened read-only.
+        """Open the run in a folder read-only.
 
         Raises:
           UserError: the folder contains no run of this format, or its manifest is damaged.
@@ -116,7 +116,7 @@ class Run:
         Args:
           folder: a new or empty folder, or the folder of the same run (`compare.check_same`).
           manifest: a JSON value with the fields of `runs.manifest.manifest`.
-          worker: index of this process in the run; process 0 must open the folder first.
+          worker: the index of this process in the run; process 0 must open the folder first.
           overwrite: whether to delete an existing run in the folder, even a different run, and
             start a new run. Files that no run wrote are not deleted.
 
@@ -171,7 +171,7 @@ class Run:
         """Check that a folder without a manifest is empty.
 
         Subfolders of a run are ignored if they contain no files. The lock, temporary and status
-        files of a process that was killed at its start are also ignored.
+        files of a process that was killed at startup are also ignored.
 
         Raises:
           UserError: the folder has no manifest and contains other files.
@@ -227,7 +227,7 @@ class Run:
         """Return the rollouts in a role's rollouts file, or None if there is no file.
 
         Raises:
-          Damaged: as in `rollouts_bytes`.
+          Damaged: see `rollouts_bytes`.
         """
         data = self.rollouts_bytes(role)
         return None if data is None else self.parsed(data)
@@ -243,8 +243,8 @@ class Run:
         """Return the verified content of a role's rollouts file, or None if there is no file.
 
         Raises:
-          Damaged: the file differs from the content that the run wrote or cannot be read, or the
-            sample file, which contains its digest, is missing or damaged.
+          Damaged: the file cannot be read or differs from the content that the run wrote, or the
+            sample file, which contains the digest of the rollouts, is missing or damaged.
         """
         path = self.path("rollouts", role)
         if not os.path.lexists(path):
@@ -279,7 +279,7 @@ class Run:
         return Sample(json.loads(about["keys"]), tensors["base"], tensors["differences"])
 
     def sums(self, role: str, judge: str | None = None) -> Sums | None:
-        """Return the sums of a role's means by a judge's scores, or None if there is no file.
+        """Return a role's response means, summed by a judge's scores; None if there is no file.
 
         Raises:
           Damaged: the file differs from the content that the run wrote.
@@ -346,7 +346,7 @@ class Run:
                                                 if value}})
 
     def save_sums(self, role: str, judge: str, sums: Sums) -> None:
-        """Write the sums of a role's response means by a judge's scores."""
+        """Write a role's response means, summed by a judge's scores."""
         tensors, about = sums.stored()
         write_sealed(self.path("sums", role, judge), tensors,
                      {**about, "role": role, "binding": self.binding(role)})
@@ -376,5 +376,5 @@ class Run:
         delete_role(self.folder, role, self.manifest.get("judges", {}))
 
     def forget(self, role: str, judge: str, part: str) -> None:
-        """Delete a judge's scores or sums of a role; `part` is "scores" or "sums"."""
+        """Delete a judge's scores file or sums file for a role; `part` is "scores" or "sums"."""
         delete(self.path(part, role, judge))

@@ -1,10 +1,10 @@
-"""The choice of the rollouts whose response means are stored: a seeded sample of each role.
+"""Choose the rollouts whose response means are stored: a seeded, stratified sample per role.
 
 The sample is stratified by prompt: as far as possible, it contains the same number of rollouts of
 each prompt. Every rollout has a random rank that depends only on the seed, the role and the
 rollout, and the rollouts with the lowest ranks are chosen. The sample therefore does not depend on
-the order in which the rollouts finish. After questions are added, each chosen rollout is either new
-or was already chosen before.
+the order in which the rollouts finish. After questions are added, the new sample consists of new
+rollouts and of rollouts from the previous sample.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def chosen(prompts: Mapping[str, int], keep: int | None, *, seed: int, role: str
         keys.sort(key=lambda key: _rank(seed, role, key))
     kept: set[str] = set()
     depth = 0
-    while len(kept) < keep:  # add the lowest rank of each prompt, then the second lowest, …
+    while len(kept) < keep:  # add each prompt's lowest-ranked rollout, then its second-lowest, …
         for prompt in sorted(strata, key=lambda p: _rank(seed, role, f"prompt {p}")):
             if depth < len(strata[prompt]) and len(kept) < keep:
                 kept.add(strata[prompt][depth])

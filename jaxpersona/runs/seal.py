@@ -54,8 +54,7 @@ def read_sealed(path: pathlib.Path, role: str, binding: str,
     The digest is verified before any tensor is loaded into memory.
 
     Raises:
-      Damaged: the file is missing, was changed, or belongs to another role or run (its binding
-        differs).
+      Damaged: the file is missing, was changed, or belongs to another role or run.
     """
     try:
         entries, about = read_entries(path)
@@ -88,8 +87,7 @@ def read_sealed_json(path: pathlib.Path, role: str, binding: str) -> dict[str, A
     """Return the JSON object in a file that `write_sealed_json` wrote.
 
     Raises:
-      Damaged: the file is missing, was changed, or belongs to another role or run (its binding
-        differs).
+      Damaged: the file is missing, was changed, or belongs to another role or run.
     """
     try:
         data = read_bytes(path, TEXT_BYTES)
@@ -100,7 +98,7 @@ def read_sealed_json(path: pathlib.Path, role: str, binding: str) -> dict[str, A
         stored = value.pop("digest")
         text = json_text(value)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise Damaged(role, path, "no JSON object with a digest") from None
+        raise Damaged(role, path, "not a JSON object with a digest") from None
     if value.get("role") != role or value.get("binding") != binding:
         raise Damaged(role, path, "belongs to another role or run")
     whole = json_text({**value, "digest": stored}).encode("utf-8", "surrogatepass")

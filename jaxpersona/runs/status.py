@@ -16,7 +16,7 @@ from jaxpersona.inputs import read_json
 from jaxpersona.runs.compare import manifest_of
 from jaxpersona.runs.files import MANIFEST, STATUS, alive
 
-SECONDS = 5.0  # minimum seconds between a write and the next write by `update`
+SECONDS = 5.0  # `update` writes only if the last write was at least this many seconds ago
 
 
 class Status:
@@ -30,7 +30,7 @@ class Status:
       failed: the number of verdicts that failed.
       tokens: the number of tokens that this call generated.
       cost: the cost of this call's verdicts in USD.
-      roles: the number of roles.
+      roles: the number of roles in the run.
       closed: the number of roles that are closed.
     """
 
@@ -108,8 +108,8 @@ def read_status(folder: str | os.PathLike[str]) -> dict[str, Any]:
     wrong = [name for name, kind in needed.items() if not isinstance(found, dict)
              or not isinstance(found.get(name), kind)]
     if wrong:
-        raise UserError(f"{folder / STATUS}: damaged (no valid field {wrong[0]}); run "
-                        "`jaxpersona axis` on the folder to write it again")
+        raise UserError(f"{folder / STATUS}: damaged (no valid field {wrong[0]}); resume "
+                        "the run with `jaxpersona axis` to write the file again")
     if found["state"] == "running" and found["host"] == socket.gethostname() and not alive(
             found["process"]):
         found["state"] = "stopped"
@@ -143,14 +143,14 @@ def _lines(path: pathlib.Path) -> int:
 
 
 def describe(found: dict[str, Any]) -> list[str]:
-    """Return the content of status.json as lines of text for users."""
+    """Format the content of status.json as lines of text for the user."""
     left = found.get("seconds_left")
     lines = [f"{found['state']}: {found['rollouts']:,} of {found['rollouts_total']:,} rollouts, "
              f"{found['verdicts']:,} of {found['verdicts_total']:,} verdicts, "
              f"{found['roles_complete']:,} of {found['roles']:,} roles complete"]
     if found["verdicts_failed"]:
-        lines.append(f"failed verdicts: {found['verdicts_failed']:,}; these rollouts are judged "
-                     "again when the run is resumed")
+        lines.append(f"failed verdicts: {found['verdicts_failed']:,} (retried when the run is "
+                     "resumed)")
     if found["tokens"]:
         lines.append(f"rate: {found['rollouts_per_second']:,.2f} rollouts/s, "
                      f"{found['tokens_per_second']:,.0f} tokens/s")

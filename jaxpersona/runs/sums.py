@@ -1,4 +1,4 @@
-"""The stored form of a role's response means: their sums by score, and a sample of the means."""
+"""The stored forms of a role's response means: their sums by score, and a sample of the means."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ EMPTY, UNDECIDED = "empty", "none"
 
 @dataclasses.dataclass
 class Sums:
-    """The sums of a role's response means by the judge's scores.
+    """The sums of a role's response means, grouped by the judge's score.
 
     Attributes:
-      totals: group → sum [L, D] float64. A group is a score, or "none" for replies without a
-        score, which are undecided or of the default persona.
-      groups: key → group of each rollout that was added. The group of an empty reply, which has no
-        response mean, is "empty".
+      totals: group → sum of the response means, [L, D] float64. A group is a score as text, or
+        "none" for replies that have no score: those of the default persona, and those on which the
+        judge was undecided.
+      groups: rollout key → group, for each rollout that was added. The group of an empty reply,
+        which has no response mean, is "empty".
     """
 
     __repr__ = brief
@@ -58,17 +59,18 @@ class Sums:
     def agrees(self, scores: Mapping[str, int | None]) -> bool:
         """Return whether the group of each added rollout matches its score in `scores`.
 
-        The group "empty" matches every score.
+        The group "empty" matches every score. A rollout that is missing from `scores` does not
+        match.
         """
         return all(key in scores and group in (
             EMPTY, UNDECIDED if scores[key] is None else str(scores[key]))
             for key, group in self.groups.items())
 
     def vectors(self, labels: Mapping[int, str]) -> dict[str, tuple[np.ndarray, int]]:
-        """Return the average of each group: label → (vector [L, D] float32, number of rollouts).
+        """Average the response means: label → (vector [L, D] float32, number of rollouts).
 
-        The vector with the label "mean" is the average over all non-empty replies. Scores without
-        rollouts are omitted.
+        The vector with the label "mean" is the average over all non-empty replies. Labels whose
+        score has no rollouts are omitted.
 
         Args:
           labels: score → label, such as {3: "pos_3"}.
@@ -90,7 +92,7 @@ class Sums:
 
     @classmethod
     def read(cls, tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) -> Sums:
-        """Return the sums from the tensors and the metadata of a file."""
+        """Restore the sums from the tensors and the metadata that `stored` returned."""
         return cls(dict(tensors), json.loads(about["groups"]))
 
 
@@ -99,12 +101,12 @@ class Sample:
     """The response means of a sample of a role's rollouts.
 
     A response mean is stored as its bfloat16 difference from a common base. In some channels of the
-    residual stream, the differences between rollouts are much smaller than the values. Rounding the
-    values to bfloat16 would lose these differences.
+    residual stream, the differences between rollouts are much smaller than the values themselves.
+    Rounding the values to bfloat16 would lose these differences.
 
     Attributes:
       keys: the keys of the k rollouts, in the order of the rollouts.
-      base: [L, D] float32, the average of the finite means in the first sample of the role.
+      base: [L, D] float32, the average of the finite means in the role's first sample.
       differences: [k, L, D] bfloat16, each mean minus `base`; NaN for an empty reply.
     """
 
@@ -125,7 +127,7 @@ class Sample:
 
 def sampled(keys: Iterable[str], before: Sample | None, mean: Callable[[str], np.ndarray | None],
             shape: tuple[int, int]) -> Sample:
-    """Return the sample of the given rollouts.
+    """Return a sample with the response means of the given rollouts.
 
     Args:
       keys: the keys of the rollouts; those without a known mean are omitted.
@@ -134,7 +136,7 @@ def sampled(keys: Iterable[str], before: Sample | None, mean: Callable[[str], np
       shape: (L, D), the shape of a response mean.
     """
     place = {key: i for i, key in enumerate(before.keys)} if before is not None else {}
-    # `mean` is called again below, so that the float32 means are never all in memory
+    # call `mean` again below instead of keeping the float32 means of all rollouts in memory
     kept = [key for key in keys if key in place or mean(key) is not None]
     base = np.zeros(shape, np.float32) if before is None else before.base
     if before is None:
