@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 LENGTH = 120  # maximum number of characters in a representation
@@ -38,6 +39,11 @@ def count(number: int, noun: str) -> str:
     if number == 1:
         return f"1 {noun}"
     return f"{number:,} {noun[:-1]}ies" if noun == "reply" else f"{number:,} {noun}s"
+
+
+def named(names: Sequence[str], noun: str) -> str:
+    """Format a count with the first five names, such as "1 role (pirate)"."""
+    return f"{count(len(names), noun)} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
 
 
 def quoted(text: str, most: int = 40) -> str:

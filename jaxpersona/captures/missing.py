@@ -41,5 +41,5 @@ def describe_empty(numbers: Any, total: int, what: str) -> str:
     many = len(numbers) > 1
     plural, values_are = ("s", "their values are") if many else ("", "its value is")
     return (f"selects no token in {what}{plural} {some} ({len(numbers)} of {total}), so "
-            f"{values_are} NaN; add tokens that where= selects (by default, the content of "
-            "assistant messages), or select other tokens with where=")
+            f"{values_are} NaN; add tokens that where= selects (by default, the content "
+            "of assistant messages; for last, any token), or select other tokens with where=")

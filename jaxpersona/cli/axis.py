@@ -12,21 +12,11 @@ import typer
 
 from jaxpersona import interrupt
 from jaxpersona.cli import support
+from jaxpersona.cli.groups import grouped
 from jaxpersona.cli.judges import (
+    JUDGES,
     AfterOption,
-    BudgetOption,
-    CacheOption,
-    ConcurrencyOption,
-    JudgeOption,
-    KeyOption,
-    PriceOption,
-    RpmOption,
-    RubricOption,
-    TemperatureOption,
-    TimeoutOption,
-    TokensOption,
-    TpmOption,
-    UrlOption,
+    JudgeOptions,
     choose,
     closed,
     of_model,
@@ -39,6 +29,9 @@ from jaxpersona.cli.support import (
     DtypeOption,
     MinCountOption,
     ModelOption,
+    SeedOption,
+    TemperatureOption,
+    TopPOption,
     check_folder,
     kept_of,
     progress,
@@ -52,6 +45,7 @@ if TYPE_CHECKING:
 _OWN = "the built-in ones for mini, otherwise `data`"
 
 
+@grouped
 def axis(
     model: ModelOption = "mini",
     out: Annotated[pathlib.Path, typer.Option(help="The run folder.")] = pathlib.Path("runs/axis"),
@@ -65,19 +59,16 @@ def axis(
         show_default="all", help="Maximum number of roles besides the default persona.")] = None,
     limit_questions: Annotated[int | None, typer.Option(
         show_default="all", help="Maximum number of questions.")] = None,
-    judge: JudgeOption = None,
     samples: Annotated[int, typer.Option(
         help="Number of replies to each question under each system prompt.")] = 1,
     max_new_tokens: Annotated[int | None, typer.Option(
         show_default="64 for mini, otherwise 512",
         help="Maximum length of a reply in tokens.")] = None,
-    temperature: Annotated[float, typer.Option(
-        help="Sampling temperature; 0 selects greedy decoding.")] = 0.7,
-    top_p: Annotated[float, typer.Option(
-        help="Cumulative probability for nucleus sampling.")] = 0.9,
+    temperature: TemperatureOption = 0.7,
+    top_p: TopPOption = 0.9,
     batch_size: Annotated[int, typer.Option(
         help="Batch size: the number of replies that are generated in parallel.")] = 32,
-    seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
+    seed: SeedOption = 0,
     min_count: MinCountOption = 10,
     held_out: Annotated[str, typer.Option(
         show_default="nine for mini, otherwise none",
@@ -107,19 +98,10 @@ def axis(
     judge_cost: Annotated[float | None, typer.Option(
         show_default="not printed",
         help="Cost in USD of judging one reply, for --dry-run.")] = None,
-    judge_rubric: RubricOption = None,
+    judge: Annotated[str | None, typer.Option(
+        show_default="rules for mini, otherwise none", help=JUDGES)] = None,
+    judging: JudgeOptions = JudgeOptions(),
     judge_after: AfterOption = False,
-    judge_url: UrlOption = None,
-    judge_key_env: KeyOption = "OPENAI_API_KEY",
-    budget: BudgetOption = None,
-    judge_price: PriceOption = None,
-    judge_concurrency: ConcurrencyOption = 8,
-    judge_rpm: RpmOption = None,
-    judge_tpm: TpmOption = None,
-    judge_timeout: TimeoutOption = 60.0,
-    judge_temperature: TemperatureOption = 0.0,
-    judge_max_tokens: TokensOption = 10,
-    judge_cache: CacheOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of a "
                                                          "summary.")] = False,
     dtype: DtypeOption = None,
@@ -164,12 +146,7 @@ def axis(
         raise UserError(f"--judge-cost is {judge_cost}; give the cost in USD of judging one reply, "
                         "together with --dry-run")
     own = model == "mini" and roles is None
-    judge = judge or ("rules" if own else "none")
-    choice = choose(judge, own=own, rubric=judge_rubric, after=judge_after, url=judge_url,
-                    key_env=judge_key_env, budget=budget, price=judge_price,
-                    concurrency=judge_concurrency, rpm=judge_rpm, tpm=judge_tpm,
-                    timeout=judge_timeout, temperature=judge_temperature,
-                    max_tokens=judge_max_tokens, cache=judge_cache)
+    choice = choose(judge or ("rules" if own else "none"), judging, own=own, after=judge_after)
     length = max_new_tokens if max_new_tokens is not None else 64 if model == "mini" else 512
     settings = Settings(temperature, top_p, length, samples, batch_size, seed, share_prefix)
     kept = support.kept_means(keep_means)
@@ -178,7 +155,7 @@ def axis(
     if joining.many() and mesh is None:
         raise UserError("several processes need one mesh; give --mesh for the devices of all "
                         "processes, such as data=2,model=4")
-    if judge == "none" and joining.first():
+    if choice.kind == "none" and joining.first():
         say(f"warning: {summary.UNREAD}", error=True)
     judged = opened(choice, out)
     if choice.kind == "model" and choice.after:
@@ -203,7 +180,7 @@ def axis(
         if as_json:
             print(json.dumps(_of_forecast(cost, judge_cost)))
         else:
-            say(*forecast.describe(cost, judge=judge, cost=judge_cost))
+            say(*forecast.describe(cost, judge=choice.judge, cost=judge_cost))
         if cost.disk_bytes + cost.live_bytes > cost.free_bytes:
             raise UserError(f"--out is {out}; its disk has too little free space for the run, so "
                             "free some space or choose another folder")
@@ -222,7 +199,7 @@ def axis(
     if as_json:
         print(json.dumps({
             "run": str(out), "model": loaded.name, "roles": len(found.analysis.names),
-            "rollouts": found.rollouts, "layers": loaded.config.n_layers, "judge": judge,
+            "rollouts": found.rollouts, "layers": loaded.config.n_layers, "judge": choice.judge,
             "cos_pc1_axis_middle": round(float(found.analysis.cos_pc1[middle]), 4),
             "distances": {k: round(v, 4) for k, v in summary.distances(found, middle).items()},
             "axis": str(out / "axis.safetensors"),

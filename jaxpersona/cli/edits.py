@@ -35,12 +35,14 @@ OfOption = Annotated[str | None, typer.Option(
                  "default: `default`.")]
 ExperimentOption = Annotated[str | None, typer.Option(
     "--experiment", help="The id of an experiment in a capping_config.pt file.")]
-CheckOption = Annotated[bool, typer.Option(help="Test the caps on short replies before "
-                                                 "generation.")]
+CheckOption = Annotated[bool, typer.Option(
+    "--check/--no-check", help="Test the caps on short replies before generation.")]
 SteerOption = Annotated[pathlib.Path | None, typer.Option(
     "--steer", help="A file with the vector to add to the activations.")]
 SteerLayersOption = Annotated[str | None, typer.Option(
     "--steer-layers", help="The layers to steer, e.g. 16 or 14:18; default: the middle layer.")]
+ScaleOption = Annotated[float, typer.Option(
+    "--scale", help="The factor by which the vector of --steer is multiplied.")]
 SpecOption = Annotated[pathlib.Path | None, typer.Option(
     "--spec", "--interventions", help="A JSON file of interventions, which are applied after "
                                        "--steer and --cap.")]
@@ -58,7 +60,26 @@ _SHORT = re.compile(r"(.+?):(\d+:\d+)(?::(p\d+(?:\.\d+)?))?")
 
 
 @dataclasses.dataclass
-class Edits:
+class EditOptions:
+    """The values of the options for interventions and projections."""
+
+    cap: CapOption = None
+    cap_layers: CapLayersOption = None
+    percentile: PercentileOption = None
+    of: OfOption = None
+    experiment: ExperimentOption = None
+    check: CheckOption = True
+    steer: SteerOption = None
+    steer_layers: SteerLayersOption = None
+    scale: ScaleOption = 1.0
+    spec: SpecOption = None
+    where: WhereOption = None
+    axis: AxisOption = None
+    axis_layers: AxisLayersOption = None
+
+
+@dataclasses.dataclass
+class Edits(EditOptions):
     """The values of the options for interventions and projections, and the contents of their files.
 
     The method `read` sets the following attributes. Each attribute is None until then, and remains
@@ -70,20 +91,6 @@ class Edits:
       asked: the JSON value in the file of `--spec`.
       shown: the direction in the file of `--axis`.
     """
-
-    cap: str | None = None
-    cap_layers: str | None = None
-    percentile: str | None = None
-    of: str | None = None
-    experiment: str | None = None
-    check: bool = True
-    steer: pathlib.Path | None = None
-    steer_layers: str | None = None
-    scale: float = 1.0
-    spec: pathlib.Path | None = None
-    where: str | None = None
-    axis: pathlib.Path | None = None
-    axis_layers: str | None = None
 
     held: Axis | Caps | None = dataclasses.field(default=None, init=False)
     vector: Vector | None = dataclasses.field(default=None, init=False)

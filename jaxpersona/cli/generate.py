@@ -11,13 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jaxpersona.brief import count
-from jaxpersona.cli import edits as options
 from jaxpersona.cli import support
+from jaxpersona.cli.edits import EditOptions, Edits
+from jaxpersona.cli.groups import grouped
 from jaxpersona.cli.output import cell, console, say
 from jaxpersona.cli.support import (
     AdapterOption,
     DtypeOption,
+    LengthOption,
     ModelOption,
+    SeedOption,
+    TemperatureOption,
+    TopPOption,
     check_output,
     progress,
 )
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
     from jaxpersona.persona.monitor import EditCount, Monitor
 
 
+@grouped
 def generate(
     prompt: Annotated[list[str] | None, typer.Argument(
         help="User messages, each of which starts a separate conversation.")] = None,
@@ -38,29 +44,17 @@ def generate(
     prompts: Annotated[pathlib.Path | None, typer.Option(
         help="A file with a user message on each line, or a .jsonl file of conversations.")] = None,
     system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
-    cap: options.CapOption = None,
-    cap_layers: options.CapLayersOption = None,
-    percentile: options.PercentileOption = None,
-    of: options.OfOption = None,
-    experiment: options.ExperimentOption = None,
-    check: options.CheckOption = True,
-    steer: options.SteerOption = None,
-    steer_layers: options.SteerLayersOption = None,
-    scale: float = 1.0,
-    spec: options.SpecOption = None,
-    where: options.WhereOption = None,
+    edits: EditOptions = EditOptions(),
     compare: Annotated[bool, typer.Option("--compare", help="Also show the replies without "
                                                             "interventions.")] = False,
-    axis: options.AxisOption = None,
-    axis_layers: options.AxisLayersOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each reply.")
                        ] = False,
     out: Annotated[pathlib.Path | None, typer.Option(
         help="Write the JSON objects to this file instead of printing the replies.")] = None,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    max_new_tokens: LengthOption = 128,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
     dtype: DtypeOption = None,
     adapter: AdapterOption = None,
 ) -> None:
@@ -76,17 +70,16 @@ def generate(
     talks = _conversations(prompt or [], prompts, system)
     if out is not None:
         check_output("--out", out)
-    asked = options.Edits(cap, cap_layers, percentile, of, experiment, check, steer, steer_layers,
-                          scale, spec, where, axis, axis_layers).read()
+    asked = Edits(**vars(edits)).read()
     if compare and not asked.any:
         raise UserError("--compare needs interventions; give --cap, --steer or --spec")
     loaded = support.open_model(model, dtype, None, adapter)
-    edits, monitor = asked.build(loaded), asked.monitor(loaded)
+    table, monitor = asked.build(loaded), asked.monitor(loaded)
     if len(talks) == 1 and console().is_terminal and not (as_json or out or compare):
-        _stream(loaded, talks[0], edits, monitor, settings)
+        _stream(loaded, talks[0], table, monitor, settings)
         return
-    made = _run(loaded, talks, edits, monitor, compare, settings)
-    counts = [edit_counts(edits, made.applied, i) for i in range(len(talks))]
+    made = _run(loaded, talks, table, monitor, compare, settings)
+    counts = [edit_counts(table, made.applied, i) for i in range(len(talks))]
     records = [_record(talk, made, monitor, i, counts[i], i + len(talks) if compare else None)
                for i, talk in enumerate(talks)]
     lines = [json.dumps(record) for record in records]

@@ -12,26 +12,8 @@ import typer
 
 from jaxpersona import interrupt
 from jaxpersona.cli import support
-from jaxpersona.cli.judges import (
-    BudgetOption,
-    CacheOption,
-    ConcurrencyOption,
-    JudgeOption,
-    KeyOption,
-    PriceOption,
-    RpmOption,
-    RubricOption,
-    TemperatureOption,
-    TimeoutOption,
-    TokensOption,
-    TpmOption,
-    UrlOption,
-    choose,
-    closed,
-    of_model,
-    opened,
-    rubric_of,
-)
+from jaxpersona.cli.groups import grouped
+from jaxpersona.cli.judges import JUDGES, JudgeOptions, choose, closed, of_model, opened, rubric_of
 from jaxpersona.cli.output import say
 from jaxpersona.cli.support import DtypeOption, kept_of, progress
 from jaxpersona.errors import UserError
@@ -40,9 +22,11 @@ if TYPE_CHECKING:
     from jaxpersona.judges.protocol import Judge
 
 
+@grouped
 def run(
     folder: Annotated[pathlib.Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    judge: JudgeOption = None,
+    judge: Annotated[str | None, typer.Option(show_default="required", help=JUDGES)] = None,
+    judging: JudgeOptions = JudgeOptions(),
     roles: Annotated[str | None, typer.Option(
         show_default="the built-in ones for mini, otherwise `data`", help=(
             "The folder of roles that the run used, or `data` for the roles of the package."))
@@ -53,18 +37,6 @@ def run(
     ] = None,
     batch_size: Annotated[int, typer.Option(
         help="Number of replies that the judge `self` scores in one batch.")] = 32,
-    judge_rubric: RubricOption = None,
-    judge_url: UrlOption = None,
-    judge_key_env: KeyOption = "OPENAI_API_KEY",
-    budget: BudgetOption = None,
-    judge_price: PriceOption = None,
-    judge_concurrency: ConcurrencyOption = 8,
-    judge_rpm: RpmOption = None,
-    judge_tpm: TpmOption = None,
-    judge_timeout: TimeoutOption = 60.0,
-    judge_temperature: TemperatureOption = 0.0,
-    judge_max_tokens: TokensOption = 10,
-    judge_cache: CacheOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
     dtype: DtypeOption = None,
 ) -> None:
@@ -79,10 +51,7 @@ def run(
     manifest = Run.read(folder).manifest
     name = str(model or manifest.get("last", {}).get("model", ""))
     own = name == "mini" and roles is None
-    choice = choose(judge, own=own, rubric=judge_rubric, url=judge_url, key_env=judge_key_env,
-                    budget=budget, price=judge_price, concurrency=judge_concurrency,
-                    rpm=judge_rpm, tpm=judge_tpm, timeout=judge_timeout,
-                    temperature=judge_temperature, max_tokens=judge_max_tokens, cache=judge_cache)
+    choice = choose(judge, judging, own=own)
     cast = method.roles() if own else texts.load_roles(
         None if roles in (None, "data") else pathlib.Path(roles))
     bare = [role.name for role in cast if role.name in manifest["roles"] and not role.eval_prompt

@@ -20,12 +20,10 @@ if TYPE_CHECKING:
     from jaxpersona.judges.rubric import Rubric
     from jaxpersona.models.model import Model
 
-JudgeOption = Annotated[str | None, typer.Option(
-    "--judge", show_default="rules for mini, otherwise none", help=(
-        "The judge that scores the replies: `rules` (for mini only), `self` (the model itself), "
-        "`model:NAME` (another model, whose next-token probabilities of the digits determine the "
-        "score), `http:MODEL` (a model at an OpenAI-compatible endpoint), `human:FILE.csv` (a file "
-        "in which a person enters scores) or `none` (every reply has score 3)."))]
+JUDGES = ("The judge that scores the replies: `rules` (for mini only), `self` (the model itself), "
+          "`model:NAME` (another model, whose next-token probabilities of the digits determine the "
+          "score), `http:MODEL` (a model at an OpenAI-compatible endpoint), `human:FILE.csv` (a "
+          "file in which a person enters scores) or `none` (every reply has score 3).")
 RubricOption = Annotated[pathlib.Path | None, typer.Option(
     "--judge-rubric", show_default="each role's eval_prompt", help=(
         "A text file with the judge's prompt, which contains {question} and {answer}, and may "
@@ -38,7 +36,7 @@ UrlOption = Annotated[str | None, typer.Option(
     help="Base URL of the endpoint for `http:MODEL`, e.g. http://localhost:8000/v1.")]
 KeyOption = Annotated[str, typer.Option(
     "--judge-key-env", help="Environment variable that contains the API key for `http:MODEL`.")]
-BudgetOption = Annotated[str | None, typer.Option(show_default="no limit", help=(
+BudgetOption = Annotated[str | None, typer.Option("--budget", show_default="no limit", help=(
     "Limit on the number or the cost of requests to the endpoint of `http:MODEL`, e.g. 500calls or "
     "5usd. All requests that the file of --judge-cache records count, including earlier ones."))]
 PriceOption = Annotated[str | None, typer.Option(
@@ -70,32 +68,38 @@ WITH_ARGUMENT = ("model", "http", "human")
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """The values of the options that select a judge.
+class JudgeOptions:
+    """The values of `--budget` and of the options `--judge-…` that configure a judge."""
 
-    The attributes that are not listed here are the values of the options `--judge-…` and
-    `--budget`.
+    rubric: RubricOption = None
+    url: UrlOption = None
+    key_env: KeyOption = "OPENAI_API_KEY"
+    budget: BudgetOption = None
+    price: PriceOption = None
+    concurrency: ConcurrencyOption = 8
+    rpm: RpmOption = None
+    tpm: TpmOption = None
+    timeout: TimeoutOption = 60.0
+    temperature: TemperatureOption = 0.0
+    max_tokens: TokensOption = 10
+    cache: CacheOption = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice(JudgeOptions):
+    """A judge and its options.
 
     Attributes:
-      kind: the value of `--judge` up to the colon, one of `KINDS` or `WITH_ARGUMENT`.
+      judge: the value of `--judge`.
+      kind: the part of `judge` before the colon, one of `KINDS` or `WITH_ARGUMENT`.
       argument: the model or file after the colon in `--judge`, or "".
+      after: whether `--judge-after` was given.
     """
 
-    kind: str
+    judge: str = "none"
+    kind: str = "none"
     argument: str = ""
-    rubric: pathlib.Path | None = None
     after: bool = False
-    url: str | None = None
-    key_env: str = "OPENAI_API_KEY"
-    budget: str | None = None
-    price: str | None = None
-    concurrency: int = 8
-    rpm: float | None = None
-    tpm: float | None = None
-    timeout: float = 60.0
-    temperature: float = 0.0
-    max_tokens: int = 10
-    cache: pathlib.Path | None = None
 
     @property
     def reads_eval_prompt(self) -> bool:
@@ -103,13 +107,14 @@ class Choice:
         return self.kind in ("self", "model", "http") and self.rubric is None
 
 
-def choose(judge: str, *, own: bool, **options: object) -> Choice:
+def choose(judge: str, options: JudgeOptions, *, own: bool, after: bool = False) -> Choice:
     """Check the options that select a judge, and return them as a `Choice`.
 
     Args:
       judge: the value of `--judge`.
+      options: the values of the other options.
       own: whether the roles are the built-in roles of `mini`.
-      options: the other fields of `Choice`.
+      after: whether `--judge-after` was given.
 
     Raises:
       UserError: the judge is unknown, the judge is "rules" but the roles are not those of `mini`,
@@ -121,17 +126,15 @@ def choose(judge: str, *, own: bool, **options: object) -> Choice:
         raise UserError(f"judge is {judge!r}; choose {'rules, self' if own else 'self'}, "
                         "model:NAME, http:MODEL, human:FILE.csv or none"
                         + (" (rules supports only the roles of mini)" if kind == "rules" else ""))
-    defaults = Choice(kind)
-    for name, value in options.items():
-        if value != getattr(defaults, name):
-            fits = (("self", "model", "http") if name == "rubric" else
-                    ("model",) if name == "after" else ("http",))
-            if kind not in fits:
-                option = "--budget" if name == "budget" else f"--judge-{name.replace('_', '-')}"
-                raise UserError(f"{option} is given, but the judge is {judge}; use it only with "
-                                + " or ".join(f"{one}{'' if one == 'self' else ':…'}"
-                                               for one in fits))
-    return dataclasses.replace(defaults, argument=argument, **options)  # type: ignore[arg-type]
+    given = [name for name, value in vars(options).items() if value != getattr(JudgeOptions, name)]
+    for name in given + ["after"] * after:
+        fits = (("self", "model", "http") if name == "rubric" else
+                ("model",) if name == "after" else ("http",))
+        if kind not in fits:
+            option = "--budget" if name == "budget" else f"--judge-{name.replace('_', '-')}"
+            raise UserError(f"{option} is given, but the judge is {judge}; use it only with "
+                            + " or ".join(f"{one}{'' if one == 'self' else ':…'}" for one in fits))
+    return Choice(**vars(options), judge=judge, kind=kind, argument=argument, after=after)
 
 
 def rubric_of(choice: Choice) -> Rubric:

@@ -30,7 +30,13 @@ AdapterOption = Annotated[pathlib.Path | None, typer.Option("--adapter", show_de
 DtypeOption = Annotated[str | None, typer.Option(
     show_default="float32 on a CPU, otherwise bfloat16",
     help="The dtype: float32, bfloat16, float16, or int8 for the weights only.")]
-
+LengthOption = Annotated[int, typer.Option(
+    "--max-new-tokens", help="Maximum length of a reply in tokens.")]
+TemperatureOption = Annotated[float, typer.Option(
+    "--temperature", help="Sampling temperature; 0 selects greedy decoding.")]
+TopPOption = Annotated[float, typer.Option(
+    "--top-p", help="Cumulative probability for nucleus sampling.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Random seed for sampling.")]
 MinCountOption = Annotated[int, typer.Option("--min-count", help=(
     "Minimum number of replies with score 3 that a role needs to be used for the axis."))]
 

@@ -80,10 +80,10 @@ def _limit() -> int:
     value = os.environ.get(SWITCH, "")
     if not value:
         return LIMIT
-    if not value.isdecimal() or not 0 < int(value[:9]):
+    if not value.isdecimal() or not 0 < int(value[:99]):
         raise UserError(f"{SWITCH} is {value[:40]!r}; it must be a positive integer, the maximum "
                         "number of compiled programs")
-    return int(value[:9])
+    return int(value[:99])
 
 
 KEPT = Kept()

@@ -62,7 +62,8 @@ def _check(found: os.stat_result, what: str) -> None:
         raise PermissionError(0, f"{what} belongs to user {found.st_uid}, not to this user")
     if found.st_mode & _OTHERS:
         raise PermissionError(0, f"{what} is writable by other users (mode "
-                                 f"{stat.S_IMODE(found.st_mode):o}); remove it")
+                                 f"{stat.S_IMODE(found.st_mode):o}); remove their write "
+                                 "permission")
 
 
 class OwnFolder:

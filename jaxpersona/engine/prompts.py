@@ -140,8 +140,8 @@ def check_rows(model: Model, batch_size: int, share_prefix: bool) -> None:
     """
     ways = rows_divisor(model.params.like)
     if batch_size % ways:
-        raise UserError(f"batch_size is {batch_size}; the mesh divides rows into {ways} shards, "
-                        f"so use a multiple of {ways}")
+        raise UserError(f"batch_size is {batch_size}, but the mesh divides rows into {ways} "
+                        f"shards; use a multiple of {ways}")
     if share_prefix and model.mesh is not None:
         raise UserError("share_prefix needs a model on one device; omit it for a model on a mesh")
 

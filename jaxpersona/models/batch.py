@@ -87,8 +87,8 @@ class Batch(flax.struct.PyTreeNode):
         ways = rows_divisor(like)
         if self.tokens.shape[0] % ways:
             raise UserError(
-                f"the number of rows of the batch is {self.tokens.shape[0]}; the mesh divides rows "
-                f"into {ways} shards, so use a multiple of {ways}"
+                f"the number of rows of the batch is {self.tokens.shape[0]}, but the mesh divides "
+                f"rows into {ways} shards; use a multiple of {ways}"
             )
         return jax.tree.map(lambda x: spread_rows(x, 0, like), self)
 

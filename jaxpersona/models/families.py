@@ -157,7 +157,6 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-
 def _is_size(value: Any) -> bool:
     return type(value) is int and 0 < value < 2**31
 
@@ -364,7 +363,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tied_embeddings,
         "hidden_act": activation,
     }
-    if family.name != "qwen2" and "attention_bias" in _COMMON and family.name != "mistral":
+    if family.name not in ("qwen2", "mistral"):
         raw["attention_bias"] = config.qkv_bias
     if "mlp_bias" in family.fields:
         raw["mlp_bias"] = config.mlp_bias

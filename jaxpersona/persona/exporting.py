@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpersona.brief import brief
+from jaxpersona.brief import brief, count, named
 from jaxpersona.ckpts.files import new_folder, write_json, write_text
 from jaxpersona.ckpts.torchmeans import write_pickle
 from jaxpersona.data.texts import DEFAULT
@@ -263,18 +263,17 @@ class _Export:
     def _notes(self, used: Sequence[str]) -> list[str]:
         """Return sentences about missing data and about use with the published code."""
         found = []
-        for names, why in ((self.omitted, "are incomplete and were omitted"),
-                           (self.unsummed, f"have no sums by the scores of the judge "
-                                           f"{self.judge!r} and therefore no vector; run "
-                                           "`jaxpersona axis` with this judge"),
-                           (self.few, f"have fewer than {self.least} rollouts with score 3 and "
+        for names, why in ((self.omitted, "incomplete, therefore omitted"),
+                           (self.unsummed, f"no sums by the scores of the judge {self.judge!r}, "
+                                           "therefore no vector; run `jaxpersona axis` with this "
+                                           "judge"),
+                           (self.few, f"fewer than {count(self.least, 'rollout')} of score 3, "
                                       "therefore no vector"),
                            (sorted(self.held_out - set(self.omitted)),
-                            "are held out and have no vector; 4_vectors.py would use them, so move "
-                            "their files away before you run it")):
+                            "held out, therefore no vector; 4_vectors.py does not know this, so "
+                            "move the role's files away before you run it")):
             if names:
-                found.append(f"{len(names)} roles ({', '.join(names[:5])}"
-                             f"{', …' if len(names) > 5 else ''}) {why}")
+                found.append(f"{named(names, 'role')}: {why}")
         if not used:
             found.append(f"{published.AXIS} was not written; the axis needs the sums of all roles "
                          "and at least two roles with a vector")

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from jaxpersona.brief import brief
+from jaxpersona.brief import brief, count, named
 from jaxpersona.data.texts import DEFAULT, Role, all_of
 from jaxpersona.errors import UserError
 from jaxpersona.extras import require
@@ -252,23 +252,20 @@ def _notes(source: Source, scored: Mapping[str, int], held: Mapping[str, int],
              for name, sums in summed.items()}
     notes = []
     for names, why in (
-            ([n for n in source.roles if not held[n]], "have no response means, so the axis does "
-                                                       "not use them"),
+            ([n for n in source.roles if not held[n]], "no response means; not used by the axis"),
             ([n for n in source.roles if 0 < held[n] + empty.get(n, 0) < source.rollouts[n]],
-             "have rollouts without a response mean; the sums omit these rollouts"),
-            ([n for n in roles if scored[n] < source.rollouts[n]], "have rollouts without a score; "
-                                                                   "the sums omit these rollouts"),
-            (source.gaps, "lack a prompt index, so `jaxpersona axis` cannot continue the run; "
+             "rollouts without a response mean, which the sums omit"),
+            ([n for n in roles if scored[n] < source.rollouts[n]],
+             "rollouts without a score, which the sums omit"),
+            (source.gaps, "missing prompt indices, so `jaxpersona axis` cannot continue the run; "
                           "import it with the roles (--roles)"),
             ([n for n in (DEFAULT,) if n in source.held[published.SCORES]],
-             "is not judged, so its scores were not imported")):
+             "not judged by this package; its scores were not imported")):
         if names:
-            count = "" if names == [DEFAULT] else f"{len(names)} roles ("
-            notes.append(f"{count}{', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
-                         f"{')' if count else ''} {why}")
+            notes.append(f"{named(names, 'role')}: {why}")
     if source.extra:
         notes.append("fields that were not imported: " + ", ".join(
-            f"{name:.40} ({n:,} rollouts)" for name, n in sorted(source.extra.items())))
+            f"{name:.40} ({count(n, 'rollout')})" for name, n in sorted(source.extra.items())))
     if source.model is None:
         name = source.origin().get("model")
         notes.append("the model is unknown, so `jaxpersona axis` refuses the run; to continue it, "
@@ -281,9 +278,9 @@ def _notes(source: Source, scored: Mapping[str, int], held: Mapping[str, int],
         notes.append(f"no response mean was compared with those of {source.model.name}, because "
                      "no stored response mean belongs to a reply with valid text")
     if found is None:
-        notes.append(f"no axis was computed: {len(used)} roles have at least {min_count} rollouts "
-                     "with score 3 and a response mean; the axis needs at least two such roles and "
-                     "the default persona's response means")
+        notes.append(f"no axis was computed: roles with at least {count(min_count, 'rollout')} "
+                     f"of score 3 that have a response mean: {len(used)}; the axis needs at least "
+                     "two such roles and the default persona's response means")
     elif source.axis is not None and source.axis.values.shape == found.axis.values.shape:
         far = np.linalg.norm(found.axis.values - source.axis.values) / np.linalg.norm(
             source.axis.values)

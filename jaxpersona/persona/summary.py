@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxpersona.brief import count
 from jaxpersona.data.texts import DEFAULT
 from jaxpersona.runs.files import FIGURES, RESULTS
 
@@ -72,7 +73,7 @@ def summary(found: Extraction, folder: str | os.PathLike[str], layer: int, *,
           [f"judge {axis.notes['judge']}: {_scores(found.counts)}"]),
     ]
     if few:
-        lines.append(f"left out because they have fewer than {least} replies with score 3: "
+        lines.append(f"left out, with fewer than {count(least, 'reply')} of score 3: "
                      f"{_names(few)}")
     if held_out:
         lines.append(f"held out: {_names(sorted(held_out))}")

@@ -318,7 +318,8 @@ class Axis(Vector):
         Args:
           percentile: the name of the percentile. For example, 25% of the population has projections
             below "p25".
-          of: the population: "default" (rollouts of the default persona) or "all" (all rollouts).
+          of: the population: "default" (rollouts of the default persona) or "all" (all
+            rollouts except those of held-out roles).
 
         Raises:
           UserError: the axis has no thresholds for the population or the percentile.

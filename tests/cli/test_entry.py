@@ -214,7 +214,7 @@ def test_a_reading_without_tokens_is_said(caplog):
             _ = found.value
             assert (f"capture {name!r} selects no token in rows 0, 1 (2 of 2), so their values are "
                     "NaN; add tokens that where= selects (by default, the content of assistant "
-                    "messages)") in caplog.text
+                    "messages; for last, any token)") in caplog.text
         # an empty reply
         caplog.clear()
         stop = dataclasses.replace(m, stop_ids=tuple(range(258)))

@@ -355,7 +355,7 @@ def test_wrong_meshes_are_refused_in_one_line_with_the_mend(mesh, fields, wanted
 
 def test_other_misuse_of_a_mesh_is_refused():
     model = spread(one_device("llama"), sharding.make_mesh(data=4, model=2))
-    with pytest.raises(ValueError, match="of the batch is 3; .*4 shards, so use a multiple of 4"):
+    with pytest.raises(ValueError, match="of the batch is 3; .*4 shards; use a multiple of 4"):
         s.run(model.params, model.config, batch(ROWS[:3]))
     with pytest.raises(ValueError, match="batch_size is 6; .*use a multiple of 4"):
         generate(model, ROWS, batch_size=6)

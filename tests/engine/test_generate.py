@@ -150,7 +150,7 @@ def test_stops_limits_and_context():
     assert [len(t) for t in short.tokens] == [min(16, 41 - len(row)) for row in SHORT]
     for i, said in enumerate(short.tokens):
         np.testing.assert_array_equal(said, free.tokens[i][: len(said)])
-    with pytest.raises(ValueError, match="prompt 1 has 41 tokens, but .* context is limited to 41 "):
+    with pytest.raises(ValueError, match="prompt 1 has 41 tokens, .* is limited to 41 "):
         go([[5], [5] * 41], model=tight)
 
 

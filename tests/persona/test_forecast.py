@@ -147,7 +147,7 @@ def test_scores_and_roles_left_out_are_named(made):
                                  axis=dataclasses.replace(found.axis, notes=notes))
     lines = summary(judged, folder, 1)
     assert lines[1] == "judge digits: 1 undecided, 22 with score 3, 1 with score 0"
-    assert "left out because they have fewer than 1 replies with score 3: 1 (role5)" in lines
+    assert "left out, with fewer than 1 reply of score 3: 1 (role5)" in lines
 
 
 def test_a_base_model_is_told():

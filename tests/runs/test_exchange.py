@@ -174,8 +174,8 @@ def test_what_a_folder_lacks_is_said_and_is_not_in_the_sums(tmp_path):
     found = import_reference(source, tmp_path / "run", min_count=1)
     assert near(found.extraction.axis.values, steps_4_and_5(source, 1)[1])
     said = " ".join(found.notes)
-    for part in ("1 roles (c) have no response means", "1 roles (a) have rollouts without a "
-                 "response mean", "1 roles (a) have rollouts without a score"):
+    for part in ("1 role (c): no response means", "1 role (a): rollouts without a response mean",
+                 "1 role (a): rollouts without a score"):
         assert part in said
     assert (found.scores["a"], found.means["a"], found.means["c"]) == (6, 7, 0)
     status = read_status(tmp_path / "run")
@@ -246,7 +246,7 @@ def test_a_bound_run_is_continued_without_generating(made, tmp_path, monkeypatch
     judge = s.Scored(lambda role, key: judged.append(key) or JUDGE._score(role, key), "judge")
     again = extract(tmp_path / "run", notice=notices.append, judge=judge)
     assert not asked and not judged and near(again.axis.values, first.axis.values)
-    assert "rollouts of the run were imported from" in notices[0]
+    assert "imported from" in notices[0]
     assert Run.read(tmp_path / "run").manifest["imported"]["rollouts"] == first.rollouts
     more = extract(tmp_path / "run", method.questions()[:3])
     assert len(asked) == sum(len(role.prompts) for role in ROLES)
@@ -325,7 +325,7 @@ def test_an_incomplete_run_and_several_samples_are_refused(made, tmp_path):
     with pytest.raises(UserError, match=f"role '{NAMES[1]}' is not complete"):
         export_reference(run, tmp_path / "out")
     found = export_reference(run, tmp_path / "out", incomplete=True)
-    assert not found.roles and any(f"({NAMES[1]}) are incomplete" in x for x in found.notes)
+    assert not found.roles and any(f"({NAMES[1]}): incomplete" in x for x in found.notes)
     assert not (tmp_path / "out" / "responses" / f"{NAMES[1]}.jsonl").exists()
     extract(tmp_path / "two", QUESTIONS[:1], settings=dataclasses.replace(SETTINGS, samples=2))
     with pytest.raises(UserError, match="has several samples per prompt and question"):
