@@ -178,6 +178,11 @@ def test_thresholds_count_the_components_that_reach_them():
     assert [text.get_text() for text in ax.get_legend().get_texts()] == [
         "70 %: 2 components", "85 %: 4 components", "99.9 %: 5 components"]
     np.testing.assert_allclose(ax.lines[0].get_ydata(), [0.5, 0.7, 0.8, 0.9, 1.0])
+    # also those that are not drawn
+    ax = jp.plot.variance([0.5, 0.2, 0.1, 0.1], thresholds=[0.7, 0.9, 0.95], most=2)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "70 %: 2 components", "90 %: 4 components", "95 %: more than 4 components"]
+    assert len(ax.lines[0].get_ydata()) == 2
 
 
 def test_drift_shows_the_read_out_and_refuses_projections_after_the_cap():

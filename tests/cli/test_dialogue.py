@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import time
 import numpy as np
 import pytest
 import support as s
+from jaxpersona.ckpts.vectors import save_vector
 
 import jaxpersona as jp
 from jaxpersona import interrupt
@@ -315,3 +317,19 @@ def test_the_short_form_of_a_cap_sets_layers_and_floor():
     assert s.same_bits(short, whole) and repr(short) == "cap(response, layers 5–6, residual)"
     assert not s.same_bits(short, jp.cap(AXIS, layers=slice(5, 7), floor="p50", where="response"))
     np.testing.assert_array_equal(AXIS.thresholds("p75")[5:7], short.edits[0].coefficients[:, 0, 2])
+    for other in (Edits(cap="mini:5:7", percentile="p75"),
+                  Edits(cap="mini", cap_layers="5:7", percentile="p75")):
+        made = dataclasses.replace(other, check=False, where="response").read().build(MODEL)
+        assert s.same_bits(made, whole)
+
+
+def test_the_tokens_of_a_file_of_caps_are_those_of_where(tmp_path):
+    from jaxpersona.cli.edits import Edits
+
+    file = tmp_path / "caps.safetensors"
+    caps = jp.Caps(AXIS.values[4:6], (4, 5), AXIS.thresholds("p25")[4:6], ("a", "b"))
+    save_vector(file, caps)
+    for where in ("response", "everywhere"):
+        made = Edits(cap=str(file), check=False, where=where).read().build(MODEL)
+        assert s.same_bits(made, caps.interventions(where=where))
+        assert repr(made).startswith(f"cap({where}, ")

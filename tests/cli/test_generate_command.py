@@ -87,6 +87,16 @@ def test_prompts_of_a_file_are_written_as_json_lines(capsys, tmp_path, separate)
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["p.jsonl", "r.jsonl"]
 
 
+def test_a_system_prompt_applies_to_the_prompts_of_a_file(capsys, tmp_path):
+    (tmp_path / "p.txt").write_text(f"{ASKED}\nHello.\n")
+    _, err = run(capsys, "Hi.", "--prompts", str(tmp_path / "p.txt"), "--system", "Be a pirate.",
+                 "--max-new-tokens", "1", "--out", str(tmp_path / "r.jsonl"))
+    found = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [one["prompt"] for one in found] == [
+        [{"role": "system", "content": "Be a pirate."}, {"role": "user", "content": said}]
+        for said in ("Hi.", ASKED, "Hello.")]
+
+
 def test_the_check_of_an_output_leaves_nothing_and_changes_nothing(tmp_path):
     check_output("--out", tmp_path / "new" / "r.jsonl")
     assert not any(path.is_file() for path in tmp_path.rglob("*"))

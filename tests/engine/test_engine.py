@@ -74,7 +74,7 @@ def kinds(reads=(None, READ)):
 
 
 @pytest.mark.parametrize(("count", "reads"), [
-    (40, (READ,)), pytest.param(300, (None, READ), marks=pytest.mark.slow)], ids=["40", "300"])
+    (20, (READ,)), pytest.param(300, (None, READ), marks=pytest.mark.slow)], ids=["20", "300"])
 def test_requests_from_eight_threads_have_the_bits_they_have_alone(model, count, reads):
     engine = make(model)
     engine.warm_up(kinds(reads))
@@ -140,7 +140,7 @@ def test_after_warm_up_without_examples_plain_requests_trace_nothing(model):
 
 SETTINGS = [(name, temperature) for name in ("plain", "steer", "chain", "gate")
             for temperature in (0.0, 1.0)]
-QUICK = [("chain", 0.0), ("gate", 1.0)]
+QUICK = [("gate", 1.0)]
 
 
 @pytest.mark.parametrize(("name", "temperature"), [

@@ -57,9 +57,11 @@ def models(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("case", "where"), [
-    ("none", everywhere), ("steer", everywhere), ("steer", generated), ("two caps", everywhere),
-    ("two caps", generated), ("two caps, swapped", everywhere),
-    ("cap of two layers after a steer", everywhere), ("cap of two layers after a steer", generated),
+    ("none", everywhere), ("steer", everywhere), ("two caps", generated),
+    ("two caps, swapped", everywhere), ("cap of two layers after a steer", generated),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("steer", generated), ("two caps", everywhere),
+        ("cap of two layers after a steer", everywhere))),
 ])
 def test_equals_hooks(models, case, where):
     made, model = models

@@ -128,6 +128,18 @@ def test_too_many_failures_in_a_row_stop_the_run_and_keep_everything(tmp_path):
     assert max(server.sold.values()) == 1
 
 
+def test_a_success_between_failures_does_not_stop_the_run(tmp_path):
+    """Every third prompt fails on every attempt: 30 failures, never 20 in a row."""
+    asked = items(90)
+    bad = {prompt(item) for item in asked[::3]}
+    with fake.serving(lambda text, _: "500" if text in bad else "") as server:
+        judge = judge_of(server, tmp_path / "v.jsonl", concurrency=1)
+        found, why = until_stopped(judge, asked)
+        judge.close()
+    assert not why and len(found) == 90
+    assert sum(verdict.error is not None for verdict in found) == 30 > http.IN_A_ROW
+
+
 def test_the_budget_in_calls_is_kept_over_all_runs(tmp_path):
     """Also by requests that fail; a larger budget goes on."""
     asked = items(60)

@@ -50,7 +50,8 @@ def test_a_cap_adds_at_most_one_kernel_per_layer(bench, chip):
     assert count["pallas"] <= count["plain"] + 1 < count["xla"] + 1
 
 
-@pytest.mark.parametrize("chip", ["v5e", pytest.param("v6e", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_splash_attention_writes_no_scores(bench, chip):
     """A long prompt of a model with windows and a soft-cap, with a new cache."""
     programs = {name: bench.prefill(SMALL, mesh(chip), 1, 2048, attention=name)

@@ -124,8 +124,11 @@ def test_the_first_of_several_matching_patterns_applies(base, tmp_path):
     assert s.relative(got[0], wanted[0]).max() < 1e-4
 
 
-@pytest.mark.parametrize("merge", [True, False])
-@pytest.mark.parametrize("mesh", [dict(model=2), dict(model=4, data=2), dict(fsdp=2, model=2)])
+@pytest.mark.parametrize(("mesh", "merge"), [
+    (dict(model=2), True), (dict(model=4, data=2), False),
+    *(pytest.param(mesh, merge, marks=pytest.mark.slow) for mesh, merge in (
+        (dict(model=2), False), (dict(model=4, data=2), True), (dict(fsdp=2, model=2), True),
+        (dict(fsdp=2, model=2), False)))])
 def test_a_mesh_gives_the_same(base, tmp_path, merge, mesh):
     write(tmp_path / "a")
     alone = jp.load(base, adapter=tmp_path / "a", merge=merge)

@@ -33,7 +33,9 @@ FIELDS = {  # windows shorter than the longest row, and some layers with full at
 }
 
 
-@pytest.mark.parametrize("family", FIELDS)
+@pytest.mark.parametrize("family", [
+    pytest.param(family, marks=pytest.mark.slow) if family in ("llama", "mistral") else family
+    for family in FIELDS])
 def test_steer_and_cap_equal_hooks(family, tmp_path):
     made = hf.model(family, seed=2, **FIELDS[family])
     made.generation_config.eos_token_id = None

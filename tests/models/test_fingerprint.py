@@ -41,8 +41,12 @@ def mark(params):
     return fingerprint(arrays()[0], jax.tree.map(jnp.asarray, params))
 
 
-@pytest.mark.parametrize("auto", [False, True])
-@pytest.mark.parametrize("axes", MESHES, ids=str)
+QUICK = [({"data": 2, "model": 4}, False), ({"fsdp": 4, "model": 2}, True)]
+
+
+@pytest.mark.parametrize(("axes", "auto"), [
+    *QUICK, *(pytest.param(axes, auto, marks=pytest.mark.slow) for axes in MESHES
+              for auto in (False, True) if (axes, auto) not in QUICK)], ids=str)
 def test_it_is_equal_on_every_mesh_in_float32_and_bfloat16(axes, auto):
     config, params = arrays()
     mesh = sharding.make_mesh(**axes)

@@ -97,7 +97,8 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow) if name == "llama" else name for name in FAMILIES])
 def test_a_model_computes_what_the_dequantized_one_does(name):
     model = s.tiny_model(**FAMILIES[name])
     made = prepared.in_int8(model.params)

@@ -151,6 +151,22 @@ def test_halves_have_only_finite_replies_of_score_3():
     assert halves.left_out == ["c"]
 
 
+def test_halves_of_an_odd_number_of_replies_are_averages():
+    """Each half averages its own replies: with equal replies, the halves agree exactly."""
+    def sample(rows, value):
+        return Sample([f"k{i}" for i in range(rows)], np.full((1, 2), 8, np.float32),
+                      np.full((rows, 1, 2), value, np.float32).astype(ml_dtypes.bfloat16))
+
+    for rows in (2, 3, 5):
+        halves = Halves((1, 2))
+        halves.add("default", Sample(["k0", "k1"], np.zeros((1, 2), np.float32), np.array(
+            [[[1, 0]], [[1, 0]]], np.float32).astype(ml_dtypes.bfloat16)), None)
+        for role in ("a", "b"):
+            halves.add(role, sample(rows, [1, -3]), {f"k{i}": 3 for i in range(rows)})
+        found = halves.agreement()
+        np.testing.assert_allclose([found.low, found.high], 1, rtol=1e-12)
+
+
 def test_scores_and_replies_are_those_of_the_role(parsed, roles):
     assert roles["near"]["counts"] == {"0": 0, "1": 0, "2": 0, "3": 2, "None": 0}
     assert roles["silent"]["counts"] == {"0": 1, "1": 0, "2": 1, "3": 0, "None": 0}

@@ -120,6 +120,11 @@ def test_export_checks_its_arguments(made, tmp_path):
             ({}, "full/a", "is a file")):
         with pytest.raises(UserError, match=wanted):
             export_reference(run, tmp_path / folder, **options)
+    # a role with exactly min_count rollouts of score 3 has a vector
+    most = sum(score == 3 for score in Run.read(run).scores(NAMES[0]).values())
+    assert NAMES[0] in export_reference(run, tmp_path / "exact", min_count=most).roles
+    assert (tmp_path / "exact" / "vectors" / f"{NAMES[0]}.pt").exists()
+    assert NAMES[0] not in export_reference(run, tmp_path / "more", min_count=most + 1).roles
     found = export_reference(run, tmp_path / "out", min_count=10**6)
     assert not found.roles and not (tmp_path / "out" / "axis.pt").exists()
     assert "axis.pt was not written" in " ".join(found.notes)

@@ -60,6 +60,9 @@ def test_directions_of_other_models_or_sites_are_refused(other, field):
     ONE + jp.Vector(np.ones((4, 6)))  # an unknown fingerprint is accepted
     # fingerprints of different schemes cannot be compared
     ONE + jp.Vector(np.ones((4, 6)), fingerprint="b" * 16, fingerprint_scheme=1)
+    old = jp.Vector(np.ones((4, 6)), fingerprint="b" * 16, fingerprint_scheme=1)
+    for made in (-old, 2 * old, old[1:3], old + old, old - 0.5 * old):
+        assert (made.fingerprint, made.fingerprint_scheme) == ("b" * 16, 1)
     with pytest.raises(TypeError):
         ONE + 1  # pyright: ignore
     with pytest.raises(jp.UserError, match="layers is 4"):
