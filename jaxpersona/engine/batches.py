@@ -34,7 +34,8 @@ def batches(rows: list[chat.Row], tokens: int,
     Args:
       rows: the encoded conversations.
       tokens: the target number of tokens in a batch, including padding.
-      ways: the number of shards of the batch axis, which divides the number of rows in a batch.
+      ways: the number of shards of the batch axis; the number of rows in a batch is a multiple of
+        it.
 
     Returns:
       One tuple per batch, in descending order of the padded length: the indices of the batch's

@@ -19,7 +19,7 @@ from jaxpersona.runtime import default_setting, setting
 
 SWITCH = "JAXPERSONA_COMPILE_CACHE"
 TRACES, EXECUTABLES = 2**28, 2**32  # the maximum sizes of the two folders in bytes
-_SHORTEST = 0.05  # seconds; executables that compile faster are not stored
+_SHORTEST = 0.05  # seconds; programs that compile faster are not stored
 _LOG = logging.getLogger("jaxpersona")
 
 
@@ -29,7 +29,8 @@ def use_compile_cache() -> str | None:
     `JAXPERSONA_COMPILE_CACHE=0` disables this function; `JAX_COMPILATION_CACHE_DIR` or
     `jax_compilation_cache_dir` sets another folder. If the package's cache folder cannot be
     created, belongs to another user, is a symbolic link or is writable by others, the cache is not
-    enabled, and a warning is logged. Without a home folder, the cache is not enabled either.
+    enabled, and a warning is logged. It is not enabled either if there is neither `XDG_CACHE_HOME`
+    nor a home folder.
 
     This function also sets JAX's minimum compilation time for storing an executable and the maximum
     size of the cache, unless the user has set them.
@@ -71,8 +72,9 @@ def _own() -> pathlib.Path | None:
     """Return the package's cache folder for this user and processor; create it if necessary.
 
     Returns:
-      The folder, or None if the user has no home folder. The result is also None, and a warning is
-      logged, if the folder cannot be created or is not private to the user.
+      The folder, or None if the user has neither `XDG_CACHE_HOME` nor a home folder. The result is
+      also None, and a warning is logged, if the folder cannot be created or is not private to the
+      user.
     """
     try:
         base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"

@@ -23,7 +23,9 @@ from jaxpersona.engine.compile_cache import traces
 from jaxpersona.engine.stored import Stored
 from jaxpersona.errors import UserError
 
-LIMIT = 64  # default number of programs; enough for eight prompt lengths with and without edits
+# The default maximum number of compiled programs in memory, enough for eight prompt lengths with
+# and without edits.
+LIMIT = 64
 SWITCH = "JAXPERSONA_PROGRAMS"
 _LOG = logging.getLogger("jaxpersona")
 

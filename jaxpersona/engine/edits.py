@@ -32,7 +32,7 @@ class SharedEdits:
     def of(self, tasks: Sequence[Task | None], rows: int) -> Interventions:
         """Return the interventions of `tasks`, padded to `rows` rows.
 
-        In tables with an index, a row without a task has index −1, which means no intervention.
+        In tables with an `index`, a row without a task has index −1, which means no intervention.
         """
         numbers = [-1 if task is None else task.number for task in tasks]
         return self.edits.take(np.array(numbers + [-1] * (rows - len(numbers)), np.int32))
@@ -45,7 +45,7 @@ class SharedEdits:
         return self.of(tasks, len(tasks))
 
     def key(self, task: Task) -> tuple:
-        """Return the index of the prompt's entry in each table that has an index."""
+        """Return the index of the prompt's entry in each table that has an `index`."""
         return tuple(int(edit.index[task.number]) for edit in self.indexed.edits
                      if edit.index is not None)
 
@@ -144,7 +144,7 @@ def row_count(edits: Interventions, axes: tuple[int, ...]) -> int:
 
 
 def _repeated(edits: Interventions, rows: int) -> Interventions:
-    """Return interventions on `rows` rows, each a copy of the given row."""
+    """Return interventions on `rows` rows, each a copy of the row of `edits`."""
     def repeated(table: Any) -> Any:
         axes = {"where": 0, "origin": 0, "gate": 0, **table.PAYLOAD}
         return table.replace(**{

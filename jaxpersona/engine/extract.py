@@ -136,8 +136,8 @@ def extract(
         (`Extracted.nonfinite`) and issue one `NonfiniteWarning` that names the first affected layer
         and a fix. "raise": raise a `UserError`. `jax_debug_nans` and `jax_debug_infs` imply
         "raise".
-      progress: a function that is called with the number of finished conversations, N, and the
-        number of tokens so far, including padding.
+      progress: a function that is called with three numbers: the finished conversations, all
+        conversations, and the tokens so far, including padding.
       residual: "xla", or "pallas" for one fused TPU kernel that applies the edits and computes the
         projections and the next norm (see `forward`).
 

@@ -157,13 +157,13 @@ def generate(
         all conversations that share them. Rounding differs slightly from prefill in one pass, but
         results are equally reproducible.
       refill: whether to assign conversations to free rows while other rows still decode; if False,
-        wait until all rows of the batch are finished. The results are bit-identical.
+        wait until all rows of the batch are finished. The results are bit-identical in both cases.
       on_nonfinite: the response to NaN or infinite activations. "warn": end the reply
         (`Generated.finish`) and issue one `NonfiniteWarning` that names the first affected layer
         and a fix. "raise": raise a `UserError`. `jax_debug_nans` and `jax_debug_infs` imply
         "raise".
-      progress: a function that is called with the number of finished conversations, N, and the
-        number of generated tokens so far.
+      progress: a function that is called with three numbers: the finished conversations, all
+        conversations, and the generated tokens so far.
 
     Returns:
       The replies and captured activations, in input order.
@@ -292,8 +292,8 @@ def lane_opener(model: Model, edits: SharedEdits, capture: Capture, stops: Stops
 def asks_for_code(edits: Interventions, capture: Capture) -> bool:
     """Return whether any edit, gate or capture selects tokens in code blocks.
 
-    The result is True for tables from `reserve`, because edits in code may be written to them
-    later.
+    The result is True for tables from `reserve`, because edits that select code may be written to
+    them later.
     """
     if any(edit.reserved for edit in edits.edits):
         return True

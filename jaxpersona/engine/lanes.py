@@ -172,7 +172,7 @@ class Lane:
             jnp.asarray(most_done, jnp.int32), greedy=setting.greedy)
         done, ended, after = processes.fetch(
             (self.state.done, self.state.step, self.state.carry.cache.next))
-        # a live row appends one token to the cache at every step
+        # each step appends one token per live row to the cache, so its growth counts the live rows
         self.stats.decoded(int(ended) - int(begun), self.rows,
                            int(after.sum(dtype=np.int64) - before.sum(dtype=np.int64)))
         active = np.array([task is not None for task in self.tasks])

@@ -105,8 +105,8 @@ def survival(finished: Int[np.ndarray, " f"], unfinished: Int[np.ndarray, " u"],
       limit: the maximum length of a reply in tokens.
 
     Returns:
-      A pair (at, alive) of lengths [k + 1], from 0 to `limit`, and probabilities [k], such that
-      P(length > t) = alive[i] for at[i] ≤ t < at[i + 1].
+      A pair: the lengths `at` [k + 1], from 0 to `limit`, and the probabilities `alive` [k], such
+      that P(length > t) = alive[i] for at[i] ≤ t < at[i + 1].
     """
     at, alive = [0], [1.0]
     for t in np.unique(finished[finished < limit]):

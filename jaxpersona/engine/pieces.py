@@ -1,9 +1,9 @@
 """Texts in pieces: each call of the model processes the next W tokens of up to R texts.
 
-Texts of all lengths share one program, and only the last piece of a text contains padding. When the
-text in a row ends, another text begins in this row in the next call, while the texts in the other
-rows continue. The pieces of a text depend only on its length, so its results are bit-identical
-regardless of the other texts.
+For a given cache size, texts of all lengths share one program, and only the last piece of a text
+contains padding. When the text in a row ends, another text begins in this row in the next call,
+while the texts in the other rows continue. The pieces of a text depend only on its length, so its
+results are bit-identical regardless of the other texts.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Int
 
 
-# The minimum number of parameters, without the embedding and the head. Each call has a fixed cost:
-# writes to the cache, and attention over all cache slots. For a smaller model, this fixed cost
-# exceeds the cost of padding in batches. With 1.5 million parameters, pieces take about 2 times as
-# long as batches; with 106 million parameters, they take 0.85 times as long.
+# Texts run in pieces only if the model has at least this many parameters, without the embedding and
+# the head. Each call has a fixed cost: writes to the cache, and attention over all cache slots. For
+# a smaller model, this fixed cost exceeds the cost of padding in batches. With 1.5 million
+# parameters, pieces take about 2 times as long as batches; with 106 million parameters, they take
+# 0.85 times as long.
 LEAST_PARAMETERS = 10_000_000
 
 
@@ -58,7 +59,7 @@ class Call(NamedTuple):
 
 
 def large(config: ModelConfig) -> bool:
-    """Return whether a model has at least `LEAST_PARAMETERS`, so that pieces save time."""
+    """Return whether a model is so large (`LEAST_PARAMETERS`) that pieces save time."""
     tables = (1 if config.tied_embeddings else 2) * config.vocab_size * config.d_model
     return config.parameters - tables >= LEAST_PARAMETERS
 
@@ -169,7 +170,7 @@ def reset(carry: Carry, begins: jax.Array, config: ModelConfig, params: Params,
 
 
 def needs_whole(edits: Interventions) -> bool:
-    """Return whether a gate depends on the whole prompt, so that it must run in one call."""
+    """Return whether a gate depends on the whole prompt, which must then run in one call."""
     return any(table.gate is not None and table.gate.within for table in edits.edits)
 
 

@@ -81,8 +81,8 @@ def encode(model: Model, item: Any, *, reply: bool = True, thinking: bool = Fals
       thinking: whether a reply may begin with a thinking block.
 
     Raises:
-      UserError: the conversation is invalid or of an unsupported type, text is given without a
-        tokenizer, or an id is outside the vocabulary.
+      UserError: the conversation is invalid or of an unsupported type, it is text but the model has
+        no tokenizer, or an id is outside the vocabulary.
     """
     size, tokenizer = model.config.vocab_size, model.tokenizer
     if isinstance(item, chat.Row):
@@ -190,7 +190,7 @@ def reply_limits(max_new_tokens: Any, count: int, context: int) -> np.ndarray:
 
     Args:
       max_new_tokens: a positive integer, or a sequence of N positive integers.
-      count: N.
+      count: the number of replies N.
       context: the model's context in tokens.
 
     Raises:

@@ -124,7 +124,7 @@ def unpack(state: State, rows: np.ndarray, accepting: int | None = None) -> list
     """Copy rows of a state to the host.
 
     Args:
-      state: the state.
+      state: the state of a lane.
       rows: [n] int, the indices of the rows to copy.
       accepting: the accepting state of the lane's stop strings (`Stops.accepting`), or None.
     """

@@ -116,7 +116,7 @@ class Handle:
     """A handle to a submitted request, for `Engine.result`, `Engine.stream` and `Engine.cancel`.
 
     Attributes:
-      request: the request.
+      request: the submitted request.
       number: the request's index in the order of submission.
 
     Examples:

@@ -172,7 +172,7 @@ class Scheduler:
 
     @contextlib.contextmanager
     def _contained(self, key: Any, tasks: list[Task]) -> Iterator[None]:
-        """Confine an error to one lane: the given prompts fail, and the lane is dropped.
+        """Confine an error to one lane: the prompts `tasks` fail, and the lane is dropped.
 
         If `failed` is None, the error is raised instead.
         """

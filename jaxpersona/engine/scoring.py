@@ -102,7 +102,7 @@ class Scored(Table):
         return selected
 
     def perplexity(self, where: Where | str = everywhere) -> float:
-        """Return exp(−mean log p) over the tokens of all texts that `where` selects.
+        """Return exp(−mean log p) over the tokens that `where` selects in all texts.
 
         Raises:
           UserError: no token is selected.

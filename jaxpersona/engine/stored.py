@@ -36,7 +36,7 @@ from jaxpersona.runtime import is_traced, setting, thread_settings, tracing_sett
 
 SUFFIX = ".trace"
 _LOG = logging.getLogger("jaxpersona")
-# `jax.export` does not guarantee that later versions of JAX support these operations. A trace is
+# `jax.export` does not guarantee that later versions of JAX support this custom call. A trace is
 # read only by the version that wrote it, because the file name depends on the version.
 _UNSTABLE = tuple(map(jax.export.DisabledSafetyCheck.custom_call, ("__cudnn$fmhaSoftmax",)))
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "jaxpersona")
@@ -254,7 +254,7 @@ def _ours(kind: type) -> str:
 
 def _on_one(device: Any, leaves: list[Any]) -> bool:
     """Return whether every leaf is a NumPy array or an unsharded, concrete array on `device`."""
-    # a call may have hundreds of leaves, but few types and few shardings
+    # check each type and sharding once: a call may have hundreds of leaves, but few of these
     samples = {type(x): x for x in leaves}
     arrays = {kind for kind, x in samples.items() if isinstance(x, jax.Array)}
     if is_traced(list(samples.values())) or not all(

@@ -26,7 +26,7 @@ from jaxpersona.models.batch import batch as make_batch
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.text.chat import Row
 
-PIECE = 16  # tokens; small enough for little padding, large enough for fast matrix products
+PIECE = 16  # tokens per piece: few enough for little padding, enough for fast matrix products
 _LEAST_SLOTS = 256  # minimum cache size with pieces, so that short conversations share a lane
 _SHORTEST_PREFIX = 16  # tokens; a shorter shared prefix is not prefilled separately
 
@@ -126,7 +126,7 @@ def piece_of(config: ModelConfig, like: jax.Array, edits: Interventions, rows: i
 
     On a CPU, the time of a call is proportional to its number of tokens. A prompt therefore runs in
     pieces of `PIECE` tokens, so that prompts of all lengths share one program with little padding.
-    On a GPU or TPU, short calls take as long as long ones, so a prompt runs in one call. A prompt
+    On a GPU or TPU, a short call takes as much time as a long one, so a prompt runs in one call. It
     also runs in one call if the model is small (`pieces.large`), if a gate needs the whole prompt,
     on a mesh, and in a lane of at most `FEW_ROWS` rows, which needs few programs even without
     pieces (`prompts.padded`).
@@ -212,7 +212,7 @@ def cache_size(tokens: int, context: int, *, least: int = 64, finer: int | None 
 
 
 def prefix_length(row: Row) -> int:
-    """Return the number of tokens before the first user message; 0 if below `_SHORTEST_PREFIX`."""
+    """Return the number of tokens before the first `USER` token; 0 if below `_SHORTEST_PREFIX`."""
     users = np.flatnonzero(row.kind & USER)
     length = int(users[0]) if users.size else 0
     return length if length >= _SHORTEST_PREFIX else 0

@@ -111,8 +111,8 @@ def listed(given: Any, name: str = "conversations") -> list[Any]:
     """Convert an iterable of conversations to a list.
 
     Args:
-      given: the value of the argument.
-      name: the name of the argument, for error messages.
+      given: the value to check and convert.
+      name: the name of the caller's argument, for error messages.
 
     Raises:
       UserError: `given` is empty, or it is not an iterable of conversations.
@@ -325,7 +325,7 @@ def _tokenise(template: Template, text: str, kind: np.ndarray, turn: np.ndarray,
     Args:
       text, kind, turn: the rendering, with the kind and turn of each character.
       begin: the character at which the returned tokens start. The whole text is tokenized, because
-        a tokenizer may treat the start of a text differently. If a token crosses `begin`, the text
+        a tokenizer may add a space at the start of a text. If a token crosses `begin`, the text
         after `begin` is tokenized instead, preceded by a guard character that is then removed.
     """
     tokens, start, stop = _spans(template, text)

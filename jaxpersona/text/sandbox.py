@@ -30,8 +30,8 @@ from jaxpersona.errors import UserError
 SECONDS = 10.0  # CPU time limit for one rendering and for all renderings of one conversation
 MEMORY = 2 << 30  # maximum bytes of the worker's address space, including the interpreter
 CHARACTERS = 1 << 26  # maximum length of a conversation and of a rendering
-_LARGEST_REPLY = 6 * CHARACTERS + (1 << 16)  # bytes; JSON uses at most 6 bytes per character
-_WAIT = 10  # wall-clock timeout in multiples of SECONDS; large in case the machine is busy
+_LARGEST_REPLY = 6 * CHARACTERS + (1 << 16)  # bytes of an answer; JSON uses at most 6 per character
+_WAIT = 10  # wall-clock timeout for an answer in multiples of SECONDS; the machine may be busy
 _START = 120.0  # wall-clock timeout in seconds for the start of the process
 _CACHED = 256  # maximum number of cached renderings
 _CACHED_BYTES = 1 << 15  # maximum size of a cached request (including the template) or answer

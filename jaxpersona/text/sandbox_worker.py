@@ -5,10 +5,10 @@ system limits on memory and CPU time, so a template that exceeds a limit can end
 The Jinja environment behaves like the one in transformers.
 
 Protocol: a message consists of its length (8 bytes, little endian) and UTF-8 JSON. The first
-message on stdin contains the limits. Each later message is a request; the answer on stdout is
-{"text": …} or {"error": …, "refused": bool}, with two more fields: "seconds" is the CPU time used,
-and "varies" is true if the template used the clock or random numbers, so that the answers to equal
-requests may differ.
+message on stdin contains the limits; the answer on stdout is {"ready": true}. Each later message is
+a request; the answer is {"text": …} or {"error": …, "refused": bool}, with two more fields:
+"seconds" is the CPU time used, and "varies" is true if the template used the clock or random
+numbers, so that the answers to equal requests may differ.
 
 For a fast start, this file imports only Jinja and the standard library.
 """
@@ -32,7 +32,7 @@ import jinja2.utils
 
 
 class Generation(jinja2.ext.Extension):
-    """Jinja extension that renders `{% generation %}` … `{% endgeneration %}` blocks unchanged."""
+    """Jinja extension that renders the content of `{% generation %}` blocks unchanged."""
 
     tags = {"generation"}
 
@@ -134,10 +134,10 @@ def limit_time(seconds: float) -> None:
 
 def answer(request: dict[str, Any], known: dict[str, Any],
            limits: dict[str, Any]) -> dict[str, Any]:
-    """Render the template of a request {"template", "variables"} and return the answer.
+    """Render the template of a request and return the answer.
 
     Args:
-      request: the request.
+      request: the Jinja source ("template") and the template variables by name ("variables").
       known: a cache of one compiled template, keyed by its source.
       limits: the limits of a rendering: "memory" in bytes, and "characters".
     """

@@ -132,7 +132,7 @@ def locate(template: Template, messages: list[dict[str, str]], reply: bool,
     plan = _pieces(template, messages)
     text = template([{"role": role, "content": "".join(p.text for p in pieces)}
                      for role, pieces in plan], reply)
-    for blanks in ("all", "within", "inside", "none"):  # empty contents may render differently
+    for blanks in ("all", "within", "inside", "none"):  # templates may omit blanks but not marks
         twin, marks = _twin(plan, text, blanks)
         skeleton = template(twin, reply)
         spans = _match(skeleton, text, marks)
@@ -300,7 +300,7 @@ def _turns(template: Template, twin: list[dict[str, str]], marks: dict[str, _Pie
     if reply and not template.base:
         closed = template(twin, False)
         coming = len(skeleton) - len(closed) if skeleton.startswith(closed) else 0
-        turn[max(at, len(text) - coming) if coming else at :] = n  # or all remaining text
+        turn[max(at, len(text) - coming) if coming else at :] = n  # if `coming` is 0, all the rest
     return turn
 
 
@@ -316,7 +316,7 @@ def _closings(template: Template, twin: list[dict[str, str]],
     """Return the closing text for each kind of message, keyed by `_manner`.
 
     For each key, the closing texts of the first two messages are rendered, and the second replaces
-    the first, because templates may treat the first message of a conversation differently. In
+    the first, because templates may treat the first message of a conversation as a special case. In
     total, at most `_EXAMPLES` closing texts are rendered.
     """
     seen: dict[tuple[Any, ...], int] = {}
