@@ -22,7 +22,7 @@ from jaxpersona.errors import UserError
 
 Implementation = Literal["xla", "pallas", "interpret"]
 F32 = jnp.float32
-MEMORY = 10 * 2**20  # bytes of on-chip memory for the blocks of one step; a TPU core has 16 MiB
+MEMORY = 10 * 2**20  # bytes of on-chip memory for one grid step's blocks; a TPU core has 16 MiB
 _BY_SUMS = 8  # up to this many projections are computed as sums, more as a matrix product
 _TOKENS = (256, 128, 64, 32, 16, 8)  # possible sizes of a block, in tokens
 

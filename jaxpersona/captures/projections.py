@@ -132,7 +132,7 @@ class ProjectionMoments(OnDirections, kw_only=True, repr=False):
 
     def reduce(self, p: jax.Array, weights: jax.Array,
                index: int) -> tuple[jax.Array, jax.Array]:
-        """Return the mean and summed squared deviations of selected projections, each [B, K]."""
+        """Return the mean and the sum of squared deviations of the projections, each [B, K]."""
         w = weights[..., None].astype(F32)
         count = jnp.maximum(w.sum(1), 1.0)
         mean = (p * w).sum(1) / count

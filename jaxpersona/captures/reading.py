@@ -55,7 +55,7 @@ class State(flax.struct.PyTreeNode):
 
     @property
     def value(self) -> Any:
-        """The result [B, …]; a logged warning lists the rows whose result is undefined."""
+        """The result [B, …]; a warning is logged if it is undefined for some rows."""
         warn_of_empty(self.label, self.empty)
         return self.result()
 

@@ -30,8 +30,8 @@ def start(coordinator: str | None = None, count: int | None = None,
           index: int | None = None) -> None:
     """Initialize `jax.distributed`; call this before creating any array.
 
-    If `jax.distributed` is already initialized, `start` only checks that its arguments agree with
-    that initialization.
+    If `jax.distributed` is already initialized, `start` only checks that `count` and `index` agree
+    with that initialization.
 
     Args:
       coordinator: the address host:port of process 0. If None, the address is detected, which
@@ -46,9 +46,9 @@ def start(coordinator: str | None = None, count: int | None = None,
     """
     given = (coordinator is not None, count is not None, index is not None)
     if any(given) and not all(given):
-        raise UserError("some of coordinator, processes and process are missing; give all three, "
-                        "or omit all three where JAX detects the processes, such as on SLURM, "
-                        "Open MPI, Kubernetes or a TPU pod")
+        raise UserError("the coordinator, the process count or the process index is missing; give "
+                        "all three, or omit all three where JAX detects the processes, such as on "
+                        "SLURM, Open MPI, Kubernetes or a TPU pod")
     for name, value in (("processes", count), ("process", index)):
         if value is not None and not isinstance(value, int):
             raise UserError(f"{name} is {value!r:.60}; it must be an integer")
@@ -59,9 +59,10 @@ def start(coordinator: str | None = None, count: int | None = None,
     if joined():
         there = jax.process_count(), jax.process_index()
         if all(given) and there != (count, index):
-            raise UserError(f"processes is {count} and process is {index}, but jax.distributed is "
-                            f"already initialized with process count {there[0]} and process index "
-                            f"{there[1]}; omit coordinator, processes and process")
+            raise UserError(f"the process count is {count} and the process index is {index}, but "
+                            "jax.distributed is already initialized with process count "
+                            f"{there[0]} and process index {there[1]}; omit the coordinator, the "
+                            "count and the index")
         return
     try:
         # on CPUs, two programs with cross-process collectives can deadlock if they run concurrently
@@ -70,8 +71,8 @@ def start(coordinator: str | None = None, count: int | None = None,
                                        heartbeat_timeout_seconds=_HEARTBEAT)
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"jax.distributed cannot be initialized ({reason}): give coordinator, "
-                        "processes and process, or correct them") from error
+        raise UserError(f"jax.distributed cannot be initialized ({reason}): give the coordinator, "
+                        "the process count and the process index, or correct them") from error
 
 
 def joined() -> bool:
@@ -165,7 +166,7 @@ def in_turn(act: Callable[[], T]) -> T:
         return act()
     if first():
         result = act()
-        merge({})  # a barrier: `act` has returned on process 0
+        merge({})  # a barrier: the other processes wait here until `act` has returned
     else:
         merge({})
         result = act()

@@ -46,7 +46,7 @@ def make_mesh(data: int = 1, model: int = 1, *, fsdp: int = 1,
       model: the number of shards of heads, feed-forward width and vocabulary (tensor parallelism).
       fsdp: the number of shards of both batch rows and weights; weights are all-gathered before
         every use.
-      devices: the devices to use; default: all devices.
+      devices: the available devices, by default all; the first data·fsdp·model are used.
 
     Raises:
       UserError: an axis size is not a positive integer, or there are fewer devices than
@@ -137,8 +137,8 @@ def fit(mesh: Mesh | AbstractMesh, config: ModelConfig) -> Mesh | AbstractMesh:
             name = "fsdp" if field == "d_model" else "model"
             total = split if name == "fsdp" else model * group
             best = _divisor(value, split) * (model if field.startswith("n_") else 1)
-            raise UserError(f"{field} is {value}, which is not divisible by {name}={total} of the "
-                            f"mesh: use {name}={best}")
+            raise UserError(f"{field} is {value}, which {name}={total} of the mesh does not "
+                            f"split evenly: use {name}={best}")
     return mesh
 
 
@@ -182,7 +182,7 @@ def mesh_of(*operands: Any) -> Mesh | AbstractMesh | None:
 def on_cpu(*operands: Any) -> bool:
     """Return whether the operands are on a CPU device, without a mesh.
 
-    On a CPU, an equivalent form of some operations is faster.
+    On a CPU, some operations are faster in a different, equivalent form.
     """
     return platform(*operands) == "cpu" and mesh_of(*operands) is None
 
@@ -206,7 +206,7 @@ def platform(*operands: Any) -> str:
 
 @contextlib.contextmanager
 def running_on(where: str) -> Iterator[None]:
-    """Set the result of `platform` for operands without devices inside this context."""
+    """Make `platform` return `where` for operands without devices, inside this context."""
     before = _PLATFORM.set(where)
     try:
         yield

@@ -184,7 +184,7 @@ def percentile(vector: Any, name: str, bound: Any, of: str) -> Any:
         return bound
     if not hasattr(vector, "thresholds"):
         raise UserError(f"{name} is {bound!r}, but only an Axis has percentiles; give an Axis as "
-                        "vector, or give the bound as numbers")
+                        "`vector`, or give the bound as numbers")
     return vector.thresholds(bound, of=of)
 
 

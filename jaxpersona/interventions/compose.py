@@ -25,8 +25,8 @@ from jaxpersona.runtime import is_traced, own_rules
 class Interventions(flax.struct.PyTreeNode):
     """The edits of a forward pass, stored as tables (`table.Table`) that are applied in order.
 
-    A table contains the edits of one operator for one site and a set of layers. The compiled
-    program contains no additional operations at layers without an edit or a gate.
+    A table contains edits of one kind, for one site and a set of layers. The compiled program
+    contains no additional operations at layers without an edit or a gate.
 
     Attributes:
       edits: the tables.
@@ -52,7 +52,7 @@ class Interventions(flax.struct.PyTreeNode):
           like: an array on the devices that apply the tables.
 
         Raises:
-          UserError: the interventions are for a different number of rows.
+          UserError: the interventions are for a number of rows other than B.
         """
         return PreparedInterventions(tuple(edit.prepare(rows, like) for edit in self.edits))
 
@@ -137,7 +137,7 @@ class PreparedInterventions(flax.struct.PyTreeNode):
                 yield number, edit
 
     def gates_at(self, site: Site, layer: int) -> Iterator[tuple[int, Gate]]:
-        """Yield (index of the table, gate) for each gate measured at one site of one layer."""
+        """Yield (index of the table, gate) for each gate evaluated at one site of one layer."""
         for number, edit in enumerate(self.edits):
             if edit.gate is not None and (edit.gate.site, edit.gate.layer) == (site, layer):
                 yield number, edit.gate
@@ -293,7 +293,7 @@ def stack_rows(interventions: Sequence[Interventions | None], *,
             raise UserError(f"the interventions of row {row} were made with rows=; stack "
                             "interventions made without rows=")
     if into is not None and into.rows != count:
-        raise UserError(f"into is for batch size {into.rows}, but the number of interventions is "
+        raise UserError(f"into= is for batch size {into.rows}, but the number of interventions is "
                         f"{count}; give one item per row")
     fixed = into.edits if into is not None else ()
     slots: list[tuple[tuple, dict[int, Table]]] = [(edit.key, {}) for edit in fixed]

@@ -67,11 +67,11 @@ def gate(
       gate(cap(everywhere, layer 4, residual), layer 2, prompt)
     """
     if above is None and below is None:
-        raise UserError("gate needs a bound; give above, below or both")
+        raise UserError("gate needs a bound; give above=, below= or both")
     if over not in ("prompt", "token"):
         raise UserError(f"over is {over!r}; it must be 'prompt' or 'token'")
     if within and over == "token":
-        raise UserError("within is only for over='prompt'; omit it, because a token gate is "
+        raise UserError("within=True is only for over='prompt'; omit it, because a token gate is "
                         "evaluated for each token")
     if not interventions.edits:
         raise UserError("interventions is empty; give interventions to gate")
@@ -80,8 +80,8 @@ def gate(
     where = as_where(where)
     test = encoded(where)
     if over == "prompt" and where.need & GENERATED:
-        raise UserError("where selects generated tokens, which a prompt does not contain; use "
-                        "over='token' or another where")
+        raise UserError("where= selects generated tokens, which a prompt does not contain; use "
+                        "over='token' or a different value of where=")
     return Interventions(tuple(
         _gated(table, vector, layer, {"above": above, "below": below}, test, site, over, within)
         for table in interventions.edits))
@@ -95,7 +95,7 @@ def _gated(table: Table, vector: Any, layer: int, bounds: dict[str, Any], test: 
       UserError: the table already has a gate, or the gate is invalid for the table.
     """
     if table.gate is not None:
-        raise UserError("interventions already have a gate; apply gate once to each intervention, "
+        raise UserError("interventions already have a gate; call gate once for each intervention, "
                         "then chain the results")
     bank = Bank(vector, [layer], None if table.index is None else [0], site)
     direction, size = bank.direction[0], table.entries
@@ -106,7 +106,7 @@ def _gated(table: Table, vector: Any, layer: int, bounds: dict[str, Any], test: 
                         f"in the bank is {real}; give one direction, or one per edit")
     lo, hi = (_spread(name, value, real) for name, value in bounds.items())
     if not is_traced(lo, hi) and (lo > hi).any():
-        raise UserError("above is greater than below; no projection satisfies both")
+        raise UserError("above= is greater than below=; no projection satisfies both")
     entry = np.array([*range(real), *[0] * (size - real)])
     xp: Any = jnp if is_traced(lo, hi) else np
     made = Gate(

@@ -143,7 +143,7 @@ class Custom(Table, kw_only=True, repr=False):
 
     @property
     def key(self) -> tuple:
-        """The table's structure (`Table.key`), the function and its parameters' shapes."""
+        """The table's structure (`Table.key`), the function, and its parameters' structure."""
         leaves, tree = jax.tree.flatten(self.params)
         forms = tuple((x.shape[1:], str(x.dtype)) for x in leaves)
         return (*super().key, self.fn, tree, forms)

@@ -27,7 +27,7 @@ from jaxpersona.interventions.table import (
 from jaxpersona.interventions.where import Where, encoded, everywhere
 from jaxpersona.runtime import is_traced, own_rules
 
-# minimum length of the second unit vector's component orthogonal to the first
+# unit vectors count as collinear if one's component orthogonal to the other is shorter than this
 _FLAT = 1e-6
 
 
@@ -74,15 +74,15 @@ def rotate(
                         "or by= (the rotation angle)")
     one, two = Bank(first, layers, rows, site, "first"), Bank(second, layers, rows, site, "second")
     if one.direction.shape != two.direction.shape:
-        raise UserError(f"second has shape {two.direction.shape} and first has shape "
+        raise UserError(f"`second` has shape {two.direction.shape} and `first` has shape "
                         f"{one.direction.shape}; the shapes must be equal")
     one.origin = one_origin(one.origin, two.origin)
     xp: Any = jnp if is_traced(one.direction, two.direction, to, by) else np
     across = two.direction - (one.direction * two.direction).sum(-1, keepdims=True) * one.direction
     length = xp.linalg.norm(across, axis=-1, keepdims=True)
     if xp is np and (length < _FLAT).any():
-        raise UserError("first and second are collinear at a chosen layer; give directions that "
-                        "span a plane")
+        raise UserError("`first` and `second` are collinear at a chosen layer; give directions "
+                        "that span a plane")
     theta = one.spread("to" if by is None else "by", to if by is None else by)
     angle = xp.stack([xp.cos(theta), xp.sin(theta), xp.full(theta.shape, float(by is None))], -1)
     return _table(Rotation, one, where, first=one.direction, second=across / length, angle=angle)
@@ -156,7 +156,7 @@ def custom(
     try:
         hash(fn)
     except TypeError:
-        raise UserError("fn is not hashable; give a function and pass its data as params") \
+        raise UserError("fn is not hashable; give a function and pass its data in params=") \
             from None
     if not callable(fn):
         raise UserError(f"fn is {fn!r}; it must be a function of (params, h)")
@@ -209,7 +209,7 @@ def _arrays(params: Any) -> list[Any]:
 def _table(kind: type[Table], bank: Bank, where: Where | str, **payload: Any) -> Interventions:
     """Build interventions with one table of class `kind` from a bank and fields [l, n, …].
 
-    The number of entries is padded to a power of two by repeating the last entry.
+    The number of entries is increased to a power of two by repeating the last entry.
     """
     n = len(bank.origin)
     size = next_power(n)

@@ -65,8 +65,8 @@ def _layers_form(value: Any) -> Any:
             return value
     elif whole and all(isinstance(x, int) and not isinstance(x, bool) for x in whole):
         return value
-    raise UserError("must be an integer, a list of integers, or a string: "
-                    "\"46:54\" (half-open), \"16\" or \"3,5\"")
+    raise UserError("must be an integer, a list of integers, or a string such "
+                    "as \"46:54\" (half-open), \"16\" or \"3,5\"")
 
 
 def _place_form(value: Any) -> Any:
@@ -129,7 +129,7 @@ Where_ = Annotated[Place, pydantic.BeforeValidator(_place_form), _OrName]
 
 
 class GateSpec(_Strict):
-    """The arguments of `gate`; `first_token` is whether each row's first token may be measured."""
+    """The arguments of `gate`; `first_token` allows each row's first token to be measured."""
 
     vector: Direction
     layer: Index

@@ -91,7 +91,7 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         replaced (static).
     """
 
-    PAYLOAD: ClassVar[dict[str, int]] = {}  # from a subclass's field to the position of its axis n
+    PAYLOAD: ClassVar[dict[str, int]] = {}  # field of a subclass → position of its axis n
 
     where: Int[Array, "n 5"]
     origin: UInt[Array, " n"]
@@ -133,7 +133,7 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
           like: an array on the devices that apply the table.
 
         Raises:
-          UserError: the table is for a different number of rows.
+          UserError: the table is for a number of rows other than B.
         """
         if self.rows not in (None, rows):
             raise UserError(f"interventions are for batch size {self.rows}, but the batch size is "
@@ -305,10 +305,9 @@ def one_origin(*origins: Any) -> np.ndarray:
 
 
 def common(where: Any, origin: Any, index: np.ndarray | None, size: int) -> dict[str, Any]:
-    """Return the fields that all kinds of tables share, with `size` entries.
+    """Return the fields `where`, `origin` and `index` of a table with `size` entries.
 
-    The arrays are strongly typed. The entries after the given ones are padding and apply to no
-    token.
+    The arrays are strongly typed. The added entries are padding and apply to no token.
     """
     extra = size - len(where)
     where = np.concatenate([where, np.broadcast_to(np.array([NOWHERE]), (extra, len(NOWHERE)))])

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Int
 
 _BITS = 32
-Gates = dict[str, Any]  # from the index of a gated table, as a string, to its gate's state
+Gates = dict[str, Any]  # index of a gated table, as a string → state of its gate
 
 
 class Applied(flax.struct.PyTreeNode):
@@ -96,7 +96,7 @@ class Trace:
         return max((layers[-1] for layers in used), default=-1)
 
     def visit(self, site: Site, layer: int, h: jax.Array) -> jax.Array:
-        """Edit h [B, T, D] at one site of one layer, then measure the gates and read activations.
+        """Edit h [B, T, D] at one site of one layer, then evaluate gates and read activations.
 
         Returns:
           The edited h.
@@ -169,7 +169,7 @@ class Trace:
                 yield name, reading
 
     def _measure(self, site: Site, layer: int, h: jax.Array) -> None:
-        """Evaluate the gates measured at one site of one layer, and update their states."""
+        """Evaluate the gates at one site of one layer, and update their states."""
         for number, gate in self.edits.gates_at(site, layer):
             with jax.named_scope("intervention"):
                 self.opened[number], self.gates[str(number)] = gate.measure(

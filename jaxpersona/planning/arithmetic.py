@@ -24,9 +24,9 @@ from jaxpersona.planning import chips
 
 Weights = Literal["bfloat16", "int8"]  # dtypes of the weights; activations are bfloat16
 ITEM = 2  # bytes per bfloat16 value
-FRACTIONS = (1.0, 0.6, 0.3)  # fractions of roofline speed for which `axis_run_hours` is given
-ROLLOUTS = 331_200  # number of rollouts of the published axis (Lu et al. 2026): 276 roles × 1,200
-NEW_TOKENS = 512  # maximum reply length of the published axis
+FRACTIONS = (1.0, 0.6, 0.3)  # fractions of roofline speed at which `axis_run_hours` is estimated
+ROLLOUTS = 331_200  # number of rollouts for the published axis (Lu et al. 2026): 276 roles × 1,200
+NEW_TOKENS = 512  # maximum number of tokens per reply in these rollouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +128,8 @@ def seconds(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,
     chip sends 2·(n − 1)/n of the bytes over its links, without overlap with compute.
 
     Returns:
-      The seconds of a decode step (`decode_step`) and of a prefill (`prefill`), and the parts of
-      these times that are spent in all-reduces (`decode_sums`, `prefill_sums`).
+      The times in seconds of a decode step (`decode_step`) and of a prefill (`prefill`), and the
+      parts of these times that are spent in all-reduces (`decode_sums`, `prefill_sums`).
     """
     split, ways = sharding.ways(mesh, "ff"), sharding.ways(mesh, "batch")
     rows = shapes.batch // ways
@@ -146,9 +146,9 @@ def seconds(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,
 
 
 def run_hours(roofline: Mapping[str, float], shapes: Shapes, fraction: float) -> float:
-    """Return the hours to generate `ROLLOUTS` rollouts at a given fraction of roofline speed.
+    """Return the hours needed to generate `ROLLOUTS` rollouts at a fraction of roofline speed.
 
-    Every reply is assumed to have the maximum length.
+    Every reply is assumed to have `NEW_TOKENS` tokens.
     """
     batches = -(-ROLLOUTS // shapes.batch)
     one = roofline["prefill"] + NEW_TOKENS * roofline["decode_step"]

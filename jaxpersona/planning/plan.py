@@ -254,9 +254,9 @@ def lowered(params: Params, config: ModelConfig, shapes: Shapes,
 
 
 def _compile(lowered: Lowered) -> tuple[jax.stages.Compiled | None, int]:
-    """Compile a program; return it with the bytes of its temporary memory.
+    """Compile a program; return it with the size in bytes of its temporary memory.
 
-    If the program exceeds device memory, return None and the bytes in the compiler's message.
+    If the program exceeds device memory, return None and the size that the compiler's error states.
     """
     try:
         program = lowered.compile()

@@ -316,7 +316,7 @@ def test_a_where_may_be_a_name():
     edit = steer(np.ones(8), layers=1)
     assert s.same_bits(gate(edit, np.ones(8), layer=0, above=0.0, where="user"),
                        gate(edit, np.ones(8), layer=0, above=0.0, where=NAMED["user"]))
-    with pytest.raises(ValueError, match="where selects generated tokens"):
+    with pytest.raises(ValueError, match="where= selects generated tokens"):
         gate(edit, np.ones(8), layer=0, above=0.0, where="generated")
 
 

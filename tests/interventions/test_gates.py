@@ -193,10 +193,10 @@ def test_a_gate_that_measured_nothing_is_shut():
 REFUSED = {
     "needs a bound": lambda: gate(EDIT, C, layer=0),
     "over is 'row'": lambda: gate(EDIT, C, layer=0, above=0, over="row"),
-    "within is only for": lambda: gate(EDIT, C, layer=0, above=0, over="token", within=True),
+    "within=True is only for": lambda: gate(EDIT, C, layer=0, above=0, over="token", within=True),
     "interventions to gate": lambda: gate(chain(), C, layer=0, above=0),
     "already have a gate": lambda: gate(gate(EDIT, C, layer=0, above=0), C, layer=0, above=0),
-    "above is greater": lambda: gate(EDIT, C, layer=0, above=2, below=1),
+    "above= is greater": lambda: gate(EDIT, C, layer=0, above=2, below=1),
     "layer 1 \\(residual\\) is not before": lambda: gate(EDIT, C, layer=1, above=0),
     "above is NaN": lambda: gate(EDIT, C, layer=0, above=np.nan),
     "above is infinite": lambda: gate(EDIT, C, layer=0, above=np.inf),
@@ -204,7 +204,7 @@ REFUSED = {
         steer(np.ones((8, 32)), layers=[1], rows=range(8)), np.ones((5, 32)), layer=0, above=0),
     "the gate has 4 directions, but the number of edits in the bank is 3": lambda: gate(
         steer(np.ones((3, 32)), layers=[1], rows=[0, 1, 2]), np.ones((4, 32)), layer=0, above=0),
-    "where selects generated tokens": lambda: gate(EDIT, C, layer=0, above=0, where=generated),
+    "where= selects generated tokens": lambda: gate(EDIT, C, layer=0, above=0, where=generated),
     "contains no message": lambda: everywhere.within(3, 1),
     "gates has states for the tables": lambda: forward(
         MODEL.params, MODEL.config, batch(ROWS), interventions=gate(EDIT, C, layer=0, above=0),

@@ -139,7 +139,7 @@ MIXED = [Vector(np.eye(8)[:2] + i, fingerprint=f"{i}" * 16) for i in (1, 2)]
     ("rotate needs one angle", lambda u: rotate(u, -u, layers=1)),
     ("rotate needs one angle", lambda u: rotate(u, -u, layers=1, to=1, by=1)),
     ("are collinear at a chosen layer", lambda u: rotate(u, -2 * u, layers=1, to=1)),
-    ("second has shape", lambda u: rotate(u, np.ones(9), layers=1, to=1)),
+    ("`second` has shape", lambda u: rotate(u, np.ones(9), layers=1, to=1)),
     ("to is infinite", lambda u: rotate(u, np.ones(8), layers=1, to=np.inf)),
     ("second is zero", lambda u: rotate(u, 0 * u, layers=1, to=1)),
     ("site is 'head'", lambda u: restore_norm(layers=1, site="head")),
@@ -174,7 +174,7 @@ MIXED = [Vector(np.eye(8)[:2] + i, fingerprint=f"{i}" * 16) for i in (1, 2)]
     ("different models", lambda u: rotate(*MIXED, to=1.0, layers=1)),
     ("different models", lambda u: mean_ablate(*MIXED, layers=1)),
     ("different models", lambda u: cap(MIXED[0], layers=1, floor=0.0, push=MIXED[1])),
-    ("into is for batch size 2", lambda u: stack_rows([None], into=reserve(2, 8, [1]))),
+    ("into= is for batch size 2", lambda u: stack_rows([None], into=reserve(2, 8, [1]))),
     ("the interventions of row 1 do not fit", lambda u: stack_rows(
         [None, chain(steer(u, layers=1), steer(u, layers=1))], into=reserve(2, 8, [1]))),
     ("the interventions of row 0 do not fit", lambda u: stack_rows(
