@@ -44,7 +44,7 @@ _INACTIVE: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None, []), "use_qalora": (False, None),
     "arrow_config": (None,), "use_bdlora": (None, False),
 }
-# prefixes of the `init_lora_weights` values that also change the base weights
+# prefixes of the `init_lora_weights` values with which PEFT also changes the base weights
 _CHANGED_BASE = ("pissa", "olora", "loftq", "corda")
 
 
@@ -123,7 +123,7 @@ def _check_settings(raw: Mapping[str, Any], place: pathlib.Path) -> None:
 
 def _setting(raw: Mapping[str, Any], key: str, patterns: str, module: str,
              place: pathlib.Path) -> float:
-    """Return the rank or α of a module: the value of the first matching pattern, or the default.
+    """Return the rank or α of a module: the value of the first matching pattern, or of `key`.
 
     As in PEFT, a pattern is a regular expression that must match the whole name of the module or
     the part of the name after any of its dots.

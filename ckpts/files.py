@@ -42,7 +42,7 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
-        with contextlib.suppress(OSError):  # an invalid parent folder has already raised an error
+        with contextlib.suppress(OSError):  # with an invalid parent folder, `unlink` fails too
             temporary.unlink(missing_ok=True)
 
 
@@ -141,7 +141,7 @@ def json_text(value: Any) -> str:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write a JSON file atomically, serialized by `json_text`."""
+    """Write a value to a file atomically, as JSON (`json_text`)."""
     write_text(path, json_text(value))
 
 
@@ -163,7 +163,7 @@ def header_of(shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
 
     Args:
       shapes: the dtype and shape of each tensor, by name.
-      metadata: the metadata.
+      metadata: the file's metadata, by key.
     """
     ordered = {name: shapes[name] for name in sorted(shapes)}
     return next(pieces(ordered, lambda _: np.empty(0), dict(sorted(metadata.items()))))

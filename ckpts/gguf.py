@@ -27,7 +27,7 @@ from jaxpersona.vectors.vector import CONTROL_VECTOR, Axis, Vector
 ARCHITECTURE = "controlvector"
 VECTOR_BYTES = 1 << 30  # maximum size of a vector file in bytes; a 405B model needs 8 MB
 _MAX_ELEMENTS = 1 << 16  # maximum number of array elements in the metadata; `write` stores none
-# fields of a `Vector` that are stored under the keys `jaxpersona.<field>`
+# metadata of a `Vector`, stored under the keys `jaxpersona.<name>`
 _OURS = ("kind", "name", "model", "fingerprint", "fingerprint_scheme", "layers", "notes")
 
 

@@ -253,7 +253,7 @@ def _gemma(data: _Metadata, architecture: str, width: int, heads: int, layers: i
     scale = data.real("attention.scale")
     if scale is not None and scale > 0:
         scalar = scale**-2
-    else:  # as in llama.cpp, a missing scale is derived from the number of layers
+    else:  # as in llama.cpp, the number of layers determines a missing scale
         scalar = width / heads if layers == _27B[architecture] else head_dim
     raw: dict[str, Any] = {"query_pre_attn_scalar": scalar}
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):

@@ -89,7 +89,7 @@ class HeaderReader:
 
         Args:
           data: the memory map of the file.
-          max_elements: the maximum total number of elements in all arrays.
+          max_elements: the maximum total number of elements in all metadata arrays.
 
         Raises:
           struct.error: the file is not a GGUF file.
@@ -169,7 +169,7 @@ class HeaderReader:
     def _array(self, keep: bool) -> Any:
         """Read an array of numbers (as a NumPy array) or of strings (as a list).
 
-        Unless `keep` is true, strings are skipped, and the result is None.
+        Unless `keep` is true, an array of strings is skipped, and the result is None.
         """
         kind, count = self._number("I"), self._number("Q")
         if count > self._max_elements:

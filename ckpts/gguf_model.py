@@ -32,7 +32,8 @@ TOKENIZER_ARRAYS = tuple(f"tokenizer.ggml.{key}" for key in
                          ("tokens", "scores", "token_type", "merges"))
 ROPE_DIVISORS = "rope_freqs.weight"
 _MAX_TENSORS = 32 * MAX_LAYERS  # maximum number of tensors; Gemma 3 has 13 per layer
-_MAX_ELEMENTS = 1 << 22  # maximum elements of metadata arrays; Llama 4's tokenizer has 0.9 million
+# maximum total number of elements in the metadata arrays; Llama 4's tokenizer has 0.9 million
+_MAX_ELEMENTS = 1 << 22
 _MAX_PARTS = 1024
 _BLOCK = 1 << 20  # approximate number of elements to dequantize at once
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
@@ -289,7 +290,7 @@ class GgufSource:
         out = tensorfile.aligned(tuple(stop - start for start, stop in bounds),
                                  dtype or np.dtype(np.float32))
         permuted = self._permuted and (".q_proj." in name or ".k_proj." in name)
-        with np.errstate(all="ignore"):  # NaN and overflow are valid results here
+        with np.errstate(all="ignore"):  # NaN and infinity are valid values here
             if len(bounds) == 1:
                 values = self._dequantize(tensor, (0, 1), (0, tensor.shape[0]))[0]
                 if permuted:
@@ -334,7 +335,7 @@ class GgufSource:
         return value, scale
 
     def _stored_rows(self, first: int, last: int) -> np.ndarray:
-        """Return the indices in the file of rows `first` to `last` − 1 of the Hugging Face tensor.
+        """Return the file's row indices for rows `first` to `last` − 1 of the Hugging Face tensor.
 
         In the file, the two halves of each head's rows are interleaved.
         """

@@ -3,7 +3,7 @@
 The GGUF conversion in transformers is not used, because it imports PyTorch. Two types of
 vocabularies are supported: "gpt2" (byte-level BPE with merges; `tokenizer.ggml.pre` selects the
 regular expressions for pre-tokenization) and "llama" (SentencePiece BPE; missing merges are derived
-from the token scores).
+from the token scores, or for Gemma from the token ids).
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def stop_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _token(fields: Mapping[str, Any], key: str, tokens: Sequence[str]) -> str | None:
-    """Return the text of the token whose id a metadata field contains; None if it is missing."""
+    """Return the text of the token whose id is in a metadata field, or None without the field."""
     number = fields.get(f"tokenizer.ggml.{key}")
     if number is None:
         return None
@@ -182,7 +182,7 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], gemma: bool,
 
 
 def _derive_merges(vocabulary: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Return every split of a token into two tokens, sorted by descending score of the token."""
+    """Return every split of a token into two tokens, by descending score of the whole token."""
     merges = []
     for token, index in vocabulary.items():
         pairs = [(token[:i], token[i:]) for i in range(1, len(token))

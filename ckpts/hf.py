@@ -82,7 +82,7 @@ def _has_other_head(entries: Mapping[str, Entry]) -> bool:
 
 
 def _without_config(folder: pathlib.Path) -> str:
-    """Return the error message for a folder without config.json, with a fix if possible."""
+    """Return the error message for a folder without config.json, with a remedy if there is one."""
     path = folder / ADAPTER
     if path.exists():
         raw = read_json(path)

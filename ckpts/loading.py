@@ -227,7 +227,7 @@ def _random(name: str, form: Form, mesh: Mesh | None) -> Model:
 def _quantized(params: Params, config: ModelConfig, form: Form) -> Params:
     """Return the parameters, quantized to int8 if `form.int8` is true.
 
-    If `form.merge` is an adapter, it is added to the weights before quantization.
+    The adapter in `form.merge`, if any, is added to the weights before quantization.
     """
     if not form.int8:
         return params

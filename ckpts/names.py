@@ -28,7 +28,7 @@ _FIELDS = {
     "w_down_df": "mlp.down_proj.weight", "b_down_d": "mlp.down_proj.bias",
     "mlp_norm_d": "post_attention_layernorm.weight",
 }
-# with `post_norms`, a block has two more norms, and the norm before the MLP has another name
+# with `post_norms`, a block has two more norms, and the norm before the MLP has a different name
 _POST_NORMS = {
     "attn_post_norm_d": "post_attention_layernorm.weight",
     "mlp_norm_d": "pre_feedforward_layernorm.weight",
@@ -53,7 +53,7 @@ class Tensor:
 
 
 def tensors(config: ModelConfig) -> Params:
-    """Return a `Params` in which each leaf is the `Tensor` of that parameter."""
+    """Return a `Params` with the `Tensor` of every parameter."""
     specs = layout(config)
     fields = _FIELDS | _POST_NORMS if config.post_norms else _FIELDS
 

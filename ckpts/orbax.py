@@ -149,8 +149,8 @@ def load(folder: str | pathlib.Path, *, dtype: DTypeLike | None = None,
                 continue
             scale, out = stored[name + _SCALE], len(shape) - tensor.spec.inner
             if mesh is not None and len(scale.shape) > out:
-                raise UserError(f"{folder}: contains int8 weights with block scales, which a mesh "
-                                "does not support; omit mesh")
+                raise UserError(f"{folder}: contains int8 weights with block scales, which are not "
+                                "supported on a mesh; omit mesh")
             shapes[name] = wish(shape, axes, kind)
             shapes[name + _SCALE] = wish(tuple(scale.shape), (*axes[:out], None)[:len(scale.shape)],
                                          scale.dtype)

@@ -37,8 +37,8 @@ READABLE = DTYPES | {name: np.dtype(kind) for name, kind in {
 _WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "U32": 4,
            "I32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8}
 _HEADER_LIMIT = 100_000_000  # maximum header size in bytes, as in the safetensors library
-_MOST_DIMENSIONS = 16  # maximum per tensor; NumPy's limit is 64, and no model needs more than 4
-_PIECE = 1 << 20  # bytes per read, so that the buffer fits in the CPU cache
+_MOST_DIMENSIONS = 16  # maximum dimensions of a tensor; NumPy's limit is 64; models need at most 4
+_PIECE = 1 << 20  # bytes per read; a buffer of this size fits in the CPU cache
 _ALIGN = 64  # bytes; JAX can use a host buffer with this alignment without copying it
 
 
@@ -286,7 +286,7 @@ def pieces(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
       tensors: the dtype and shape of each tensor by name, in file order.
       values: a function from a tensor's name to its values, called just before the tensor is
         yielded.
-      metadata: the metadata for the header.
+      metadata: the file's metadata, by key.
     """
     names = {dtype: name for name, dtype in READABLE.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}

@@ -48,7 +48,7 @@ def read_means(path: str | os.PathLike) -> dict[str, np.ndarray]:
     if wrong:
         named = ", ".join(f"{key!r:.60}" for key in wrong[:_SHOWN])
         raise UserError(f"{path}: contains invalid entries ({len(wrong)}: "
-                        f"{named}{', …' if len(wrong) > _SHOWN else ''}); recompute the file with "
+                        f"{named}{', …' if len(wrong) > _SHOWN else ''}); save the file again with "
                         "only floating-point tensors and string keys")
     size, total = path.stat().st_size, sum(value.numel() for value in held.values())
     if total > size:

@@ -201,15 +201,15 @@ def load_caps(path: str | os.PathLike) -> dict[str, Caps]:
 
 
 def _dated(path: str | os.PathLike, found: Any) -> Any:
-    """Return `found`; warn if its fingerprint has a different scheme and cannot be compared."""
+    """Return `found`; warn if its fingerprint has a scheme other than `SCHEME`."""
     scheme = found.fingerprint_scheme
     if found.fingerprint and scheme != SCHEME:
         detail = ("computed from a sample of the weights, so not unique" if scheme == 1 else
                   "from a later version")
         warnings.warn(
             f"{path}: its fingerprint has scheme {scheme} ({detail}); this version uses scheme "
-            f"{SCHEME}, so only the shape is checked. `jaxpersona vectors convert {path} NEW "
-            f"--model {found.model or 'MODEL'}` writes a file with a new fingerprint",
+            f"{SCHEME}, so the model's weights are not checked. `jaxpersona vectors convert {path} "
+            f"NEW --model {found.model or 'MODEL'}` writes a file with a new fingerprint",
             UserWarning, stacklevel=4)
     return found
 

@@ -49,8 +49,8 @@ class Batch(flax.struct.PyTreeNode):
       position: [B, T] int32, the rotary position; 0 at padding.
       kind: [B, T] uint16, bit masks with the bits of `KINDS`; 0 at padding.
       turn: [B, T] int32, the zero-based index of the token's message.
-      row_id: [B] uint32, an id per row that seeds the sampling of the row, so that its samples do
-        not depend on its index in the batch.
+      row_id: [B] uint32, an id per row that seeds the row's random draws, so that its sampled
+        tokens do not depend on its index in the batch.
       chunk: whether the batch is one chunk of a longer prompt (static).
 
     Examples:

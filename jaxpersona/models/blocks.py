@@ -3,7 +3,7 @@
 Most layers of a model have the same operations and differ only in their parameters. While a program
 of the engine is traced, each part is therefore a nested `jax.jit` function, so that layers with the
 same operations share one trace. XLA inlines these functions before other optimizations, so the
-compiled program does not change.
+compiled program is the same as without nested functions.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def parts(config: ModelConfig, attention: Implementation) -> Parts:
 
     Args:
       config: the model configuration.
-      attention: the implementation of attention.
+      attention: "xla", "cudnn" or "splash" (see `forward`).
     """
     made = Parts(functools.partial(attend, config, attention),
                  functools.partial(transform, config))
@@ -72,7 +72,7 @@ def attend(config: ModelConfig, attention: Implementation, layer: Layer, x: Floa
 
     Args:
       config: the model configuration.
-      attention: the implementation of attention.
+      attention: "xla", "cudnn" or "splash" (see `forward`).
       layer: the parameters of the block.
       x: the residual stream [B, T, D].
       angle: the rotary cosines and sines of the tokens (`nn.rotary`).
@@ -98,9 +98,9 @@ def attend(config: ModelConfig, attention: Implementation, layer: Layer, x: Floa
         k = write(held[0], _kept(k, held[0]), slots)
         v = write(held[1], _kept(v, held[1]), slots)
         if attention != "xla":
-            # The barrier forces the cache write before attention. These kernels do not read the
-            # cache, so without the barrier, XLA would delay the writes of all layers and keep their
-            # new keys and values in memory until the end of the program.
+            # With the barrier, XLA writes the cache before attention. The attention kernels do not
+            # read the cache, so without the barrier, XLA would delay the writes of all layers and
+            # keep their new keys and values in memory until the end of the program.
             k, v, own = jax.lax.optimization_barrier((k, v, own))
         held = k, v
     if attention == "cudnn":

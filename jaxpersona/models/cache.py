@@ -132,9 +132,9 @@ def write(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
 
 
 def set_lines(buffer: jax.Array, values: jax.Array, slots: jax.Array, lines: int) -> jax.Array:
-    """Scatter values along the axis of a buffer's S slots, which follows `lines` batch axes.
+    """Scatter values along a buffer's slot axis, which follows `lines` batch axes.
 
-    Values with a slot of S or more are dropped. The scatter is mapped over the batch axes
+    Values with a slot index of S or more are dropped. The scatter is mapped over the batch axes
     with `jax.vmap`, so each head has its own index. With one index for all heads of a row, XLA
     would transpose the buffer before and after a decode loop on TPUs, and copy a one-row buffer
     three times per step on CPUs.

@@ -56,8 +56,8 @@ class ModelConfig:
 
     Attributes:
       family: the model family, a key of `families.FAMILIES`.
-      d_model, d_ff, n_layers, n_heads, n_kv_heads, head_dim, vocab_size: the sizes that shapes
-        call D, F, L, N, K, H and V, in this order.
+      d_model, d_ff, n_layers, n_heads, n_kv_heads, head_dim, vocab_size: the sizes D, F, L, N, K,
+        H and V in array shapes, in this order.
       rope: the rotary embedding of all layers or, if `rope_local` is set, of full-attention layers.
       attn_scale: the factor applied to q·k (1/√H in most families).
       tied_embeddings: whether the output head shares the weight of the token embedding.

@@ -141,7 +141,7 @@ def forward(
         The kernel supports only rank-one edits and is not differentiable.
 
     Most functions of this package disable JAX's debugging flags and transfer guard; `forward` does
-    not. With `jax_debug_nans`, a capture that marks tokens with NaN therefore raises an error.
+    not. With `jax_debug_nans`, a capture with NaN for unselected tokens therefore raises an error.
 
     Raises:
       UserError: interventions or captures do not match the model or the batch, T is larger than the
@@ -317,7 +317,7 @@ def _finite(x: jax.Array, batch: Batch) -> jax.Array:
 def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
     """Return the token embeddings [B, T, D], multiplied by `config.embed_scale`."""
     table, tokens = params.embed_vd, batch.tokens
-    # out-of-range ids are clipped; the first norm (in `blocks.attend`) sets these tokens to NaN
+    # out-of-range ids are clipped; the first norm (in `blocks.attend`) returns NaN for their tokens
     if isinstance(table, Int8):
         x = table.take(tokens, params.like.dtype)
     else:

@@ -303,7 +303,7 @@ def _spread(x: jax.Array) -> NamedSharding | None:
 
 
 def _weights(x: jax.Array) -> list[Any]:
-    """Return the odd factors for the two sums of x: two row factors, then two column factors.
+    """Return the odd factors for x's two sums: two arrays of row factors, two of column factors.
 
     Row factors have the shape of x without the last dimension. Column factors are [C], where C is
     the size of the last dimension. In each sum, a value is multiplied by its row and column factor.

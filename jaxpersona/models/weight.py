@@ -35,7 +35,7 @@ F32 = jnp.float32
 
 
 class Weight(flax.struct.PyTreeNode):
-    """The base class of all forms of a weight except the plain array."""
+    """The base class of prepared weights: all forms of a weight except the plain array."""
 
     @abc.abstractmethod
     def dot(self, x: jax.Array, axes: Axes | None, dtype: Any) -> jax.Array:

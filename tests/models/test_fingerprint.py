@@ -212,7 +212,8 @@ def test_an_old_file_is_accepted_by_its_shape_with_a_warning(tmp_path, kind):
             made = Caps(np.ones((1, 32)), (1,), [0.0], ("a",), "e", "tiny", half + "12345678")
         old_file(tmp_path / "old.safetensors", made)
         with pytest.warns(UserWarning, match=r"old.safetensors: its fingerprint has scheme 1 .*"
-                          r"scheme 2, so only the shape is checked.*convert .* --model tiny"):
+                          r"scheme 2, so the model's weights are not checked.*convert .* "
+                          "--model tiny"):
             found = (load_caps if kind == "caps" else load_vector)(tmp_path / "old.safetensors")
         found = found["e"] if kind == "caps" else found
         assert found.fingerprint_scheme == 1 and found.fingerprint == half + "12345678"

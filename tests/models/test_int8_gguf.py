@@ -94,7 +94,8 @@ def test_orbax_stores_blocks(path, tmp_path):
     model = loaded(path, "int8")
     orbax.save(tmp_path / "m", model.params, model.config)
     assert s.differing(load(tmp_path / "m").params, model.params) == []
-    with pytest.raises(ValueError, match="int8 weights with block scales, which a mesh"):
+    with pytest.raises(ValueError, match="int8 weights with block scales, which are not supported "
+                                         "on a mesh"):
         load(tmp_path / "m", mesh=make_mesh(2))
 
 
