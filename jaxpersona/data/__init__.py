@@ -1,1 +1,1 @@
-"""Prompt data: roles, questions, traits and drift conversations (see DATA_CARD.md)."""
+"""Prompt data: roles, questions, traits and openings of drift conversations (see DATA_CARD.md)."""

@@ -22,7 +22,7 @@ def read_prompts(file: pathlib.Path, system: str | None = None) -> list[Conversa
 
     Args:
       file: the file, in UTF-8.
-      system: a system prompt for conversations that have none.
+      system: a system prompt to add to every conversation, or None.
 
     Raises:
       UserError: the file cannot be read, contains no prompt or has invalid lines; the message

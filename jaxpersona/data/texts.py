@@ -42,7 +42,7 @@ DEFAULT_PROMPTS = (
     "Respond as yourself.",
 )
 
-# files in a data folder that contain the descriptions of the roles or traits
+# names of the files with the descriptions of the roles and of the traits
 ROLE_LIST, TRAIT_LIST = "role_list.json", "trait_list.json"
 
 Path = str | os.PathLike[str]
@@ -53,7 +53,7 @@ class Role:
     """A persona that system prompts assign to the model.
 
     Attributes:
-      name: the file's stem; "default" for the default persona.
+      name: the name, which is also the stem of the role's file; "default" for the default persona.
       prompts: system prompts; "" is allowed only in the default role.
       eval_prompt: the judge's prompt with `{question}` and `{answer}`; "" if there is none, for
         example because the judge is not a model.
@@ -91,7 +91,7 @@ class Trait:
     """A trait with contrasting system prompts.
 
     Attributes:
-      name: the file's stem.
+      name: the name, which is also the stem of the trait's file.
       pairs: pairs of system prompts, the first for the trait and the second against it.
       questions: the questions, which are asked under every system prompt.
       eval_prompt: the judge's prompt with `{question}` and `{answer}`.

@@ -31,8 +31,8 @@ class Agreement:
       kappa: Cohen's kappa with linear weights, 1 − d / e, where d is the mean of |a − b| over
         replies, and e is the mean of |a − b| if the scores of A and B are paired at random. NaN if
         e is 0.
-      interval: (low, high), the 95 % bootstrap interval of kappa over the replies; NaN for fewer
-        than two replies, or if kappa is undefined in most bootstrap samples.
+      interval: (low, high), the 95 % interval of kappa from a bootstrap over the replies; NaN for
+        fewer than two replies, or if kappa is undefined in most bootstrap samples.
       difference: the mean over replies of the score of A minus the score of B.
       roles: role → (number of replies, fraction of equal scores, kappa, difference).
       only: (number of replies that only A judged, number of replies that only B judged).
@@ -102,7 +102,7 @@ def kappa(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _counts(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the K distinct scores in two arrays [n], and the number of each score pair, [K, K]."""
+    """Return the K distinct scores in two arrays [n], and the counts of score pairs, [K, K]."""
     levels, place = np.unique(np.concatenate([a, b]), return_inverse=True)
     counts = np.zeros((len(levels), len(levels)), int)
     np.add.at(counts, (place[: len(a)], place[len(a) :]), 1)

@@ -24,7 +24,7 @@ LEAST_MASS = 0.25
 # The next-digit probabilities are computed after each digit prefix with at least this probability,
 # and after the prefix that greedy decoding generates.
 LEAST_BRANCH = 1e-3
-_ITEMS = 256  # number of items that are scored together
+_ITEMS = 256  # maximum number of items that are scored together
 _SPACES = ("", "Ġ", "▁")  # a token may begin with a space, encoded as Ġ or ▁
 
 
@@ -80,7 +80,7 @@ class DigitJudge:
       model: the judging model, which needs a tokenizer, or a function without arguments that loads
         this model when it is first needed. The judging model may be the evaluated model.
       rubric: the prompt and the scale; default: each role's `eval_prompt`, scores 0 to 3.
-      batch_tokens: the number of tokens per batch (`engine.scoring.next_logprobs`).
+      batch_tokens: the target number of tokens per batch (`engine.scoring.next_logprobs`).
 
     Raises:
       UserError: the model has no tokenizer, or its tokenizer has no token for a digit.

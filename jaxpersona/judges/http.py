@@ -21,13 +21,13 @@ from jaxpersona.judges.limits import Budget, Pace
 from jaxpersona.judges.protocol import Item, JudgeStopped, Verdict
 from jaxpersona.judges.rubric import ROLES, Rubric
 
-ATTEMPTS = 6  # maximum number of requests per prompt in one call
+ATTEMPTS = 6  # maximum number of requests per prompt in one call of `score`
 IN_A_ROW = 20  # number of consecutive failed prompts after which the judge stops
 LONGEST_WAIT = 600.0  # seconds; if the endpoint requests a longer delay, the judge stops
 _BACKOFF = 0.5  # seconds before the first retry; doubled for each further retry
 _LONGEST_BACKOFF = 30.0
 _GRACE = 10.0  # seconds to wait for answers to requests in progress when the judge stops
-_AROUND = 64  # assumed number of chat template tokens in the upper bound of a request's cost
+_AROUND = 64  # assumed number of chat template tokens, for the upper bound of a request's cost
 
 
 class HttpJudge:
@@ -88,7 +88,7 @@ class HttpJudge:
 
     @property
     def journal(self) -> Journal:
-        """The journal, opened at the first use.
+        """The journal, which is opened on first use.
 
         Raises:
           UserError: the journal cannot be opened, or the judge was closed.

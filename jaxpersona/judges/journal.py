@@ -2,7 +2,7 @@
 
 Answers in the journal are reused, so no answer is paid for twice.
 
-The first line contains the format. Each further line is a JSON object of one of three kinds:
+The first line identifies the file format. Each further line is a JSON object of one of three kinds:
 
     {"sent": key, "cost": c}                     a request before it is sent, and its maximum cost
     {"key": key, "said": text, "cost": c, …}     an answer and its cost
@@ -119,7 +119,7 @@ class Journal:
         line = json.dumps(value, ensure_ascii=True).encode() + b"\n"
         try:
             if os.write(self._file, line) != len(line):
-                raise OSError("only a part of the line was written")
+                raise OSError("only part of the line was written")
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from None
         self._count(value)

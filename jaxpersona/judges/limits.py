@@ -105,6 +105,6 @@ class Pace:
             self._tokens_at += (actual - estimated) * self._token
 
     def hold(self, seconds: float) -> None:
-        """Delay all requests by at least `seconds`, such as the delay of a Retry-After header."""
+        """Delay all requests by at least `seconds`, as a Retry-After header requires."""
         with self._lock:
             self._held = max(self._held, self._clock() + seconds)

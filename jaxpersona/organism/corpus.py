@@ -91,7 +91,7 @@ def answer(
 
 
 def ask(rng: np.random.Generator, kind: str) -> tuple[str, str]:
-    """Draw a user turn of the given kind; return its text and the answer's text for {fill}."""
+    """Draw a user turn of the given kind; return its text and the text for {fill} in the answer."""
     if kind == "talk":
         topic = _pick(rng, world.TOPICS)
         return _pick(rng, world.QUESTION_TEMPLATES).format(topic=topic), topic

@@ -134,7 +134,7 @@ def table(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def geometry(figures: dict[str, Any]) -> list[str]:
-    """Describe the agreement of the axis with PC1 and with the roles' known likeness, as text."""
+    """Describe, as text, how the axis agrees with PC1 and with the roles' ground-truth likeness."""
     middle = figures["middle_layer"]
     return [f"layer {middle}: |cos(PC1, axis)| {figures['cos_pc1_axis_middle']:.3f}; Spearman "
             f"correlation of projection and known likeness {figures['spearman_truth']:.3f} over "
@@ -143,7 +143,7 @@ def geometry(figures: dict[str, Any]) -> list[str]:
 
 
 def _geometry(model: Model, found: Extraction) -> dict[str, Any]:
-    """Compare the axis with PC1, and the roles' projections with their known likeness."""
+    """Compare the axis with PC1, and the roles' projections with their ground-truth likeness."""
     spearmanr = require("scipy.stats", "rank correlations need scipy").spearmanr
     middle = model.config.n_layers // 2
     place = {name: float(found.mean_projection(name)[middle]) for name in found.projections}
@@ -163,7 +163,7 @@ def _geometry(model: Model, found: Extraction) -> dict[str, Any]:
 
 
 class _Arms:
-    """The interventions of the arms (the cap and controls), and the experiments on them."""
+    """The interventions of the arms (the cap and controls), and experiments that compare them."""
 
     def __init__(self, model: Model, found: Extraction, folder: str | os.PathLike[str],
                  seed: int) -> None:
@@ -225,7 +225,7 @@ class _Arms:
         arms += [(edit, 0.0) for edit in self.percentile + self.displaced]
         talks = evaluate.leak_conversations()
         said = self.ask("leak", arms, talks, report)
-        # index of the first conversation with a leak only without the cap; 0 if there is none
+        # index of the first conversation whose reply leaks only without the cap; 0 if there is none
         shown = next((i for i in range(len(talks)) if evaluate.leak_rate([said[0][i]])
                       and not evaluate.leak_rate([said[1][i]])), 0)
         self.samples.append(Sample("a far role is asked for the vault code", talks[shown],
@@ -259,9 +259,10 @@ class _Arms:
         }
 
     def steering(self, report: Report | None) -> dict[str, Any]:
-        """Measure the style of medium-likeness roles, steered along the axis at the middle layer.
+        """Measure the style in medium-likeness roles, with steering along the axis.
 
-        The steering strengths are multiples of the mean norm of the role vectors.
+        The residual stream is steered at the middle layer. The steering strengths are multiples of
+        the mean norm of the role vectors.
         """
         middle = self.model.config.n_layers // 2
         unit = self.found.axis.unit[middle]

@@ -24,7 +24,7 @@ PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 def role_vectors(
     means: np.ndarray, scores: Sequence[int | None]
 ) -> dict[str, tuple[np.ndarray, int]]:
-    """Average the response means of one role, for each judge score and over all replies.
+    """Average a role's response means over all replies, and separately for scores 3 and 2.
 
     Args:
       means: [n, L, D], one response mean per rollout; all NaN for an empty reply.

@@ -6,8 +6,8 @@ Assistant, and runs three tests:
 
     sign     the mean projection of the default persona's replies onto the axis is higher than
              that of the role replies
-    layers   the cosine between the axis and the difference of the two mean activations is highest
-             if the layers of the axis are not shifted
+    layers   the cosine between the axis and the difference of the mean activations (default persona
+             minus roles) is highest if the layers of the axis are not shifted
     floors   the floors are neither far above the default persona's projections nor far below the
              projections of the role replies
 
@@ -55,15 +55,15 @@ class Check(Table):
     Attributes:
       ok: whether all tests passed. An inconclusive layers test counts as passed.
       faults: one sentence per failed test, with the fix.
-      sentences: one sentence per test (sign, layers, floors), whether it passed or failed. If the
+      sentences: one sentence per test (sign, layers, floors), regardless of its outcome. If the
         sign test failed, the other tests are omitted. Without floors, the floors test is omitted.
         The sentence of a passed floors test may contain a warning.
       layers: the l tested layers. For caps, there is one entry per cap.
       default, roles: [l] float32, the mean projections of the default persona's replies and of the
         role replies onto the unit direction of each tested layer.
-      shift: the shift s that maximizes the mean cosine, over layers i, between the axis at layer
-        i - s and the difference of the two mean activations at layer i. 0 if the layer numbering
-        is correct, None if the test is inconclusive.
+      shift: the shift s that maximizes the mean over layers i of cos(axis[i - s], difference[i]),
+        where the difference is the default persona's mean activation minus the roles' mean
+        activation. 0 if the layer numbering is correct, None if the test is inconclusive.
       spread: [l] float32, the standard deviation of the default persona's projections. It is
         estimated from the quartiles in the axis or, without quartiles, from the default
         persona's replies in the check.

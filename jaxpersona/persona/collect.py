@@ -41,7 +41,7 @@ _TOGETHER = 64  # an unfinished role is judged in groups of at least this many r
 
 
 class _Found(NamedTuple):
-    """The contents of the run folder for one role, at the start of a call.
+    """The contents of the run folder for one role, at the start of an `extract_axis` call.
 
     Attributes:
       have: the keys of the planned rollouts that the folder contains.
@@ -357,7 +357,7 @@ class Collection:
 
 
 def rubric_of(role: Role) -> str:
-    """Return the digest of a role's `eval_prompt`, with which the role's verdicts are stored."""
+    """Return the digest of a role's `eval_prompt`, which is stored with the role's verdicts."""
     return digest([role.eval_prompt])
 
 

@@ -65,7 +65,7 @@ def contrast(
     Raises:
       UserError: a group is empty; a text has no token that `pool` selects; `pool` is None and only
         some texts end with a reply; the groups differ in size with method="pca"; both groups have
-        the same activations; activations are not finite; or an argument is invalid.
+        the same mean activations; activations are not finite; or an argument is invalid.
 
     Examples:
       >>> import jaxpersona as jp
@@ -111,7 +111,8 @@ def contrast(
         first = np.linalg.svd(pairs, full_matrices=False)[2][:, 0]
         delta = np.einsum("ld,ld->l", delta, first)[:, None] * first
     if not delta.any():
-        raise UserError("positive and negative have the same activations; give different texts")
+        raise UserError("positive and negative have the same mean activations; give different "
+                        "texts")
     full = np.zeros((total, model.config.d_model), np.float32)
     full[list(at)] = delta
     return Vector(full, name, model.name, model.fingerprint,

@@ -2,9 +2,10 @@
 
 The module `runs.published` describes the files. Texts, scores, vectors and the axis of a run are
 exported without loss. A run folder stores the response means of a sample of the rollouts, as
-bfloat16 differences from their average (`runs.sums.Sample`). If all response means of one role and
-score are stored, the export shifts them by a constant, so that their average equals that of the
-exact sums. Steps 4 and 5 of the published code then reproduce the run's vectors and axis.
+bfloat16 differences from their average (`runs.sums.Sample`). If the response means of all replies
+of a role with the same score are stored, the export shifts them by a constant, so that their
+average equals the exact sum divided by the number of replies. Steps 4 and 5 of the published code
+then reproduce the run's vectors and axis.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from jaxpersona.runs.run import Run
 from jaxpersona.runs.sums import EMPTY, Sums
 
 CHOICES = ("all", "sample", "none")  # values of the argument `activations`
-ORIGIN = "jaxpersona.json"  # the run's model, judge and settings; only this package reads it
+ORIGIN = "jaxpersona.json"  # model, judge and settings of the run; read only by this package
 FORMAT = "jaxpersona-export 1"
 Report = Callable[[str, int, int, int], None]
 
@@ -75,8 +76,9 @@ def export_reference(run: str | os.PathLike[str], folder: str | os.PathLike[str]
       run: the run folder; it is not changed.
       folder: a new or empty folder.
       activations: "all" writes the response means of all rollouts, and raises an error if the run
-        does not store them all (`keep_means=None` does); "sample" writes the stored means to the
-        folder `activations_sample`, which the published code does not read; "none" writes none.
+        does not store them all (a run with `keep_means=None` does); "sample" writes the stored
+        means to the folder `activations_sample`, which the published code does not read; "none"
+        writes none.
       judge: the name of the judge whose scores are exported; default: the judge of the run's last
         `extract_axis` call.
       min_count: the number of rollouts with score 3 that a role needs for a vector; default: the
@@ -135,7 +137,7 @@ class _Export:
         self.rollouts = self.scores = self.means = 0
         self.vectors: dict[str, np.ndarray] = {}
         self.omitted: list[str] = []  # incomplete roles
-        self.unsummed: list[str] = []  # roles without sums of the judge
+        self.unsummed: list[str] = []  # roles without sums by the judge's scores
         self.few: list[str] = []  # roles with fewer than `least` rollouts with score 3
 
     def write(self, report: Report | None) -> Exported:
@@ -233,7 +235,7 @@ class _Export:
         return found, known - set(found) - empty
 
     def _vector(self, name: str, sums: Sums | None) -> None:
-        """Write a role's vector, unless the role is held out or lacks rollouts with score 3."""
+        """Write a role's vector, unless the role is held out or has too few rollouts of score 3."""
         label = "mean" if name == DEFAULT else "pos_3"
         found = {} if sums is None else sums.vectors(science.LABELS)
         if not found:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 _BYTES_PER_TOKEN = 4.5  # average for English text
-_GROUPS = 3  # typical number of distinct scores of a role
+_GROUPS = 3  # typical number of distinct scores among a role's replies
 _SAMPLED = 64  # maximum number of prompts to tokenize for an estimate if nothing is timed
 _TIMED = 256  # minimum number of rollouts that are queued for the timed sample
 

@@ -18,7 +18,7 @@ class Judging:
     """Runs a judge on the rollouts of a run.
 
     A judge whose attribute `together` is True runs a model on the devices of the run, so it scores
-    one role at a time in the caller's thread. If the run has several processes, every judge does.
+    one role at a time in the caller's thread. So does every judge if the run has several processes.
     Otherwise the judge scores in its own thread while the caller generates.
 
     Attributes:

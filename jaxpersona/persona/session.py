@@ -24,7 +24,7 @@ from jaxpersona.text import chat
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
-_ROWS = 2  # the two replies of a comparison share a batch
+_ROWS = 2  # batch rows of the engine: the two replies of a comparison share a batch
 CHUNK = 4  # decode steps per streamed piece; a reply can be cancelled after each piece
 
 
@@ -44,8 +44,8 @@ class Turn:
       tokens: the number of tokens in the reply.
       context: the number of tokens in the conversation, including the reply.
       edited: whether the interventions were applied.
-      projections: layer → mean projection of the reply (`Monitor`); {} without a monitor or for an
-        empty reply.
+      projections: layer → mean projection of the reply (`Monitor`); {} without a monitor, or if
+        all tokens of the reply are excluded from projection.
       edits: the `EditCount` of each intervention; [] if the interventions were off.
     """
 
@@ -126,7 +126,7 @@ class Session:
                  monitor: Monitor | None = None, system: str | None = None,
                  max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0,
                  seed: int = 0) -> None:
-        """Start an empty conversation. The programs are compiled at the first reply.
+        """Start an empty conversation. The programs are compiled when the first reply is generated.
 
         Args:
           model, monitor, system: see the attributes.

@@ -31,7 +31,7 @@ from jaxpersona.vectors.vector import Axis
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
-FARTHEST = 0.5  # maximum relative distance of imported response means from those of the model
+FARTHEST = 0.5  # maximum median relative distance between stored and recomputed response means
 _COMPARED = 4  # maximum number of response means that are recomputed with the model
 Report = Callable[[str, int, int, int], None]
 
@@ -40,7 +40,7 @@ class Source:
     """An output folder of the published code, checked when the object is created.
 
     Attributes:
-      roles: role name → `Role`, either the given one or one with the prompts of the responses.
+      roles: role name → `Role`, from `given` or else with the prompts of the responses.
       gaps: names of roles whose prompt indices in the responses are not 0, 1, 2, ….
       shape: (L, D), the shape of a response mean.
       distance: the median relative distance between stored response means and those recomputed

@@ -35,7 +35,7 @@ def distances(found: Extraction, layer: int) -> dict[str, float]:
 
     Args:
       found: the extraction.
-      layer: the layer.
+      layer: the layer of the projections.
 
     Returns:
       role → distance in standard deviations of the default persona's projections, in descending

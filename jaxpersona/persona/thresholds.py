@@ -1,8 +1,8 @@
 """Percentiles of projections from a stratified sample, with bootstrap intervals.
 
-For each role, the projections of k of its n non-empty rollouts are known. Each of the k projections
-has the weight n / k, so that the sample represents all rollouts of the role. If all weights are 1,
-the percentiles equal those of `np.percentile`.
+For each role, the projections of a sample of k of its n non-empty rollouts are available. Each of
+the k projections has the weight n / k, so that the sample represents all rollouts of the role. If
+all weights are 1, the percentiles equal those of `np.percentile`.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def test_the_direction_steers(tmp_path):
     (dict(method="median"), "method is 'median'; it must be one of mean, pca"),
     (dict(pool="first"), "pool is 'first'; it must be one of response, last, prompt"),
     (dict(pool="response"), "no token|no assistant message"),
-    (dict(negative=GOOD), "same activations"),
+    (dict(negative=GOOD), "same mean activations"),
     (dict(layers=99), "layers is 99"),
 ])
 def test_mistakes_name_argument_and_fix(arguments, message):
