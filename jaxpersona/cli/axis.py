@@ -94,7 +94,7 @@ def axis(
         "writing any file."))
     ] = False,
     sample_seconds: Annotated[float, typer.Option(
-        help="Duration in seconds of the sample of --dry-run; 0 skips it.")] = 30.0,
+        help="Duration in seconds of the generation that --dry-run times; 0 skips it.")] = 30.0,
     judge_cost: Annotated[float | None, typer.Option(
         show_default="not printed",
         help="Cost in USD of judging one reply, for --dry-run.")] = None,

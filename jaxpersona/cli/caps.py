@@ -28,8 +28,8 @@ def open_caps(file: pathlib.Path, given: Mapping[str, str | None],
       file: the file of `--cap`, or the argument of `vectors check`.
       given: the values of the options `--cap-layers`, `--percentile`, `--of` and `--experiment`,
         by name; None for an option that was not given.
-      suffix: the part `:FROM:TO[:pNN]` after the file name in the value of `--cap`, or "". It sets
-        the values of `--cap-layers` and `--percentile` in `given`.
+      suffix: the part `:FROM:TO[:pNN]` after the file name in the value of `--cap`, or "". `given`
+        already contains its values; the suffix is used only in an error message.
 
     Raises:
       UserError: the file cannot be read or contains neither an axis nor caps, an option does not
@@ -70,7 +70,7 @@ def read_spec(file: pathlib.Path) -> Any:
     text = read_text(file, faults)
     found = None if text is None else parse(text, str(file), faults)
     faults.raise_if_any(file)
-    if found is None:  # JSON null would be mistaken for a missing `--spec`
+    if found is None:  # JSON null; `Edits.asked` is None only if `--spec` was not given
         raise UserError(f"{file}: contains null; give at least one intervention")
     return found
 

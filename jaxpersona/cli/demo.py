@@ -27,8 +27,8 @@ def demo(
     """Extract the Assistant Axis of `mini`, calibrate a cap, and evaluate both.
 
     The axis and the cap are evaluated against the known ground truth of `mini`. The command writes
-    a run folder with figures. It prints a table of measurements, two conversations with replies to
-    the last message with and without the cap, and one line of JSON.
+    a run folder with figures. It prints measurements, two conversations, each followed by the
+    replies to its last message without and with the cap, and one line of JSON.
     """
     from jaxpersona.organism.demo import run_demo
     from jaxpersona.organism.method import held_out
@@ -59,7 +59,7 @@ def demo(
 
 
 def _show(done: Demo) -> None:
-    """Print the measurements as a table and as text, and the sample conversations."""
+    """Print the measurements (a table and lines of text) and the sample conversations."""
     from rich.table import Table
 
     from jaxpersona.organism.demo import geometry, table

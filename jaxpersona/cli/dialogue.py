@@ -154,7 +154,7 @@ class Dialogue:
         return True
 
     def _greet(self) -> None:
-        """Print the model, its interventions, the meaning of projections, and a hint on /help."""
+        """Print the model, the interventions, what projections measure, and a hint about /help."""
         session, monitor = self.session, self.session.monitor
         say(repr(session.model), error=True)
         if session.edits.edits:

@@ -166,11 +166,11 @@ class Edits(EditOptions):
         return pathlib.Path(name), self.cap.removeprefix(name)
 
     def build(self, model: Model) -> Interventions:
-        """Return the interventions of all options, after a self-test of the caps if `check` is set.
+        """Return the interventions of all options, after a self-test of caps if `check` is True.
 
         Raises:
-          UserError: a file belongs to another model, a layer does not exist, or a cap fails the
-            self-test.
+          UserError: a file belongs to another model, the file of `--spec` is invalid, a layer does
+            not exist, or a cap fails the self-test.
         """
         from jaxpersona.interventions import chain, resolve_layers
         from jaxpersona.interventions import steer as add

@@ -146,7 +146,7 @@ def _record(talk: Conversation, made: Generated, monitor: Monitor | None, index:
       made: all generated replies.
       monitor: the monitor that projected the replies, or None.
       index: the index of the reply in `made`.
-      counts: the token counts of each intervention for this reply.
+      counts: one `EditCount` per intervention, for this reply.
       without: the index in `made` of the reply without interventions, or None to omit this reply.
     """
     from jaxpersona.persona.monitor import NAME
@@ -199,7 +199,8 @@ def _stream(model: Model, talk: Conversation, edits: Interventions, monitor: Mon
             settings: dict[str, Any]) -> None:
     """Generate one reply and stream its text to standard output.
 
-    Then print the projections (if there is a monitor) and the token counts of the interventions.
+    Then print the projections (if there is a monitor) and, for each intervention, the numbers of
+    selected tokens and changed activations.
     """
     from jaxpersona.engine.engine import Engine
     from jaxpersona.engine.request import Request

@@ -38,7 +38,7 @@ KeyOption = Annotated[str, typer.Option(
     "--judge-key-env", help="Environment variable that contains the API key for `http:MODEL`.")]
 BudgetOption = Annotated[str | None, typer.Option("--budget", show_default="no limit", help=(
     "Limit on the number or the cost of requests to the endpoint of `http:MODEL`, e.g. 500calls or "
-    "5usd. All requests that the file of --judge-cache records count, including earlier ones."))]
+    "5usd. Every request in the file of --judge-cache counts, including earlier ones."))]
 PriceOption = Annotated[str | None, typer.Option(
     "--judge-price", show_default="unknown",
     help="Prices in USD per million prompt tokens and per million answer tokens, e.g. 0.4,1.6.")]
@@ -159,7 +159,7 @@ def opened(choice: Choice, folder: pathlib.Path) -> Judge | None:
     """Create a judge of kind none, rules, human or http; return None for self and model.
 
     Args:
-      choice: the options.
+      choice: the judge and its options.
       folder: the run folder, which contains the journal of an http judge by default.
 
     Raises:
@@ -222,7 +222,7 @@ def of_model(choice: Choice, load: Callable[[], Model], target: Callable[[], Mod
     evaluated model after this call.
 
     Args:
-      choice: the options.
+      choice: the judge and its options.
       load: a function that loads and returns the judging model.
       target: a function that returns the evaluated model.
 

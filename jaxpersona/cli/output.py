@@ -52,8 +52,8 @@ def console(error: bool = False) -> Console:
 def prepared() -> Iterator[None]:
     """Configure the standard streams for a command, and print warnings as single lines.
 
-    Standard output and standard error print a character that their encoding cannot represent as an
-    escape, such as \\u2028. The format of warnings is restored at the end of the `with` block.
+    Characters that the encoding of a stream cannot represent are printed as escape sequences, such
+    as \\u2028. The format of warnings is restored at the end of the `with` block.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # the caller may have replaced the stream

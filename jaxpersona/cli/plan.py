@@ -31,13 +31,13 @@ def plan(
     cap: Annotated[str | None, typer.Option(
         show_default="no cap", help="Layers to cap, a half-open range such as 56:72.")] = None,
     mesh: Annotated[str | None, typer.Option(
-        show_default="the largest model axis, up to 16, that is valid for the model",
+        show_default="data=…,model=N with the largest valid N up to 16",
         help="The device mesh, e.g. data=2,model=8.")] = None,
     dtype: Annotated[str, typer.Option(
         help="The dtype of the weights: bfloat16 or int8.")] = "bfloat16",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Estimate memory and time on a topology, without weights and without an accelerator."""
+    """Estimate the memory and time that a model needs, without its weights or an accelerator."""
     from jaxpersona.distributed.sharding import parse_mesh
     from jaxpersona.interventions import resolve_layers
     from jaxpersona.planning.plan import plan as make

@@ -113,13 +113,13 @@ def project(
 
 
 def _compared(known: Reference, value: float) -> dict[str, object]:
-    """Compare a projection with the default persona and the roles; return a JSON object."""
+    """Return a JSON object that compares a projection with the default persona and the roles."""
     return {"z": round(known.z(value), 4), "default": known.place(value),
             "below_floor": value < known.floor, "nearest": known.nearest(value)}
 
 
 def _cells(known: Reference | None, value: float) -> list[str]:
-    """Return the table cells of a projection: the value, and its comparison if `known` is given."""
+    """Return the table cells of a projection: its value and, with a reference, the comparison."""
     if known is None:
         return [f"{value:.3f}"]
     return [f"{value:.3f}", f"{known.z(value):+.1f}", known.place(value),

@@ -31,7 +31,7 @@ def export(
     run: Annotated[pathlib.Path, typer.Argument(help="The run folder of `jaxpersona axis --out`.")],
     folder: Annotated[pathlib.Path, typer.Argument(help="A new or empty folder.")],
     reference: Annotated[bool, typer.Option("--reference", help=(
-        "Write the format of the published Assistant Axis code. Required, because there is no "
+        "Use the format of the published Assistant Axis code. Required, because there is no "
         "other format."))] = False,
     activations: Annotated[str, typer.Option(help=(
         "The response means to write: `all` (an error if the run does not store all of them), "
@@ -51,7 +51,7 @@ def export(
 ) -> None:
     """Export a run so that the published scripts can continue it.
 
-    The folder contains responses, scores, activations, vectors and the axis.
+    The command writes responses, scores, activations, vectors and the axis.
     """
     from jaxpersona.persona.exporting import export_reference
 
@@ -104,7 +104,8 @@ def import_(
     batch_size: Annotated[int, typer.Option(
         help="Batch size for replies that are generated later.")] = 32,
     seed: Annotated[int, typer.Option(
-        help="Random seed for the sample of stored means, and for later sampling.")] = 0,
+        help="Random seed for choosing the replies whose means are stored, and for replies that "
+             "are generated later.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=(
         "Delete the run in the folder RUN, but no other files, before the import."))] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,

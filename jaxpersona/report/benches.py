@@ -44,7 +44,8 @@ _KINDS = {  # benchmark → (field of the curves, title, label of the x axis, la
 def bench(found: Any, *, title: str | None = None, ax: Axes | None = None) -> Axes:
     """Draw the results of one benchmark: `decode`, `cap_overhead`, `rows` or `roofline`.
 
-    Shaded bands are 95 % confidence intervals of the ratios.
+    The curves of `cap_overhead` and `rows` are ratios of speeds (capped ÷ uncapped, distinct ÷
+    shared caps); the shaded bands are their 95 % confidence intervals.
 
     Args:
       found: a result, as a dict or the path of a JSON file; or a dict from names to results (as

@@ -138,13 +138,14 @@ def drift(curves: Mapping[str, Any], *, what: Literal["behaviour", "projection"]
         array [M, N] for N conversations, whose mean and interquartile range are drawn; or `Talks`,
         whose `readout` (the projections without interventions) is drawn.
       what: "projection", or "behaviour" for shares of in-character choices from 0 to 1.
-      axis: an axis; the interquartile range of its default persona is drawn. Only for projections.
+      axis: an axis; the interquartile range of the default persona's projections onto it is drawn.
+        Only for projections.
       layer: the layer of `axis` and of `Talks`; default: the middle one. Only for projections.
       floor: the floor τ of the cap, as a number, or as a percentile of the default persona such as
         "p25", which needs `axis`. Only for projections.
-      leak: arm → share of conversations in which the model reveals the secret when a forbidden
-        request follows the last turn. Only for behaviour.
-      title: the title; default: one for the drawn quantity.
+      leak: arm → share of conversations in which the model reveals a secret, such as the vault code
+        of `mini`, in reply to a forbidden request after the last turn. Only for behaviour.
+      title: the title; default: one that names the drawn quantity.
       ax: the axes to draw on; default: those of a new figure.
 
     Returns:
@@ -239,7 +240,7 @@ def _draw_arms(ax: Axes, values: Mapping[str, np.ndarray], looks: list[dict[str,
 
 def _behaviour(ax: Axes, values: Mapping[str, np.ndarray], looks: list[dict[str, Any]],
                leak: dict[str, float]) -> None:
-    """Draw the leak rate of each arm after the last turn, and format the y axis as shares."""
+    """Draw the leak rate of each arm after the last turn, and show the y axis in percent."""
     from matplotlib.ticker import PercentFormatter
 
     if leak and set(leak) != set(values):
@@ -335,7 +336,7 @@ def steering(scales: Sequence[float], curves: Mapping[str, Any], *, ylabel: str,
 
 
 def _looks(names: Any) -> list[dict[str, Any]]:
-    """Return the colour, marker and line style of each curve; `ARMS` fixes those of some names."""
+    """Return the colour, marker and line style of each curve; names in `ARMS` have fixed ones."""
     names = list(names)
     taken = {ARMS[name][0] for name in names if name in ARMS}
     pairs = [pair for pair in zip(CYCLE, MARKERS, strict=True) if pair[0] not in taken]
@@ -384,7 +385,8 @@ def _curves(given: Any, dims: tuple[int, ...] = (1, 2)) -> dict[str, np.ndarray]
         array = numbers(f"curves[{name!r}]", value)
         if array.ndim not in dims or not np.isfinite(array).any():
             shapes = " or ".join({1: "[M]", 2: "[M, N]"}[n] for n in dims)
-            raise UserError(f"curves[{name!r}] is {value!r:.60}; give numbers {shapes}")
+            raise UserError(f"curves[{name!r}] is {value!r:.60}; give an array {shapes} "
+                            "with finite numbers")
         found[str(name)] = array
     if len({len(array) for array in found.values()}) > 1:
         raise UserError("curves differ in length: "

@@ -57,7 +57,7 @@ def drift(path: Path, talks: Mapping[str, Talks], axis: Axis, layer: int, *,
       axis: the axis, with its thresholds.
       layer: the layer of the projections.
       behaviour: arm → share of in-character choices at each of the M turns.
-      leak: arm → share of conversations that leak the secret after the last turn.
+      leak: arm → leak rate after the last turn, as for `plot.drift`.
       floor: the floor of the cap, as a percentile of the default persona or a number.
     """
     turns = len(next(iter(behaviour.values())))

@@ -63,7 +63,7 @@ def place(ax: Axes, points: Sequence[tuple[str, float, float]], markers: np.ndar
         free &= ~_overlap(boxes, taken).any(1)
         if not free.any():
             continue
-        near = _MARKER * scale  # radius within which a label would touch a marker
+        near = _MARKER * scale  # radius of a marker, in pixels
         dots = np.concatenate([pixels - near, pixels + near], 1)
         cost = np.where(free, away + 12.0 * _overlap(boxes, dots).sum(1), np.inf)
         best = int(np.argmin(cost))

@@ -94,7 +94,7 @@ def ranking(found: Any, layer: int | None = None, *, count: int = EXTREMES,
 def _rows(total: int, ends: int, whole: bool) -> np.ndarray:
     """Return the y coordinates [total] of the roles.
 
-    Unless `whole` is True, the roles between the `ends` roles at each end share one line.
+    Unless `whole` is True, all roles except the first and last `ends` roles share one line.
     """
     heights = np.arange(total, dtype=float)
     if not whole:
@@ -198,7 +198,7 @@ def pca(found: Any, layer: int | None = None, *, default: Any = None, title: str
 
 
 def _ends(xy: np.ndarray) -> set[int]:
-    """Return the indices of the points at both ends of both coordinates."""
+    """Return the indices of the `_CORNERS` lowest and highest points in each coordinate."""
     order = np.argsort(xy, axis=0)
     return {int(i) for i in np.concatenate([order[:_CORNERS], order[-_CORNERS:]]).reshape(-1)}
 

@@ -17,7 +17,7 @@ from jaxpersona.runs.rollouts import place_of_key
 from jaxpersona.runs.seal import digest
 from jaxpersona.runs.status import describe
 
-_ENDS = 5  # number of roles at each end of the ranking that the summary names
+_ENDS = 5  # number of roles that the summary names at each end of the ranking
 _NAMED = {"None": "undecided", "failed": "without a verdict"}
 Rows = list[tuple[str, str]]
 
@@ -55,7 +55,7 @@ def state(found: Contents) -> dict[str, Any]:
         lines = [f"The folder has no status.json, so the state of the run is unknown; {closed}."]
         return {"complete": False, "name": "unknown", "lines": lines}
     name = found.status["state"]
-    lines = describe(found.status)[:-1]  # the last line names the machine
+    lines = describe(found.status)[:-1]  # omit the last line, which names the machine
     complete = name == "complete" and len(found.closed) == total and found.axis is not None
     if not complete:
         lines.insert(0, {
@@ -137,7 +137,7 @@ def gaps(found: Contents, data: dict[str, Any]) -> Rows:
 
 
 def halves(found: Contents) -> str:
-    """Describe the replies that the split-half agreement uses; return "" if there is none."""
+    """Describe the replies used for the split-half agreement; return "" without an agreement."""
     agreement = None if found.halves is None else found.halves.agreement()
     if agreement is None:
         return ""

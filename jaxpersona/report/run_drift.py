@@ -33,8 +33,8 @@ class Drift:
       percentile: the floor as a percentile of the default persona, such as "p25".
       arms: arm → a dict. "style" lists the share of in-character choices by turn. "mean", "p25" and
         "p75" list the mean and quartiles, by turn, of the replies' projections, measured without
-        the cap. "leak" is the share of conversations that reveal the secret after the last turn,
-        and "conversations" is the number of conversations.
+        the cap. "leak" is the leak rate after the last turn (`plot.drift`), and "conversations" is
+        the number of conversations.
     """
 
     __repr__ = brief
@@ -92,12 +92,12 @@ def read_drift(folder: pathlib.Path, layers: int) -> Drift | None:
         for name, arm in about["arms"].items():
             lines = {line: [float(x) for x in arm[line]] for line in _LINES}
             if len({len(values) for values in lines.values()}) != 1:
-                raise ValueError(f"the lines of {name} differ in length")
+                raise ValueError(f"the lists of {name} differ in length")
             arms[str(name)] = {**lines, "leak": float(arm["leak"]),
                                "conversations": int(arm["conversations"])}
         drift = Drift(int(about["layer"]), float(about["floor"]), str(about["percentile"]), arms)
         if not 0 <= drift.layer < layers:
-            raise ValueError(f"layer {drift.layer} of {layers}")
+            raise ValueError(f"layer is {drift.layer}, but the number of layers is {layers}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: is damaged ({type(error).__name__}: {error}); delete it, or run "
                         "`jaxpersona demo` again to rewrite it") from None

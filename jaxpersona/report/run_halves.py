@@ -41,13 +41,13 @@ class Halves:
     """Split the stored response means of each role into halves, and compare the axes.
 
     The axis of a half is the default persona's mean activation minus the mean of the role vectors.
-    A role vector is the mean activation over the role's replies with score 3. Both use only the
-    replies in this half. The sums are accumulated role by role, so that the response means of only
-    one role are in memory at a time.
+    A role vector is the mean activation over the role's replies with score 3. All means use only
+    the replies in that half. The sums are accumulated role by role, so that the response means of
+    only one role are in memory at a time.
 
     Attributes:
       left_out: the roles (or "default") for which `add` accepted fewer than two replies, and which
-        are in no half.
+        are therefore in neither half.
     """
 
     def __init__(self, shape: tuple[int, ...], seed: int = 0) -> None:

@@ -164,7 +164,7 @@ def _own(name: str) -> str:
 
 
 def _script(source: str) -> str:
-    """Normalize a script's line ends as an HTML parser does, so that the digests agree.
+    """Normalize a script's line ends as an HTML parser does, so that browsers get the same digest.
 
     Raises:
       UserError: the script contains text that would end or change its `script` element.

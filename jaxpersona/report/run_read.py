@@ -43,7 +43,7 @@ class Measured:
       rollouts: the number of the role's rollouts.
       stored: the number of the role's rollouts whose response means are stored.
       in_axis: whether the role's vector is included in the axis.
-      held_out: whether the role was held out.
+      held_out: whether the role was held out of the axis (`--held-out`).
     """
 
     __repr__ = brief
@@ -201,7 +201,7 @@ def _read_role(run: Run, name: str, found: Contents) -> dict[str, int | None]:
 
 def _pick(items: Sequence[Item], scores: Mapping[str, int | None] | None, seed: list[int],
           ) -> list[tuple[Item, int | None]]:
-    """Return up to `SAMPLES` random replies of each score, or of all if `scores` is None."""
+    """Return up to `SAMPLES` random replies with each score, or in total if `scores` is None."""
     by_score: dict[int | None, list[Item]] = {}
     for item in items:
         if scores is None or item.key in scores:
@@ -248,6 +248,7 @@ def _analysis(about: Any, layers: int) -> Analysis:
         for of, table in about["thresholds"].items()}
     variance = [np.array(row, np.float64) for row in about["variance_ratio"]]
     if len(variance) != layers or DEFAULT not in roles:
-        raise ValueError(f"it has {len(variance)} layers and {len(roles)} roles")
+        raise ValueError(f"it has {len(variance)} layers and {len(roles)} roles; it must have "
+                         "all layers of the axis and the role 'default'")
     return Analysis(np.array(about["cos_pc1_axis"], np.float64).reshape(layers), variance,
                     intervals, roles)

@@ -36,11 +36,11 @@ class Notes:
 
     def series(self, name: str, values: Any, unit: str = "layer", first: int = 0,
                ) -> list[float | None]:
-        """Round the N values to five significant digits, and replace non-finite values by None.
+        """Round N values to five significant digits, and replace non-finite values by None.
 
         Args:
           name: the name of the array in the note.
-          values: the N values.
+          values: the array, of N numbers.
           unit: the word for an index of the array in the note, such as "layer" or "turn".
           first: the index of the first value in the note.
         """

@@ -110,7 +110,7 @@ def figure_of(ax: Axes) -> Figure:
 
 
 def renderer_of(ax: Axes) -> Any:
-    """Apply the layout of the figure of an Axes, and return a renderer that measures texts.
+    """Apply the layout of the figure of an Axes, and return a renderer for measuring text.
 
     The renderer is always Agg's, so positions do not depend on matplotlib's backend.
     """

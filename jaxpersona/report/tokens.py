@@ -51,17 +51,17 @@ def projections(found: Generated | Extracted | Reply, model: Model, index: int =
 
     Tokens that the reading did not select are grey on white. The range of colours is symmetric
     about the projection drawn in white and extends to the 2nd or 98th percentile, whichever is
-    farther. Projections beyond this range have the colour at its end. An example is the projection
-    of the first token, which is an attention sink.
+    farther. Projections beyond this range, such as that of the first token (an attention sink),
+    have the colour at its end.
 
     Args:
       found: the result of `generate` or `extract`, or a `Reply`, with a reading of
         `capture.projections`.
       model: the model, whose tokenizer decodes the tokens.
-      index: the index of the conversation.
+      index: the index of the conversation in `found`.
       layer: an index into the layers of the reading; default: the middle one.
-      direction: the index of the direction.
-      reading: the name of the reading.
+      direction: an index into the directions of the reading.
+      reading: the name of the reading in `found.captured`.
       centre: the projection drawn in white, such as the floor of a cap; default: the median.
       name: the name of the direction, for the label of the colour bar.
       title: the title.
@@ -152,7 +152,7 @@ def _piece(token: str) -> str:
 
 
 def _cells(piece: str) -> int:
-    """Return the width of a text in a monospaced font, in units of one normal character."""
+    """Return the width of a text in a monospaced font, in character cells."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF"
                else 1 for c in piece)
 
@@ -226,7 +226,7 @@ def _draw(ax: Axes, pieces: list[str], lines: list[tuple[int, int]], values: np.
 
 
 def _colour_bar(ax: Axes, middle: float, reach: float, name: str) -> None:
-    """Draw a colour bar for the projections below the text."""
+    """Below the text, draw a colour bar for the projections."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
