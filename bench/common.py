@@ -34,7 +34,7 @@ import jaxpersona
 
 WIDTH = 0.02
 LONG = 2.0  # approximate seconds per arm in a pair; less if the budget is small
-_HIDDEN = ("one", "side", "out")  # arguments that only subprocesses use; reports omit them
+_HIDDEN = ("one", "side", "out")  # omitted from reports: subprocess arguments, output paths
 _PACKAGES = ("jax", "jaxlib", "numpy", "flax", "transformers", "torch")
 
 
@@ -71,7 +71,7 @@ def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int = 
     for name, arm in arms.items():
         arm()  # warm up
         once = arm()
-        if once < long:  # repeat the measurement, because it determines the number of calls
+        if once < long:  # time a short call again: its seconds determine the number of calls
             once = min(once, arm())
         turns[name] = max(1, math.ceil(long / max(once, 1e-6)))
     begun = time.perf_counter()
@@ -153,7 +153,7 @@ def peak_flops(dtype: Any, size: int = 2048) -> float:
 
 
 class Peak:
-    """Context manager that records the peak memory relative to the start of the block.
+    """Context manager that records how far memory rises above its value at the start of the block.
 
     The memory is sampled every 5 ms. If the devices report memory statistics, the sample is the sum
     of their bytes in use and the GPU memory that PyTorch has allocated. Otherwise, it is the
@@ -187,7 +187,7 @@ class Peak:
 
     @property
     def above(self) -> int:
-        """The peak memory in bytes, relative to the start of the block."""
+        """The peak memory minus the memory at the start of the block, in bytes."""
         return self.most - self.start
 
 

@@ -58,7 +58,7 @@ class Bench:
         return jp.cap(self.direction, layers=layers, floor=floor)
 
     def many(self, rows: int) -> jp.Interventions:
-        """Return a distinct cap for each row, with its own random direction and floor."""
+        """Return a distinct cap for each row, with its own floor and random direction."""
         bank = np.random.default_rng(1).normal(size=(rows, self.config.d_model))
         return jp.cap(bank, layers=self.eight, floor=np.linspace(1e3, 2e3, rows),
                       rows=np.arange(rows))
@@ -93,11 +93,11 @@ class Bench:
         return self._decoding(256)
 
     def weights1(self) -> dict[str, Any]:
-        """Time decoding of 1 row with separate and with joined weights, in float and int8."""
+        """Time decoding of 1 row with separate and joined weights, unquantized and in int8."""
         return self._weights(1)
 
     def weights32(self) -> dict[str, Any]:
-        """Time decoding of 32 rows with separate and with joined weights, in float and int8."""
+        """Time decoding of 32 rows with separate and joined weights, unquantized and in int8."""
         return self._weights(32)
 
     def context1(self) -> dict[str, Any]:

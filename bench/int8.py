@@ -102,7 +102,7 @@ def rollouts(model: jp.Model, args: argparse.Namespace) -> tuple[list[Any], list
 
 def measured(model: jp.Model, windows: list[list[int]], talks: list[Any],
              groups: list[slice]) -> dict[str, Any]:
-    """Return a model's perplexity, scoring time, bytes and directions.
+    """Return a model's perplexity, scoring time, weight bytes and directions.
 
     The first direction is the axis, and the others are those of the roles.
     """

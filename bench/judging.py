@@ -6,10 +6,10 @@
 `mini` generates replies in its roles. Rules based on its grammar determine the correct scores of
 these replies (`RuleJudge`). The judge, which is `mini` or another model, scores the replies in two
 ways with the same prompts: by the probabilities of the digits 0 to 3 (`DigitJudge`), and by greedy
-decoding of ten tokens (`SelfJudge`). The ratio compares the seconds of complete calls in
-alternating pairs, without compilation. The agreement with the rules is Cohen's kappa with linear
-weights and its 95 % bootstrap confidence interval. `mini` was not trained to judge, so its verdicts
-should agree with the rules no better than chance.
+decoding of ten tokens (`SelfJudge`). The ratio is the seconds of `SelfJudge` divided by those of
+`DigitJudge`, for complete calls in alternating pairs, without compilation. The agreement with the
+rules is reported as Cohen's kappa with linear weights and its 95 % bootstrap confidence interval.
+`mini` was not trained to judge, so its verdicts should agree with the rules no better than chance.
 """
 
 from __future__ import annotations

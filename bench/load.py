@@ -17,7 +17,7 @@ cache. An additional first round is a warm-up. The results are:
 
 All processes use ordinary pages (`NUMPY_MADVISE_HUGEPAGE=0`). Without this setting, only the load
 would use huge pages, which are up to ten times slower to allocate on virtual machines that return
-freed memory to the host. The peak resident memory is relative to the memory after the imports.
+freed memory to the host. The memory after the imports is subtracted from the peak resident memory.
 
 The output is a table and one JSON line.
 """

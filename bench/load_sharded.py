@@ -27,7 +27,7 @@ from load import shape, total_bytes, write
 
 
 def load(folder: pathlib.Path, dtype: str, count: int, index: int, port: int) -> dict[str, Any]:
-    """Load this process's shards; return the seconds, bytes held, bytes read and peak memory."""
+    """Load this process's shards; return the seconds, shard bytes, bytes read and peak memory."""
     import jax
     import jax.numpy as jnp
     from jaxpersona.ckpts import hf, tensorfile

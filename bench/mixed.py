@@ -45,7 +45,8 @@ from jaxpersona.runs.rollouts import opening
 def role_prompts(count: int, name: str) -> list[list[dict[str, str]]]:
     """Return one conversation for each of the first `count` roles.
 
-    The conversation of role i uses prompt i of the role and question i, modulo their numbers.
+    The conversation of role i uses the role's prompt i modulo its number of prompts, and question i
+    modulo the number of questions.
     """
     roles = [role for role in texts.load_roles(None, model_name=name) if role.name != "default"]
     questions = texts.load_questions(None)
@@ -125,7 +126,10 @@ def programs_of(run: Callable[[], Any]) -> int:
 
 
 def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the ratios of the peer's seconds to ours, with the interval and all arms' seconds."""
+    """Return the ratios of both peer arms' seconds to ours, and the seconds of all arms.
+
+    The interval is that of `ratio`, which refers to the arm `hooks`.
+    """
     ours = found["ours"]
     return {"ratio": ours["ratio"], "interval": ours["interval"],
             "unresolved": ours["unresolved"], "pairs": ours["pairs"],

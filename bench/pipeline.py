@@ -4,11 +4,12 @@
 
 One pass generates the replies and captures every layer's response mean at the same time. With two
 passes, the replies are generated first, and `jaxpersona.extract` then runs the complete
-conversations. The predicted ratio is 1 + t_forward / t_generate, where t_generate and t_forward are
-the seconds of these two passes. For `one_pass_over_two_engines`, transformers with hooks runs the
-second pass, with conversations sorted by length and without the output head. Refilled and static
-batches have the same number of rows, and their reply lengths are geometrically distributed, with a
-mean of a third of the maximum.
+conversations. The ratio is the seconds of two passes divided by those of one pass. Its predicted
+value is 1 + t_forward / t_generate, where t_generate and t_forward are the seconds of the first and
+the second pass. For `one_pass_over_two_engines`, transformers with hooks runs the second pass, with
+conversations sorted by length and without the output head. Refilled and static batches have the
+same number of rows, and their reply lengths are geometrically distributed, with a mean of a third
+of the maximum.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ from jaxpersona.runs.rollouts import Settings, opening
 from jaxpersona.runs.run import Run
 
 EXTREMES = 15  # number of roles to list at each end of the axis
-FARTHEST = 20  # number of farthest roles for which the cap is tested
+FARTHEST = 20  # number of roles for which the cap is tested: those with the lowest projections
 COMPONENTS = 20
 
 

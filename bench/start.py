@@ -13,11 +13,12 @@ machine, so CPU seconds are also reported.
   the warm runs).
 - `trace_s`, `compile_s`: the seconds of tracing (with lowering) and of compilation in a cold run,
   from JAX's monitoring events. The times of concurrent threads are added.
-- `run_s`: the seconds from the request to the first token when a process answers the prompt again.
+- `run_s`: the seconds from the request to the first token when a process answers the same prompt
+  a second time.
 - `warm_ratio`, `cold_ratio`: the seconds to the first token divided by those of transformers
   (median over rounds).
-- `second_s`: the additional seconds to the first token for the first prompt of another padded
-  length, in a warm run.
+- `second_s`: the seconds to the first token for the first prompt of another padded length, minus
+  those for the same prompt when it is repeated, in a warm run.
 - `programs`: the number of programs compiled for 20 prompts of different lengths (4 to 80 tokens)
   at batch sizes 1 and 8, with reply limits of 16 and 48 tokens.
 - `ahead`: the seconds to trace, lower and compile prefill and decode of a large model ahead of time

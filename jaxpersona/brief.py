@@ -47,7 +47,7 @@ def named(names: Sequence[str], noun: str) -> str:
 
 
 def quoted(text: str, most: int = 40) -> str:
-    """Return the repr of a text, truncated to `most` characters including the ellipsis."""
+    """Truncate a text to `most` characters, including the ellipsis, and return its repr."""
     return repr(text if len(text) <= most else text[: most - 1] + "…")
 
 

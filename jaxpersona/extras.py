@@ -46,7 +46,7 @@ def installed(package: str) -> bool:
     """Return whether a package can be found, without importing it."""
     try:
         return importlib.util.find_spec(package) is not None
-    except ValueError:  # the entry in sys.modules is None or has no spec
+    except ValueError:  # the module in sys.modules has no spec
         return False
 
 

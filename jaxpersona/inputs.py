@@ -20,8 +20,8 @@ from jaxpersona.errors import UserError
 TEXT_BYTES = 256 << 20  # maximum size of a text file; the largest known tokenizer file is 35 MB
 MAX_DEPTH = 500  # maximum nesting depth of JSON: half of Python's recursion limit of 1,000
 
-# C0 controls except tab and newline, DEL, C1 controls, and Unicode's bidirectional controls except
-# the marks U+200E and U+200F
+# C0 controls (except tab and newline), DEL, C1 controls, and Unicode's bidirectional controls
+# (except the marks U+200E and U+200F)
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u202a-\u202e\u2066-\u2069]")
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"),
           (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))

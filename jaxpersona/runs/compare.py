@@ -41,7 +41,7 @@ def manifest_of(folder: pathlib.Path, overwrite: bool = False) -> dict[str, Any]
     older = isinstance(version, str) and version.startswith("jaxpersona-run ")
     if version == OLDER and not overwrite:
         raise UserError(f"{folder}: run.json has the older format {OLDER!r}; choose another "
-                        "folder, and copy the rollouts into it with take_from "
+                        "folder, and copy the rollouts into it with take_from= "
                         f"(--take-from {folder})")
     if older and version not in (FORMAT, OLDER):
         raise UserError(f"{folder}: run.json has format {version!r}, but this version writes "

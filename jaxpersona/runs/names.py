@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from jaxpersona.errors import UserError
 
 _SAFE = frozenset(string.ascii_letters + string.digits + "_-.")
-_LONGEST = 200  # maximum bytes; file systems allow 255, and suffixes need the rest
+_LONGEST = 200  # maximum bytes of a file stem; file systems allow 255, and suffixes need the rest
 
 
 def file_stem(role: str) -> str:

@@ -57,12 +57,12 @@ class Texts:
     extra: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def prompts(self) -> dict[int, str]:
-        """Return a dictionary prompt index → system prompt, sorted by index."""
+        """Return prompt index → system prompt, sorted by index."""
         found = {r["prompt_index"]: r["system_prompt"] for r in self.records.values()}
         return dict(sorted(found.items()))
 
     def questions(self) -> dict[int, str]:
-        """Return a dictionary question index → question, sorted by index."""
+        """Return question index → question, sorted by index."""
         found = {r["question_index"]: r["question"] for r in self.records.values()}
         return dict(sorted(found.items()))
 
@@ -98,7 +98,7 @@ def check_role(role: str) -> None:
     if not role or not plain or len(role.encode("utf-8", "replace")) > _LONGEST:
         raise UserError(f"the role name {role[:40]!r} cannot be a file name in the published "
                         "format; use a shorter name, or one without a leading dot, path "
-                        "separators, colons and control characters")
+                        "separators, colons and non-printable characters")
 
 
 def roles_in(folder: pathlib.Path, part: str) -> list[str]:
@@ -157,7 +157,7 @@ def read_responses(folder: pathlib.Path, role: str, faults: Faults) -> Texts:
 
 
 def read_scores(folder: pathlib.Path, role: str, texts: Texts, faults: Faults) -> dict[str, int]:
-    """Read and check the scores of a role; return a dictionary `rollout_key` → score."""
+    """Read and check the scores of a role; return `rollout_key` → score."""
     path = folder / SCORES / f"{role}.json"
     raw = read_table(path, faults) or {}
     _unknown(path, raw, texts, faults)

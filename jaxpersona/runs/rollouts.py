@@ -20,7 +20,7 @@ from jaxpersona.text import chat
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
-MAX_SAMPLES = 100_000  # bounds the size of a role's texts, which must fit in memory together
+MAX_SAMPLES = 100_000  # per prompt and question, because all texts of a role must fit in memory
 MAX_ROWS = 65_536
 
 
@@ -28,7 +28,7 @@ MAX_ROWS = 65_536
 class Settings:
     """Sampling settings of rollouts.
 
-    The defaults of temperature, top_p, max_new_tokens and samples are those of Lu et al. 2026.
+    The defaults of `temperature`, `top_p`, `max_new_tokens` and `samples` are from Lu et al. 2026.
 
     Attributes:
       samples: the number of rollouts per prompt and question.
@@ -102,7 +102,7 @@ def place_of(record: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def place_of_key(key: str) -> tuple[int, int, int]:
-    """Return the sort key (`place_of`) of the rollout with the given key (`rollout_key`)."""
+    """Return `place_of` for the rollout whose `rollout_key` is `key`."""
     found = re.search(r"_p(\d+)_q(\d+)(?:_s(\d+))?$", key)
     assert found is not None, key
     prompt, question, sample = (int(x or 0) for x in found.groups())

@@ -292,7 +292,7 @@ class Run:
     def verdicts(self, role: str, judge: str | None = None) -> dict[str, Any] | None:
         """Return the content of a judge's scores file for a role, or None if there is no file.
 
-        The fields include rubric, scores and details. Scores are in the order of the rollouts.
+        The fields include `rubric`, `scores` and `details`; `scores` has the order of the rollouts.
 
         Raises:
           Damaged: the file was changed, belongs to another role or run, or lacks a field.

@@ -39,7 +39,7 @@ def write_sealed(path: pathlib.Path, tensors: Mapping[str, np.ndarray],
                  about: Mapping[str, str]) -> None:
     """Write tensors and metadata to a file, with a digest of both.
 
-    The metadata `about` must have the keys role and binding.
+    The metadata `about` must have the keys `role` and `binding`.
     """
     arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     sealed = _digest(about, {name: (x.dtype, x.shape) for name, x in arrays.items()},
@@ -79,7 +79,7 @@ def read_sealed(path: pathlib.Path, role: str, binding: str,
 
 
 def write_sealed_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object, which must have the fields role and binding, and add its digest."""
+    """Write a JSON object, which must have the fields `role` and `binding`, and add its digest."""
     write_json(path, {**value, "digest": sha256(json_text(dict(value)).encode())})
 
 

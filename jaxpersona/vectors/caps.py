@@ -139,8 +139,8 @@ def fitted(found: Found, config: ModelConfig, name: str, fingerprint: str = "") 
     """Check that a direction or caps were made for a given model, and return them.
 
     If `fingerprint` is empty, or the fingerprint of `found` has an older scheme, only the half of
-    the fingerprint that depends on the configuration is compared. A fingerprint with a newer scheme
-    is not compared.
+    the fingerprint that depends on the configuration is compared. If the fingerprint of `found` is
+    empty or has a newer scheme, it is not compared.
 
     A control vector that another program wrote may have fewer layers than the model. The missing
     layers are filled with zeros.

@@ -197,7 +197,7 @@ class Vector(Table):
         return self._with(self.values + other.values, f"{self.name} + {other.name}")
 
     def __sub__(self, other: Vector) -> Vector:
-        """Return the difference of two directions of the same model and site."""
+        """Return this direction minus another direction of the same model and site."""
         if not isinstance(other, Vector):
             return NotImplemented
         self._check_same(other)
@@ -233,7 +233,7 @@ class Vector(Table):
     def _check_same(self, other: Vector) -> None:
         """Check that another direction has the same shape, site and fingerprint.
 
-        An unknown fingerprint is not compared.
+        Fingerprints are compared only if both are known and have the same scheme.
 
         Raises:
           UserError: the shape, the site or the fingerprint differs.
