@@ -20,6 +20,7 @@ import json
 import math
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -157,12 +158,12 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                     same[arm].append(spent["1"] / spent["2"])
             for side in sides.values():
                 side.close()
-            print(f"restart {restart + 1} of {args.restarts} complete", file=sys.stderr,
+            print(f"round {restart + 1} of {args.restarts} complete", file=sys.stderr,
                   flush=True)
     found = {}
     for arm in arms:
         low, high = interval(ratios[arm])
-        found[arm] = {"ratio": round(sorted(ratios[arm])[len(ratios[arm]) // 2], 4),
+        found[arm] = {"ratio": round(statistics.median(ratios[arm]), 4),
                       "interval": [round(low, 4), round(high, 4)],
                       "same": [round(x, 4) for x in interval(same[arm])],
                       "holds": low >= BAR - 0.01, "unresolved": high - low > WIDTH,

@@ -124,7 +124,7 @@ class Dialogue:
                  "/system": ""}
         if takes.get(name) and not value:
             raise UserError(f"{name} needs a value: {name} {takes[name]}")
-        if value and name not in takes:
+        if value and name in ("/quit", "/help", "/compare", "/undo", "/reset"):
             raise UserError(f"{name} takes no value; to send a message that begins with /, type //")
         match name:
             case "/quit":

@@ -36,9 +36,6 @@ from jaxpersona.runtime import is_traced, setting, thread_settings, tracing_sett
 
 SUFFIX = ".trace"
 _LOG = logging.getLogger("jaxpersona")
-# `jax.export` does not guarantee that later versions of JAX support this custom call. A trace is
-# read only by the version that wrote it, because the file name depends on the version.
-_UNSTABLE = tuple(map(jax.export.DisabledSafetyCheck.custom_call, ("__cudnn$fmhaSoftmax",)))
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "jaxpersona")
 
 
@@ -154,8 +151,7 @@ class Stored:
         where = default_device().platform
         platforms = None if where == jax.default_backend() else [where]  # None: default platform
         try:
-            exported = jax.export.export(jax.jit(flat), platforms=platforms,
-                                         disabled_checks=_UNSTABLE)(*shapes)
+            exported = jax.export.export(jax.jit(flat), platforms=platforms)(*shapes)
         except UserError:
             raise
         except (ValueError, NotImplementedError) as error:  # not exportable

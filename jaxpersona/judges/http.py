@@ -6,6 +6,7 @@ it is used. A killed process therefore loses at most the answers to requests in 
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import random
@@ -64,6 +65,11 @@ class HttpJudge:
                  price: tuple[float, float] | None = None, backoff: float | None = None) -> None:
         if concurrency < 1 or concurrency > 1024:
             raise UserError(f"concurrency is {concurrency}; give an integer from 1 to 1024")
+        if backoff is not None and not 0 <= backoff < math.inf:
+            raise UserError(f"backoff is {backoff}; give seconds, at least 0")
+        if price is not None and not all(0 <= x < math.inf for x in price):
+            raise UserError(f"price is {price}; give two prices in USD per million tokens, at "
+                            "least 0")
         if budget is not None and budget.usd is not None and price is None:
             raise UserError("budget is in USD, which needs the price of tokens; give "
                             "--judge-price, or a budget in calls such as 500calls")

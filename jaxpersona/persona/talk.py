@@ -176,8 +176,9 @@ def grow(
     openings, messages = _lists("openings", openings), _lists("messages", messages)
     counts = sorted({len(texts) for texts in messages})
     if len(openings) != len(messages) or len(counts) > 1 or not all(messages):
+        numbers = ", ".join(map(str, counts))
         raise UserError(f"openings has {len(openings)} entries, and messages has {len(messages)} "
-                        f"lists of {counts} messages; give one opening and the same number of "
+                        f"lists of {numbers} messages; give one opening and the same number of "
                         "messages, at least one, for each conversation")
     prompts: list[Any] = [
         [*opening, {"role": "user", "content": texts[0]}]

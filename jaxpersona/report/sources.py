@@ -164,6 +164,9 @@ def _of_folder(folder: pathlib.Path, layer: int | None) -> Places:
         raise _damaged(folder, f" ({type(error).__name__}: {error})") from None
     means = {name: mean for name, mean in means.items() if np.isfinite(mean)}
     names = sorted((name for name in means if name != "default"), key=means.__getitem__)
+    if not names:
+        raise UserError(f"{folder}: no role has a finite projection at layer {at}; give another "
+                        "layer")
     own = axis.percentiles.get("default", {})
     default = None
     if "default" in means and {"p25", "p75"} <= set(own):

@@ -213,7 +213,8 @@ def test_commands_change_the_conversation(monkeypatch, session, capsys):
     ("/edits maybe", "'maybe' is neither on nor off"), ("/edits", "/edits needs a value"),
     ("/save", "/save needs a value: /save FILE"), ("/save .", ". is a folder"),
     ("/load none.json", "none.json: no such file"), ("/undo 2", "/undo takes no value"),
-    ("/nothing", "/nothing is unknown"), ("/load bad.json", "bad.json: messages must alternate"),
+    ("/nothing", "/nothing is unknown"), ("/nothing 2", "/nothing is unknown"),
+    ("/load bad.json", "bad.json: messages must alternate"),
     ("a\ud800b", "lone surrogate"),
 ])
 def test_a_mistake_is_named(monkeypatch, tmp_path, session, line, wanted):

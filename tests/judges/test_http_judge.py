@@ -128,6 +128,16 @@ def test_too_many_failures_in_a_row_stop_the_run_and_keep_everything(tmp_path):
     assert max(server.sold.values()) == 1
 
 
+@pytest.mark.parametrize(("settings", "wanted"), [
+    ({"backoff": -1.0}, "backoff is -1.0"), ({"backoff": float("nan")}, "backoff is nan"),
+    ({"price": (1.0, -2.0)}, "price is"), ({"price": (float("inf"), 1.0)}, "price is"),
+    ({"concurrency": 0}, "concurrency is 0"),
+])
+def test_settings_out_of_range_are_refused(tmp_path, settings, wanted):
+    with fake.serving() as server, pytest.raises(jp.UserError, match=wanted):
+        judge_of(server, tmp_path / "v.jsonl", **settings)
+
+
 def test_a_success_between_failures_does_not_stop_the_run(tmp_path):
     """Every third prompt fails on every attempt: 30 failures, never 20 in a row."""
     asked = items(90)
