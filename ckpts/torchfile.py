@@ -229,7 +229,7 @@ def _axis(array: np.ndarray) -> Axis:
 def _persona(array: np.ndarray, trait: str, pool: str) -> Vector:
     if len(array) < 3:
         raise UserError(f"the tensor has shape {list(array.shape)}; a persona vector has shape "
-                        "[L + 1, D] and begins with the embeddings")
+                        "[L + 1, D] with at least 3 rows, of which row 0 is for the embeddings")
     values = np.zeros((len(array) - 1, array.shape[1]), np.float32)
     values[:-1] = array[1:-1]
     return Vector(values, trait, notes={

@@ -1,4 +1,4 @@
-"""Read prompts from a file: one user message per line, or JSON lines of conversations."""
+"""Read prompts from a file: one user message per line, or conversations as JSON Lines."""
 
 from __future__ import annotations
 

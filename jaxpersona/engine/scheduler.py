@@ -145,10 +145,11 @@ class Scheduler:
         return chosen
 
     def _admit_pieces(self, key: Any, lane: Lane) -> list[Task]:
-        """Prefill prompts in pieces while a lane has a free row; return the admitted prompts.
+        """Prefill prompts in chunks (pieces) while a lane has a free row; return those admitted.
 
-        A queued prompt is assigned to a staging row as soon as one is free. A piece runs only if no
-        staged prompt is fully prefilled, so that few staging rows are empty in each call.
+        A queued prompt is assigned to a staging row as soon as one is free. Fully prefilled prompts
+        move to free rows, and their staging rows are refilled, before the next pieces of all staged
+        prompts are prefilled in one call, so that few staging rows are empty in a call.
         """
         admitted: list[Task] = []
         while lane.piece is not None and lane.free and not self._waits(lane):

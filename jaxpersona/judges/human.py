@@ -118,8 +118,8 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, str]]) 
       UserError: the file cannot be written.
     """
     text = io.StringIO()
-    # All cells are quoted: the csv module does not quote a lone "\r", which readers treat as the
-    # end of a row.
+    # Quote all cells: before Python 3.13, the csv module does not quote a lone "\r" with this line
+    # terminator, and readers treat it as the end of a row.
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n",
                             quoting=csv.QUOTE_ALL)
     writer.writeheader()

@@ -1,4 +1,4 @@
-"""Rubrics: the prompts for judges that are models, and the parsing of their answers.
+"""Rubrics: the prompts for LLM judges, and the parsing of their answers.
 
 Roles are scored from 0 to 3 (Lu et al. 2026):
 
@@ -30,7 +30,7 @@ _NUMBER = re.compile(r"(?P<sign>(?<![^\s(:*])[-−])?(?<![\d.])(?<!\d[-,])(?P<di
 
 @dataclasses.dataclass(frozen=True)
 class Rubric:
-    """The prompt and the allowed scores of a judge that is a model.
+    """The prompt and the allowed scores of an LLM judge.
 
     Attributes:
       scale: the allowed integers, in increasing order.
@@ -78,7 +78,7 @@ class Rubric:
         """
         text = item.role.eval_prompt if self.template is None else self.template
         if not text:
-            raise UserError(f"role {item.role.name!r} has no eval_prompt; a judge that is a model "
+            raise UserError(f"role {item.role.name!r} has no eval_prompt; an LLM judge "
                             "needs one")
         return fill(text, question=item.question, answer=item.answer, role=item.role.name,
                     description=item.role.description)

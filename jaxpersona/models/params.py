@@ -391,10 +391,10 @@ def _bfloat16_bits(x: jax.Array) -> jax.Array:
 
 
 def _scrambled(bits: jax.Array) -> jax.Array:
-    """Mix the 32 bits of each value with a one-to-one function.
+    """Scramble the 32 bits of each value by a bijection.
 
-    Without mixing, a change of sign would flip only bit 15 of a value, and therefore change only
-    bits 15 to 31 of its product modulo 2³².
+    Otherwise a change of sign would flip only bit 15 of a value, and therefore change only bits 15
+    to 31 of its product with a position's factor (`_weights`) modulo 2³².
     """
     wide = bits * np.uint32(0x9E3779B1)
     return wide ^ (wide >> np.uint32(15))

@@ -156,7 +156,7 @@ def forecast(
     reply = limit if pace is None else pace.mean_length()
     texts = [len(json.dumps(missing[i][1], ensure_ascii=False).encode()) for i in chosen]
     total, judged = sum(sizes.values()), sum(sizes.values()) - sizes[DEFAULT]
-    reads = hasattr(judge, "rubric")  # only judges that are models have a rubric
+    reads = hasattr(judge, "rubric")  # only LLM judges have a rubric
     more = Counter(name for name, _ in missing)
     return Forecast(
         roles=len(roles) - 1, prompts=sum(len(role.prompts) for role in roles),

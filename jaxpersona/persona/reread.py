@@ -1,4 +1,4 @@
-"""Recompute the response means of rollouts, with one forward pass per rollout."""
+"""Recompute the response means of stored rollouts without generating the replies again."""
 
 from __future__ import annotations
 

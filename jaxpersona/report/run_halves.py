@@ -83,7 +83,7 @@ class Halves:
         for start in range(0, len(rows), _ROWS):
             part = sample.differences[rows[start : start + _ROWS]].astype(np.float64)
             means += weights[:, :, start : start + _ROWS] @ part.reshape(len(part), -1)
-        means += sample.base.astype(np.float64).reshape(-1)  # the weights of a half sum to 1
+        means += sample.base.astype(np.float64).reshape(-1)  # each half's weights sum to 1
         if name == DEFAULT:
             self._default, self._own = means, len(rows)
         else:

@@ -2,7 +2,7 @@
 
 The page contains plotly.js, its own script and all data. Its content security policy lists the
 digests of these two scripts and forbids all other scripts and all requests. Code in a model's reply
-therefore cannot run, even if the reply were not escaped.
+therefore could not run even if the reply were not escaped.
 """
 
 from __future__ import annotations

@@ -251,7 +251,7 @@ def ratios(found: Any, layer: int | None) -> tuple[np.ndarray, int]:
     values = numbers("found", given)
     if values.ndim != 1 or not values.size or not (values >= 0).all() or values.sum() > 1.001:
         raise UserError(f"found is {given!r:.60}; give explained variance ratios [C], "
-                        "which are not negative and have a sum of at most 1")
+                        "nonnegative numbers with a sum of at most 1")
     return values, at
 
 

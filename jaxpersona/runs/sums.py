@@ -106,7 +106,8 @@ class Sample:
 
     Attributes:
       keys: the keys of the k rollouts, in the order of the rollouts.
-      base: [L, D] float32, the average of the finite means in the role's first sample.
+      base: [L, D] float32, the average of the finite means when the role was first sampled; later
+        samples of the role reuse it.
       differences: [k, L, D] bfloat16, each mean minus `base`; NaN for an empty reply.
     """
 
