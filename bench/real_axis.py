@@ -162,7 +162,7 @@ def analysis(default: np.ndarray, found: science.Analysis) -> dict[str, Any]:
 
 
 def ranking(found: Any, layer: int) -> dict[str, Any]:
-    """Rank the roles by mean projection on the axis at a layer, in descending order.
+    """Rank the roles by mean projection onto the axis at a layer, in descending order.
 
     The result also contains the mean projections of the default persona and of the extreme roles.
     """

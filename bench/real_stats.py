@@ -37,7 +37,7 @@ def _half_axis(vectors: dict[str, np.ndarray]) -> np.ndarray:
 def auc(means: dict[str, np.ndarray], halves: dict[str, np.ndarray]) -> list[float]:
     """Return the held-out AUC between default answers and role answers at every layer, [L].
 
-    AUC is the area under the ROC curve of the projections on the axis. The axis is computed from
+    AUC is the area under the ROC curve of the projections onto the axis. The axis is computed from
     one half of the questions and the AUC from the answers to the other half. The result is averaged
     over both choices of halves.
     """

@@ -50,7 +50,7 @@ def main(folder: pathlib.Path) -> None:
     write("steering", jp.plot.steering(
         scales, {f"layer {layer}": after[layer] for layer in (4, 5, 7)},
         xlabel=f"strength of steering at layer {LAYER}, multiples of the axis",
-        ylabel="mean projection on the Assistant Axis", title="Projection of one text"))
+        ylabel="mean projection onto the Assistant Axis", title="Projection of one text"))
 
     names, talks = [], []
     for role in method.roles():
