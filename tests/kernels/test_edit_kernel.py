@@ -43,7 +43,7 @@ def draw(seed, dtype, **fixed):
     options = {"before": 0, "directions": None, "norm": None}
     if case["reads"]:
         options["directions"] = jnp.asarray(unit(normal(case["reads"], size)), jnp.float32)
-        options["before"] = int(rng.integers(0, case["reads"] + 1))
+        options["before"] = case.get("before", int(rng.integers(0, case["reads"] + 1)))
     if case["normed"]:
         options["norm"] = Norm(normal(size).astype(dtype), 1e-6, float(rng.choice([0.0, 1.0])))
     return arrays, options
@@ -72,8 +72,10 @@ def agree(seed, dtype=jnp.float32, far=1e-5, **fixed):
 @pytest.mark.parametrize(("seed", "fixed"), [
     (0, dict(rows=3, width=40, edits=2, reads=3, normed=True)),
     (1, dict(rows=5, width=1, edits=3, reads=11, normed=True)),
-    (2, dict(rows=2, width=300, size=24, edits=1, reads=0, normed=False))],
-    ids=["prefill", "decode", "blocks"])
+    (2, dict(rows=2, width=300, size=24, edits=1, reads=0, normed=False)),
+    (4, dict(rows=2, width=17, size=24, edits=2, reads=20, before=10, normed=False)),
+    (5, dict(rows=2, width=3, size=24, edits=2, reads=6, before=3, normed=False))],
+    ids=["prefill", "decode", "blocks", "products", "sums"])
 def test_the_kernel_is_the_reference(seed, fixed):
     assert agree(seed, **fixed) > 0
 

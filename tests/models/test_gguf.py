@@ -66,6 +66,19 @@ def test_float32_gives_the_parameters_and_the_configuration_of_the_folder(family
         np.testing.assert_allclose(got, want, rtol=0, atol=offset, err_msg=tensor.name)
 
 
+@pytest.mark.parametrize(("family", "layers"), [("gemma2", 3), ("gemma3", 7)])
+def test_a_gemma_file_without_a_pattern_has_the_layers_of_transformers(family, layers, tmp_path):
+    """llama.cpp writes no pattern for Gemma 2, and older versions none for Gemma 3."""
+    fields = {k: v for k, v in FIELDS[family].items() if k != "layer_types"}
+    made = hf.model(family, seed=3, **fields | {"sliding_window": 9, "num_hidden_layers": layers})
+    assert set(made.config.layer_types) == {"sliding_attention", "full_attention"}
+    _, config = hf.params(made, tmp_path / "folder")
+    path = gguf_files.write(tmp_path / "m.gguf", made, skip=("attention.sliding_window_pattern",))
+    assert gguf_model.open_checkpoint(path).config == config
+    assert [window is not None for window in config.windows] == [
+        kind == "sliding_attention" for kind in made.config.layer_types]
+
+
 @pytest.mark.parametrize("family", hf.FAMILIES)
 def test_float16_gives_the_logits_of_pytorch(family, tmp_path):
     import torch

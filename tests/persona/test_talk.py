@@ -12,7 +12,7 @@ import jaxpersona as jp
 from jaxpersona.captures import capture
 from jaxpersona.engine.extract import extract
 from jaxpersona.interventions.where import everywhere
-from jaxpersona.persona.talk import grow, project_conversation
+from jaxpersona.persona.talk import Talks, grow, project_conversation
 from jaxpersona.vectors.vector import Vector
 
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"},
@@ -112,6 +112,18 @@ def test_grown_conversations_are_edited(model, vectors):
     np.testing.assert_allclose(free.readout, free.projections, rtol=2e-4, atol=2e-4)
     assert np.abs(np.diff(free.readout, axis=0)).min() > 1e-3  # turns are not interchanged
     assert grow(model, *talks, vectors[0], max_new_tokens=5).readout is None
+
+
+def test_an_arm_has_the_values_of_its_conversations():
+    replies = [[f"{turn}{n}" for n in range(5)] for turn in range(2)]
+    values = np.arange(30.0).reshape(2, 5, 3)
+    for readout in (None, -values):
+        arm = Talks(replies, values, readout).arm(1, 4)
+        assert arm.replies == [["01", "02", "03"], ["11", "12", "13"]]
+        np.testing.assert_array_equal(arm.projections, values[:, 1:4])
+        assert (arm.readout is None) == (readout is None)
+        if readout is not None:
+            np.testing.assert_array_equal(arm.readout, -values[:, 1:4])
 
 
 def test_conversations_with_equal_ids_share_their_draws(model):

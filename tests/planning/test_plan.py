@@ -104,6 +104,18 @@ def test_a_model_too_large_says_by_how_much():
     assert found["largest_batch"] == 0
 
 
+@pytest.mark.parametrize("ways", [3, 7, 8])
+def test_the_largest_batch_is_one_that_plan_accepts_and_that_fits(ways):
+    config = preset("llama-3.1-8b")
+
+    def of(batch):
+        return plan.plan(config, f"h200:{ways}", batch=batch, context=3000,
+                         mesh={"data": ways, "model": 1})
+
+    largest = of(ways)["largest_batch"]
+    assert largest % ways == 0 and of(largest)["fits"] and not of(largest + ways)["fits"]
+
+
 def test_bytes_a_chip_stay_flat_as_chips_and_batch_grow():
     small, large = (plan.plan(preset("llama-3.3-70b"), f"h200:{n}", batch=2 * n)
                     for n in (16, 256))
