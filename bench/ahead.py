@@ -1,10 +1,10 @@
-"""Compile prefill and decode for an H200 without a GPU, to check the memory estimate of `plan`.
+"""Compile prefill and decode for an H200 on any machine, to check `plan`'s memory estimate.
 
     pip install 'jax[cuda12]'        (for the CUDA version in `H200` below)
     JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python bench/ahead.py --model qwen3-8b --batch 32
 
-The benchmark also counts the kernels of a decode step with and without caps. Without a GPU, XLA
-cannot autotune its matmul kernels, so its choice of kernels may differ from that on a GPU.
+The benchmark also counts the kernels of a decode step with and without caps. Autotuning needs a GPU
+and is disabled, so XLA's choice of kernels may differ from that on a GPU.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def kernels(program: Any) -> Counter[str]:
 
 
 def main() -> None:
-    """Compile the programs; print a decode step's kernels, and the compiled and planned bytes."""
+    """Compile the programs; print a decode step's kernels and the compiled and planned memory."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="qwen3-8b", help="name of a preset")
     parser.add_argument("--batch", type=int, default=32)

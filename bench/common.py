@@ -63,8 +63,8 @@ def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int = 
 
     Returns:
       For each arm, including the baseline: ratio (median over rounds of baseline seconds / arm
-      seconds; below 1 if the arm is slower), interval, unresolved, pairs, and seconds per call
-      (median over rounds of each round's median).
+      seconds; below 1 if the arm is slower), interval, unresolved, pairs (the number of rounds),
+      and seconds per call (median over rounds of each round's median).
     """
     long = min(LONG, budget / (least * len(arms)))
     turns = {}
@@ -192,7 +192,7 @@ class Peak:
 
 
 def _torch_bytes() -> int:
-    """Return the bytes of GPU memory that PyTorch has allocated; 0 if PyTorch is not in use."""
+    """Return the bytes of GPU memory allocated by PyTorch; 0 if it has not initialized CUDA."""
     torch: Any = sys.modules.get("torch")
     try:
         return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0

@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--steps", type=int, default=8,
-                        help="decode steps per call; shorter calls alternate more often")
+                        help="decode steps per call; fewer steps make calls alternate more often")
     parser.add_argument("--pairs", type=int, default=8, help="number of pairs per arm and round")
     parser.add_argument("--arms", nargs="+",
                         choices=("decode", "capped", "prefill", "extract", "load"),

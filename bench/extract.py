@@ -6,9 +6,9 @@ Both sides compute every layer's mean activation over response tokens. In transf
 "hooks" runs the full model on batches in the given order and keeps every layer's output until the
 batch is averaged, as in the code of Lu et al. 2026. The variant "sorted" also sorts the
 conversations by length, and the variant "headless" also skips the output head. Each side runs in
-its own process and is timed after a warm-up run. The reported memory is the peak above the memory
-of the loaded weights. Model FLOP utilization (MFU) is relative to the device's measured peak matmul
-FLOP/s and does not count padding.
+its own process and is timed after a warm-up run. The reported memory is the peak during a run minus
+the memory before it, which includes the weights. Model FLOP utilization (MFU) is relative to the
+device's measured peak matmul FLOP/s and does not count padding.
 """
 
 from __future__ import annotations
@@ -133,7 +133,10 @@ def one_side(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def timed(work: Any, args: argparse.Namespace, more: dict[str, Any]) -> dict[str, Any]:
-    """Run once to record the peak memory and save the vectors, then time `args.repeats` runs."""
+    """Run once to record the peak memory and save the vectors, then time `args.repeats` runs.
+
+    If `args.repeats` is 0, the seconds are those of the first run.
+    """
     with Peak() as peak:
         np.save(args.out, work())
     seconds = least(work, args.repeats) if args.repeats else peak.seconds

@@ -111,7 +111,7 @@ class Bench:
     def products(self) -> dict[str, Any]:
         """Time a block's matmuls for 1 and 32 rows, in several weight layouts and dtypes.
 
-        Each form (a layout, a dtype and an operation) is timed for a weight [d_ff, d_model]. The
+        Each form (a layout, a dtype and an operation) is timed for a d_ff × d_model weight. The
         multiply-sum forms are timed only with 1 row. Joined weights are compared with separate ones
         for the query, key and value projections and for the gate and up projections.
         """
@@ -195,8 +195,8 @@ class Bench:
         """Time prefills that capture every layer's mean, with XLA attention and cuDNN attention.
 
         Some prefills are also timed with the cheapest capture (`plain`). Without a GPU, only XLA
-        attention is timed. The result also contains the relative differences between the means that
-        the two implementations return.
+        attention is timed; with one, the result also contains the differences between the means of
+        the two implementations, relative to those of XLA attention.
         """
         widths = (96, 64) if self.small else (2048, 512, 256, 128)
         tokens = 768 if self.small else 16384
@@ -355,7 +355,7 @@ def main() -> None:
                              "--small, a temporary folder")
     parser.add_argument("--hlo", type=pathlib.Path,
                         help="folder for the compiled HLO text of the profiled programs")
-    parser.add_argument("--tag", default="", help="suffix for the names of the result files")
+    parser.add_argument("--tag", default="", help="suffix for the names of the output files")
     parser.add_argument("--budget", type=float, default=20.0,
                         help="time limit per comparison in seconds")
     parser.add_argument("--seconds", type=float, default=330.0,

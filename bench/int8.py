@@ -11,9 +11,9 @@ models read the same tokens. The arm `int8, float tables` does not quantize the 
 output head.
 
 The last line of the output is one JSON object. Its field `bars` contains the results of three tests
-of the arm `int8`: whether the perplexity is within 1 % of that of float32, whether the cosine of
-the axes is at least 0.99 at every layer, and whether the weights take at most 30 % of their size in
-float32.
+of the arm `int8`: whether the perplexity is within 1 % of that of float32, whether the cosine
+between its axis and that of float32 is at least 0.99 at every layer, and whether the weights take
+at most 30 % of their size in float32.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ cache. An additional first round is a warm-up. The results are:
 - `kept_over_raw`: the bytes per second that the load keeps in memory / those that the raw read
   keeps. It differs from `speed_over_raw` if the load widens the dtype: float32 parameters take
   twice the bytes of the bfloat16 files.
-- `speed_over_buffer`: the speed relative to a read through one reused 16 MiB buffer. This upper
-  bound leaves out the cost of allocating memory, so a loader cannot reach it.
+- `speed_over_buffer`: the seconds of the buffered read / the seconds of the load. The buffered read
+  reuses one buffer of 16 MiB. A loader cannot reach its speed, because a loader must also allocate
+  memory for the weights.
 
 All processes use ordinary pages (`NUMPY_MADVISE_HUGEPAGE=0`). Without this setting, only the load
 would use huge pages, which are up to ten times slower to allocate on virtual machines that return
@@ -86,7 +87,7 @@ def buffered(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def load(folder: pathlib.Path, dtype: str) -> dict[str, Any]:
-    """Load a checkpoint; return the seconds, the parameter bytes and the rise in peak memory."""
+    """Load a checkpoint; return the seconds, the parameter bytes and the peak memory increase."""
     import jax
     import jax.numpy as jnp
     from jaxpersona.ckpts import hf

@@ -4,9 +4,9 @@
 
 The benchmark writes a synthetic bfloat16 checkpoint to a temporary folder. Several processes load
 it with `ckpts.hf.load` onto one mesh of simulated CPU devices (the axis "fsdp" across processes,
-the axis "model" within each process). Each process measures the rise in its peak resident memory
-during the load. The benchmark reports the ratio of this rise to the size of the process's shards
-plus the largest tensor. The output is a table and one JSON line.
+the axis "model" within each process). Each process measures the peak increase of its resident
+memory during the load. The benchmark reports the ratio of this increase to the size of the
+process's shards plus the largest tensor. The output is a table and one JSON line.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ from load import shape, total_bytes, write
 
 
 def load(folder: pathlib.Path, dtype: str, count: int, index: int, port: int) -> dict[str, Any]:
-    """Load this process's shards; return the seconds, shard bytes, bytes read and peak memory."""
+    """Load this process's shards; return the seconds and sizes in bytes.
+
+    The sizes are those of the shards, the data read and the largest tensor, and the peak memory
+    increase.
+    """
     import jax
     import jax.numpy as jnp
     from jaxpersona.ckpts import hf, tensorfile

@@ -3,11 +3,12 @@
     python bench/mixed.py --model SmolLM2.gguf
 
 In the part `generate`, the model greedily answers `--prompts` prompts of the package, one per role,
-with a cap on the upper half of the layers. Every request has its own limit of 8 to 128 tokens, and
-every reply has exactly this length, because stop tokens are ignored. The peer is transformers,
-which caps with one forward hook per capped layer. It runs batches of `--batch` prompts with left
-padding, and each batch runs until its longest reply ends. The arm `hooks` runs the prompts in the
-given order, and the arm `sorted` runs them in the order of their lengths.
+with a cap on the upper half of the layers. Every request has its own limit of `--least-new` to
+`--most-new` tokens, and every reply has exactly this length, because stop tokens are ignored. The
+peer is transformers, which caps with one forward hook per capped layer. It runs batches of
+`--batch` prompts with left padding, and each batch runs until its longest reply ends. The arm
+`hooks` runs the prompts in the given order, and the arm `sorted` runs them in the order of their
+lengths.
 
 The part `extract` computes every layer's mean over the response tokens of `--conversations`
 conversations, which have random tokens and geometrically distributed lengths (`conversations.py`).
@@ -111,7 +112,7 @@ class Generation:
         return spent
 
     def agreement(self) -> float:
-        """Return the share of replies that begin with the same tokens on both sides."""
+        """Return the share of replies whose first `--compared` tokens are equal on both sides."""
         n = self.args.compared
         same = [np.array_equal(a[:n], b[:n])
                 for a, b in zip(self.last.tokens, self.peer_tokens, strict=True)]

@@ -121,9 +121,9 @@ class Hooked:
         """Register hooks that cap layers, h ← h − v̂·min(⟨h, v̂⟩ − τ, 0); return the handles.
 
         Args:
-          direction: v, [D] or one per layer [l, D].
+          direction: v, [D] or one per layer [l, D]; v̂ = v / ‖v‖.
           floor: τ, a number or one per layer [l].
-          layers: the l layers.
+          layers: the l layers to cap.
         """
         torch = self.torch
 

@@ -9,7 +9,7 @@ value is 1 + t_forward / t_generate, where t_generate and t_forward are the seco
 the second pass. For `one_pass_over_two_engines`, transformers with hooks runs the second pass, with
 conversations sorted by length and without the output head. Refilled and static batches have the
 same number of rows, and their reply lengths are geometrically distributed, with a mean of a third
-of the maximum.
+of the maximum before they are clipped to it.
 """
 
 from __future__ import annotations

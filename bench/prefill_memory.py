@@ -5,7 +5,8 @@
 Each length runs in its own process with random weights: one row is prefilled into a cache of that
 length, and the logits of the last token are computed. The benchmark reports two sizes without the
 weights: the memory of the compiled program (temporaries and outputs, including the cache, according
-to `memory_analysis()`) and the peak resident memory. The output is a table and one JSON line.
+to `memory_analysis()`) and, for prompts of at most `--run-to` tokens, the peak increase of
+resident memory when the program runs. The output is a table and one JSON line.
 
 The default dtype is float32. With bfloat16, XLA on CPU would convert the weights to float32, and
 the fixed size of this copy would mask some of the growth with length.
@@ -26,7 +27,7 @@ from common import Peak, report
 def measure(model: str, length: int, dtype: str, run: bool) -> dict[str, Any]:
     """Compile a prefill of `length` tokens and return its memory in bytes.
 
-    If `run` is true, also run it and return the seconds and the peak resident memory.
+    If `run` is true, also run it and return the seconds and the peak increase of resident memory.
     """
     import jax
     import jax.numpy as jnp

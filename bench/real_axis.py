@@ -183,7 +183,7 @@ def read_scores(judge: DigitJudge, role: texts.Role, records: list[dict[str, Any
 
 
 def judge_stage(args: argparse.Namespace) -> dict[str, Any]:
-    """Judge answers of a random sample of roles, and compute an axis from those with score 3.
+    """Judge answers of a random sample of roles; compute an axis from the answers with score 3.
 
     This axis is compared with the axis of all judged answers of the same roles and with the axis of
     the whole run.
@@ -246,7 +246,7 @@ def cap_stage(args: argparse.Namespace) -> dict[str, Any]:
     """Compare answers, perplexity and capability without a cap, with a cap, and with a control.
 
     The cap is a floor at the 25th percentile of all answers' projections. The control moves each
-    activation as far as the cap would move it, but in a random direction.
+    activation as far as the cap would move it, but along one random direction per layer.
     """
     model = jp.load(args.model, dtype=args.dtype)
     axis = jp.load_axis(args.out / "axis.safetensors")
@@ -296,7 +296,7 @@ def cap_stage(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def cap_judge_stage(args: argparse.Namespace) -> dict[str, Any]:
-    """Score the answers of the stage `cap` with the judge."""
+    """Score the answers of the stage `cap`, at most `--judged-each` per arm and role."""
     made = json.loads((args.out / "cap.json").read_text())
     roles = {role.name: role for role in texts.load_roles(None)}
     judge = DigitJudge(jp.load(args.judge, dtype=args.judge_dtype))
@@ -330,7 +330,7 @@ def speed_stage(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def cap_layers(model: jp.Model) -> range:
-    """Return the layers to cap: 70 to 85 % of the depth, as in the best caps of Lu et al. 2026."""
+    """Return the layers to cap: 70 to 85 % of the depth, similar to the caps of Lu et al. 2026."""
     return range(int(0.7 * model.config.n_layers), int(0.85 * model.config.n_layers))
 
 

@@ -16,7 +16,7 @@ from jaxpersona.engine.prompts import encode
 
 def compare(model: jp.Model, axis: jp.Axis, layers: range, talks: list[Any],
             args: argparse.Namespace) -> dict[str, Any]:
-    """Time both sides in alternating pairs; return the ratio (peer / ours) and its interval.
+    """Time both sides in alternating pairs; return the ratio of their seconds (peer / ours).
 
     Both sides have the same weights, cap the same layers with a floor at the 25th percentile of all
     answers' projections, and greedily decode exactly `args.new` tokens per prompt. Transformers

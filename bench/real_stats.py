@@ -38,8 +38,8 @@ def auc(means: dict[str, np.ndarray], halves: dict[str, np.ndarray]) -> list[flo
     """Return the held-out AUC between default answers and role answers at every layer, [L].
 
     AUC is the area under the ROC curve of the projections onto the axis. The axis is computed from
-    one half of the questions and the AUC from the answers to the other half. The result is averaged
-    over both choices of halves.
+    one half of the questions and the AUC from the answers to the other half. The result is the
+    mean over both assignments of the halves.
     """
     found = []
     for second in (False, True):

@@ -32,7 +32,7 @@ def main() -> None:
     if args.distinct is not None:
         asked = args.distinct
     if not all(0 < n <= args.batch for n in asked):
-        parser.error(f"--distinct is {asked}; each must be from 1 to {args.batch} (--batch)")
+        parser.error(f"--distinct is {asked}; each number must be from 1 to {args.batch} (--batch)")
     model = jp.load(args.model, dtype=args.dtype)
     total = model.config.n_layers
     layers = range(total // 2, total)

@@ -1,18 +1,18 @@
-"""Measure the time from process start to the first token, and compare it with transformers.
+"""Measure the time from the first import to the first token, and compare it with transformers.
 
     python bench/start.py --model FOLDER [--rounds 3] [--ahead qwen3-8b]
 
-Every measurement runs in a new process, which imports the package, loads the model and greedily
-answers one prompt at batch size 1. Three arms alternate: jaxpersona with empty compilation caches
-(cold), jaxpersona with the caches of an earlier process (warm), and transformers (`from_pretrained`
-and `generate`). The first token is timed at the first event of `Engine.stream` or, in transformers,
-when the streamer receives the first generated token. Wall-clock seconds depend on the load of the
-machine, so CPU seconds are also reported.
+Every measurement runs in a new process. Three arms alternate, each of which imports the package,
+loads the model and greedily answers one prompt at batch size 1: jaxpersona with empty compilation
+caches (cold), jaxpersona with the caches of an earlier process (warm), and transformers
+(`from_pretrained` and `generate`). The first token is timed at the first event of `Engine.stream`
+or, in transformers, when the streamer receives the first generated token. Wall-clock seconds depend
+on the load of the machine, so CPU seconds are also reported.
 
 - `import_s`, `load_s`: the wall-clock seconds of the imports and of loading the model (median of
   the warm runs).
-- `trace_s`, `compile_s`: the seconds of tracing (with lowering) and of compilation in a cold run,
-  from JAX's monitoring events. The times of concurrent threads are added.
+- `trace_s`, `compile_s`: the seconds of tracing (with lowering) and of compilation up to the first
+  token of a cold run, from JAX's monitoring events. The times of concurrent threads are added.
 - `run_s`: the seconds from the request to the first token when a process answers the same prompt
   a second time.
 - `warm_ratio`, `cold_ratio`: the seconds to the first token divided by those of transformers
@@ -47,7 +47,7 @@ NEW = 48
 
 
 def ours(folder: str) -> dict[str, Any]:
-    """Answer one prompt with jaxpersona and return the seconds of each phase."""
+    """Answer prompts with jaxpersona and return the seconds of each phase."""
     begun, spent = time.perf_counter(), time.process_time()
     import jaxpersona as jp
 
@@ -138,7 +138,7 @@ def session(folder: str) -> dict[str, Any]:
 
 
 def ahead(name: str) -> dict[str, Any]:
-    """Compile programs of a large model for absent devices, with and without nested functions."""
+    """Compile programs of a large model for absent devices, with and without nested `jax.jit`."""
     import contextlib
     from unittest import mock
 

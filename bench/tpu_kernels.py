@@ -101,8 +101,8 @@ def score_bytes(program: Any, config: ModelConfig, width: int) -> int:
     """Estimate the bytes of attention scores that a program writes per layer.
 
     XLA's cost analysis counts the body of a loop only once. This function adds up the bytes of
-    those results in loop bodies that are at least as large as the bfloat16 scores of one chunk, and
-    multiplies the sum by the number of chunks.
+    those results in loop bodies that are at least as large as the bfloat16 scores of one chunk,
+    multiplies the sum by the number of chunks, and divides it by the number of layers.
     """
     chunk = 2 * config.n_heads * min(width, QUERY_CHUNK) * width
     found = [op for op in hlo.operations(program.as_text()) if op.looped and op.bytes >= chunk]

@@ -125,8 +125,8 @@ def _setting(raw: Mapping[str, Any], key: str, patterns: str, module: str,
              place: pathlib.Path) -> float:
     """Return the rank or α of a module: the value of the first matching pattern, or of `key`.
 
-    As in PEFT, a pattern is a regular expression that must match the whole name of the module or
-    the part of the name after any of its dots.
+    As in PEFT, the default is 8, and a pattern is a regular expression that must match the whole
+    name of the module or the part of the name after any of its dots.
     """
     value = raw.get(key, 8)
     table = raw.get(patterns) or {}

@@ -26,7 +26,7 @@ _TEMPORARY = re.compile(r"\.(.+)\.([0-9]{1,18})\.tmp")
 def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yield a temporary path; if the block succeeds, fsync the file and rename it to `path`.
 
-    A missing parent folder is created. If the block fails, the temporary file is removed.
+    Missing parent folders are created. If the block fails, the temporary file is removed.
 
     Raises:
       UserError: the file cannot be written, or the block raises an OSError.
@@ -96,7 +96,8 @@ def parse_field(text: str, field: str, kind: type) -> Any:
     """Parse a header field as JSON and check that the value has type `kind` (`dict` or `list`).
 
     Raises:
-      UserError: the text is invalid JSON, is nested too deeply, or has the wrong JSON type.
+      UserError: the text is invalid JSON, is nested too deeply, contains an integer with too many
+        digits, or has the wrong JSON type.
     """
     try:
         value = parse_json(text)

@@ -25,7 +25,7 @@ from jaxpersona.models.config import MAX_LAYERS
 from jaxpersona.vectors.vector import CONTROL_VECTOR, Axis, Vector
 
 ARCHITECTURE = "controlvector"
-VECTOR_BYTES = 1 << 30  # maximum size of a vector file in bytes; a 405B model needs 8 MB
+VECTOR_BYTES = 1 << 30  # maximum size of a vector file in bytes; about 8 MB for a 405B model
 _MAX_ELEMENTS = 1 << 16  # maximum number of array elements in the metadata; `write` stores none
 # metadata of a `Vector`, stored under the keys `jaxpersona.<name>`
 _OURS = ("kind", "name", "model", "fingerprint", "fingerprint_scheme", "layers", "notes")

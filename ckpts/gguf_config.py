@@ -80,7 +80,7 @@ def to_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
               rope_divisors: np.ndarray | None, place: str) -> ModelConfig:
     """Convert the metadata of a GGUF model to a `ModelConfig`.
 
-    Unknown fields are ignored with a warning.
+    Unknown fields whose keys begin with "<architecture>." are ignored with a warning.
 
     Args:
       fields: the metadata, including `general.architecture`.
@@ -89,7 +89,7 @@ def to_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
       place: the file's name, for warnings.
 
     Raises:
-      UserError: a field is missing, malformed or not supported; the message names the field.
+      UserError: a field or tensor is missing, malformed or not supported; the message names it.
     """
     architecture = fields.get("general.architecture")
     if not isinstance(architecture, str):

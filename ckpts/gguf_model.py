@@ -98,7 +98,7 @@ class Checkpoint:
 def open_checkpoint(path: pathlib.Path) -> Checkpoint:
     """Read and validate the headers of a GGUF model.
 
-    The only tensor that is read is `rope_freqs.weight`, because it determines the configuration.
+    The only tensor that is read is `rope_freqs.weight`, from which the RoPE scaling is computed.
 
     Args:
       path: the file, or the first of the parts `<name>-00001-of-0000N.gguf`.
