@@ -60,8 +60,8 @@ def build(fields: Mapping[str, Any]) -> Any:
       The tokenizer, or None if the metadata contains no vocabulary.
 
     Raises:
-      UserError: the vocabulary is malformed, its type is not supported, or transformers is not
-        installed.
+      UserError: the metadata is malformed, the type or pre-tokenization of the vocabulary is not
+        supported, or transformers is not installed.
     """
     tokens = fields.get("tokenizer.ggml.tokens")
     if tokens is None:
@@ -92,7 +92,7 @@ def build(fields: Mapping[str, Any]) -> Any:
 
 
 def stop_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the stop token ids: those in the metadata, then those of tokens in `_STOP_TEXTS`."""
+    """Return the stop token ids in the metadata, then those of control tokens in `_STOP_TEXTS`."""
     tokens = fields.get("tokenizer.ggml.tokens") or []
     found = [fields[f"tokenizer.ggml.{key}"] for key in _STOP_KEYS
              if _token(fields, key, tokens) is not None]
@@ -103,7 +103,7 @@ def stop_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _token(fields: Mapping[str, Any], key: str, tokens: Sequence[str]) -> str | None:
-    """Return the text of the token whose id is in a metadata field, or None without the field."""
+    """Return the text of the token whose id is in a metadata field, or None if it is missing."""
     number = fields.get(f"tokenizer.ggml.{key}")
     if number is None:
         return None

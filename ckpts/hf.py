@@ -63,7 +63,7 @@ def read_config(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]
     if config.tied_embeddings and _has_other_head(read_entries(folder)[0]):
         warnings.warn(f"{folder}: tie_word_embeddings is true, but {HEAD} differs from {EMBED}; "
                       "both are used, as in transformers. To silence this warning, set "
-                      f"tie_word_embeddings to false in config.json, or remove {HEAD}",
+                      f"tie_word_embeddings to false in config.json; to tie them, remove {HEAD}",
                       UserWarning, stacklevel=3)
         config = replace(config, tied_embeddings=False)
     return config, raw
@@ -119,7 +119,7 @@ def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *,
       progress: called with (bytes read so far, total bytes).
 
     Raises:
-      UserError: the files are invalid; one message lists every error.
+      UserError: the files are invalid; one message lists every error in the index and the headers.
     """
     folder = pathlib.Path(folder)
     if config is None:
@@ -182,7 +182,7 @@ def verify(folder: str | pathlib.Path, sha256: Mapping[str, str] | None = None) 
       The size in bytes of every weight file, by name.
 
     Raises:
-      UserError: the folder is invalid; one message lists every error.
+      UserError: the folder is invalid; if config.json is valid, one message lists every error.
     """
     folder = pathlib.Path(folder)
     config, _ = read_config(folder)

@@ -140,7 +140,7 @@ def _load(source: str | os.PathLike[str], mesh: Mesh | None, kind: Form,
           progress: Progress | None, revision: str | None) -> Model:
     """Load a model (see `load`); merge the adapter only if the weights are quantized on loading."""
     if not isinstance(source, (str, os.PathLike)):
-        raise UserError(f"source is {source!r:.60}; give a folder or a model's name")
+        raise UserError(f"source is {source!r:.60}; give a path or a model's name")
     use_compile_cache()
     name = os.fspath(source)
     path = pathlib.Path(os.path.expanduser(name))
@@ -227,7 +227,7 @@ def _random(name: str, form: Form, mesh: Mesh | None) -> Model:
 def _quantized(params: Params, config: ModelConfig, form: Form) -> Params:
     """Return the parameters, quantized to int8 if `form.int8` is true.
 
-    The adapter in `form.merge`, if any, is added to the weights before quantization.
+    In that case, the adapter in `form.merge`, if any, is first added to the weights.
     """
     if not form.int8:
         return params

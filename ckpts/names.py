@@ -28,7 +28,8 @@ _FIELDS = {
     "w_down_df": "mlp.down_proj.weight", "b_down_d": "mlp.down_proj.bias",
     "mlp_norm_d": "post_attention_layernorm.weight",
 }
-# with `post_norms`, a block has two more norms, and the norm before the MLP has a different name
+# with `post_norms`, a block has two more norms, and post_attention_layernorm is the norm after the
+# attention instead of the norm before the MLP
 _POST_NORMS = {
     "attn_post_norm_d": "post_attention_layernorm.weight",
     "mlp_norm_d": "pre_feedforward_layernorm.weight",

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 NAME = "params"
 _SCALE, _MADE_FROM = ".scale", ".made_from"  # suffixes of an int8 weight's additional arrays
-_MARKS = ("_METADATA", "_CHECKPOINT_METADATA")  # metadata files that Orbax writes
+_MARKS = ("_METADATA", "_CHECKPOINT_METADATA")  # Orbax files; either one marks a checkpoint
 
 
 def holds_checkpoint(folder: str | pathlib.Path) -> bool:

@@ -1,9 +1,9 @@
 """Load a checkpoint's weights in int8, one tensor at a time.
 
-Each matrix is read in float32, placed on its devices and quantized, unless its stored int8 values
-are used. At most the current float matrix and a few prefetched ones are in memory. Each int8 weight
-keeps the fingerprint sums of its float weight (`Int8.made_from`), so the int8 model has the same
-fingerprint as the float model.
+Each matrix to quantize is read in float32, placed on its devices and quantized, unless its stored
+int8 values are used. At most the current float matrix and a few prefetched ones are in memory. Each
+int8 weight keeps the fingerprint sums of its float weight (`Int8.made_from`), so the int8 model has
+the same fingerprint as the float model.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _is_int8(dtype: DTypeLike | None) -> bool:
 
 def load_int8(source: TensorSource, config: ModelConfig, form: Form, *, mesh: Mesh | None = None,
               progress: Progress | None = None, blocks: Blocks | None = None) -> Params:
-    """Load all parameters, with the matrices quantized to int8.
+    """Load all parameters, and quantize the matrices that `form` selects to int8.
 
     Args:
       source: the checkpoint, with every tensor of `names.tensors(config)` in the shape
@@ -105,10 +105,10 @@ def load_int8(source: TensorSource, config: ModelConfig, form: Form, *, mesh: Me
       progress: called with (bytes read so far, total bytes).
       blocks: a function from a tensor's name to its stored int8 values and block scales, or to None
         if the checkpoint stores the tensor in another format. The stored values and scales are used
-        only on a CPU without a mesh, and only for tensors that no adapter changes. All other
-        matrices are quantized from float32, with one scale per output channel: with block scales, a
-        GPU or TPU would write a dequantized copy of the weight for every product, and on a mesh,
-        block scales are not supported.
+        only on a CPU without a mesh, and only for tensors that no adapter changes. The other
+        selected matrices are quantized from float32, with one scale per output channel: with block
+        scales, a GPU or TPU would write a dequantized copy of the weight for every product, and on
+        a mesh, block scales are not supported.
 
     Raises:
       UserError: the files are invalid, or the adapter does not fit the model.

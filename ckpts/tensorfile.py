@@ -2,7 +2,7 @@
 
 A file consists of an 8-byte header length, a JSON header with each tensor's dtype, shape and byte
 range, and the data. A read loads only the requested tensor or slice; the whole file is never mapped
-into memory. All errors in a header are reported together.
+into memory. The errors in all entries of a header are reported together.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ READABLE = DTYPES | {name: np.dtype(kind) for name, kind in {
 _WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "U32": 4,
            "I32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8}
 _HEADER_LIMIT = 100_000_000  # maximum header size in bytes, as in the safetensors library
-_MOST_DIMENSIONS = 16  # maximum dimensions of a tensor; NumPy's limit is 64; models need at most 4
-_PIECE = 1 << 20  # bytes per read; a buffer of this size fits in the CPU cache
+_MOST_DIMENSIONS = 16  # maximum number of dimensions; NumPy supports 64, models need at most 4
+_PIECE = 1 << 20  # maximum size of a read buffer in bytes, chosen to fit in the CPU cache
 _ALIGN = 64  # bytes; JAX can use a host buffer with this alignment without copying it
 
 
@@ -198,7 +198,8 @@ def read_slice(entry: Entry, index: tuple[slice, ...] = ()) -> np.ndarray:
 def read_pieces(entry: Entry) -> Iterator[np.ndarray]:
     """Yield a tensor's values in order, as 1-D arrays of at most 2¹⁸ elements each.
 
-    The number of elements per array does not depend on the dtype.
+    The number of elements per array does not depend on the dtype, so that two tensors of the same
+    shape and different dtypes can be compared array by array.
 
     Raises:
       UserError: the file cannot be read, or is shorter than its header declares.

@@ -19,9 +19,12 @@ _STDERR = threading.Lock()  # guards file descriptor 2
 
 
 def read_tokenizer(folder: pathlib.Path) -> Any:
-    """Load a folder's tokenizer with transformers; return None if the folder has no tokenizer.
+    """Load a folder's tokenizer with transformers.
 
     Remote code from the folder is never run, and transformers does not prompt the user to allow it.
+
+    Returns:
+      The tokenizer, or None if the folder contains neither tokenizer.json nor tokenizer.model.
 
     Raises:
       UserError: the tokenizer files are malformed, the tokenizer needs remote code, or transformers
@@ -51,12 +54,12 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
 
 
 def _named_class(folder: pathlib.Path) -> dict[str, Any]:
-    """Return {"config": …} for AutoTokenizer if tokenizer_config.json has a tokenizer class.
+    """Return {"config": …} for AutoTokenizer if the folder names a model type and tokenizer class.
 
-    Otherwise return {}. AutoTokenizer needs `model_type` and `tokenizer_class` from the model's
-    configuration. Without a `config` argument, it imports the configuration class to read them. If
-    PyTorch is installed, this also imports PyTorch's distributed tensors, which takes five times as
-    long as reading the tokenizer.
+    Otherwise, or if a file refers to remote code (`auto_map`), return {}. AutoTokenizer needs
+    `model_type` and `tokenizer_class` from the model's configuration. Without a `config` argument,
+    it imports the configuration class to read them. If PyTorch is installed, this also imports
+    PyTorch's distributed tensors, which takes five times as long as reading the tokenizer.
     """
     from transformers import PretrainedConfig
 

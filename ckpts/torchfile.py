@@ -26,7 +26,7 @@ from jaxpersona.vectors.vector import Axis, Vector
 KINDS = ("axis", "role", "persona")
 _PERSONA = re.compile(r"(.+)_(prompt_avg|response_avg|prompt_last)_diff")
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")  # a word in a snake_case or CamelCase file name
-# the kind of a dict by one of its keys
+# the kind of a dict, by the key that identifies it
 _TABLES = {"experiments": "caps", "axis": "axis", "vector": "role"}
 _PERCENTILE = re.compile(r"p(0?\.\d+)(?!\d)")
 

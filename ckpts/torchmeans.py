@@ -49,7 +49,7 @@ def read_means(path: str | os.PathLike) -> dict[str, np.ndarray]:
         named = ", ".join(f"{key!r:.60}" for key in wrong[:_SHOWN])
         raise UserError(f"{path}: contains invalid entries ({len(wrong)}: "
                         f"{named}{', …' if len(wrong) > _SHOWN else ''}); save the file again with "
-                        "only floating-point tensors and string keys")
+                        "only dense floating-point tensors and string keys")
     size, total = path.stat().st_size, sum(value.numel() for value in held.values())
     if total > size:
         raise UserError(f"{path}: its tensors declare {total} elements, but the file has {size} "

@@ -88,8 +88,9 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
       A direction, or caps by experiment id.
 
     Raises:
-      UserError: the suffix is unknown, the file is missing, damaged or unsafe, or it uses an
-        unsupported convention; the message names the file.
+      UserError: the suffix is unknown, the file is missing, damaged or unsafe or uses an
+        unsupported convention, or `kind` is invalid or does not apply; the message states the
+        reason.
     """
     if os.fspath(path) == "mini":  # takes precedence over a file with this name, as in `load`
         held = importlib.resources.files("jaxpersona.ckpts") / "mini" / "axis.safetensors"
@@ -196,7 +197,7 @@ def load_caps(path: str | os.PathLike) -> dict[str, Caps]:
     """
     loaded = load_any(path)
     if not isinstance(loaded, dict):
-        raise UserError(f"{path}: contains a {loaded.kind}, not caps")
+        raise UserError(f"{path}: contains a direction (kind: {loaded.kind}), not caps")
     return loaded
 
 

@@ -56,7 +56,8 @@ _ADVICE = {
 def checked_call(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a function so that a call with wrong arguments raises a `UserError` with a hint.
 
-    Python's TypeError names the wrong argument but does not suggest the correct one.
+    Python's TypeError suggests at most an argument with a similar spelling. The hint also covers
+    names that other libraries use, such as `torch_dtype` for `dtype`.
     """
     signature = inspect.signature(function)
 

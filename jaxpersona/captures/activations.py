@@ -46,7 +46,7 @@ class Mean(Reading, kw_only=True, repr=False):
         return MeanState(jnp.zeros((layers, *shape, width), F32), jnp.zeros(shape, F32))
 
     def weights(self, batch: Batch) -> Float[Array, "B ... T"]:
-        """Return float32 weights [B, T] or [B, M, T]: 1 for selected tokens, else 0."""
+        """Return float32 weights [B, T], or [B, M, T] by message: 1 for selected tokens, else 0."""
         chosen = holds(self.where, batch)
         if self.turns is not None:
             turn = jnp.arange(self.turns, dtype=jnp.int32)

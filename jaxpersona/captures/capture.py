@@ -5,6 +5,10 @@ of a prompt or a decode step) updates the state of each reading. A mean over a g
 therefore requires neither a second forward pass nor an array of all activations. Captures that
 are combined with `|` share one forward pass.
 
+The functions below state the shapes of the results of `forward` for B rows, where S is the number
+of cache slots, or of tokens per row without a cache. `generate` and `extract` return a result with
+the axis S as a list of arrays [L, T, …], one for the T tokens of each conversation.
+
 Examples:
   >>> import jaxpersona as jp
   >>> jp.capture.mean(jp.response, layers=[4]) | jp.capture.last()
@@ -63,9 +67,9 @@ class Capture(flax.struct.PyTreeNode):
         """Return a capture that reads activations before the interventions at their site and layer.
 
         Its values at layer l include the effect of interventions at lower layers and at earlier
-        sites of layer l, but not of interventions at the same site of layer l. For example, a
-        projection read before the first cap at a layer is the value that the cap compares with its
-        floor.
+        sites of layer l, but not of interventions at the same site of layer l. For example, if
+        a cap is the first intervention at its site and layer, the projection onto its direction
+        that this capture reads is the value that the cap compares with its floor.
 
         Examples::
 
@@ -294,7 +298,7 @@ def histogram(directions: Any, edges: Any, where: Where | str = response, *,
     if bounds.ndim != 3 or not bounds.shape[-1]:
         raise UserError(f"edges has shape {bounds.shape}; it must be [E] or [L, K, E]")
     if not np.isfinite(bounds).all() or (np.diff(bounds.astype(np.float32), axis=-1) <= 0).any():
-        raise UserError("edges must be finite and strictly ascending")
+        raise UserError("edges must be finite and strictly ascending as float32 values")
     picked, shape = fields["layers"], fields["directions"].shape
     count = None if picked is None else len(picked)  # if None, `chosen_layers` checks the shape
     if bounds.shape[1] not in (1, shape[1]) or (

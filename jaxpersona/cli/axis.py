@@ -71,7 +71,7 @@ def axis(
     seed: SeedOption = 0,
     min_count: MinCountOption = 10,
     held_out: Annotated[str, typer.Option(
-        show_default="nine for mini, otherwise none",
+        show_default="nine for the built-in roles of mini, otherwise none",
         help="Comma-separated names of roles to exclude from the axis.")] = "",
     keep_means: Annotated[str, typer.Option(help=(
         "Number of replies per role whose mean activations are stored to compute thresholds, or "
@@ -87,8 +87,9 @@ def axis(
         "Delete the run in the folder of --out, but no other files, and start a new run."))
     ] = False,
     take_from: Annotated[pathlib.Path | None, typer.Option(show_default="none", help=(
-        "A run folder that an older version of jaxpersona wrote with the same model and settings. "
-        "Its replies are copied into the new run instead of being generated again."))] = None,
+        "A run folder that an older version of jaxpersona wrote with the same model, settings and "
+        "device. Its replies are copied into the new run instead of being generated again."
+    ))] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=(
         "Check all inputs, time a sample of the generation and print the estimated cost, without "
         "writing any file."))
@@ -99,7 +100,7 @@ def axis(
         show_default="not printed",
         help="Cost in USD of judging one reply, for --dry-run.")] = None,
     judge: Annotated[str | None, typer.Option(
-        show_default="rules for mini, otherwise none", help=JUDGES)] = None,
+        show_default="rules for the built-in roles of mini, otherwise none", help=JUDGES)] = None,
     judging: JudgeOptions = JudgeOptions(),
     judge_after: AfterOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of a "
@@ -143,8 +144,8 @@ def axis(
     check_settings(min_count=min_count)
     check_folder("--out", out)
     if judge_cost is not None and not (dry_run and 0 <= judge_cost < math.inf):
-        raise UserError(f"--judge-cost is {judge_cost}; give the cost in USD of judging one reply, "
-                        "together with --dry-run")
+        raise UserError(f"--judge-cost is {judge_cost}; give the cost in USD of judging one reply "
+                        "(finite and at least 0), together with --dry-run")
     own = model == "mini" and roles is None
     choice = choose(judge or ("rules" if own else "none"), judging, own=own, after=judge_after)
     length = max_new_tokens if max_new_tokens is not None else 64 if model == "mini" else 512

@@ -33,8 +33,8 @@ def open_caps(file: pathlib.Path, given: Mapping[str, str | None],
 
     Raises:
       UserError: the file cannot be read or contains neither an axis nor caps, an option does not
-        apply to the file, the axis lacks the percentile, or `--experiment` is unknown, or is
-        missing for a file with several experiments.
+        apply to the file, the axis lacks the percentile, or `--experiment` is unknown or, for
+        a file with several experiments, missing.
     """
     from jaxpersona.ckpts.vectors import load_any, load_axis
 

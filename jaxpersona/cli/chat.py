@@ -34,8 +34,8 @@ def chat(
 ) -> None:
     """Chat with a model in the terminal, and show the projection of each reply onto a direction.
 
-    The direction is that of --axis or, without --axis, the axis of --cap. With neither option, no
-    projections are shown. In the chat, /help lists the commands.
+    The direction is that of --axis or, without --axis, the axis in the file of --cap. If neither
+    exists, no projections are shown. In the chat, /help lists the commands.
     """
     from jaxpersona.cli.dialogue import Dialogue
     from jaxpersona.engine.prompts import check_settings

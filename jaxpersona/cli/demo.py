@@ -1,4 +1,4 @@
-"""The command `jaxpersona demo`: extract and evaluate an axis and a cap for `mini`."""
+"""The command `jaxpersona demo`: extract an axis of `mini`, calibrate a cap, and evaluate both."""
 
 from __future__ import annotations
 

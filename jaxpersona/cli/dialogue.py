@@ -50,7 +50,8 @@ class Dialogue:
         """Run the dialogue until the input ends or contains /quit.
 
         Raises:
-          UserError: a line is invalid, and standard input or output is not a terminal.
+          UserError: standard input or standard output is not a terminal, and a line is invalid or
+            its command or reply fails.
         """
         with interrupt.keeping(lambda: self.written):
             self._run()
@@ -117,7 +118,7 @@ class Dialogue:
         """Run a command such as /save; return whether the dialogue continues.
 
         Raises:
-          UserError: the command is unknown, or its value is invalid.
+          UserError: the command is unknown or fails, or its value is missing or invalid.
         """
         session = self.session
         takes = {"/save": "FILE", "/load": "FILE", "/edits": "on or off", "/cap": "on or off",
@@ -173,7 +174,8 @@ class Dialogue:
         """Generate and print the reply to a message.
 
         Raises:
-          UserError: the conversation leaves no room for a reply in the model's context.
+          UserError: the message is invalid, the conversation leaves no room for a reply in the
+            model's context, or activations are not finite.
         """
         from jaxpersona.persona.session import ContextFull
 
@@ -253,7 +255,8 @@ class Dialogue:
         """Write the session to a JSON file.
 
         Raises:
-          UserError: the path contains a null character or is a folder.
+          UserError: the path contains a null character or is a folder, or the file cannot be
+            written.
         """
         from jaxpersona.ckpts.files import atomic
         from jaxpersona.persona.transcript import record
@@ -268,7 +271,7 @@ class Dialogue:
         say(f"wrote {file}: {count(len(self.session.turns), 'turn')}", error=True)
 
     def _load(self, file: pathlib.Path) -> None:
-        """Replace the conversation with the one in a JSON file.
+        """Replace the conversation and the system prompt with those in a JSON file.
 
         Raises:
           UserError: the file cannot be read, or contains no valid conversation.

@@ -143,7 +143,8 @@ class Edits(EditOptions):
     def _cap_file(self) -> tuple[pathlib.Path | None, str]:
         """Split the value of `--cap` into a file and a suffix `:FROM:TO[:pNN]`.
 
-        The suffix sets `cap_layers` and, with pNN, `percentile`.
+        The suffix sets `cap_layers` and, with pNN, `percentile`. If a file with the whole value as
+        its name exists, the value has no suffix.
 
         Returns:
           (the file, or None if the option was not given; the suffix, or "").

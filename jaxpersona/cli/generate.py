@@ -47,7 +47,7 @@ def generate(
     edits: EditOptions = EditOptions(),
     compare: Annotated[bool, typer.Option("--compare", help="Also show the replies without "
                                                             "interventions.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each reply.")
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each prompt.")
                        ] = False,
     out: Annotated[pathlib.Path | None, typer.Option(
         help="Write the JSON objects to this file instead of printing the replies.")] = None,

@@ -90,7 +90,7 @@ FAULTS = {
                 r"b.pt: tensors of another shape than \[3, 4\]: pos_p0_q1"),
     "one layer": (tensors(lambda t: {k: v[0] for k, v in t.items()}), "of another shape than"),
     "integers": (tensors(lambda t: {k: v.long() for k, v in t.items()}),
-                 r"invalid entries \(8: .*only floating-point tensors"),
+                 r"invalid entries \(8: .*only dense floating-point tensors"),
     "a list": (tensors(lambda t: list(t.values())), "contains a list; it must contain a dict"),
     "shared memory": (tensors(lambda t: {k: torch.zeros(1).expand(10**6, 9) for k in t}),
                       "declare 72000000 elements"),
