@@ -25,7 +25,7 @@ def agreement(
         help="Random seed for the bootstrap of the confidence interval.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
-    """Compare the scores of two judges: counts, linearly weighted kappa, and agreement by role."""
+    """Compare two judges' scores: confusion matrix, linearly weighted kappa, agreement by role."""
     from jaxpersona.judges.agreement import agreement as compare
     from jaxpersona.persona.verdicts import scores_of
 

@@ -1,4 +1,4 @@
-"""The command `jaxpersona judge RUN`: judge the replies of a run with another judge."""
+"""The command `jaxpersona judge RUN`: judge the replies of an existing run."""
 
 from __future__ import annotations
 
@@ -66,8 +66,9 @@ def run(
 
         loaded = support.open_model(name, dtype)
         if loaded.fingerprint != manifest["model"]["fingerprint"]:
-            raise UserError(f"--model is {name}, which is not the model of {folder}; give the "
-                            "model that generated the replies, or use the judge model:NAME")
+            raise UserError(f"the judge self loads {name}, which is not the model of {folder}; "
+                            "give the model that generated the replies with --model, or use the "
+                            "judge model:NAME")
         chosen = SelfJudge(loaded, batch_size=batch_size, rubric=rubric_of(choice))
     if chosen is None:
         other = support.open_model(choice.argument, dtype)

@@ -15,7 +15,8 @@ from jaxpersona.errors import UserError
 
 def sample(
     run: Annotated[pathlib.Path, typer.Argument(help="A run folder with scores.")],
-    count: Annotated[int, typer.Option(help="Number of replies to draw for each score.")] = 3,
+    count: Annotated[int, typer.Option(
+        help="Maximum number of replies to draw for each score.")] = 3,
     score: Annotated[str | None, typer.Option(
         show_default="all",
         help="Use only replies with this score (0 to 3), or `none` for undecided replies.")] = None,

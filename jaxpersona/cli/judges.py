@@ -43,8 +43,8 @@ PriceOption = Annotated[str | None, typer.Option(
     "--judge-price", show_default="unknown",
     help="Prices in USD per million prompt tokens and per million answer tokens, e.g. 0.4,1.6.")]
 ConcurrencyOption = Annotated[int, typer.Option(
-    "--judge-concurrency", help="Maximum number of concurrent requests to the endpoint of "
-                                "`http:MODEL`.")]
+    "--judge-concurrency", help="Maximum number of concurrent requests of each process to the "
+                                "endpoint of `http:MODEL`.")]
 RpmOption = Annotated[float | None, typer.Option(
     "--judge-rpm", show_default="no limit",
     help="Maximum number of requests per minute to the endpoint of `http:MODEL`.")]
@@ -112,7 +112,7 @@ def choose(judge: str, options: JudgeOptions, *, own: bool, after: bool = False)
 
     Args:
       judge: the value of `--judge`.
-      options: the values of the other options.
+      options: the values of the options that configure the judge.
       own: whether the roles are the built-in roles of `mini`.
       after: whether `--judge-after` was given.
 
@@ -163,8 +163,8 @@ def opened(choice: Choice, folder: pathlib.Path) -> Judge | None:
       folder: the run folder, which contains the journal of an http judge by default.
 
     Raises:
-      UserError: an option is invalid, the file of a human judge cannot be read or written, or, for
-        an http judge, the API key or the package openai is missing.
+      UserError: an option is invalid, the rubric cannot be read, the file of a human judge cannot
+        be read or written, or, for an http judge, the API key or the package openai is missing.
     """
     from jaxpersona.distributed import processes
     from jaxpersona.judges.judges import NoJudge
@@ -198,7 +198,7 @@ def opened(choice: Choice, folder: pathlib.Path) -> Judge | None:
     if not 0 <= choice.temperature <= 2:
         raise UserError(f"--judge-temperature is {choice.temperature}; give 0 to 2")
     share, index = 1, 0
-    if processes.joined():  # each process has a separate journal and an equal share of the limits
+    if processes.joined():  # one journal per process; rates and budget are divided equally
         import jax
 
         share, index = jax.process_count(), processes.index()
@@ -227,7 +227,8 @@ def of_model(choice: Choice, load: Callable[[], Model], target: Callable[[], Mod
       target: a function that returns the evaluated model.
 
     Raises:
-      UserError: the judging model cannot be loaded, or its tokenizer has no token for a digit.
+      UserError: the rubric or the judging model cannot be loaded, or the model has no tokenizer
+        with a token for every digit.
     """
     from jaxpersona.judges.digits import DigitJudge
     from jaxpersona.models.model import release

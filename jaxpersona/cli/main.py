@@ -37,11 +37,11 @@ for command in (axis, status, report, generate, chat, project, demo, plan):
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line.
 
-    If an argument is invalid, a file cannot be read or written, or memory is exhausted, the program
-    prints an error message to standard error and exits with code 2. After SIGINT or SIGTERM, it
-    prints which results were saved and exits with code 128 plus the signal number. If another
-    process of the same run fails, the exit code is 3. Any other exception is a bug: its traceback
-    is printed, and the exit code is 1.
+    If an argument is invalid, a file cannot be read or written, the tokenizer fails on a text, or
+    memory is exhausted, the program prints an error message to standard error and exits with code
+    2. After SIGINT or SIGTERM, it prints which results were saved and exits with code 128 plus the
+    signal number. If another process of the same run fails, the exit code is 3. Any other exception
+    is a bug: its traceback is printed, and the exit code is 1.
 
     Args:
       arguments: the command-line arguments; default: those of the process.

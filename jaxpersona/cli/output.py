@@ -28,7 +28,7 @@ def write(text: str) -> None:
 
 
 def cell(text: object) -> Text:
-    """Return text for a table cell, with control characters escaped and without markup."""
+    """Return text for a table cell, with control characters escaped; markup is shown literally."""
     from rich.text import Text
 
     return Text(printable(text))

@@ -22,7 +22,7 @@ from jaxpersona.cli.support import (
 from jaxpersona.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, help=(
-    "Export a run to the output folder of the published Assistant Axis code (github.com/"
+    "Export a run as an output folder of the published Assistant Axis code (github.com/"
     "safety-research/assistant-axis), or import such a folder as a run."))
 
 
@@ -31,8 +31,8 @@ def export(
     run: Annotated[pathlib.Path, typer.Argument(help="The run folder of `jaxpersona axis --out`.")],
     folder: Annotated[pathlib.Path, typer.Argument(help="A new or empty folder.")],
     reference: Annotated[bool, typer.Option("--reference", help=(
-        "Use the format of the published Assistant Axis code. Required, because there is no "
-        "other format."))] = False,
+        "Use the format of the published Assistant Axis code. Required; it is the only "
+        "format."))] = False,
     activations: Annotated[str, typer.Option(help=(
         "The response means to write: `all` (an error if the run does not store all of them), "
         "`sample` (the stored ones, in a separate folder) or `none`."))] = "all",
@@ -51,13 +51,14 @@ def export(
 ) -> None:
     """Export a run so that the published scripts can continue it.
 
-    The command writes responses, scores, activations, vectors and the axis.
+    The command writes responses, scores, vectors, the axis (if it can be computed) and, depending
+    on `--activations`, the response means.
     """
     from jaxpersona.persona.exporting import export_reference
 
     if not reference:
-        raise UserError("--reference is missing; it selects the format of the published code, "
-                        "which is the only one")
+        raise UserError("--reference is missing; give it to select the format of the published "
+                        "code, the only format")
     check_folder("DIR", folder)
     with interrupt.keeping(lambda: "nothing was written"), progress(log=True) as report:
         found = export_reference(run, folder, activations=activations, judge=judge,
@@ -107,12 +108,12 @@ def import_(
         help="Random seed for choosing the replies whose means are stored, and for replies that "
              "are generated later.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=(
-        "Delete the run in the folder RUN, but no other files, before the import."))] = False,
+        "Replace the run in the folder RUN; other files in the folder are kept."))] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
     dtype: DtypeOption = None,
     adapter: AdapterOption = None,
 ) -> None:
-    """Import the output folder of the published code as a run, and compute its axis."""
+    """Import the output folder of the published code as a run; compute its axis if possible."""
     from jaxpersona.data import texts
     from jaxpersona.engine.sampling import sampling
     from jaxpersona.persona.importing import import_reference

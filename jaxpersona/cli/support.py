@@ -85,10 +85,10 @@ def progress(log: bool = False, note: Callable[[], str] | None = None,
     """Yield a function report(step, done, total, tokens) that shows the progress of steps.
 
     If standard error is a terminal, the progress is shown as bars; otherwise, if `log` is True, a
-    line is printed every `LOG_SECONDS`. Both show the rate and the remaining time, and in the step
-    "judging" also the result of `note()`, such as the cost so far. Only the first process shows the
-    progress, but in every process, each call of the function checks for an interrupt
-    (`interrupt.check`).
+    line is printed every `LOG_SECONDS`. Both show the remaining time, the rate if `tokens` is not
+    0, and in the step "judging" the result of `note()`, such as the cost so far. Only the first
+    process shows the progress, but in every process, each call of the function checks for an
+    interrupt (`interrupt.check`).
     """
     from jaxpersona.distributed import processes
 
@@ -217,7 +217,8 @@ def check_output(option: str, file: pathlib.Path) -> None:
     """Check that an output file can be written, so that an error occurs before the computation.
 
     Raises:
-      UserError: the path exists but is not a regular file, or its folder is not writable.
+      UserError: the path exists but is not a regular file, or it does not exist and cannot be
+        created.
     """
     from jaxpersona.ckpts.files import atomic
 

@@ -32,7 +32,7 @@ def show(
         help="A .safetensors, .pt, .gguf or .npy file, or `mini`.")],
     kind: KindOption = None,
 ) -> None:
-    """Show the metadata, norms and thresholds of directions or caps in a file."""
+    """Show a file's metadata, and the norms and thresholds of a direction or the floors of caps."""
     from jaxpersona.ckpts.vectors import load_any
 
     found = load_any(file, kind)
@@ -65,7 +65,8 @@ def check(
 
     The table lists the mean projections at each tested layer. The z columns give distances from the
     default persona's mean, in standard deviations of the default persona's projections at that
-    layer. The results of all tests are printed. If a test fails, the command ends with an error.
+    layer. The result of each test is printed, but if the sign is wrong, only that of the sign test.
+    If a test fails, the command ends with an error.
     """
     from jaxpersona.cli.caps import open_caps
     from jaxpersona.cli.support import open_model, progress
@@ -105,7 +106,7 @@ def _of_check(found: Check) -> dict[str, object]:
 
 
 def _show_check(found: Check) -> None:
-    """Print a `Check`: a table of projections by layer, and one line per test."""
+    """Print a `Check`: a table of projections by layer, and one line per test in `sentences`."""
     from rich.table import Table
 
     table = Table("layer", "default", "± spread", "roles", "roles, z", "floor", "floor, z")
@@ -127,15 +128,15 @@ def convert(
     target: Annotated[pathlib.Path, typer.Argument(help="A .safetensors, .gguf or .npy file.")],
     model: Annotated[str | None, typer.Option(
         show_default="not checked",
-        help="The model that the direction must fit; its name and the fingerprint of its weights "
-             "are written to the file. For random:<preset>, only the shape is checked.")
+        help="The model that the direction or caps must fit; its name and the fingerprint of its "
+             "weights are written to the file. For random:<preset>, only the shape is checked.")
     ] = None,
     experiment: Annotated[str | None, typer.Option(
         show_default="the only experiment",
         help="The id of an experiment in a capping_config.pt file.")] = None,
     kind: KindOption = None,
     name: Annotated[str | None, typer.Option(
-        show_default="as in the source", help="A new name for the direction.")] = None,
+        show_default="as in the source", help="A new name for the direction or caps.")] = None,
 ) -> None:
     """Convert a file of directions or caps to the format of the target's suffix.
 

@@ -1,4 +1,4 @@
-"""Check, show and export the prompt data (the commands of `jaxpersona data`)."""
+"""Check, show and export the prompt data, for the commands of `jaxpersona data`."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def export(folder: Path) -> int:
 
     Args:
       folder: a new or empty folder, which will contain roles/, questions.jsonl, traits/, drift/,
-        the lists of descriptions and the data card.
+        the lists of descriptions, and the data card with its figure.
 
     Returns:
       The number of files written.

@@ -21,8 +21,8 @@ _CONTENTS = {
         "A folder with one <name>.json for each role, for `axis --roles FOLDER`.",
         "  instruction   a list of system prompts, each {\"pos\": text}; {model_name} in a text is "
         "replaced by the model's name",
-        "  eval_prompt   the judge's prompt, with {question} and {answer}; required only if the "
-        "judge is a language model without --judge-rubric",
+        "  eval_prompt   the judge's prompt, with {question} and {answer}; required only for an "
+        "LLM judge without --judge-rubric",
         "default.json contains the system prompts of the default persona; if it is missing, five "
         "general prompts are used.",
         "An optional role_list.json, {name: description}, may be in the folder or in its parent."

@@ -56,7 +56,7 @@ class Role:
       name: the name, which is also the stem of the role's file; "default" for the default persona.
       prompts: system prompts; "" is allowed only in the default role.
       eval_prompt: the judge's prompt with `{question}` and `{answer}`; "" if there is none, for
-        example because the judge is not a model.
+        example because the judge is not an LLM.
       description: one line of text, or "" if unknown.
     """
 
@@ -202,8 +202,8 @@ def load_questions(path: Path | None = None) -> list[Question]:
     """Load questions in file order.
 
     Args:
-      path: a JSONL file of objects {"question": …, "id": …}, whose default id is the zero-based
-        line number; None loads the package data.
+      path: a JSON Lines file of objects {"question": …, "id": …}, whose default id is the
+        zero-based line number; None loads the package data.
 
     Raises:
       UserError: the file is missing or has errors; the message lists all errors.

@@ -11,7 +11,7 @@ from jaxpersona.runtime import own_rules
 
 @contextlib.contextmanager
 def own_context() -> Iterator[None]:
-    """Unset the caller's mesh (`unset_mesh`); disable debug flags and transfer guard (`own_rules`).
+    """Unset the mesh (`unset_mesh`), and disable debug flags and the transfer guard (`own_rules`).
 
     Use this function as a context manager or as a decorator, `@own_context()`.
 

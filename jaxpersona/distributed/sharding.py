@@ -182,7 +182,7 @@ def mesh_of(*operands: Any) -> Mesh | AbstractMesh | None:
 def on_cpu(*operands: Any) -> bool:
     """Return whether the operands are on a CPU device, without a mesh.
 
-    On a CPU, some operations are faster in a different, equivalent form.
+    Some operations have an equivalent form that is faster on a CPU.
     """
     return platform(*operands) == "cpu" and mesh_of(*operands) is None
 

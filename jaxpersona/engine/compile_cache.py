@@ -32,8 +32,8 @@ def use_compile_cache() -> str | None:
     enabled, and a warning is logged. It is not enabled either if there is neither `XDG_CACHE_HOME`
     nor a home folder.
 
-    This function also sets JAX's minimum compilation time for storing an executable and the maximum
-    size of the cache, unless the user has set them.
+    If it enables the cache, this function also sets JAX's minimum compilation time for storing an
+    executable and the maximum size of the cache, unless the user has set them.
 
     Returns:
       The folder of JAX's compilation cache, or None if the cache is not enabled.

@@ -110,7 +110,8 @@ class Program:
     Besides shapes, the key of an object contains the arguments' dtypes and pytree structure, the
     static arguments, and the platform of the first argument's first array, so that CPU and GPU
     arrays of the same shape do not share a trace. The key omits other properties, such as the
-    sharding, because `jax.jit` and `stored.Stored` already distinguish them.
+    sharding and the other arrays of the first argument (usually the parameters), because `jax.jit`
+    and `stored.Stored` already distinguish them.
     """
 
     __wrapped__: Callable[..., Any]

@@ -139,7 +139,7 @@ class Engine:
         return handle
 
     def step(self) -> bool:
-        """Admit queued requests; unless one of them is streamed, decode a chunk in every lane.
+        """Admit queued requests; unless an admitted one is streamed, decode a chunk in every lane.
 
         Returns:
           True if any request is unfinished.

@@ -1,9 +1,9 @@
 """Extraction of activations from complete conversations.
 
 Neither the logits nor the layers above the last captured or edited layer are computed. On a single
-CPU device, conversations run in pieces (`engine.texts`), unless the model is small, a capture has
-one value per token, or a gate needs the whole prompt. Otherwise, they run in batches of about the
-same number of tokens (`engine.batches`).
+CPU device, conversations run in pieces as in chunked prefill (`engine.texts`), unless the model is
+small, a capture has one value per token, or a gate needs the whole prompt. Otherwise, they run in
+batches of about the same number of tokens (`engine.batches`).
 """
 
 from __future__ import annotations

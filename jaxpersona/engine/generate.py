@@ -154,8 +154,8 @@ def generate(
         conversation's tokens and of the number of earlier conversations with the same tokens.
       thinking: whether a reply may begin with a thinking block.
       share_prefix: whether to prefill the tokens before the first user message separately, once for
-        all conversations that share them. Rounding differs slightly from prefill in one pass, but
-        results are equally reproducible.
+        all conversations that share these tokens, the interventions and the cache size. Rounding
+        differs slightly from prefill in one pass, but results are equally reproducible.
       refill: whether to assign conversations to free rows while other rows still decode; if False,
         wait until all rows of the batch are finished. The results are bit-identical in both cases.
       on_nonfinite: the response to NaN or infinite activations. "warn": end the reply
@@ -170,9 +170,8 @@ def generate(
 
     Raises:
       UserError: there are no conversations, a prompt fills the context, a setting is out of range,
-        the interventions do not match the model or the number of conversations, or activations are
-        not finite and `on_nonfinite` is "raise". The message names the argument, its value and the
-        fix.
+        the interventions or the captures do not match the model or the number of conversations, or
+        activations are not finite and `on_nonfinite` is "raise".
 
     Examples:
       >>> import jaxpersona as jp
@@ -240,8 +239,8 @@ def queue(model: Model, rows: list[chat.Row], ids: UInt32[np.ndarray, " N"],
       stops: the stop tokens, thinking tags and transition tables.
       collect: a function that is called with finished tasks, the indices of their rows in a state,
         and this state. A task's `number` is the index of its prompt.
-      max_new: [N] int32, the requested maximum number of tokens in each reply. It determines the
-        number of cache slots of the prompt's lane.
+      max_new: [N] int32, the requested maximum number of tokens in each reply. Together with the
+        prompt's length, it determines the number of cache slots of the prompt's lane.
       batch_size: B, the number of rows in the compiled programs.
       share_prefix, refill: as in `generate`.
       stats: the counters to update, or None.

@@ -32,8 +32,8 @@ def plain_shapes(model: Model, sizes: Sequence[int], capacity: Interventions | N
       rows: the number of rows B of a lane.
 
     Yields:
-      For each kind and padded prompt length, the kind and the static sizes of the prefill. There
-      are separate kinds for greedy and sampled decoding.
+      For each kind and padded prompt length (with pieces, for each kind), the kind and the static
+      sizes of the prefill. There are separate kinds for greedy and sampled decoding.
     """
     edits, capture = for_one_row(None, capacity), Capture()
     code, neutral = asks_for_code(edits, capture), neutral_row(edits)
@@ -51,7 +51,7 @@ class Kind:
     Attributes:
       slots: the number of cache slots S.
       greedy: whether the temperature is 0.
-      code: whether an intervention or a capture selects tokens in fenced code blocks.
+      code: whether an intervention or a capture may select tokens in fenced code blocks.
       strings: the stop strings (`stopping.checked`).
       capture: the capture of the request.
       neutral: interventions on one row that change nothing, with the structure of the request's

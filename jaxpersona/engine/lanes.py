@@ -6,9 +6,10 @@ Each row of the cache has its own next slot, so rows with different numbers of t
 together. The shapes for a prompt depend only on that prompt, its reply's length limit and B. The
 results are therefore bit-identical in any row, at any time and with any other prompts.
 
-If prompts are prefilled in pieces (`tasks.piece_of`), a lane has R staging rows in addition to its
-B rows. One call prefills the next piece of up to R prompts, which may have different lengths. A
-fully prefilled prompt stays in its staging row until one of the B rows is free.
+If prompts are prefilled in pieces (chunked prefill, `tasks.piece_of`), a lane has R staging rows in
+addition to its B rows. One call prefills the next piece of up to R prompts, which may have
+different lengths. A fully prefilled prompt stays in its staging row until one of the B rows is
+free.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ class Lane:
         A piece runs only if no prompt is fully prefilled.
 
         Returns:
-          The tasks of the moved prompts; [] if a piece was prefilled.
+          The tasks of the moved prompts; [] if a piece was prefilled or no row is free.
         """
         complete = sorted((task.number, row) for row, task in enumerate(self.staged)
                           if task is not None and self.ran[row] == task.row.tokens.size)

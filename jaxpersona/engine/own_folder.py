@@ -74,7 +74,7 @@ class OwnFolder:
 
     Attributes:
       path: the folder, created when the first file is written.
-      limit: the maximum size of all files in bytes.
+      limit: the maximum total size of the files in bytes.
     """
 
     def __init__(self, path: pathlib.Path, limit: int) -> None:

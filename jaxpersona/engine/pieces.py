@@ -1,4 +1,4 @@
-"""Texts in pieces: each call of the model processes the next W tokens of up to R texts.
+"""Chunked prefill: each call of the model processes the next piece (W tokens) of up to R texts.
 
 For a given cache size, texts of all lengths share one program, and only the last piece of a text
 contains padding. When the text in a row ends, another text begins in this row in the next call,
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Int
 
 
-# Texts run in pieces only if the model has at least this many parameters, without the embedding and
-# the head. Each call has a fixed cost: writes to the cache, and attention over all cache slots. For
-# a smaller model, this fixed cost exceeds the cost of padding in batches. With 1.5 million
-# parameters, pieces take about 2 times as long as batches; with 106 million parameters, they take
-# 0.85 times as long.
+# Texts run in pieces only if the model has at least this many parameters, not counting the
+# embedding and the head. Each call has a fixed cost: writes to the cache, and attention over all
+# cache slots. For a smaller model, this fixed cost exceeds the cost of padding in batches. With 1.5
+# million parameters, pieces take about 2 times as long as batches; with 106 million parameters,
+# they take 0.85 times as long.
 LEAST_PARAMETERS = 10_000_000
 
 

@@ -211,7 +211,9 @@ def prefill_piece(params: Params, config: ModelConfig, state: State, batch: Batc
                   edits: Interventions, capture: Capture, sampling: Sampling, stops: Stops,
                   limit: jax.Array, begins: jax.Array, ends: jax.Array, *, axes: tuple[int, ...],
                   greedy: bool) -> State:
-    """Run the next piece of each prompt; at a prompt's end, select the reply's first token.
+    """Run the next piece of each prompt (chunked prefill).
+
+    At a prompt's end, the first token of the reply is selected.
 
     Args:
       state: the state of B rows after the earlier pieces (donated). Only its carry is used.
