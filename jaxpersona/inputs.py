@@ -18,7 +18,7 @@ from typing import Any
 from jaxpersona.errors import UserError
 
 TEXT_BYTES = 256 << 20  # maximum size of a text file; the largest known tokenizer file is 35 MB
-MAX_DEPTH = 500  # maximum nesting depth of JSON: half of Python's recursion limit of 1,000
+MAX_DEPTH = 500  # maximum nesting depth of JSON: half of Python's default recursion limit, 1,000
 
 # C0 controls (except tab and newline), DEL, C1 controls, and Unicode's bidirectional controls
 # (except the marks U+200E and U+200F)

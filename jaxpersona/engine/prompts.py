@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 
-FEW_ROWS = 8  # batches of at most this many rows use fewer padded lengths
+FEW_ROWS = 8  # lanes of at most this many rows use fewer padded lengths and cache sizes
 
 
 def bucket(tokens: int, least: int = 32, finer: int | None = 256) -> int:
@@ -77,8 +77,8 @@ def encode(model: Model, item: Any, *, reply: bool = True, thinking: bool = Fals
     Args:
       model: the model; its tokenizer encodes text.
       item: messages, a string (one user message), a `chat.Row`, or token ids.
-      reply: whether to append the generation prompt; False for a complete conversation.
-      thinking: whether a reply may begin with a thinking block.
+      reply: for text, whether to append the generation prompt; False for a complete conversation.
+      thinking: for text, whether a reply may begin with a thinking block.
 
     Raises:
       UserError: the conversation is invalid or of an unsupported type, it is text but the model has
@@ -110,7 +110,7 @@ def encode(model: Model, item: Any, *, reply: bool = True, thinking: bool = Fals
         tokens = np.zeros(0)
     if tokens.ndim != 1 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"a conversation is {item!r:.60}; it must be messages, a string, a Row or "
-                        "a list of token ids")
+                        "a non-empty list of token ids")
     check_ids(tokens, size, "a conversation", tokenizer)
     kind = np.full(tokens.size, KINDS["user"], np.int32)
     return chat.Row(tokens.astype(np.int32), kind, np.zeros(tokens.size, np.int32), "")
@@ -252,7 +252,7 @@ def row_ids(rows: list[chat.Row], ids: Iterable[int] | None) -> np.ndarray:
         the same tokens.
 
     Raises:
-      UserError: the number of ids is not N, or an id is not a uint32.
+      UserError: `ids` does not consist of N integers in 0…2³²−1.
     """
     if ids is not None:
         if not isinstance(ids, Iterable) or isinstance(ids, (str, bytes)):

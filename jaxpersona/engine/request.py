@@ -28,7 +28,7 @@ class Request:
       interventions: the edits of the activations, without `rows=`.
       capture: a capture of activations, or a list of captures.
       max_new_tokens: the maximum number of tokens in the reply; the model's context and the
-        engine's largest cache limit it further.
+        largest of the engine's `sizes` limit it further.
       temperature, top_p, top_k, seed: the sampling settings (`sampling.Sampling`).
       stop: a stop string or a list of stop strings; the first match ends the reply. A stop string
         may span several tokens. `Reply.text` ends before it.
@@ -72,7 +72,8 @@ class Event:
     """A part of a streamed reply.
 
     Attributes:
-      text: the new text; the texts of all events concatenate to `Reply.text`.
+      text: the new text; the texts of all events concatenate to `Reply.text`, unless later tokens
+        changed text that was already streamed (`stopping.Written`).
       tokens: [n] int32, the new token ids.
       projections: the projections [n, L, K] of the new tokens onto K directions at L layers, by
         capture name. A token that completes a stop string has no projections.

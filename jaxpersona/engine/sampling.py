@@ -37,7 +37,8 @@ class Sampling(flax.struct.PyTreeNode):
       temperature: [B] float32; 0 selects the most probable token (greedy).
       top_p: [B] float32 in (0, 1]; keeps the smallest set of most probable tokens whose share of
         the probability mass kept by `top_k` is at least this value. If the set has more than
-        `CANDIDATES` tokens, tokens tied with its least probable token are also kept.
+        `CANDIDATES` tokens, tokens tied with its least probable token are also kept, and tokens
+        at most 2⁻³⁰ less probable may be.
       top_k: [B] int32, the number of most probable tokens to keep, at most `CANDIDATES`; 0 keeps
         all tokens.
       seed: [B] uint32, the seed of the random draws.
@@ -59,9 +60,9 @@ def sampling(rows: int, *, temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any 
     """Check the settings and broadcast them to `rows` rows.
 
     Raises:
-      UserError: a temperature is negative or not finite, top_p is outside (0, 1], top_k is outside
-        0…`CANDIDATES`, a seed is not a uint32, or a setting is neither a number nor an array
-        [`rows`].
+      UserError: a temperature is negative or not finite, top_p is outside (0, 1], top_k is not an
+        integer in 0…`CANDIDATES`, a seed is not an integer in 0…2³²−1, or a setting is neither a
+        number nor an array [`rows`].
     """
     def spread(name: str, value: Any, dtype: Any, ok: Any, want: str) -> jax.Array:
         given = np.asarray(value)
@@ -131,7 +132,7 @@ def choose(logits: jax.Array, settings: Sampling, row_id: jax.Array,
     Returns:
       [B] int32, the selected tokens; at temperature 0, the index of the first largest logit.
     """
-    logits = place(logits, ("batch", None))  # `top_k` needs unsharded rows
+    logits = place(logits, ("batch", None))  # `lax.top_k` needs an unsharded vocabulary axis
     greedy = most_likely(logits)
     warm = settings.temperature > 0
     top = logits.max(-1, keepdims=True)  # subtracted so that the division cannot yield +inf
@@ -177,8 +178,8 @@ def finite(logits: jax.Array, token: jax.Array | None = None) -> jax.Array:
 
     Args:
       logits: [B, V] float32.
-      token: [B] int32, the result of `most_likely` for these logits. If None, `most_likely` is
-        called here; the compiler merges this call with the call in `choose`.
+      token: [B] int32, the result of `most_likely` for these logits; not used on a mesh. If None,
+        `most_likely` is called here; the compiler merges this call with the call in `choose`.
     """
     if mesh_of(logits) is None:
         return jnp.isfinite(of_each(logits, most_likely(logits) if token is None else token))

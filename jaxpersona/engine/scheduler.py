@@ -1,6 +1,7 @@
 """Scheduling of prompts: queued prompts are assigned to free rows of lanes, oldest first.
 
-`generate` runs a scheduler until all prompts are finished; `Engine` runs it step by step.
+`generate` runs a scheduler until all prompts are finished; `Engine` and `Stream` run it
+step by step.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ Failed = Callable[[list[Task], BaseException], None]
 class Scheduler:
     """A scheduler that assigns queued prompts to rows in order and runs the lanes.
 
-    The oldest queued prompt is admitted together with the prompts directly after it that use the
-    same program. If the lane of the oldest prompt has no free row, or cannot be opened, the whole
-    queue waits, so prompts are always admitted in the order of the queue.
+    Prompts leave the queue in order. The oldest prompt is admitted together with the prompts
+    directly after it that use the same program. If its lane has too few free rows, or cannot be
+    opened, the whole queue waits.
 
     Attributes:
       waiting: the queued prompts, oldest first.
@@ -43,11 +44,10 @@ class Scheduler:
           collect: a function that is called with finished tasks, the indices of their rows in a
             state, and this state.
           lanes: the maximum number of open lanes.
-          batched: whether to wait until enough rows are free or done for a full prefill batch, for
-            high throughput. If False, each prompt is admitted and collected as soon as possible,
-            for low latency.
-          refill: whether to admit prompts to a lane while its other rows decode. If False, prompts
-            are admitted only to an empty lane.
+          batched: whether to admit and collect prompts in batches, for high throughput. If False,
+            each prompt is admitted and collected as soon as possible, for low latency.
+          refill: whether to admit prompts to a lane while its other rows decode. If False, a
+            lane is filled only when all its rows are free.
           chunk: the maximum number of decode steps between two transfers to the host.
           failed: a function that is called with the affected tasks and the error if a lane raises
             an error. The lane is then dropped. None: the error is raised.
@@ -96,7 +96,7 @@ class Scheduler:
     def lane_of(self, key: Any) -> Lane | None:
         """Return the lane for a key, opened on first use; None if no lane can be opened.
 
-        If the maximum number of lanes is already open, lanes without a task are closed first.
+        If the maximum number of lanes is already open, one without a task is closed first.
         """
         if key not in self.lanes:
             for other, lane in list(self.lanes.items()):
@@ -188,7 +188,7 @@ class Scheduler:
     def _decode(self, key: Any, lane: Lane) -> None:
         """Decode one chunk in a lane, and collect its finished prompts if there are enough."""
         lane.filling = False
-        # prefill in pieces needs no full batch of free rows, so wait for fewer finished rows
+        # chunked prefill needs no full batch of free rows, so wait for fewer finished rows
         most = lane.together if lane.piece is None else max(1, lane.rows // 8)
         enough = min(most, lane.rows - lane.free) if self.batched else 1
         more = any(lane.staged) or (bool(self.waiting) and self.waiting[0].lane == key)

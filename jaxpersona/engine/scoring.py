@@ -1,7 +1,7 @@
 """Log-probabilities of the tokens of a text, and of candidates for the next token.
 
-On a single CPU device, texts run in pieces (`engine.texts`), unless the model is small or a gate
-needs the whole prompt. Otherwise, they run in batches (`engine.batches`).
+On a single CPU device, texts run in pieces (chunked prefill, `engine.texts`), unless the model is
+small or a gate needs the whole prompt. Otherwise, they run in batches (`engine.batches`).
 """
 
 from __future__ import annotations
@@ -136,8 +136,9 @@ def logprobs(
         run in pieces (`texts.fits_pieces`), otherwise 1,024.
 
     Raises:
-      UserError: there are no conversations, a conversation is longer than the context, the
-        interventions do not match the model, or activations are not finite.
+      UserError: there are no conversations, a conversation is invalid or longer than the context,
+        the interventions do not match the model or the number of conversations, or activations are
+        not finite.
 
     Examples:
       >>> import jaxpersona as jp
@@ -178,8 +179,9 @@ def next_logprobs(
         run in pieces (`texts.fits_pieces`), otherwise 1,024.
 
     Raises:
-      UserError: there are no prompts or candidates, an id is outside the vocabulary, a prompt fills
-        the context, the interventions do not match the model, or activations are not finite.
+      UserError: there are no prompts or candidates, an id is outside the vocabulary, a prompt is
+        invalid or fills the context, the interventions do not match the model or the number of
+        prompts, or activations are not finite.
 
     Examples:
       >>> import jaxpersona as jp
@@ -193,7 +195,7 @@ def next_logprobs(
     wanted = np.asarray(candidates if isinstance(candidates, np.ndarray) or
                         not isinstance(candidates, Iterable) else list(candidates))
     if wanted.ndim != 1 or not wanted.size or not np.issubdtype(wanted.dtype, np.integer):
-        raise UserError(f"candidates is {candidates!r:.60}; give a list of token ids")
+        raise UserError(f"candidates is {candidates!r:.60}; give a non-empty list of token ids")
     check_ids(wanted, model.config.vocab_size, "candidates", model.tokenizer)
     rows = [prompts.encode(model, item) for item in conversations]
     prompts.limits(model, rows, 1)

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxpersona.errors import UserError
 
-STATES = 255  # maximum number of states; table entries are uint8
+STATES = 255  # maximum number of states of the automaton; table entries are uint8
 
 
 def checked(stop: Any) -> tuple[str, ...]:

@@ -182,7 +182,7 @@ class Stored:
         """Return the file name: a hash of everything that the trace and its result depend on.
 
         Raises:
-          Unknown: the device is a GPU, or an argument cannot be described exactly.
+          Unknown: the device is neither a CPU nor a TPU, or an argument has no exact description.
         """
         device = default_device()
         if device.platform not in ("cpu", "tpu"):
@@ -250,7 +250,7 @@ def _ours(kind: type) -> str:
 
 def _on_one(device: Any, leaves: list[Any]) -> bool:
     """Return whether every leaf is a NumPy array or an unsharded, concrete array on `device`."""
-    # check each type and sharding once: a call may have hundreds of leaves, but few of these
+    # a call may have hundreds of leaves, but few types and shardings, so check each of these once
     samples = {type(x): x for x in leaves}
     arrays = {kind for kind, x in samples.items() if isinstance(x, jax.Array)}
     if is_traced(list(samples.values())) or not all(

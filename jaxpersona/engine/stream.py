@@ -66,7 +66,7 @@ class Stream:
           asked: tuples (tag, conversation, id). The tag is returned with the reply, and the id
             (uint32) seeds the random draws.
           capture, max_new_tokens, temperature, top_p, seed, batch_size, share_prefix: as for
-            `generate`.
+            `generate`, with one value for all conversations.
 
         Raises:
           UserError: a setting is out of range or not supported on the model's mesh, or the capture

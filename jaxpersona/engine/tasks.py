@@ -1,7 +1,6 @@
 """Tasks: prompts with their settings, and the static sizes of the programs that run them.
 
-The static sizes for a prompt depend only on that prompt, on the limit of its reply and on the
-number of rows.
+The static sizes for a prompt do not depend on other prompts.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from jaxpersona.models.config import ModelConfig
 from jaxpersona.text.chat import Row
 
 PIECE = 16  # tokens per piece: few enough for little padding, enough for fast matrix products
-_LEAST_SLOTS = 256  # minimum cache size with pieces, so that short conversations share a lane
+_LEAST_SLOTS = 256  # minimum cache size in slots with pieces, so that short prompts share a lane
 _SHORTEST_PREFIX = 16  # tokens; a shorter shared prefix is not prefilled separately
 
 
@@ -35,7 +34,7 @@ class Edits(Protocol):
     """The interventions on a lane's rows."""
 
     def structure(self, rows: int) -> Interventions:
-        """Return placeholder interventions on `rows` rows, with the lane's structure."""
+        """Return interventions for `rows` rows, of which only the structure is meaningful."""
         ...
 
     def of(self, tasks: Sequence[Task | None], rows: int) -> Interventions:
@@ -56,7 +55,7 @@ class Edits(Protocol):
         ...
 
     def key(self, task: Task) -> tuple:
-        """Return a key that is equal for tasks with equal interventions."""
+        """Return a key for the task's interventions; equal keys imply equal interventions."""
         ...
 
 
@@ -65,8 +64,8 @@ class Task:
     """A prompt for which a lane generates a reply.
 
     Attributes:
-      number: the prompt's index in the call of `generate`, or its request's index in the order of
-        submission to `Engine`.
+      number: the prompt's index in the call of `generate` or in the `Stream`, or its request's
+        index in the order of submission to `Engine`.
       row: the encoded prompt.
       row_id: uint32, the id that seeds the random draws.
       limit: the maximum number of tokens in the reply.
@@ -122,7 +121,7 @@ class Shape(NamedTuple):
 
 
 def piece_of(config: ModelConfig, like: jax.Array, edits: Interventions, rows: int) -> int | None:
-    """Return the number of tokens in a piece, or None if a prompt runs in one call.
+    """Return the piece length in tokens for chunked prefill, or None if a prompt runs in one call.
 
     On a CPU, the time of a call is proportional to its number of tokens. A prompt therefore runs in
     pieces of `PIECE` tokens, so that prompts of all lengths share one program with little padding.

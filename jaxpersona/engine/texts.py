@@ -1,4 +1,4 @@
-"""Forward passes over complete texts of different lengths, in pieces on a CPU.
+"""Forward passes over complete texts of different lengths, in pieces (chunked prefill) on a CPU.
 
 The number of cache slots is the text's length rounded up to a power of two, at least 256, or to a
 multiple of 64 if that power exceeds the context. Texts of up to 512 tokens therefore need only
@@ -67,8 +67,8 @@ def fits_pieces(model: Model, edits: Interventions, capture: Capture) -> bool:
     """Return whether texts run in pieces instead of batches.
 
     Pieces require a single CPU device and a large model (`pieces.large`). They are not used if a
-    gate needs the whole prompt in one call, or if a capture has one value per token, because the
-    state of this capture is as large as the cache and would be copied for every piece.
+    gate needs the whole prompt in one call, or if a capture has one value per token, because its
+    state has values for every cache slot and would be copied for every piece.
     """
     if needs_whole(edits) or not on_cpu(model.params.like) or not large(model.config):
         return False
@@ -86,7 +86,7 @@ def in_pieces(model: Model, rows: Sequence[chat.Row], edits: Interventions, capt
       edits: interventions created without `rows=` or with N rows.
       capture: the activations to capture, without per-token captures.
       together: R, the number of rows.
-      layers: the number of layers to compute.
+      layers: the number of layers that `run` computes; the cache has only these.
       run: a function that runs the model and returns the new carry and an output. Its arguments
         are the carry (donated), a batch of R rows and `PIECE` tokens, the interventions on these
         rows, `Call.begins`, the batch axis of each leaf of `light(carry)` (static), and the token

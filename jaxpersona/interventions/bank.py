@@ -4,7 +4,7 @@ In the shapes below, l is the number of chosen layers, L the number of layers of
 the width of the residual stream. A direction has one of these forms:
 
 - a named direction (`Axis` or `Vector`), whose values at the chosen layers are used
-- an array [D], which is used at every layer, or [1, l, D], with one vector per chosen layer
+- an array [D], which is used at every chosen layer, or [1, l, D], with one vector per chosen layer
 - with `rows=`, a bank of n directions: an array [n, D] or [n, l, D], or a list of named directions.
   Batch row b uses direction rows[b] of the bank; an index of −1 means no edit.
 

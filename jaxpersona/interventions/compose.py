@@ -64,7 +64,7 @@ class Interventions(flax.struct.PyTreeNode):
         all rows is unchanged, so it still edits row i.
 
         Raises:
-          UserError: an index is out of range.
+          UserError: an index is not less than the number of rows of `self`.
         """
         rows = np.asarray(rows, np.int32)
 

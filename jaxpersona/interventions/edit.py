@@ -66,7 +66,7 @@ class Edit(Table, kw_only=True, repr=False):
             where=self.where, gate=self.gate, layers=self.layers, site=self.site,
             by_layer=tuple(LayerEdit(
                 direction=self.direction[i],
-                # on TPUs, separate arrays are read once for all layers, instead of once per layer
+                # TPUs read four arrays once for all layers, but one array [n, 4] once per layer
                 coefficients=tuple(self.coefficients[i, :, k] for k in range(4)),
                 push=None if self.push is None else self.push[i],
                 columns=twice(self.direction[i]) if cpu else None,

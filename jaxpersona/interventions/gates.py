@@ -1,8 +1,8 @@
 """Gates, which apply an intervention only if a projection at an earlier site is within bounds.
 
 A prompt gate tests the mean projection over a row's prompt, and applies to the prompt's last token
-and the whole reply. A token gate is evaluated for every token. Bounds and directions are data and
-may differ between rows.
+(with `within`, to all its tokens) and the whole reply. A token gate is evaluated for every token.
+Bounds and directions are data and may differ between rows.
 """
 
 from __future__ import annotations

@@ -171,7 +171,8 @@ def mean_ablate(
 
     Args:
       vector, layers, where, rows, site: as for `steer`; the norm of `vector` has no effect.
-      mean: the mean activation μ, in the same form as `vector`.
+      mean: the mean activation μ, in a form that `vector` accepts. With a bank of directions, one
+        mean for all of them is also allowed.
 
     Raises:
       UserError: the shapes of `mean` and `vector` do not match, or an argument is invalid (see

@@ -1,7 +1,8 @@
 """Pydantic schemas of the JSON form of interventions and captures.
 
-All fields of a specification are validated before any vector file is opened, and one error lists
-all invalid fields.
+The keys, types and ranges of all fields are validated before any vector file is opened, and one
+error lists all fields that fail. Other properties, such as the name of a `where`, are checked item
+by item.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from jaxpersona.interventions import Site, Where
 from jaxpersona.interventions.bank import parse_layers
 from jaxpersona.interventions.where import NAMED
 
-_FLOAT32 = 3.4028234e38  # the largest finite float32
+_FLOAT32 = 3.4028234e38  # the largest finite float32, rounded down
 
 
 def _numbers(value: Any) -> Any:
@@ -30,7 +31,7 @@ def _numbers(value: Any) -> Any:
         for part in value:
             _numbers(part)
     elif isinstance(value, bool) or not isinstance(value, (int, float)) or not _finite(value):
-        raise UserError("must be a finite number, or a (nested) list of finite numbers")
+        raise UserError("must be a finite number, or a non-empty (nested) list of finite numbers")
     return value
 
 

@@ -7,7 +7,8 @@ A specification is a JSON object or a list of objects. A list of operators is ap
       "of": "default", "where": "generated",
       "gate": {"vector": "axis.safetensors", "layer": 20, "below": -3.0}}]
 
-Specifications are validated before any program is compiled, and one error lists all invalid fields.
+Specifications are validated before any program is compiled. One error lists all fields that
+`spec_forms` rejects.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def sweep(
       layers, where, site: as for `steer`.
 
     Raises:
-      UserError: `scales` is not a nonempty list of finite numbers, or an argument is invalid (see
+      UserError: `scales` is not a non-empty list of finite numbers, or an argument is invalid (see
         `steer`).
 
     Examples:
@@ -50,7 +50,7 @@ def sweep(
     except ValueError:  # NumPy rejects nested lists of different lengths
         given = np.zeros(0)
     if given.ndim != 1 or not given.size or given.dtype.kind not in "fiu":
-        raise UserError(f"scales is {scales!r:.60}; give a list of numbers, one per row")
+        raise UserError(f"scales is {scales!r:.60}; give a non-empty list of numbers, one per row")
     rows = [steer(vector, layers=layers, scale=float(scale), where=where, site=site)
             for scale in given]
     return stack_rows([None if scale == 0 and given.any() else row

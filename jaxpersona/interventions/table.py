@@ -148,7 +148,7 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         returned unchanged.
 
         Raises:
-          UserError: an index is out of range.
+          UserError: an index is not less than the number of rows of `self`.
         """
         count = self.rows
         if count is None:
