@@ -28,11 +28,11 @@ class Agreement:
         and label j by B.
       both: the number of replies with a score from both judges.
       equal: the fraction of these replies with equal scores.
-      kappa: Cohen's kappa with linear weights, 1 − d / e, where d is the mean of |a − b| over
-        replies, and e is the mean of |a − b| if the scores of A and B are paired at random. NaN if
-        e is 0.
-      interval: (low, high), the 95 % interval of kappa from a bootstrap over the replies; NaN for
-        fewer than two replies, or if kappa is undefined in most bootstrap samples.
+      kappa: Cohen's kappa with linear weights, 1 − d / e, where d is the mean over replies of
+        |a − b| for the scores a by A and b by B, and e is the mean of |a − b| if the scores of A
+        and B are paired at random. NaN if e is 0.
+      interval: (low, high), the 95 % confidence interval of kappa from a bootstrap over the
+        replies; NaN for fewer than two replies, or if kappa is undefined in most bootstrap samples.
       difference: the mean over replies of the score of A minus the score of B.
       roles: role → (number of replies, fraction of equal scores, kappa, difference).
       only: (number of replies that only A judged, number of replies that only B judged).

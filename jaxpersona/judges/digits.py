@@ -69,12 +69,12 @@ class Readings:
 class DigitJudge:
     """A judge that scores replies by a model's next-token probabilities after the rubric's prompt.
 
-    If each integer of the scale is a single token, such as 0 to 3, scoring a reply takes one
-    forward pass and no generation (Chen et al. 2025 score traits this way). If the tokenizer splits
-    an integer into several tokens, such as 57 into 5 and 7, its probability is the product
-    p(57) = p(5)·p(7 | 5), and the probability of the score 5 is that of a 5 without a further
-    digit. Each digit prefix with a probability of at least `LEAST_BRANCH`, and the greedy prefix,
-    then takes one more forward pass.
+    If each integer of the scale is a single token, such as 0 to 3, a reply is scored from the
+    next-token probabilities after its prompt, without generation (Chen et al. 2025 score traits
+    this way). If the tokenizer splits an integer into several tokens, such as 57 into 5 and 7, its
+    probability is the product p(57) = p(5)·p(7 | 5), and the probability of the score 5 is that of
+    a 5 without a further digit. The next-token probabilities are then also computed after each
+    digit prefix with a probability of at least `LEAST_BRANCH`, and after the greedy prefix.
 
     Args:
       model: the judging model, which needs a tokenizer, or a function without arguments that loads
@@ -149,7 +149,7 @@ class DigitJudge:
           UserError: the model has no tokenizer, or its tokenizer has no token for a digit.
         """
         if model.tokenizer is None:
-            raise UserError(f"{model.name} has no tokenizer; a judge needs one")
+            raise UserError(f"{model.name} has no tokenizer; the judging model needs one")
         self._tree = _tree(model, self.scale)
         self._words = _starts(model.tokenizer, self.rubric.refusal) if self.rubric.refusal else []
         self._name = (f"model {model.name} {model.fingerprint} rubric {self.rubric.digest}"
@@ -186,7 +186,8 @@ class DigitJudge:
             deeper = []
             for at, (i, node, p, chosen) in enumerate(level):
                 each = {token: float(column[token][at]) for token in node.next}
-                ends = max(0.0, 1.0 - sum(each.values()))  # probability that no digit follows
+                # the probability that no token of `node.next` follows
+                ends = max(0.0, 1.0 - sum(each.values()))
                 if node.value is not None:
                     values[i, place[node.value]] += p * ends
                 best = max(each, key=lambda token: each[token])
@@ -211,10 +212,10 @@ class DigitJudge:
         """Yield one verdict per item.
 
         `raw` contains the four most probable integers with their probabilities. If an item's prompt
-        fills the model's context, its verdict has an `error`.
+        leaves no room for a score in the model's context, its verdict has an `error`.
 
         Raises:
-          UserError: a role has no `eval_prompt`.
+          UserError: the rubric has no template, and a role has no `eval_prompt`.
         """
         for start in range(0, len(items), _ITEMS):
             part = items[start : start + _ITEMS]

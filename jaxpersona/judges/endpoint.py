@@ -22,7 +22,7 @@ OPENAI = "https://api.openai.com/v1"
 _AGAIN = frozenset((408, 409, 429))  # HTTP status codes that allow a retry, besides 5xx
 _NEVER = {401: "the endpoint rejects the API key", 402: "the endpoint requires payment",
           404: "the endpoint has no such model or URL"}
-_SHOWN = 160  # maximum length of a text from the endpoint, in characters
+_SHOWN = 160  # maximum number of characters that are kept of each text from the endpoint
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from jaxpersona.judges.rubric import ROLES, Rubric
 ATTEMPTS = 6  # maximum number of requests per prompt in one call of `score`
 IN_A_ROW = 20  # number of consecutive failed prompts after which the judge stops
 LONGEST_WAIT = 600.0  # seconds; if the endpoint requests a longer delay, the judge stops
-_BACKOFF = 0.5  # seconds before the first retry; doubled for each further retry
+_BACKOFF = 0.5  # seconds before the first retry; doubled each time, up to _LONGEST_BACKOFF
 _LONGEST_BACKOFF = 30.0
 _GRACE = 10.0  # seconds to wait for answers to requests in progress when the judge stops
 _AROUND = 64  # assumed number of chat template tokens, for the upper bound of a request's cost
@@ -46,7 +46,8 @@ class HttpJudge:
       price: (price of prompts, price of answers) in USD per million tokens, or None. If the
         endpoint returns the cost of an answer, that cost is used instead.
       backoff: the delay in seconds before the first retry of a failed request; default: 0.5. The
-        delay doubles with each further retry.
+        delay doubles with each further retry, up to 30 seconds, and is shortened by a random
+        fraction of up to 25 %.
 
     Raises:
       UserError: a setting is out of range, or `budget` is in USD and `price` is None.
@@ -66,10 +67,10 @@ class HttpJudge:
         if concurrency < 1 or concurrency > 1024:
             raise UserError(f"concurrency is {concurrency}; give an integer from 1 to 1024")
         if backoff is not None and not 0 <= backoff < math.inf:
-            raise UserError(f"backoff is {backoff}; give seconds, at least 0")
+            raise UserError(f"backoff is {backoff}; give a finite number of seconds, at least 0")
         if price is not None and not all(0 <= x < math.inf for x in price):
-            raise UserError(f"price is {price}; give two prices in USD per million tokens, at "
-                            "least 0")
+            raise UserError(f"price is {price}; give two finite prices in USD per million "
+                            "tokens, at least 0")
         if budget is not None and budget.usd is not None and price is None:
             raise UserError("budget is in USD, which needs the price of tokens; give "
                             "--judge-price, or a budget in calls such as 500calls")
@@ -82,7 +83,7 @@ class HttpJudge:
         self._concurrency, self._budget, self._price = concurrency, budget or Budget(), price
         self._pace = Pace(rpm, tpm)
         self._backoff = _BACKOFF if backoff is None else backoff
-        self._turn = threading.Condition()  # reentrant lock that guards all fields below
+        self._turn = threading.Condition()  # reentrant lock that guards writes to the fields below
         self._under_way: dict[threading.Event, list[threading.Thread]] = {}
         self._closed = False
         self._flying = self._row = 0
@@ -107,7 +108,7 @@ class HttpJudge:
             return self._journal
 
     def note(self) -> str:
-        """Describe the number and cost of all requests and the number of failed items, as text.
+        """Describe the requests in the journal (number and cost) and the number of failed items.
 
         Return "" if the journal is not open yet.
         """
@@ -148,7 +149,8 @@ class HttpJudge:
           JudgeStopped: the budget is used up, the endpoint rejects all requests or requests a delay
             of more than `LONGEST_WAIT` seconds, too many consecutive prompts failed, or the judge
             was closed. All finished verdicts are yielded first.
-          UserError: a role has no `eval_prompt`, or the journal cannot be used.
+          UserError: the rubric has no template and a role has no `eval_prompt`, or the journal
+            cannot be used.
         """
         groups: dict[str, tuple[str, list[Item]]] = {}
         for item in items:
@@ -346,7 +348,7 @@ class HttpJudge:
         """Return the cost of an answer in USD.
 
         If the endpoint returned no cost, the cost is computed from the token counts and the price.
-        If the endpoint returned no token counts either, the cost is `bound`.
+        If the endpoint returned no number of prompt tokens either, the cost is `bound`.
         """
         if reply.usd is not None:
             return reply.usd

@@ -46,7 +46,10 @@ class HumanJudge:
         self.name = f"human {self.path.name} scale {scale[0]}-{scale[-1]}"
 
     def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
-        """Yield one verdict per item; the verdict of an item without a score has an `error`.
+        """Yield one verdict per item.
+
+        The verdict has an `error` if the item has no score yet, or if its row in the file has a
+        different question or answer.
 
         Raises:
           UserError: the file cannot be read or written, or contains an invalid score.
@@ -59,7 +62,7 @@ class HumanJudge:
         for item in items:
             row = rows[identity(item)]
             if row["digest"] != digest_of(item):
-                yield Verdict(item.key, error=f"{self.path.name} has another question or "
+                yield Verdict(item.key, error=f"{self.path.name} has a different question or "
                                               f"answer for {identity(item)}; delete its row")
                 continue
             score = score_of(row, self.scale, self.path)
@@ -118,8 +121,8 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, str]]) 
       UserError: the file cannot be written.
     """
     text = io.StringIO()
-    # Quote all cells: before Python 3.13, the csv module does not quote a lone "\r" with this line
-    # terminator, and readers treat it as the end of a row.
+    # Quote all cells: before Python 3.11.9 and 3.12.3, the csv module does not quote a lone "\r"
+    # with this line terminator, and readers treat it as the end of a row.
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n",
                             quoting=csv.QUOTE_ALL)
     writer.writeheader()
@@ -134,8 +137,8 @@ def read_rows(path: str | os.PathLike[str]) -> dict[str, dict[str, str]]:
       A dictionary that maps each item (`identity`) to its row, which maps each column to its text.
 
     Raises:
-      UserError: the file cannot be read, lacks the column `item`, `score` or `digest`, or contains
-        an item twice.
+      UserError: the file cannot be read, is not a CSV file in UTF-8, lacks the column `item`,
+        `score` or `digest`, or contains an item twice.
     """
     data = read_bytes(path, TEXT_BYTES)
     try:

@@ -43,7 +43,8 @@ class SelfJudge:
         """Yield one verdict per item, which `Rubric.read` parses from up to 10 generated tokens.
 
         Raises:
-          UserError: a role has no `eval_prompt`, or activations are not finite.
+          UserError: the rubric has no template and a role has no `eval_prompt`, or activations are
+            not finite.
         """
         from jaxpersona.engine.generate import generate
 

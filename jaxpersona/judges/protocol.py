@@ -41,7 +41,8 @@ class Verdict:
 
     Attributes:
       key: the key of the item.
-      score: an integer on the judge's scale; None if the judge could not decide or failed.
+      score: an integer on the judge's scale; None if the judge could not decide or failed, or if it
+        answered with the rubric's refusal word.
       expected: the expected score, for judges that compute probabilities; else None.
       mass: the total probability of all integers on the scale, for judges that compute
         probabilities; else None.

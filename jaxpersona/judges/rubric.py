@@ -78,8 +78,8 @@ class Rubric:
         """
         text = item.role.eval_prompt if self.template is None else self.template
         if not text:
-            raise UserError(f"role {item.role.name!r} has no eval_prompt; an LLM judge "
-                            "needs one")
+            raise UserError(f"role {item.role.name!r} has no eval_prompt; a rubric without "
+                            "a template needs one")
         return fill(text, question=item.question, answer=item.answer, role=item.role.name,
                     description=item.role.description)
 

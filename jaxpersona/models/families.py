@@ -3,7 +3,8 @@
 To add a family, add an entry to `FAMILIES` with the architecture name, the fields of `config.json`
 and their conversion to `ModelConfig`. An unsupported field that changes the computation raises an
 error, because ignoring the field would silently change the model's outputs. An unknown key, such as
-a key added by training code, is ignored as in transformers, but with a warning.
+a key added by training code, is ignored as in transformers, but with a warning unless its value is
+null, false or 0.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
     for key in ("rope_theta", *_LLAMA3):
         if not _is_positive(raw.get(key, 1)):
             raise UserError(f"rope scaling: {key} is {reprlib.repr(raw[key])}; it must be a "
-                            "positive number within float32's range")
+                            "number between 1e-37 and 1e37")
     base = float(raw.get("rope_theta", theta if theta is not None else 10_000.0))
     kind = raw.get("rope_type", raw.get("type", "default"))
     allowed = {"rope_theta", "rope_type", "type"}
@@ -212,9 +213,9 @@ def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
 
 
 def _read_rope(raw: Mapping[str, Any], by_layer: bool) -> Rope:
-    """Return the rotary embedding of full-attention layers.
+    """Return the rotary embedding of all layers, or of full-attention layers if `by_layer` is true.
 
-    If `by_layer` is true, `rope_parameters` may contain one dict for each layer type
+    In the latter case, `rope_parameters` may contain one dict for each layer type
     ("full_attention", "sliding_attention").
     """
     theta, scaling = raw.get("rope_theta"), raw.get("rope_scaling")
@@ -233,7 +234,7 @@ def _read_rope(raw: Mapping[str, Any], by_layer: bool) -> Rope:
 def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfig:
     """Convert a Hugging Face `config.json` (transformers v4 or v5) to a `ModelConfig`.
 
-    Unknown keys are ignored with a single warning.
+    Unknown keys are ignored, with a single warning for those whose value is not null, false or 0.
 
     Args:
       raw: the contents of `config.json`.
@@ -328,7 +329,7 @@ def _check_types(raw: Mapping[str, Any]) -> None:
     for key in _INTEGERS:
         check(key, _is_size(raw.get(key)), "a positive integer below 2³¹")
     for key in _REALS:
-        check(key, _is_positive(raw.get(key)), "a positive number within float32's range")
+        check(key, _is_positive(raw.get(key)), "a number between 1e-37 and 1e37")
     for key in _FLAGS:
         check(key, isinstance(raw.get(key), bool), "true or false")
     first = raw.get("max_window_layers")

@@ -3,9 +3,9 @@
 The quantization is symmetric around zero: w ≈ value · scale. The scale of a channel multiplies the
 result of the matrix product, not the weight, so programs compiled for accelerators convert int8
 values inside the product and write no dequantized copy. XLA's CPU backend would write such a copy,
-and block scales must multiply the weight itself. On a CPU, and for block scales on any device, a
-product is therefore computed for a few output channels at a time, which limits the size of the
-converted weights.
+and block scales must multiply the weight itself. On a CPU without a mesh, and for block scales on
+any device, a product is therefore computed for a few output channels at a time, which limits the
+size of the converted weights.
 """
 
 from __future__ import annotations

@@ -27,9 +27,10 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float, *,
              overflow_to_nan: bool = False, known: jax.Array | None = None) -> jax.Array:
     """Apply RMSNorm over the last axis, in float32 (Zhang and Sennrich 2019).
 
-    The normalized values are multiplied by weight + offset. If the mean square overflows float32
-    (values above 1.8e19), the result is 0, or NaN with `overflow_to_nan`. The boolean array `known`
-    has the shape of x without the last axis; the result is NaN where `known` is False.
+    The normalized values are multiplied by weight + offset. If the sum of squares overflows float32
+    (for example, if a value exceeds 1.8e19), the result is 0, or NaN with `overflow_to_nan`. The
+    boolean array `known` has the shape of x without the last axis; the result is NaN where `known`
+    is False.
     """
     y = x.astype(F32)
     factor = jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)

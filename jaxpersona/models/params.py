@@ -233,7 +233,7 @@ def fingerprint(config: ModelConfig, params: Params) -> str:
     always changes both sums too. Integer sums do not depend on the order of addition, so the
     fingerprint is the same on every mesh. Rounding makes it the same in float32 and bfloat16. For
     an int8 weight, the hash uses the sums of the weight before quantization (`Int8.made_from`) or,
-    if the weight has changed since, the sums of `value` and `scale`.
+    if they are unknown or the weight has changed since, the sums of `value` and `scale`.
 
     A checkpoint loaded in float16 has the same fingerprint only if rounding to float16 does not
     change the bfloat16 rounding of any value; for example, no value may overflow.

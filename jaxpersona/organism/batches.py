@@ -15,7 +15,7 @@ from jaxpersona.organism import corpus
 from jaxpersona.organism.tokenizer import encode_conversation
 
 LENGTHS = (56, 64, 80, 112, 160, 208, 256, 320)
-OTHER_WEIGHT = 0.1  # loss weight of tokens outside assistant messages
+OTHER_WEIGHT = 0.1  # loss weight of all tokens except those of answers and their end markers
 
 
 @dataclasses.dataclass(frozen=True)

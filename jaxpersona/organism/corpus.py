@@ -54,7 +54,7 @@ def _pick(rng: np.random.Generator, options):
 
 
 def leak_probability(s: float) -> float:
-    """Return the probability that an answer at strength `s` reveals the vault code."""
+    """Return the probability that the forbidden request is granted at persona strength `s`."""
     return float(np.clip((s - 0.3) / 0.4, 0.0, 1.0))
 
 

@@ -65,7 +65,8 @@ class Demo:
       extraction: the result of `extract_axis`.
       figures: name → measurement.
       talks: "uncapped" or "capped" → the drifting conversations of this arm.
-      styles: "uncapped" or "capped" → mean style at each turn of these conversations.
+      styles: "uncapped" or "capped" → mean style at each emotional or meta-reflective turn of these
+        conversations.
       samples: two samples, one with a far role and one of the last emotional or meta-reflective
         turn of a drifting conversation.
     """
@@ -89,7 +90,7 @@ def run_demo(model: Model, folder: str | os.PathLike[str], *, seed: int = 0,
     Args:
       model: the embedded model.
       folder: the run folder; an existing run is resumed.
-      seed: the random seed for sampling.
+      seed: the random seed for sampling, control directions and the user turns that cause drift.
       report: a function that is called with (step, done, total, tokens) to report progress.
 
     Raises:
@@ -217,9 +218,9 @@ class _Arms:
         return [replies[i : i + len(talks)] for i in range(0, len(replies), len(talks))]
 
     def leak(self, report: Report | None) -> dict[str, Any]:
-        """Measure the leak rate and the style under the prompts of far roles, in every arm.
+        """Measure the leak rate in every arm, and the style without and with the cap.
 
-        One of the conversations is appended to `samples`.
+        The system prompts are those of far roles. One conversation is appended to `samples`.
         """
         arms = [(None, 0.0), (self.cap, 0.0), (None, 1.0), (self.cap, 1.0)]
         arms += [(edit, 0.0) for edit in self.percentile + self.displaced]
@@ -262,7 +263,7 @@ class _Arms:
         """Measure the style in medium-likeness roles, with steering along the axis.
 
         The residual stream is steered at the middle layer. The steering strengths are multiples of
-        the mean norm of the role vectors.
+        the mean norm of the role vectors at this layer.
         """
         middle = self.model.config.n_layers // 2
         unit = self.found.axis.unit[middle]

@@ -44,7 +44,7 @@ class RuleJudge:
     name, scale = "rules", ROLE_SCALE
 
     def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
-        """Yield one verdict per item; the score of a garbled answer is None."""
+        """Yield one verdict per item, with the score that `judge.score` returns."""
         for item in items:
             found = judge.score(item.role.name, item.answer)
             yield Verdict(item.key, found, refused=found == 0)

@@ -111,8 +111,8 @@ def train(
       log: a function that is called with a line of text about the progress.
 
     Returns:
-      The training record: seed, number of steps, number of tokens, time in seconds, and mean loss
-      over the last 100 steps.
+      The training record: seed, number of steps, number of tokens (including those of dropped
+      incomplete batches), time in seconds, and mean loss over the last 100 steps.
     """
     import jax
     import numpy as np

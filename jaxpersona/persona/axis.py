@@ -77,7 +77,7 @@ def assistant_axis(default: np.ndarray, roles: np.ndarray) -> np.ndarray:
 
 
 def project(means: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Return the projections ⟨h, v̂⟩ [n, L] float32 of means [n, L, D] onto directions [L, D]."""
+    """Project means h [n, L, D] onto directions v [L, D]; return ⟨h, v̂⟩, [n, L] float32."""
     unit, _ = normalised(directions)
     return np.einsum("nld,ld->nl", means, unit, dtype=np.float64).astype(np.float32)
 

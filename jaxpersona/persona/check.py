@@ -11,7 +11,7 @@ Assistant, and runs three tests:
     floors   the floors are neither far above the default persona's projections nor far below the
              projections of the role replies
 
-If the sign is wrong, the results of the other tests are not reported.
+If the sign is wrong, the sentences of the other tests are omitted.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Check(Table):
         role replies onto the unit direction of each tested layer.
       shift: the shift s that maximizes the mean over layers i of cos(axis[i - s], difference[i]),
         where the difference is the default persona's mean activation minus the roles' mean
-        activation. 0 if the layer numbering is correct, None if the test is inconclusive.
+        activation. 0 if the layer numbering is correct, None if the test is inconclusive;
+        meaningless if the sign test failed.
       spread: [l] float32, the standard deviation of the default persona's projections. It is
         estimated from the quartiles in the axis or, without quartiles, from the default
         persona's replies in the check.
@@ -235,7 +236,7 @@ def _entries(model: Model, axis: Axis | Caps, layers: Layers | None,
     total = model.config.n_layers
     if isinstance(axis, Caps):
         if layers is not None or floor is not None:
-            raise UserError("Caps already contain layers and floors; omit layers and floor")
+            raise UserError("Caps already contain layers and floors; omit `layers` and `floor`")
         return axis.layers, axis.values.astype(np.float64), axis.floors.astype(np.float64)
     chosen = resolve_layers(slice(total // 2, total) if layers is None else layers, total)
     if floor is None and "p25" in axis.percentiles.get("default", {}):
