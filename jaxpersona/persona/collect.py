@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 Report = Callable[[str, int, int, int], None]
-# To limit disk use, generation pauses while more than this number of completely generated roles
-# lack verdicts.
+# To limit disk use, no rollouts are generated or copied while more than this number of completely
+# generated roles wait for verdicts from the judge's thread.
 AWAITED = 8
-_AHEAD = 2048  # no complete role is sent to the judge while this many items or more lack verdicts
-_TOGETHER = 64  # an unfinished role is judged in groups of at least this many rollouts
+_AHEAD = 2048  # roles in `_ready` wait while at least this many items are sent but not judged
+_TOGETHER = 64  # new rollouts of an unfinished role are judged in groups of at least this many
 
 
 class _Found(NamedTuple):
@@ -251,8 +251,8 @@ class Collection:
         """Judge a role whose rollouts are all generated, and close the role.
 
         If the judge runs in its own thread, this method only sends the unjudged rollouts to that
-        thread, and `_judged` closes the role later. All processes must call this method for the
-        same roles in the same order.
+        thread, and `_judged` closes the role later; a role without unjudged rollouts is closed at
+        once. All processes must call this method for the same roles in the same order.
         """
         state = self._state(name) if self._owned[name] else None
         keys = [] if state is None else state.unjudged(name)

@@ -93,9 +93,9 @@ def export_reference(run: str | os.PathLike[str], folder: str | os.PathLike[str]
 
     Raises:
       UserError: an argument is invalid, `run` is not a run folder, a file in it is damaged, a role
-        is incomplete, response means are missing, the run has several samples per question, a role
-        name is not valid in the published format, PyTorch is not installed, or `folder` is not
-        empty.
+        is incomplete, response means are missing, the run has several rollouts per prompt and
+        question, a role name is not valid in the published format, PyTorch is not installed, or
+        `folder` is not empty.
 
     Examples:
       >>> import tempfile
@@ -235,7 +235,7 @@ class _Export:
         return found, known - set(found) - empty
 
     def _vector(self, name: str, sums: Sums | None) -> None:
-        """Write a role's vector, unless the role is held out or has too few rollouts of score 3."""
+        """Write a role's vector, unless it is held out, has no sums, or has too few scores of 3."""
         label = "mean" if name == DEFAULT else "pos_3"
         found = {} if sums is None else sums.vectors(science.LABELS)
         if not found:
@@ -286,8 +286,8 @@ class _Export:
             found.append(f"{published.SAMPLE} contains only the response means that the run "
                          "stores; vectors and axis are averages over all rollouts")
         if self.activations == "all":
-            found.append("each response mean is stored as its difference from the role's average, "
-                         "with eight significant bits; the averages by score are exact")
+            found.append("the run stores each response mean as its difference from the role's "
+                         "average, with eight significant bits; the averages by score are exact")
         if self.judge == "none":
             found.append("the judge 'none' gave score 3 to every reply without reading it; delete "
                          f"{published.SCORES} to judge the replies with 3_judge.py")

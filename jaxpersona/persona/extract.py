@@ -65,7 +65,7 @@ def extract_axis(
     If the folder contains a run of the same model, settings and device, its rollouts and verdicts
     are reused. The judge, roles, questions, `min_count` and `held_out` may differ from those of
     earlier calls. If the judge differs, response means that are not stored are recomputed from the
-    replies, with one forward pass per rollout.
+    replies, in batched forward passes.
 
     The axis is written to `axis.safetensors` in the folder, and its statistics to `analysis.json`.
     If the judge fails on some replies, a warning is issued, and no vector includes these replies.

@@ -94,9 +94,10 @@ class Extraction(Table):
 def save_analysis(folder: pathlib.Path, found: Extraction, held_out: Sequence[str]) -> None:
     """Write the statistics of an extraction to `analysis.json` in a folder.
 
-    For each layer, the file contains |cos(PC1, axis)|, the explained variance ratios and the
-    thresholds. For each role, it contains the mean projection and quartiles at each layer, and the
-    numbers of rollouts, in total and per score.
+    For each layer, the file contains |cos(PC1, axis)|, the explained variance ratios of the first
+    20 components, and the thresholds with their bootstrap intervals. For each role, it contains the
+    mean projection and quartiles at each layer, the numbers of rollouts (in total, per score, and
+    with a stored response mean), and whether the role is held out or included in the axis.
     """
     analysis = found.analysis
     write_json(folder / "analysis.json", {

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _BYTES_PER_TOKEN = 4.5  # average for English text
 _GROUPS = 3  # typical number of distinct scores among a role's replies
 _SAMPLED = 64  # maximum number of prompts to tokenize for an estimate if nothing is timed
-_TIMED = 256  # minimum number of rollouts that are queued for the timed sample
+_TIMED = 256  # minimum number of rollouts to queue for the timed sample, if that many are missing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +53,11 @@ class Forecast:
       prompt_tokens: the expected number of prompt tokens of the missing rollouts.
       reply_tokens: the expected number of reply tokens of the missing rollouts; an upper bound if
         nothing was timed, or if no reply of the timed sample was finished.
-      seconds: the expected time to generate the missing rollouts, without judging; None if nothing
-        was timed.
+      seconds: the expected time to generate the missing rollouts, without judging; an upper bound
+        if no reply of the timed sample was finished; None if nothing was timed.
       pace: the measurements of the timed sample; None if nothing was timed.
       judged: the number of replies that a judge scores: all but those of the default persona.
-      judge_calls: the number of replies that a judge model still has to score; 0 if the judge is
-        not a model.
+      judge_calls: the number of replies that an LLM judge still has to score; 0 for other judges.
       disk_bytes: the expected size of the files that the run will add to the folder.
       live_bytes: the expected size of the response means that the run stores temporarily.
       free_bytes: the free space on the disk of the folder.

@@ -1,12 +1,13 @@
 """Import the output folder of the published Assistant Axis code as a run folder.
 
 The module `runs.published` describes the files. The texts and scores are copied, the response means
-are added to sums by score, and a sample of the means is stored, as in any run of this package. The
-axis of the imported run therefore equals the result of the published steps 4 and 5, computed in
-float64.
+are added to sums by score, and a sample of the means is stored, as in any run of this package. With
+the same `min_count`, the axis of the imported run therefore equals the result of the published
+steps 4 and 5, computed in float64.
 
-All files are checked first. The run folder is written under a temporary name and moved to its final
-place at the end, so a failed or interrupted import leaves no run.
+All texts and scores are checked first, and the response means while they are imported. The run
+folder is written under a temporary name and moved to its final place at the end, so a failed or
+interrupted import leaves no run.
 """
 
 from __future__ import annotations
@@ -101,8 +102,8 @@ def import_reference(
       roles: the roles, whose prompts must be those of the responses. None: the prompts are read
         from the responses. The scores are valid only for the `eval_prompt` of these roles.
       judge: the name under which the scores are stored.
-      settings: the sampling settings with which `extract_axis` continues the run, with one sample
-        per question; default: `Settings()`, which has the published values.
+      settings: the generation settings with which `extract_axis` continues the run; `samples` must
+        be 1. Default: `Settings()`, which has the published values.
       min_count: the number of rollouts with score 3 that a role needs to be included in the axis.
       held_out: names of roles that are not included in the axis.
       keep_means: the number of rollouts per role whose response means are stored; None: all.
@@ -117,8 +118,8 @@ def import_reference(
     Raises:
       UserError: `source` has faults (the message lists them all, with line numbers); `model` did
         not generate the responses; neither `model` nor the folder determines the shape of response
-        means; a name in `held_out` is unknown; a package is missing; or `run` contains a run or
-        other files.
+        means; an argument is invalid, such as an unknown name in `held_out`; a package is missing;
+        or `run` contains a run or other files.
 
     Examples:
       >>> import tempfile
@@ -136,7 +137,8 @@ def import_reference(
     if model is not None:
         check_model(model)
         if model.tokenizer is None:
-            raise UserError(f"{model.name} has no tokenizer; the comparison of responses needs one")
+            raise UserError(f"{model.name} has no tokenizer; the comparison of "
+                            "response means needs one")
     if not isinstance(judge, str) or not judge:
         raise UserError(f"judge is {judge!r:.60}; give a name for the scores")
     if min_count < 1:

@@ -44,7 +44,7 @@ class Judging:
 
     @property
     def left(self) -> int:
-        """The number of items that were sent with `put` and have no verdict yet."""
+        """The number of items sent with `put` whose verdicts `take` has not returned yet."""
         return self._left
 
     def put(self, items: Sequence[Item]) -> None:

@@ -106,8 +106,8 @@ def check_prompts(model: Model, roles: Sequence[Role], questions: Sequence[Quest
                   ) -> dict[str, str]:
     """Check that prompts and questions leave room for a reply, and return digests of their tokens.
 
-    To check the lengths against the model's context, each prompt is tokenized with the longest
-    question, and each question with the longest prompt.
+    To check the lengths against the model's context, each prompt is tokenized with the question
+    that has the most characters, and each question with the prompt that has the most characters.
 
     Returns:
       "role NAME" → digest of the tokens of the role's prompts with a fixed question, and "question

@@ -23,8 +23,9 @@ def judge_run(folder: str | os.PathLike[str], roles: Sequence[Role], judge: Judg
               ) -> tuple[dict[str, dict[str, int]], float]:
     """Judge the rollouts in a run folder, and store the verdicts in addition to earlier ones.
 
-    Rollouts with a verdict from the same judge are not judged again. The axis in the folder is not
-    updated; to compute it from the new verdicts, call `extract_axis` with this judge and folder.
+    Rollouts with a verdict from the same judge, based on the same `eval_prompt`, are not judged
+    again unless that verdict failed. The axis in the folder is not updated; to compute it from the
+    new verdicts, call `extract_axis` with this judge and folder.
 
     Args:
       folder: the run folder, locked against other processes during the call.
@@ -56,7 +57,7 @@ def judge_run(folder: str | os.PathLike[str], roles: Sequence[Role], judge: Judg
     names = [name for name in found.manifest["roles"] if name != DEFAULT]
     if missing := [name for name in names if name not in known]:
         raise UserError(f"{folder}: the run's roles {', '.join(missing[:5])}"
-                        f"{' …' if len(missing) > 5 else ''} are not in the given roles; give "
+                        f"{' …' if len(missing) > 5 else ''} are missing from roles; give "
                         "the roles with which the run was started (--roles)")
     about = found.manifest["model"]
     shape = (about["layers"], about["width"])

@@ -87,7 +87,7 @@ def check_finite(model: Model, reply: Reply, edits: Interventions) -> None:
 
     Raises:
       UserError: an activation was NaN or infinite; the message contains the first affected site,
-        the cause and the fix.
+        the probable cause and a fix.
     """
     if reply.finish == "nonfinite":
         row = chat.answered(model.tokenizer, reply.row, reply.tokens)

@@ -41,7 +41,8 @@ class Source:
 
     Attributes:
       roles: role name → `Role`, from `given` or else with the prompts of the responses.
-      gaps: names of roles whose prompt indices in the responses are not 0, 1, 2, ….
+      gaps: names of roles whose prompt indices in the responses are not 0, 1, 2, …; [] if `given`
+        is not None.
       shape: (L, D), the shape of a response mean.
       distance: the median relative distance between stored response means and those recomputed
         with the model; None if no means were compared.
@@ -95,7 +96,7 @@ class Source:
         return published.read_responses(self.folder, name, self.faults)
 
     def scores(self, name: str, texts: published.Texts) -> dict[str, int]:
-        """Read the scores of a role; {} for the default persona, which is not judged."""
+        """Read the scores of a role; {} for the default persona or if the folder has none."""
         if name == DEFAULT or name not in self.held[published.SCORES]:
             return {}
         return published.read_scores(self.folder, name, texts, self.faults)
@@ -162,9 +163,10 @@ class Source:
         if not with_means:
             known = self.axis.values.shape if self.axis is not None else None
             if wanted is None and known is None:
-                raise UserError(f"{self.folder}: contains no {published.ACTIVATIONS}, so the "
-                                "number of layers and the width of the model are unknown; give "
-                                "the model that generated the responses (model=, --model)")
+                raise UserError(f"{self.folder}: contains neither {published.ACTIVATIONS} nor "
+                                "an axis, so the number of layers and the width of the model are "
+                                "unknown; give the model that generated the responses (model=, "
+                                "--model)")
             return wanted or cast(Any, known), None
         texts = self.texts(with_means[0])
         means = self.means(with_means[0], texts, None)

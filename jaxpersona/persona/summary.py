@@ -60,7 +60,8 @@ def summary(found: Extraction, folder: str | os.PathLike[str], layer: int, *,
       folder: the run folder; only existing files are listed.
       layer: the layer of the projections and of the ranking.
       held_out: names of the held-out roles.
-      options: further options for the suggested commands, such as `["--model", "NAME"]`.
+      options: options to add to the suggested commands except `report`, such as `["--model",
+        "NAME"]`.
     """
     folder, axis = pathlib.Path(folder), found.axis
     least, kept = int(axis.notes["min_count"]), len(found.analysis.names)

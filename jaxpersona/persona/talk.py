@@ -115,8 +115,9 @@ class Talks:
     Attributes:
       replies: M lists of N replies.
       projections: [M, N, L] float32, the mean projection of each reply during generation, computed
-        after the interventions at each layer; NaN for an empty reply. At a capped layer, these
-        projections are never below the floor, so they do not measure drift.
+        after the interventions at each layer; NaN for a reply without response tokens, and at
+        layers where the direction is zero. If a cap on this direction edits all response tokens,
+        these projections are never below its floor, so they do not measure drift.
       readout: [M, N, L] float32, the mean projection of each reply in a forward pass over the
         finished conversation without interventions; None if not requested.
     """

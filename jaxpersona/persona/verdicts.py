@@ -43,7 +43,7 @@ def scores_of(source: str | os.PathLike[str]) -> dict[str, int | None]:
         rows = {name: score_of(row, ROLE_SCALE, path) for name, row in read_rows(path).items()}
         found = {name: score for name, score in rows.items() if not isinstance(score, str)}
         if not found:
-            raise UserError(f"{path}: the column score is empty; fill it in")
+            raise UserError(f"{path}: the column 'score' is empty; fill it in")
         return found
     run = Run.read(path)
     scores: dict[str, int | None] = {}

@@ -94,7 +94,7 @@ def activation_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Sha
     projections, the residual stream, the normalized residual stream and the block's output. The sum
     for attention includes two copies of the queries and, without cuDNN, the float32 scores of one
     query chunk and their bfloat16 softmax. `bench/ahead.py` compares the estimate with XLA's value
-    on an H200.
+    for an H200.
 
     On a TPU, the estimate is the sum of two bfloat16 arrays and one float32 array of the residual
     stream's size, the float32 gate and up projections of the MLP and, without splash attention, two

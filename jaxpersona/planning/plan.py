@@ -187,10 +187,10 @@ def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
                 cap_layers: Sequence[int], dtype: Weights = "bfloat16") -> dict[str, Compiled]:
     """Compile prefill and decode without a cap and, if `cap_layers` is given, with a cap.
 
-    The temporary memory of prefill is linear in the number of layers. Prefill without a cap is
-    therefore compiled at the two depths in `DEPTHS`, and its temporary memory is extrapolated to
-    the full depth. Prefill with a cap is compiled at the larger depth and extrapolated with the
-    same slope. Decode is compiled at full depth.
+    From 8 layers on, the temporary memory of prefill is linear in the number of layers. Prefill
+    without a cap is therefore compiled at the two depths in `DEPTHS`, and its temporary memory is
+    extrapolated to the full depth. Prefill with a cap is compiled at the larger depth and
+    extrapolated with the same slope. Decode is compiled at full depth.
 
     Returns:
       The statistics without a cap ("plain") and, if `cap_layers` is given, with a cap ("capped").
@@ -275,13 +275,13 @@ def compare(compiled: Mapping[str, Compiled] | None,
             cap_layers: Sequence[int]) -> dict[str, Any]:
     """Return the number of collectives per layer in a decode step, and the overhead of a cap.
 
-    A value is None if the programs that it requires were not compiled. `collectives_per_layer` is
-    the maximum over the layers. `added_collectives` and `added_bytes` are the additional
-    collectives and accessed bytes of a decode step with the cap. `added_fusions_per_layer` is the
-    median number of kernels added per capped layer, and `added_fusions_once` is the number of other
-    added kernels. `temporaries_by_program` contains the ratio of temporary memory with the cap to
-    temporary memory without the cap, for prefill and for decode. `temporaries_ratio` is the same
-    ratio for the maximum over prefill and decode.
+    A value is None if a decode program that it requires was not compiled or exceeds device memory.
+    `collectives_per_layer` is the maximum over the layers. `added_collectives` and `added_bytes`
+    are the additional collectives and accessed bytes of a decode step with the cap.
+    `added_fusions_per_layer` is the median number of kernels added per capped layer, and
+    `added_fusions_once` is the number of other added kernels. `temporaries_by_program` contains the
+    ratio of temporary memory with the cap to temporary memory without the cap, for prefill and for
+    decode. `temporaries_ratio` is the same ratio for the maximum over prefill and decode.
     """
     names = ("collectives_per_layer", "added_collectives", "added_fusions_per_layer",
              "added_fusions_once", "added_bytes", "temporaries_ratio", "temporaries_by_program")

@@ -283,7 +283,7 @@ def _projection(ax: Axes, axis: Axis | None, layer: int | None, floor: str | flo
 def steering(scales: Sequence[float], curves: Mapping[str, Any], *, ylabel: str,
              xlabel: str = "steering strength, in multiples of the vector",
              title: str = "Effect of steering", ax: Axes | None = None) -> Axes:
-    """Plot a behaviour or a projection against the steering strength, e.g. of replies to `sweep`.
+    """Plot a behaviour or a projection against the steering strength, e.g. of a `sweep`.
 
     Args:
       scales: the steering strengths [S].
@@ -373,7 +373,7 @@ def _curves(given: Any, dims: tuple[int, ...] = (1, 2)) -> dict[str, np.ndarray]
 
     Raises:
       UserError: there are no curves or more than `_MOST`, their lengths differ, or a curve is not
-        numeric or has no finite value.
+        numeric, has a number of dimensions not in `dims`, or has no finite value.
     """
     if not isinstance(given, Mapping) or not given:
         raise UserError(f"curves is {given!r:.60}; give a dict of arrays by name")
@@ -386,7 +386,7 @@ def _curves(given: Any, dims: tuple[int, ...] = (1, 2)) -> dict[str, np.ndarray]
         if array.ndim not in dims or not np.isfinite(array).any():
             shapes = " or ".join({1: "[M]", 2: "[M, N]"}[n] for n in dims)
             raise UserError(f"curves[{name!r}] is {value!r:.60}; give an array {shapes} "
-                            "with finite numbers")
+                            "with at least one finite number")
         found[str(name)] = array
     if len({len(array) for array in found.values()}) > 1:
         raise UserError("curves differ in length: "

@@ -159,7 +159,8 @@ def pca(found: Any, layer: int | None = None, *, default: Any = None, title: str
 
     Raises:
       UserError: matplotlib is missing, `found` has an unsupported type (such as `Axis`, which has
-        no role vectors) or fewer than two roles, or the layer does not exist.
+        no role vectors) or fewer than two roles, the default persona's mean activation is missing,
+        or the layer does not exist.
 
     Examples:
       >>> import jaxpersona as jp

@@ -59,7 +59,10 @@ class Drift:
 def save_drift(folder: pathlib.Path, talks: Mapping[str, Talks], axis: Axis, layer: int, *,
                behaviour: Mapping[str, Sequence[float]], leak: Mapping[str, float],
                floor: str = "p25") -> None:
-    """Write drift.json to a run folder; the other arguments are those of `figures.drift`."""
+    """Write drift.json to a run folder; the other arguments are those of `figures.drift`.
+
+    All `Talks` must have a `readout`.
+    """
     arms = {}
     for name, talk in talks.items():
         assert talk.readout is not None

@@ -36,9 +36,10 @@ def page(run: str | os.PathLike[str], *, report: Progress | None = None) -> str:
 
     The page shows the role vectors on two principal components, the ranking of the roles by their
     projections onto the axis, values by layer (|cos(PC1, axis)|, explained variance, split-half
-    agreement of the axis), the thresholds with their bootstrap intervals, scores by role, sample
-    dialogues, and the provenance of the run. Parts for which the run has no results, such as the
-    axis of an unfinished run, are omitted, and the page states the reason.
+    agreement of the axis), the thresholds with their bootstrap intervals, scores by role, persona
+    drift (if the folder has drift.json), sample dialogues, and the provenance of the run. Parts for
+    which the run has no results, such as the axis of an unfinished run, are omitted, and the page
+    states the reason.
 
     Args:
       run: the run folder; it is not changed.

@@ -30,7 +30,7 @@ from jaxpersona.runs.status import read_status
 from jaxpersona.vectors.vector import Axis
 
 Progress = Callable[[str, int, int, int], None]
-SAMPLES = 3  # number of dialogues that the page shows for each score
+SAMPLES = 3  # maximum number of dialogues that the page shows for each score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,8 @@ class Contents:
       plain: replies of the default persona, which is not judged.
       vectors: role → "pos_3" vector [L, D], and "default" → mean activation [L, D]; empty without
         an axis.
-      halves: the split-half agreement of the axis; None without an axis.
+      halves: the halves of the stored response means, from which the split-half agreement of the
+        axis is computed; None without an axis.
       cost: the cost of the judge's verdicts in USD; None if no verdict states a cost.
     """
 

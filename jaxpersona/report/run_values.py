@@ -18,9 +18,9 @@ from jaxpersona.report.run_drift import Drift
 from jaxpersona.report.run_read import Contents
 from jaxpersona.vectors.vector import Axis
 
-COMPONENTS = (1, 2, 3, 10)  # numbers of components whose cumulative variance is drawn
+COMPONENTS = (1, 2, 3, 10)  # numbers of components whose cumulative explained variance is drawn
 SCORES = ("3", "2", "1", "0", "None", "failed")  # in the order of the stacked bars
-_REPLY = 280  # maximum number of characters of a reply in the details of a role
+_REPLY = 280  # maximum number of characters of a question or reply in the details of a role
 Values = dict[str, Any]
 
 
@@ -135,7 +135,10 @@ def _cut(text: str) -> str:
 
 
 def _scale(axis: Axis, notes: Notes) -> Values:
-    """Return the default persona's median, quartiles and standard deviation, or {} if unknown."""
+    """Return the default persona's median, quartiles and standard deviation, or {} if unknown.
+
+    The standard deviation is estimated from the quartiles.
+    """
     table = axis.percentiles.get(DEFAULT, {})
     if not {"p25", "p50", "p75"} <= set(table):
         return {}

@@ -34,7 +34,7 @@ class Places:
       quartiles: the 25th and 75th percentiles of each role's projections [R, 2]; None if unknown.
       default: the mean and the 25th and 75th percentiles of the default persona's projections; None
         if unknown.
-      held_out: the roles that were not used for the axis.
+      held_out: the roles that were held out of the axis.
       layer: the layer.
     """
 
@@ -114,7 +114,7 @@ def _of_answers(given: Mapping[str, Any], layer: int | None, held_out: frozenset
     Args:
       given: role → projections [n, L], or their mean [L].
       layer: the layer; default: the middle one.
-      held_out: the roles that were not used for the axis.
+      held_out: the roles that were held out of the axis.
       mean: a function that returns a role's mean projection [L]; default: the mean of its array.
 
     Raises:
@@ -126,8 +126,9 @@ def _of_answers(given: Mapping[str, Any], layer: int | None, held_out: frozenset
         raise UserError("found has no role; give projections of at least one role")
     shapes = {(value.ndim, value.shape[-1] if value.ndim else 0) for value in arrays.values()}
     if len(shapes) != 1 or not {dims for dims, _ in shapes} <= {1, 2}:
-        raise UserError("found must have one array [n, L] or [L] per role, with equal L; its "
-                        f"arrays have shapes {sorted({v.shape for v in arrays.values()})[:4]}")
+        raise UserError("found must have one array [n, L] per role or one array [L] per role, with "
+                        "equal L; its arrays have shapes "
+                        f"{sorted({v.shape for v in arrays.values()})[:4]}")
     dims, total = shapes.pop()
     at = layer_of(layer, total)
     answers = {name: value[..., at].reshape(-1) for name, value in arrays.items()}
@@ -213,7 +214,7 @@ def parts(found: Any, layer: int | None, default: Any = None) -> Parts:
                 {v.shape for v in by_role.values()} | {np.shape(default)}) > 1 or (
                 np.ndim(default) != 2):
             raise UserError("found must have vectors [L, D] of one shape for at least two roles "
-                            "and for 'default'")
+                            "and for 'default' (or default=)")
         at = layer_of(layer, len(default))
         names = sorted(by_role)
         vectors = np.stack([by_role[name][at] for name in names])

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 _COLUMNS = 88  # characters per line
 _LINE = 0.19  # height of a line, in inches
-_LEAST, _MOST = 5.0, 8.5  # minimum and maximum font size, in points
+_LEAST, _MOST = 5.0, 8.5  # points: font size that sets how many lines fit `ax`; maximum font size
 _ADVANCE = 0.6021  # width of a DejaVu Sans Mono character, relative to the font size
-_LINES = 120  # maximum number of lines in a figure
+_LINES = 120  # maximum number of lines in a new figure
 _ROLES = ((SYSTEM, "system"), (USER, "user"), (ASSISTANT, "assistant"))
 
 
@@ -172,7 +172,10 @@ def _messages(row: Row, count: int) -> list[tuple[int, str]]:
 
 
 def _wrapped(pieces: list[str], starts: list[bool]) -> list[tuple[int, int]]:
-    """Return (line, column) of every token; a new line starts at each message and after each ↵."""
+    """Return (line, column) of every token.
+
+    A new line starts at each message, after each ↵, and if a token does not fit the current line.
+    """
     places, line, column = [], 0, 0
     for i, piece in enumerate(pieces):
         width = min(_cells(piece), _COLUMNS)

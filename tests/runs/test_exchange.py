@@ -275,7 +275,8 @@ def test_means_that_a_folder_lacks_are_computed_with_the_model(made, tmp_path):
 
 def test_texts_alone_need_the_model_or_an_axis_and_keep_their_keys(tmp_path):
     source = write(tmp_path / "in", without=("default", "a", "b", "c"))
-    with pytest.raises(UserError, match="contains no activations, so the number of layers"):
+    with pytest.raises(UserError, match="contains neither activations nor an axis, so the "
+                                        "number of layers"):
         import_reference(source, tmp_path / "run")
     torch.save(torch.ones(L, D), source / "axis.pt")
     found = import_reference(source, tmp_path / "run")
