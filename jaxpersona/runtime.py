@@ -30,7 +30,7 @@ _asked: contextvars.ContextVar[bool | None] = contextvars.ContextVar("debugging"
 
 
 class Device(Protocol):
-    """The attributes of `jax.Device` that this package reads; JAX's class has no type stubs."""
+    """A protocol for annotations with `jax.Device`, because JAX's class has no type stubs."""
 
     @property
     def id(self) -> int: ...
@@ -46,7 +46,8 @@ class Device(Protocol):
 def own_rules() -> Iterator[None]:
     """Disable `jax_debug_nans`, `jax_debug_infs` and the transfer guard inside the context.
 
-    These settings do not change compiled programs or their cache keys.
+    JAX's cache keys do not include these settings, so entering the context causes no
+    recompilation.
 
     Raises:
       UserError: this process was forked from a process that had used JAX.
@@ -72,7 +73,7 @@ def debugging() -> bool:
 
 
 def is_traced(*trees: Any) -> bool:
-    """Return whether any leaf of the trees is a tracer of `jit`, `grad`, `vmap` or `eval_shape`."""
+    """Return whether any leaf of the trees is a tracer, for example of `jit`, `grad` or `vmap`."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
 
 
@@ -101,9 +102,9 @@ def tracing_settings() -> tuple[tuple[str, str], ...]:
 
 
 def thread_settings() -> list[Any]:
-    """Return the values of all JAX settings in this thread, in a fixed order.
+    """Return the values of all JAX settings that a thread can override, in a fixed order.
 
-    A call takes about 20 µs.
+    Other settings are returned as None. A call takes about 20 µs.
     """
     return [getattr(jax.config, name, None) for name in jax.config.values]
 
@@ -113,8 +114,8 @@ def default_setting(name: str, value: bool | float | str, *,
                     default: bool | float | None = None) -> Iterator[None]:
     """Change a JAX setting that the user has not set; undo the change if the block fails.
 
-    If the block succeeds, the change remains, because such settings take effect only when JAX
-    creates its first array.
+    If the block succeeds, the change remains, because JAX may read the setting only later, for
+    example when it initializes a backend.
 
     Args:
       name: a name such as "jax_platforms".

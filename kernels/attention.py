@@ -24,7 +24,7 @@ from jaxpersona.errors import UserError
 
 Implementation = Literal["xla", "cudnn", "splash"]
 Asked = Literal["auto", "xla", "cudnn", "splash"]
-# the longest batches, in tokens per row, for which "auto" uses XLA on a GPU and on a TPU
+# the longest batches, in tokens per row, for which "auto" always uses XLA on a GPU and on a TPU
 LONG = 127  # measured: from 128 tokens on, cuDNN was faster on an H100
 LONG_TPU = 2047  # estimated, not measured
 _KERNELS: dict[str, Implementation] = {"gpu": "cudnn", "tpu": "splash"}  # used by "auto"
@@ -42,7 +42,7 @@ def attention_implementation(
     sharded: bool = False,
     asked: Asked = "auto",
 ) -> tuple[Implementation, str]:
-    """Choose the attention implementation: the platform's kernel for long batches, otherwise XLA.
+    """Choose the attention implementation: for "auto", a kernel for long batches, otherwise XLA.
 
     Args:
       config: the model configuration, of which `attn_softcap` and `head_dim` are used.

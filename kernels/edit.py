@@ -1,4 +1,4 @@
-"""A fused kernel for the end of a block: residual add, rank-one edits, projections and norm.
+"""A fused kernel for the end of a layer: residual add, rank-one edits, projections and norm.
 
 At the end of a layer, the MLP's output is added to the residual stream, the sum is projected onto
 the directions of edits and readings, and the edits and then the next norm are applied. XLA compiles
@@ -22,7 +22,7 @@ from jaxpersona.errors import UserError
 
 Implementation = Literal["xla", "pallas", "interpret"]
 F32 = jnp.float32
-MEMORY = 10 * 2**20  # bytes of on-chip memory for one grid step's blocks; a TPU core has 16 MiB
+MEMORY = 10 * 2**20  # maximum bytes of on-chip memory per grid step; TPU cores have at least 16 MiB
 _BY_SUMS = 8  # up to this many projections are computed as sums, more as a matrix product
 _TOKENS = (256, 128, 64, 32, 16, 8)  # possible sizes of a block, in tokens
 
@@ -129,6 +129,8 @@ def site(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit] = (), *,
 
 def refusal(platform: str, width: int, entries: int, directions: int) -> str | None:
     """Return the reason why the Pallas kernel cannot run with these arguments, or None if it can.
+
+    The memory check assumes activations of two bytes, such as bfloat16.
 
     Args:
       platform: "cpu", "gpu" or "tpu".

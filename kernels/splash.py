@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxpersona.kernels.probe import fault
 
-LANES = 128  # TPU kernels require blocks whose length is a multiple of this number of tokens
+LANES = 128  # the kernel requires blocks whose length is a multiple of this number of tokens
 _BLOCKS = (512, 256, LANES)
 _MODULE = "jax.experimental.pallas.ops.tpu.splash_attention"
 

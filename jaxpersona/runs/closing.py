@@ -104,8 +104,8 @@ def close(run: Run, role: str, state: State, *, judge: str, rubric: str, keep: i
     Args:
       run, role, judge, rubric: as in `state_of`.
       state: the role's state.
-      keep: the number of rollouts whose response means are stored, or None for all. For the
-        default persona, all are always stored.
+      keep: the maximum number of rollouts whose response means are stored, or None for all. For
+        the default persona, all are always stored.
       seed: the seed of the sample.
       reread: a function that recomputes the response means of the given rollouts and yields them
         in the same order.
@@ -115,7 +115,7 @@ def close(run: Run, role: str, state: State, *, judge: str, rubric: str, keep: i
 
     Raises:
       Damaged: the role's sample file differs from the content that the run wrote.
-      UserError: a file cannot be written, or a response mean is infinite or partly NaN.
+      UserError: a file cannot be written, or a response mean is partly NaN or contains infinity.
     """
     # sort, because rollouts were appended to `State.records` in the order in which they finished
     records = state.records = dict(sorted(state.records.items(),
@@ -150,8 +150,8 @@ def needed(state: State, role: str) -> list[dict[str, Any]]:
     """Return the rollouts whose response means `close` has to recompute.
 
     These are the rollouts, sorted by question, prompt and sample, whose means are neither in the
-    sums nor in the live files. Rollouts without a valid verdict are omitted, except those of the
-    default persona.
+    live files nor in the sums. Sums that do not agree with the verdicts are treated as empty.
+    Rollouts without a valid verdict are omitted, except those of the default persona.
     """
     scores = dict.fromkeys(state.records) if role == DEFAULT else _scores(state.verdicts)
     sums = _usable(state.sums, scores)

@@ -7,7 +7,7 @@
 The first line of a JSONL file contains the role and its binding (`Run.binding`). Each new rollout
 or verdict is appended as one line with a checksum. The checksum of a rollout also covers its
 response mean. If a process is killed at any time, all complete lines stay valid, and an incomplete
-line is removed when the files are opened again.
+line is ignored or, if `repair` is true, removed when the files are opened again.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _line(value: Mapping[str, Any], data: bytes) -> bytes:
 
 def _values(lines: BinaryIO, means: BinaryIO | None = None,
             size: int = 0) -> Iterator[tuple[bytes, Any]]:
-    """Yield each line of a file and its JSON value, up to the first line that is not valid.
+    """Yield each line of a file and its JSON value; stop at the first line that is not valid.
 
     Args:
       lines: the JSONL file, opened in binary mode.

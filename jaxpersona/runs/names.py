@@ -53,6 +53,6 @@ def check_names(roles: Iterable[str]) -> None:
             raise UserError(f"the role name {role[:40]!r}… takes {len(stem)} bytes as a file "
                             f"name; the limit is {_LONGEST}: shorten it")
         if stem.casefold() in seen:
-            raise UserError(f"two roles are named {role!r}, or differ only in upper and lower "
-                            "case; rename one of them")
+            raise UserError(f"two roles are named {role!r}, or their names differ only in "
+                            "upper and lower case; rename one of them")
         seen.add(stem.casefold())

@@ -60,7 +60,7 @@ class Older:
             differ.append("arguments.share_prefix was False, now True")
         if differ:
             raise UserError(f"{self.folder}: its rollouts are from another run ({'; '.join(differ)}"
-                            "); give the same arguments, or omit --take-from")
+                            "); use the same model, settings and device, or omit --take-from")
 
     def rollouts(self, role: str) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
         """Yield each rollout of a role with its response mean [L, D], if the folder contains any.

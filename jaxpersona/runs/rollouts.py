@@ -59,7 +59,7 @@ class Settings:
 
 
 def generation(settings: Settings) -> dict[str, Any]:
-    """Return the keyword arguments that a run passes to `generate` and `engine.stream.Stream`."""
+    """Return the keyword arguments with which a run creates its `engine.stream.Stream`."""
     return {"capture": capture.mean(response), "max_new_tokens": settings.max_new_tokens,
             "temperature": settings.temperature, "top_p": settings.top_p, "seed": settings.seed,
             "batch_size": settings.batch_size, "share_prefix": settings.share_prefix}
@@ -69,7 +69,7 @@ def planned(role: Role, questions: Sequence[Question], settings: Settings,
             ) -> Iterator[dict[str, Any]]:
     """Yield one record per rollout of a role, without the reply, in the order of the rollouts.
 
-    A record has the field `sample` and the fields of the code that Lu et al. 2026 published:
+    A record has the field `sample` and the fields that the published code of Lu et al. 2026 writes:
     system_prompt, prompt_index, question_index, question, conversation and label.
     """
     label = "default" if role.name == DEFAULT else "pos"

@@ -157,8 +157,8 @@ class Run:
         """Return the manifest of the folder, or None if the folder contains no manifest.
 
         Raises:
-          UserError: the manifest has another format, or `overwrite` is False and the manifest is
-            damaged or belongs to another run.
+          UserError: `manifest_of` does not accept the manifest, or `overwrite` is False and the
+            manifest belongs to another run.
         """
         if not (self.folder / MANIFEST).exists():
             return None

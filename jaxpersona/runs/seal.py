@@ -109,7 +109,7 @@ def read_sealed_json(path: pathlib.Path, role: str, binding: str) -> dict[str, A
 
 def _digest(about: Mapping[str, str], shapes: Mapping[str, tuple[Any, tuple[int, ...]]],
             parts: Callable[[str], Iterable[Any]]) -> str:
-    """Return the SHA-256 digest of a file's metadata and tensors; `parts(name)` yields bytes."""
+    """Return the digest of a file's metadata and tensors; `parts(name)` yields a tensor's bytes."""
     total = hashlib.sha256(json_text(dict(about)).encode())
     for name in sorted(shapes):
         dtype, shape = shapes[name]

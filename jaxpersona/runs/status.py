@@ -27,7 +27,7 @@ class Status:
       done: the number of rollouts that the folder contains.
       to_judge: the number of rollouts of the complete run that have to be judged.
       judged: the number of rollouts with a verdict that did not fail.
-      failed: the number of verdicts that failed.
+      failed: the number of this call's verdicts that failed.
       tokens: the number of tokens that this call generated.
       cost: the cost of this call's verdicts in USD.
       roles: the number of roles in the run.
@@ -92,7 +92,8 @@ def read_status(folder: str | os.PathLike[str]) -> dict[str, Any]:
     this machine and has ended.
 
     Raises:
-      UserError: the folder contains no run, or status.json is damaged or missing.
+      UserError: the folder contains no run of this format, its manifest is damaged, or
+        status.json is missing or damaged.
     """
     folder = pathlib.Path(folder)
     if not (folder / MANIFEST).exists():

@@ -69,8 +69,8 @@ class Sums:
     def vectors(self, labels: Mapping[int, str]) -> dict[str, tuple[np.ndarray, int]]:
         """Average the response means: label → (vector [L, D] float32, number of rollouts).
 
-        The vector with the label "mean" is the average over all non-empty replies. Labels whose
-        score has no rollouts are omitted.
+        The vector with the label "mean" is the average over all non-empty replies. Labels without
+        non-empty replies are omitted.
 
         Args:
           labels: score → label, such as {3: "pos_3"}.
@@ -106,7 +106,7 @@ class Sample:
 
     Attributes:
       keys: the keys of the k rollouts, in the order of the rollouts.
-      base: [L, D] float32, the average of the finite means when the role was first sampled; later
+      base: [L, D] float32, the average of the finite means in the role's first sample; later
         samples of the role reuse it.
       differences: [k, L, D] bfloat16, each mean minus `base`; NaN for an empty reply.
     """

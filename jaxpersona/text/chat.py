@@ -55,8 +55,8 @@ class Row:
       kind: [T] int32, bits of `batch.KINDS` (`batch.batch` adds VALID, FIRST and LAST).
       turn: [T] int32, the index of each token's message; the generation prompt belongs to the next
         message.
-      text: the tokenized text; empty in the result of `answered`.
-      messages: the conversation, or None for a row built from token ids.
+      text: the tokenized text; empty for a row built from token ids or by `answered`.
+      messages: the conversation, or None for a row built from token ids or by `answered`.
     """
 
     tokens: np.ndarray
@@ -85,7 +85,7 @@ def encode(model: Any, conversations: Iterable[Any], *, reply: bool = True, thin
       A batch. Each `row_id` is a hash of the row's tokens and of the number of earlier equal rows.
 
     Raises:
-      UserError: as for `encode_row` and `batch.batch`.
+      UserError: the model has no tokenizer, or as for `listed`, `encode_row` and `batch.batch`.
 
     Examples:
       >>> import jaxpersona as jp
@@ -164,7 +164,7 @@ def continue_row(tokenizer: Any, row: Row, generated: np.ndarray, message: str, 
     reply are encoded, from a rendering of the whole conversation.
 
     Args:
-      row: the answered prompt, from `encode_row`, `generate` or this function.
+      row: the prompt of the reply, from `encode_row`, `generate` or this function.
       generated: the token ids of the reply, [n], with or without the stop token.
       message: the next user message.
       stopped: True if the reply ended at a stop token, False if it ended at the length limit. If
@@ -265,7 +265,7 @@ def row_id(tokens: Any, sample: int = 0, salt: str = "") -> int:
 
 
 def thinking_ids(tokenizer: Any) -> tuple[int, int]:
-    """Return the ids of the <think> and </think> tokens; (-1, -1) if they are not single tokens."""
+    """Return the ids of <think> and </think>; (-1, -1) unless the tags are two different tokens."""
     ids = [tokenizer.encode(tag, add_special_tokens=False) for tag in (OPEN, CLOSE)]
     if any(len(one) != 1 for one in ids) or ids[0] == ids[1]:
         return -1, -1
@@ -367,7 +367,7 @@ def _spans(template: Template, text: str, *, lead: bool = True,
 
     If a token starts after the end of the previous token, its start is moved back to that end,
     because some tokenizers exclude whitespace from the offsets. For base models, the result begins
-    with the tokens that the tokenizer prepends (such as BOS).
+    with the tokens that the tokenizer prepends (such as BOS) if `lead` is true.
     """
     before = template.lead if lead else []
     size = len(template.lead_text) if before else 0

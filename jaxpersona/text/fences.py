@@ -99,7 +99,7 @@ def _walk(text: str) -> np.ndarray:
 
 
 def _reduced(text: str) -> str:
-    """Shorten a text without changing the automaton's transitions for it."""
+    """Map a text to the automaton's characters, and shorten runs without changing the result."""
     # a carriage return before a newline is equivalent to a trailing space
     text = re.sub(r"[^`~\n ]+", "x", text.replace("\t", "    ").replace("\r", " "))
     return re.sub(r"(.)\1{4,}", r"\1\1\1\1", text, flags=re.DOTALL)

@@ -29,8 +29,8 @@ from jaxpersona.errors import UserError
 
 SECONDS = 10.0  # CPU time limit for one rendering and for all renderings of one conversation
 MEMORY = 2 << 30  # maximum bytes of the worker's address space, including the interpreter
-CHARACTERS = 1 << 26  # maximum length of a conversation and of a rendering
-_LARGEST_REPLY = 6 * CHARACTERS + (1 << 16)  # bytes of an answer; JSON uses at most 6 per character
+CHARACTERS = 1 << 26  # maximum length of a request (with the template) and of a rendering
+_LARGEST_REPLY = 6 * CHARACTERS + (1 << 16)  # maximum bytes of an answer; a character takes up to 6
 _WAIT = 10  # wall-clock timeout for an answer in multiples of SECONDS; the machine may be busy
 _START = 120.0  # wall-clock timeout in seconds for the start of the process
 _CACHED = 256  # maximum number of cached renderings
@@ -126,8 +126,8 @@ def _encoded(message: Any) -> bytes:
                                 "numbers, booleans, None, lists or dicts") from None
         raise UserError(f"the template variables are not JSON values ({error})") from None
     if len(text) > CHARACTERS:
-        raise UserError(f"the conversation has {len(text):,} characters, but the limit is "
-                        f"{CHARACTERS:,}; shorten the conversation")
+        raise UserError(f"the conversation and its template have {len(text):,} characters, but the "
+                        f"limit is {CHARACTERS:,}; shorten the conversation")
     data = text.encode("utf-8", "surrogatepass")
     return len(data).to_bytes(8, "little") + data
 

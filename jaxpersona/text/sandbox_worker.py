@@ -1,8 +1,8 @@
 """Worker process that renders chat templates; `sandbox` runs this file as a script.
 
-Chat templates are untrusted programs. This process renders them in Jinja's sandbox, with operating
-system limits on memory and CPU time, so a template that exceeds a limit can end only this process.
-The Jinja environment behaves like the one in transformers.
+Chat templates are untrusted programs. This process renders them in Jinja's sandbox and, except on
+Windows, with operating system limits on memory and CPU time. A template that exceeds a limit can
+end only this process. The Jinja environment behaves like the one in transformers.
 
 Protocol: a message consists of its length (8 bytes, little endian) and UTF-8 JSON. The first
 message on stdin contains the limits; the answer on stdout is {"ready": true}. Each later message is

@@ -107,7 +107,7 @@ def _lead(tokenizer: Any) -> list[int]:
 
 
 def _pieces(template: Template, messages: list[dict[str, str]]) -> list[tuple[str, list[_Piece]]]:
-    """Split messages into (role, pieces); merge the system message if there is no system role."""
+    """Split messages into (role, pieces); merge an unsupported system message into message 1."""
     out = []
     for owner, message in enumerate(messages):
         texts = TAGS.split(message["content"])

@@ -1,8 +1,8 @@
 """Training of a steering vector through a frozen model with a user-defined loss.
 
 The vector is the parameter of a `flax.nnx` module, and gradients flow through the intervention that
-adds it. Orbax checkpoints store the training state, so a run can be resumed. The result is a named
-direction.
+adds it. If a folder is given, Orbax checkpoints store the training state there, so a run can be
+resumed. The result is a named direction.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class Caps(Table):
         if not values.any(axis=1).all():
             raise UserError(f"caps {self.name!r} contain a zero vector; give nonzero vectors")
         if any(type(layer) is not int or not 0 <= layer < MAX_LAYERS for layer in self.layers):
-            raise UserError(f"layers is {list(self.layers)}; each layer must be in "
+            raise UserError(f"layers is {list(self.layers)}; each layer must be an integer in "
                             f"0…{MAX_LAYERS - 1}")
         if not all(isinstance(label, str) for label in self.labels):
             raise UserError(f"labels is {str(self.labels)[:80]}; each label must be a string")
@@ -153,7 +153,7 @@ def fitted(found: Found, config: ModelConfig, name: str, fingerprint: str = "") 
       `found`, with any missing layers added.
 
     Raises:
-      UserError: the width, the number of layers or the fingerprint differs.
+      UserError: the width, the layers or the fingerprint does not match the model.
     """
     if isinstance(found, Caps):
         layers, wanted = max(found.layers) + 1, range(1, config.n_layers + 1)

@@ -47,7 +47,7 @@ def check_names(found: Any) -> None:
             raise UserError(f"{field} is {value!r}; it must be a string")
     if not re.fullmatch(r"([0-9a-f]{16})?", found.fingerprint):
         raise UserError(f"fingerprint is {found.fingerprint!r}; it must be sixteen hexadecimal "
-                        "digits or empty")
+                        "digits in lower case, or empty")
     scheme = found.fingerprint_scheme
     if type(scheme) is not int or scheme < 1:
         raise UserError(f"fingerprint_scheme is {scheme!r}; it must be a positive integer "
