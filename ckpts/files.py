@@ -209,5 +209,5 @@ def read_entries(path: str | os.PathLike,
     if not all(isinstance(value, str) for value in metadata.values()):
         faults.append("corrupt header (metadata values must be strings)")
     if faults:
-        raise UserError(f"{path}: invalid safetensors file ({'; '.join(faults)})")
+        raise UserError(f"{path}: this safetensors file cannot be read ({'; '.join(faults)})")
     return entries, metadata

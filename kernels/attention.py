@@ -190,5 +190,5 @@ def flash(q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, length: jax.A
         implementation=implementation,
     )
     inside = jnp.arange(q_btnh.shape[1], dtype=jnp.int32)[None] < length[:, None]
-    # cuDNN's output at padding is undefined and may be NaN, which a zero weight would not remove
+    # cuDNN's output at padding is undefined and may be NaN; a product with zero would stay NaN
     return jnp.where(inside[:, :, None, None], out, jnp.zeros((), out.dtype))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jaxpersona import interrupt
+from jaxpersona.brief import named
 from jaxpersona.cli import support
 from jaxpersona.cli.groups import grouped
 from jaxpersona.cli.judges import JUDGES, JudgeOptions, choose, closed, of_model, opened, rubric_of
@@ -57,9 +58,8 @@ def run(
     bare = [role.name for role in cast if role.name in manifest["roles"] and not role.eval_prompt
             and role.name != texts.DEFAULT]
     if choice.reads_eval_prompt and bare:
-        raise UserError("the judge needs an eval_prompt for every role; add one to the roles "
-                        f"{', '.join(bare[:5])}{' …' if len(bare) > 5 else ''}, or give one rubric "
-                        "for all roles with --judge-rubric")
+        raise UserError(f"the judge needs an eval_prompt, missing for {named(bare, 'role')}; add "
+                        "one to each, or give one rubric for all roles with --judge-rubric")
     chosen: Judge | None = opened(choice, folder)
     if chosen is None and choice.kind == "self":
         from jaxpersona.judges.judges import SelfJudge
@@ -83,8 +83,8 @@ def run(
         print(json.dumps({"run": str(folder), "judge": chosen.name, "scores": dict(total),
                           "roles": counts, "cost": cost}))
         return
-    named = {"None": "undecided", "failed": "without a verdict"}
-    shown = ", ".join(f"{n:,} {named.get(score, f'with score {score}')}"
+    kinds = {"None": "undecided", "failed": "without a verdict"}
+    shown = ", ".join(f"{n:,} {kinds.get(score, f'with score {score}')}"
                       for score, n in total.items() if n)
     say(f"judge {chosen.name}: {shown}", *([f"cost: ${cost:,.4f}"] if cost else []),
         "to compute the axis from these verdicts, run jaxpersona axis with the options of the run, "

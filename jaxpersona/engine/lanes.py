@@ -187,7 +187,8 @@ class Lane:
 
         Returns:
           Tuples (tasks, rows, state): at most `together` tasks, and the index of each task's row in
-          `state`. If `together` < B, each state has `together` rows and no keys and values.
+          `state`. If `together` < B, each state has `together` rows and omits the
+          cached keys and values.
         """
         out = []
         for begin in range(0, max(done.size, 1), self.together):

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from jaxpersona.brief import named
 from jaxpersona.data.texts import DEFAULT, Question, Role, all_of
 from jaxpersona.engine.sampling import sampling
 from jaxpersona.errors import UserError
@@ -78,9 +79,9 @@ def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: 
                         f"roles ({len(roles) - 1 - len(held_out)}); the axis needs at least two")
     if getattr(judge, "reads_eval_prompt", False) and (bare := [
             role.name for role in roles if role.name != DEFAULT and not role.eval_prompt]):
-        raise UserError("the judge needs an eval_prompt; add one to the roles "
-                        f"{', '.join(bare[:5])}{' …' if len(bare) > 5 else ''}, give one rubric "
-                        "for all roles (--judge-rubric), or use the judge 'none'")
+        raise UserError(f"the judge needs an eval_prompt, missing for {named(bare, 'role')}; add "
+                        "one to each, give one rubric for all roles (--judge-rubric), or use the "
+                        "judge 'none'")
     return roles, questions, held_out
 
 

@@ -45,8 +45,8 @@ def no_load(*_, **__):
 
 
 @pytest.mark.parametrize(("more", "wanted"), [
-    (["--judge", "self"], "the judge needs an eval_prompt; add one to the roles"),
-    (["--judge", "model:owner/name"], "the judge needs an eval_prompt; add"),
+    (["--judge", "self"], "the judge needs an eval_prompt, missing for "),
+    (["--judge", "model:owner/name"], "the judge needs an eval_prompt, missing"),
     (["--min-count", "99"], "min_count is 99; the axis needs at least two roles"),
     (["--limit", "1", "--min-count", "1"], "roles has"),
     (["--judge-cost", "1"], "--judge-cost is 1.0; give the cost in USD of judging one reply"),
