@@ -102,6 +102,18 @@ def test_load_casts_to_a_dtype(to, piece, small, monkeypatch):
     chex.assert_trees_all_equal(loaded, wanted)
 
 
+def test_the_bytes_of_a_tensor_are_read_in_pieces(small, monkeypatch):
+    monkeypatch.setattr(tensorfile, "_PIECE", 20)
+    path = min(small[0].glob("model-*.safetensors"))
+    data = path.read_bytes()
+    entries = read_header(path)[0].values()
+    for entry in entries:
+        pieces = list(tensorfile.read_bytes_of(entry))
+        assert b"".join(pieces) == data[entry.start : entry.start + entry.size]
+        assert max(map(len, pieces)) <= 20 and len(pieces) == -(-entry.size // 20)
+    assert max(entry.size for entry in entries) > 40
+
+
 def edit(path, change):
     """Rewrite a file's safetensors header."""
     data = path.read_bytes()
@@ -191,9 +203,11 @@ def test_verify_compares_hashes(small):
     folder = small[0]
     sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest()
             for p in folder.glob("*.safetensors")}
-    assert set(hf.verify(folder, sums)) == set(sums)
+    assert hf.verify(folder, sums) == {name: (folder / name).stat().st_size for name in sums}
     with pytest.raises(ValueError, match="sha256"):
         hf.verify(folder, dict.fromkeys(sums, "0" * 64))
+    with pytest.raises(ValueError, match="1 fault\n.*absent.json: no such file"):
+        hf.verify(folder, {**sums, "absent.json": "0" * 64})
 
 
 def test_verify_takes_hashes_in_capitals(small):
