@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
-from jaxpersona.ckpts import hf, tensorfile
+from jaxpersona.ckpts import files, hf, tensorfile
 from jaxpersona.ckpts.tensorfile import read_header, read_slice
 
 from jaxpersona.distributed.sharding import make_mesh
@@ -199,6 +199,25 @@ def test_a_tensor_in_a_shard_that_the_index_does_not_list_is_named(small, tmp_pa
         hf.load(folder)
 
 
+TWO = '"dtype": "F32", "shape": [2], "data_offsets"'
+
+
+@pytest.mark.parametrize(("header", "size", "words"), [
+    (f'"a": {{{TWO}: [0, 8]}}, "a": {{{TWO}: [8, 16]}}', 16, r"corrupt header \(duplicate name\)"),
+    (f'"a": {{{TWO}: [0, 8]}}, "b": {{{TWO}: [8, 16]}}', 20, "bytes after the last tensor: 4"),
+    (f'"a": {{{TWO}: [0, 8]}}, "b": {{{TWO}: [4, 12]}}', 12, "byte ranges overlap or leave a gap"),
+    (f'"a": {{{TWO}: [0, 8]}}, "b": {{{TWO}: [12, 20]}}', 20, "byte ranges overlap or leave a gap"),
+    (f'"a": {{{TWO}: [0, 12]}}', 12, r"F32 \[2\] does not match its byte range .*: 12\)"),
+    ('"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}', 1, "a: unknown dtype 'F4'"),
+    (f'"__metadata__": {{"x": 1}}, "a": {{{TWO}: [0, 8]}}', 8, "metadata values must be strings"),
+], ids=lambda value: value if isinstance(value, str) and "{" not in value else "")
+def test_a_header_that_does_not_fit_its_file_is_refused(tmp_path, header, size, words):
+    text = f"{{{header}}}".encode()
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    with pytest.raises(ValueError, match=f"x.safetensors: invalid safetensors file .*{words}"):
+        files.read_entries(tmp_path / "x.safetensors")
+
+
 def test_verify_compares_hashes(small):
     folder = small[0]
     sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest()
@@ -224,6 +243,8 @@ def test_save_replaces_another_model_and_refuses_what_does_not_fit(small, tmp_pa
     assert read_header(folder / hf.SINGLE)[1] == {"format": "pt"}
     with pytest.raises(ValueError, match="model.norm.weight"):
         hf.save(folder, params.replace(final_norm_d=jnp.ones(3)), config)
+    with pytest.raises(ValueError, match=r"norm.weight: int32\[8\], expected \[8\] in float32"):
+        hf.save(folder, params.replace(final_norm_d=jnp.ones(8, jnp.int32)), config)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
         hf.save(tmp_path / "file" / "m", params, config)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import support as s
 from jaxpersona.ckpts import gguf_config, gguf_model, gguf_tokenizer
+from jaxpersona.ckpts.gguf_header import HeaderReader
 from jaxpersona.ckpts.loading import load
 from tokenizers import pre_tokenizers
 
@@ -319,6 +320,29 @@ def test_a_damaged_header_is_one_line(tmp_path, capsys, change, words):
     path = chat_model(tmp_path)
     path.write_bytes(change(path.read_bytes()))
     refused(capsys, path, words)
+
+
+def header(*fields):
+    """Return a header with fields of the given keys, types and encoded values."""
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, len(fields)) + b"".join(
+        struct.pack("<Q", len(key)) + key + struct.pack("<I", kind) + value
+        for key, kind, value in fields)
+
+
+def test_a_header_s_fields_are_read_once_and_only_chosen_texts_are_kept():
+    words = struct.pack("<IQQ1sQ2s", 8, 2, 1, b"x", 2, b"yz")
+    numbers = struct.pack("<IQ3h", 3, 3, -1, 2, 300)
+    data = header((b"kept", 9, words), (b"other", 9, words), (b"numbers", 9, numbers),
+                  (b"flag", 7, b"\1"), (b"real", 6, struct.pack("<f", -0.5)))
+    reader = HeaderReader(data, 7)  # as many elements as there are
+    found = reader.read_fields(lambda name: None, keep=("kept",))
+    assert found.pop("numbers").tolist() == [-1, 2, 300]
+    assert found == {"kept": ["x", "yz"], "flag": True, "real": -0.5} and reader.at == len(data)
+    with pytest.raises(UserError, match="the arrays declare at least 7 elements; the limit is 6"):
+        HeaderReader(data, 6).read_fields(lambda name: None)
+    twice = header(*[(b"a", 4, struct.pack("<I", n)) for n in (1, 2)])
+    with pytest.raises(UserError, match="field 'a' is declared twice"):
+        HeaderReader(twice, 9).read_fields(lambda name: None)
 
 
 def entry(data, name, kind=None, offset=None, columns=None):
