@@ -21,7 +21,7 @@ import jaxpersona as jp
 from jaxpersona.distributed import sharding
 from jaxpersona.models.config import ModelConfig, Rope
 from jaxpersona.models.model import Model
-from jaxpersona.models.params import SCHEME, fingerprint, layout
+from jaxpersona.models.params import SCHEME, abstract_params, fingerprint, layout, origin
 from jaxpersona.vectors.caps import Caps, fitted
 from jaxpersona.vectors.vector import Axis, Vector
 
@@ -193,6 +193,9 @@ def test_a_copy_with_another_configuration_has_its_own():
     model = Model(config, params, None, None, "m", fingerprint(config, params), (), False)
     other = dataclasses.replace(model, config=dataclasses.replace(config, norm_eps=1e-5))
     assert other.fingerprint == fingerprint(other.config, params) != model.fingerprint
+    abstract = dataclasses.replace(model, params=abstract_params(config))
+    assert abstract.fingerprint == "" and abstract.params.like.dtype == jnp.bfloat16
+    assert [origin(mark) for mark in ("", "0" * 8 + "0000001f", "ff" * 8)] == [0, 31, 2**32 - 1]
 
 
 def old_file(path, vector):
