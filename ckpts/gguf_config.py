@@ -105,7 +105,9 @@ def to_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
                    if key.removeprefix(architecture + ".") not in _UNSUPPORTED]:
         warnings.warn(f"{place}: ignored unknown fields {reprlib.repr(unknown)}", UserWarning,
                       stacklevel=4)
-    embedding = shapes.get("token_embd.weight", ())
+    embedding = shapes.get("token_embd.weight")
+    if embedding is None:
+        raise UserError("tensor token_embd.weight is missing")
     if len(embedding) != 2:
         raise UserError(f"token_embd.weight has shape {list(embedding)}; it must be [V, D]")
     width, heads = data.integer("embedding_length"), data.integer("attention.head_count")

@@ -143,8 +143,12 @@ def _read_parts(path: pathlib.Path, gguf: Any) -> tuple[dict[str, Any], dict[str
         raise UserError(f"{path}: this is one of {count} parts; rename the parts to "
                         f"NAME-00001-of-{count:05d}.gguf and so on")
     part_names = [f"{matched[1]}-{i + 1:05d}-of-{count:05d}.gguf" for i in range(count)]
-    if fields.get("split.no") != 0 or path.name != part_names[0]:
+    if path.name != part_names[0]:
         raise UserError(f"{path}: this is not the first of the {count} parts; give {part_names[0]}")
+    if fields.get("split.no") != 0:
+        raise UserError(f"{path}: split.no is {fields.get('split.no')!r:.40}, but the name is that "
+                        f"of the first of {count} parts, whose split.no is 0; give each part the "
+                        "name that it had when the model was split")
     for number, name in enumerate(part_names[1:], 1):
         part = path.with_name(name)
         require_file(part)

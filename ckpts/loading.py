@@ -193,20 +193,21 @@ def _default_dtype(mesh: Mesh | None) -> np.dtype:
     return np.dtype(np.float32 if where == "cpu" else jnp.bfloat16)
 
 
-def _check_range(config: ModelConfig, dtype: np.dtype, name: str) -> None:
-    """Raise UserError if `dtype` is float16 and the family's activations exceed its range."""
-    if dtype == np.float16 and not FAMILIES[config.family].float16:
-        raise UserError(f"dtype is 'float16', but activations of {config.family} models such as "
-                        f"{name} exceed float16's maximum of 65504; use 'bfloat16' or 'float32'")
+def _check_range(config: ModelConfig, form: Form, name: str) -> None:
+    """Raise UserError if activations are float16 and those of the family exceed its range."""
+    if form.dtype == np.float16 and not FAMILIES[config.family].float16:
+        argument = "activations" if form.int8 else "dtype"
+        raise UserError(f"{argument} is 'float16', but activations of {config.family} models such "
+                        f"as {name} exceed float16's maximum of 65504; use 'bfloat16' or "
+                        "'float32'")
 
 
 def _random(name: str, form: Form, mesh: Mesh | None) -> Model:
     config = preset(name.removeprefix("random:"))
-    dtype = form.dtype
-    _check_range(config, dtype, name)
+    _check_range(config, form, name)
 
     def draw() -> Params:
-        return init_params(config, jax.random.key(0), dtype)
+        return init_params(config, jax.random.key(0), form.dtype)
 
     if mesh is None:
         params = draw()
@@ -239,7 +240,7 @@ def _quantized(params: Params, config: ModelConfig, form: Form) -> Params:
 def _folder(folder: pathlib.Path, name: str, form: Form, mesh: Mesh | None,
             progress: Progress | None) -> Model:
     config, raw = hf.read_config(folder)
-    _check_range(config, form.dtype, name)
+    _check_range(config, form, name)
     mesh = None if mesh is None else sharding.fit(mesh, config)
     if orbax.holds_checkpoint(folder):
         if also := [name for name in (hf.SINGLE, hf.INDEX) if (folder / name).exists()]:
@@ -283,7 +284,7 @@ def _gguf(path: pathlib.Path, name: str, form: Form, mesh: Mesh | None,
           progress: Progress | None) -> Model:
     checkpoint = gguf_model.open_checkpoint(path)
     config, source = checkpoint.config, checkpoint.source
-    _check_range(config, form.dtype, name)
+    _check_range(config, form, name)
     mesh = None if mesh is None else sharding.fit(mesh, config)
 
     def build() -> tuple[Any, tuple[int, ...]]:

@@ -108,6 +108,9 @@ def write(path: pathlib.Path, made: Any, encode: Encode = plain, *, name: str = 
     for key, value in (values | (fields or {})).items():
         if value is None:
             continue
+        if key == "general.alignment":
+            writer.add_custom_alignment(value)
+            continue
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
                str: writer.add_string, list: writer.add_array}[type(value)]
         add(key, value)

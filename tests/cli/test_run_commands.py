@@ -133,7 +133,7 @@ def test_a_person_s_verdicts_are_stored_beside_the_others(made, tmp_path, capsys
     (["{run}"], "--judge is missing"), (["{run}", "--judge", "nobody"], "judge is 'nobody'"),
     (["none", "--judge", "none"], "none/run.json: no such file"),
     (["{run}", "--judge", "rules"], "rules supports only the roles of mini"),
-    (["{run}", "--judge", "none", "--roles", "data"], "the run's roles baker are not in")])
+    (["{run}", "--judge", "none", "--roles", "data"], "the run's roles baker are missing from")])
 def test_a_mistake_is_one_line(made, capsys, arguments, wanted):
     assert s.run_command(["judge", *(a.format(run=made[0]) for a in arguments)]) == 2
     said = capsys.readouterr().err

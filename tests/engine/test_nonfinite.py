@@ -216,9 +216,11 @@ def test_the_guard_adds_one_kernel_a_step(greedy, monkeypatch):
     assert guarded - fusions() <= 1
 
 
-def test_float16_is_refused_for_families_that_exceed_it():
-    with pytest.raises(ValueError, match=r"dtype is 'float16'; .*gemma2.*65504.*'bfloat16'"):
-        jp.load("random:gemma-2-2b", dtype="float16")
+@pytest.mark.parametrize(("argument", "options"), [
+    ("dtype", {"dtype": "float16"}), ("activations", {"dtype": "int8", "activations": "float16"})])
+def test_float16_is_refused_for_families_that_exceed_it(argument, options):
+    with pytest.raises(ValueError, match=rf"^{argument} is 'float16', .*gemma2.*65504.*'bfloat16'"):
+        jp.load("random:gemma-2-2b", **options)
 
 
 def test_means_that_are_not_finite_are_no_empty_replies():

@@ -73,6 +73,40 @@ def merged_logits(base, weights):
     return forward(params, CONFIG, ROWS).logits
 
 
+def test_a_file_in_float16_with_the_name_of_the_adapter_and_without_its_scale(tmp_path):
+    """PEFT's default of lora_alpha is 8; factors are read and scaled in float32."""
+    pairs = write(tmp_path / "a", ("o_proj",), dtype=np.float16,
+                  rename=lambda n: n.replace(".weight", ".default.weight"))
+    place = tmp_path / "a" / "adapter_config.json"
+    raw = json.loads(place.read_text())
+    del raw["lora_alpha"]
+    place.write_text(json.dumps(raw))
+    updates = adapter.read_adapter(tmp_path / "a", CONFIG)
+    assert set(updates) == set(pairs) and len(pairs) == CONFIG.n_layers
+    for name, (a, b) in pairs.items():
+        np.testing.assert_array_equal(updates[name].a, a.astype(np.float32))
+        np.testing.assert_array_equal(updates[name].b, 2 * b.astype(np.float32))
+        assert updates[name].a.dtype == updates[name].b.dtype == np.float32
+
+
+def test_an_untied_head_is_updated_too(tmp_path):
+    rng = np.random.default_rng(1)
+    a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 32), (128, 2)))
+    params = s.random_params(CONFIG)
+    found = adapter.merged(params, CONFIG, {names.HEAD: adapter.Pair(a, b)})
+    np.testing.assert_allclose(found.head_vd - params.head_vd, b @ a, atol=1e-5)
+    assert found.embed_vd is params.embed_vd and found.layers == params.layers
+    kept = adapter.attached(params, CONFIG, {names.HEAD: adapter.Pair(a, b)})
+    assert isinstance(kept.head_vd, LowRank) and kept.head_vd.base is params.head_vd
+    save_file({f"base_model.model.lm_head.lora_{k}.weight": x for k, x in (("A", a), ("B", b))},
+              tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4}))
+    update = adapter.read_adapter(tmp_path, CONFIG)[names.HEAD]
+    np.testing.assert_array_equal(update.b, 2 * b)
+    with pytest.raises(jp.UserError, match="lm_head.lora_A.weight: the model has no separate out"):
+        adapter.read_adapter(tmp_path, dataclasses.replace(CONFIG, tied_embeddings=True))
+
+
 @pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("projections", [ALL, ("q_proj", "v_proj")])
 @pytest.mark.parametrize("rslora", [False, True])
@@ -177,6 +211,8 @@ REFUSED = {
     "type": (dict(peft_type="IA3"), "peft_type is 'IA3'; only 'LORA'"),
     "pissa": (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights is 'pissa_niter_4'"),
     "alpha": (dict(lora_alpha="big"), "lora_alpha of model.layers.0.* is 'big'"),
+    "zero": (dict(lora_alpha=0), "lora_alpha of model.layers.0.* is 0; it must be a positive"),
+    "nothing": (dict(projections=()), "adapter_model.safetensors: contains no LoRA weights"),
     "rank": (dict(r=5),
              "r of model.layers.0.* is 5, but its factors in adapter_model.safetensors have "
              "rank 4"),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
-from jaxpersona.ckpts import hf, tensorfile
+from jaxpersona.ckpts import files, hf, tensorfile
 from jaxpersona.ckpts.tensorfile import read_header, read_slice
 
 from jaxpersona.distributed.sharding import make_mesh
@@ -102,6 +102,18 @@ def test_load_casts_to_a_dtype(to, piece, small, monkeypatch):
     chex.assert_trees_all_equal(loaded, wanted)
 
 
+def test_the_bytes_of_a_tensor_are_read_in_pieces(small, monkeypatch):
+    monkeypatch.setattr(tensorfile, "_PIECE", 20)
+    path = min(small[0].glob("model-*.safetensors"))
+    data = path.read_bytes()
+    entries = read_header(path)[0].values()
+    for entry in entries:
+        pieces = list(tensorfile.read_bytes_of(entry))
+        assert b"".join(pieces) == data[entry.start : entry.start + entry.size]
+        assert max(map(len, pieces)) <= 20 and len(pieces) == -(-entry.size // 20)
+    assert max(entry.size for entry in entries) > 40
+
+
 def edit(path, change):
     """Rewrite a file's safetensors header."""
     data = path.read_bytes()
@@ -187,13 +199,34 @@ def test_a_tensor_in_a_shard_that_the_index_does_not_list_is_named(small, tmp_pa
         hf.load(folder)
 
 
+TWO = '"dtype": "F32", "shape": [2], "data_offsets"'
+
+
+@pytest.mark.parametrize(("header", "size", "words"), [
+    (f'"a": {{{TWO}: [0, 8]}}, "a": {{{TWO}: [8, 16]}}', 16, r"corrupt header \(duplicate name\)"),
+    (f'"a": {{{TWO}: [0, 8]}}, "b": {{{TWO}: [8, 16]}}', 20, "bytes after the last tensor: 4"),
+    (f'"a": {{{TWO}: [0, 8]}}, "b": {{{TWO}: [4, 12]}}', 12, "byte ranges overlap or leave a gap"),
+    (f'"a": {{{TWO}: [0, 8]}}, "b": {{{TWO}: [12, 20]}}', 20, "byte ranges overlap or leave a gap"),
+    (f'"a": {{{TWO}: [0, 12]}}', 12, r"F32 \[2\] does not match its byte range .*: 12\)"),
+    ('"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}', 1, "a: unknown dtype 'F4'"),
+    (f'"__metadata__": {{"x": 1}}, "a": {{{TWO}: [0, 8]}}', 8, "metadata values must be strings"),
+], ids=lambda value: value if isinstance(value, str) and "{" not in value else "")
+def test_a_header_that_does_not_fit_its_file_is_refused(tmp_path, header, size, words):
+    text = f"{{{header}}}".encode()
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    with pytest.raises(ValueError, match=f"x.safetensors: invalid safetensors file .*{words}"):
+        files.read_entries(tmp_path / "x.safetensors")
+
+
 def test_verify_compares_hashes(small):
     folder = small[0]
     sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest()
             for p in folder.glob("*.safetensors")}
-    assert set(hf.verify(folder, sums)) == set(sums)
+    assert hf.verify(folder, sums) == {name: (folder / name).stat().st_size for name in sums}
     with pytest.raises(ValueError, match="sha256"):
         hf.verify(folder, dict.fromkeys(sums, "0" * 64))
+    with pytest.raises(ValueError, match="1 fault\n.*absent.json: no such file"):
+        hf.verify(folder, {**sums, "absent.json": "0" * 64})
 
 
 def test_verify_takes_hashes_in_capitals(small):
@@ -210,6 +243,8 @@ def test_save_replaces_another_model_and_refuses_what_does_not_fit(small, tmp_pa
     assert read_header(folder / hf.SINGLE)[1] == {"format": "pt"}
     with pytest.raises(ValueError, match="model.norm.weight"):
         hf.save(folder, params.replace(final_norm_d=jnp.ones(3)), config)
+    with pytest.raises(ValueError, match=r"norm.weight: int32\[8\], expected \[8\] in float32"):
+        hf.save(folder, params.replace(final_norm_d=jnp.ones(8, jnp.int32)), config)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
         hf.save(tmp_path / "file" / "m", params, config)

@@ -21,7 +21,7 @@ import jaxpersona as jp
 from jaxpersona.distributed import sharding
 from jaxpersona.models.config import ModelConfig, Rope
 from jaxpersona.models.model import Model
-from jaxpersona.models.params import SCHEME, fingerprint, layout
+from jaxpersona.models.params import SCHEME, abstract_params, fingerprint, layout, origin
 from jaxpersona.vectors.caps import Caps, fitted
 from jaxpersona.vectors.vector import Axis, Vector
 
@@ -193,6 +193,9 @@ def test_a_copy_with_another_configuration_has_its_own():
     model = Model(config, params, None, None, "m", fingerprint(config, params), (), False)
     other = dataclasses.replace(model, config=dataclasses.replace(config, norm_eps=1e-5))
     assert other.fingerprint == fingerprint(other.config, params) != model.fingerprint
+    abstract = dataclasses.replace(model, params=abstract_params(config))
+    assert abstract.fingerprint == "" and abstract.params.like.dtype == jnp.bfloat16
+    assert [origin(mark) for mark in ("", "0" * 8 + "0000001f", "ff" * 8)] == [0, 31, 2**32 - 1]
 
 
 def old_file(path, vector):
@@ -241,7 +244,18 @@ def test_the_scheme_is_kept_in_files(tmp_path, suffix, recwarn):
         assert load_vector(tmp_path / f"w{suffix}").fingerprint_scheme == 7
 
 
+@pytest.mark.parametrize(("fingerprint", "stored", "scheme"), [
+    ("ab" * 8, None, 1), ("ab" * 8, "", 1), ("ab" * 8, "7", 7), ("ab" * 8, 999_999, 999_999),
+    ("", None, SCHEME), (None, "7", SCHEME)])
+def test_a_file_without_a_scheme_has_the_first_and_one_without_a_fingerprint_the_latest(
+        fingerprint, stored, scheme):
+    assert files.scheme_of(fingerprint, stored) == scheme
+
+
 def test_a_scheme_that_is_no_number_is_refused(tmp_path):
+    for value in ("0", "01", "-1", "1000000", "1.5"):
+        with pytest.raises(ValueError, match="fingerprint_scheme is"):
+            files.scheme_of("ab" * 8, value)
     for value in (0, -1, "2", True):
         with pytest.raises(ValueError, match="fingerprint_scheme is"):
             Vector(np.ones((3, 8)), fingerprint_scheme=value)

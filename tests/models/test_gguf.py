@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import support as s
 from jaxpersona.ckpts import gguf_config, gguf_model, gguf_tokenizer
+from jaxpersona.ckpts.gguf_header import HeaderReader
 from jaxpersona.ckpts.loading import load
 from tokenizers import pre_tokenizers
 
@@ -64,6 +65,10 @@ def test_float32_gives_the_parameters_and_the_configuration_of_the_folder(family
         got = checkpoint.source.read(tensor.name, None, None).reshape(want.shape)
         offset = 2e-7 if family.startswith("gemma") and "norm" in tensor.name else 0
         np.testing.assert_allclose(got, want, rtol=0, atol=offset, err_msg=tensor.name)
+        part = tuple(slice(1, n - 1) for n in tensor.shape)  # as for a shard, in another dtype
+        got = checkpoint.source.read(tensor.name, part, np.dtype(np.float16))
+        assert got.dtype == np.float16
+        np.testing.assert_allclose(got, np.reshape(want, tensor.shape)[part], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("family", "layers"), [("gemma2", 3), ("gemma3", 7)])
@@ -77,6 +82,17 @@ def test_a_gemma_file_without_a_pattern_has_the_layers_of_transformers(family, l
     assert gguf_model.open_checkpoint(path).config == config
     assert [window is not None for window in config.windows] == [
         kind == "sliding_attention" for kind in made.config.layer_types]
+    for source in (path, tmp_path / "folder"):
+        with pytest.raises(UserError, match="activations is 'float16', but activations of gemma"):
+            load(source, dtype="int8", activations="float16")
+
+
+def test_a_file_with_another_alignment_has_the_same_tensors(tmp_path):
+    made = hf.model("qwen2", num_hidden_layers=1)
+    path = gguf_files.write(tmp_path / "m.gguf", made, fields={"general.alignment": 1 << 14})
+    source = gguf_model.open_checkpoint(path).source
+    for name, want in made.state_dict().items():
+        np.testing.assert_array_equal(source.read(name, None, None), want, err_msg=name)
 
 
 @pytest.mark.parametrize("family", hf.FAMILIES)
@@ -189,8 +205,25 @@ def test_split_files(tmp_path):
     for tensor in jax.tree.leaves(gguf_model.names.tensors(one.config)):
         np.testing.assert_array_equal(one.source.read(tensor.name, None, None),
                                       many.source.read(tensor.name, None, None))
-    with pytest.raises(UserError, match="not the first of the 3 parts"):
+    with pytest.raises(UserError, match=f"not the first of the 3 parts; give {parts[0].name}"):
         gguf_model.open_checkpoint(parts[1])
+    first = parts[0].read_bytes()
+    for key, kind, number, words in (
+            ("split.no", "H", 2, f"{parts[0].name}: split.no is 2, but .* whose split.no is 0"),
+            ("split.tensors.count", "i", 7, "tensors; split.tensors.count is 7"),
+            ("split.count", "H", 2, "one of 2 parts; rename"),
+            ("split.count", "H", 2000, "split.count is 2000; it must be in 1…1024")):
+        at = first.index(key.encode()) + len(key) + 4  # after the type
+        parts[0].write_bytes(first[:at] + struct.pack(f"<{kind}", number)
+                             + first[at + struct.calcsize(kind):])
+        with pytest.raises(UserError, match=words):
+            gguf_model.open_checkpoint(parts[0])
+    parts[0].write_bytes(first)
+    second = parts[1].read_bytes()
+    parts[1].write_bytes(parts[2].read_bytes())
+    with pytest.raises(UserError, match=f"{parts[1].name}: split.no is 2 and .*; expected 1 and 3"):
+        gguf_model.open_checkpoint(parts[0])
+    parts[1].write_bytes(second)
     parts[1].unlink()
     with pytest.raises(UserError, match=f"{parts[1].name}: no such file"):
         gguf_model.open_checkpoint(parts[0])
@@ -215,7 +248,7 @@ def test_llama_3_scaling_is_recovered_from_its_divisors(factor, low, high, conte
 
 def test_other_divisors_are_an_error():
     divisors = np.linspace(1, 9, 32, dtype=np.float32) ** 2
-    with pytest.raises(UserError, match="does not have the form of Llama 3"):
+    with pytest.raises(UserError, match="does not match Llama 3's scaling"):
         gguf_config._llama3(divisors, 1e4, 64)
 
 
@@ -249,63 +282,6 @@ def test_the_tokenizer_and_the_template_are_those_of_the_file():
     assert rendered == reference.apply_chat_template(talk, tokenize=False,
                                                      add_generation_prompt=True)
     assert gguf_tokenizer.stop_ids(fields) == (LETTERS.index("<|im_end|>"),)
-
-
-def test_a_sentencepiece_vocabulary_merges_by_score():
-    words = ["he", "ll", "hell", "o", "▁hello", "hello", "▁"]
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *"hel", *words]
-    scores = np.array([0.0] * 262 + [-1.0, -2.0, -3.0, -9.0, -5.0, -4.0, -9.0])
-    kinds = np.array([2, 3, 3, *[6] * 256, *[1] * 10])
-    fields = {"general.architecture": "llama", "tokenizer.ggml.model": "llama",
-              "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.scores": scores,
-              "tokenizer.ggml.token_type": kinds, "tokenizer.ggml.bos_token_id": 1,
-              "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0}
-    tokenizer = gguf_tokenizer.build(fields)
-    ids = tokenizer("hello é").input_ids
-    assert [tokens[i] for i in ids] == ["<s>", "▁hello", "▁", "<0xC3>", "<0xA9>"]
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "hello é"
-    bare = gguf_tokenizer.build(fields | {"tokenizer.ggml.add_space_prefix": False,
-                                          "tokenizer.ggml.add_bos_token": False})
-    assert [tokens[i] for i in bare("hello</s>").input_ids] == ["hello", "</s>"]
-
-
-@pytest.mark.parametrize(("pre", "begins"), [("llama-bpe", True), ("smollm", False)])
-def test_a_file_that_does_not_say_whether_texts_begin_with_bos(pre, begins):
-    """Texts begin with BOS in Llama 3's tokenizers, but not in SmolLM's."""
-    tokens = [*LETTERS, "<bos>"]
-    fields = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2",
-              "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens,
-              "tokenizer.ggml.merges": [], "tokenizer.ggml.bos_token_id": len(tokens) - 1}
-    for more, first in (({}, begins), ({"tokenizer.ggml.add_bos_token": not begins}, not begins)):
-        ids = gguf_tokenizer.build(fields | more)("ab").input_ids
-        assert [tokens[i] for i in ids] == ["<bos>"] * first + ["a", "b"]
-
-
-def test_a_linear_scaling_may_have_its_older_key():
-    fields = {f"llama.{key}": value for key, value in {
-        "block_count": 1, "context_length": 64, "embedding_length": 8, "feed_forward_length": 16,
-        "attention.head_count": 2, "attention.head_count_kv": 1}.items()}
-    shapes = {"token_embd.weight": (32, 8), "output.weight": (32, 8)}
-    for more, rope in (({"rope.scale_linear": 4.0}, Rope(kind="linear", factor=4.0)),
-                       ({"rope.scale_linear": 1.0}, Rope()), ({}, Rope())):
-        more = {f"llama.{key}": value for key, value in more.items()}
-        config = gguf_config.to_config({"general.architecture": "llama", **fields, **more}, shapes,
-                                       None, "model.gguf")
-        assert config.rope == rope
-
-
-def digits(text):
-    """Return the tokens of a text in a vocabulary of byte characters, split like SmolLM's."""
-    tokens = [*LETTERS, "ĠĠ"]
-    fields = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2",
-              "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens,
-              "tokenizer.ggml.merges": ["Ġ Ġ"]}
-    return [tokens[i] for i in gguf_tokenizer.build(fields)(text).input_ids]
-
-
-def test_digits_are_split_before_spaces_are_grouped():
-    """llama.cpp and the released tokenizer split digits first; transformers' reader does not."""
-    assert digits("a  12") == ["a", "ĠĠ", "1", "2"]
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -344,6 +320,29 @@ def test_a_damaged_header_is_one_line(tmp_path, capsys, change, words):
     path = chat_model(tmp_path)
     path.write_bytes(change(path.read_bytes()))
     refused(capsys, path, words)
+
+
+def header(*fields):
+    """Return a header with fields of the given keys, types and encoded values."""
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, len(fields)) + b"".join(
+        struct.pack("<Q", len(key)) + key + struct.pack("<I", kind) + value
+        for key, kind, value in fields)
+
+
+def test_a_header_s_fields_are_read_once_and_only_chosen_texts_are_kept():
+    words = struct.pack("<IQQ1sQ2s", 8, 2, 1, b"x", 2, b"yz")
+    numbers = struct.pack("<IQ3h", 3, 3, -1, 2, 300)
+    data = header((b"kept", 9, words), (b"other", 9, words), (b"numbers", 9, numbers),
+                  (b"flag", 7, b"\1"), (b"real", 6, struct.pack("<f", -0.5)))
+    reader = HeaderReader(data, 7)  # as many elements as there are
+    found = reader.read_fields(lambda name: None, keep=("kept",))
+    assert found.pop("numbers").tolist() == [-1, 2, 300]
+    assert found == {"kept": ["x", "yz"], "flag": True, "real": -0.5} and reader.at == len(data)
+    with pytest.raises(UserError, match="the arrays declare at least 7 elements; the limit is 6"):
+        HeaderReader(data, 6).read_fields(lambda name: None)
+    twice = header(*[(b"a", 4, struct.pack("<I", n)) for n in (1, 2)])
+    with pytest.raises(UserError, match="field 'a' is declared twice"):
+        HeaderReader(twice, 9).read_fields(lambda name: None)
 
 
 def entry(data, name, kind=None, offset=None, columns=None):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import support as s
 from jaxpersona.ckpts import adapter, hf, names, orbax
+from jaxpersona.ckpts.quantize import Form, parse_form
 from safetensors.numpy import save_file
 
 import jaxpersona as jp
@@ -28,6 +29,7 @@ from jaxpersona.vectors.vector import Vector
 CONFIG = s.tiny_config(vocab_size=96, tied_embeddings=True)  # a mesh divides the vocabulary
 PARAMS = s.random_params(CONFIG)
 ROWS = batch([[5, 6, 7, 8, 9, 4, 3, 2]] * 4)
+F32, F16 = np.dtype(np.float32), np.dtype(np.float16)
 MESHES = {"tensor": dict(model=4, data=2), "group": dict(model=2, fsdp=2)}
 
 
@@ -121,6 +123,17 @@ def test_float_tables_stay_as_they_are(small):
     assert int8.scheme(made) == "int8 per channel, float tables"
     assert s.same_bits(made.layers, small.layers)
     assert small.like.dtype == made.like.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("arguments", "form"), [
+    ((None, None, None), Form(F32)), (("float32", None, None), Form(F32, given=True)),
+    ((jnp.float16, None, None), Form(F16, given=True)),
+    (("int8", None, None), Form(F32, True, None, True)),
+    ((np.int8, "float16", "int8"), Form(F16, True, True, True)),
+    ((jnp.int8, jnp.float16, "float"), Form(F16, True, False, True)),
+], ids=str)
+def test_arguments_of_load_are_a_form(arguments, form):
+    assert parse_form(*arguments, F32) == form
 
 
 @pytest.mark.parametrize("tables", ["float", "int8"])
@@ -230,8 +243,12 @@ def test_a_mesh_gives_the_weights_the_logits_and_the_fingerprint_of_one_device(f
 
 
 def test_an_int8_model_has_the_fingerprint_of_its_float_weights(folder, small):
-    plain, model = jp.load(folder), jp.load(folder, dtype="int8", activations="bfloat16")
+    seen = []
+    plain, model = jp.load(folder), jp.load(folder, dtype="int8", activations="bfloat16",
+                                            progress=lambda *at: seen.append(at))
     assert model.fingerprint == plain.fingerprint
+    assert seen[-1] == (CONFIG.bytes(4),) * 2 and len(seen) == len(jax.tree.leaves(PARAMS))
+    assert seen[0] == (96 * 32 * 4, CONFIG.bytes(4))
     assert "int8 per channel, bfloat16" in repr(model) and len(repr(model)) <= 120
     assert model.params.final_norm_d.dtype == jnp.bfloat16
     assert s.same_bits([w.value for w in matrices(model.params)],
@@ -268,6 +285,10 @@ def test_an_adapter_is_merged_before_the_quantization_or_kept_apart(folder, tmp_
         assert isinstance(w, Int8 if merge else LowRank)
         wanted, got = (s.run(p, CONFIG, ROWS).logits for p in (plain.params, model.params))
         assert 1e-4 < s.relative(got, wanted).max() < 0.1
+        if merge:  # also if the float weights are those of an Orbax folder
+            orbax.save(tmp_path / "f", PARAMS, CONFIG)
+            found = jp.load(tmp_path / "f", dtype="int8", adapter=tmp_path)
+            assert s.differing(found.params, model.params) == []
 
 
 @pytest.mark.parametrize("tables", [True, False])
@@ -278,6 +299,12 @@ def test_orbax_stores_int8_weights(folder, tmp_path, tables):
     assert s.differing(model.params, made) == []
     assert model.fingerprint == fingerprint(CONFIG, PARAMS)
     if not tables:
+        with pytest.raises(jp.UserError, match="stored as int8 per channel, float tables, which"):
+            jp.load(tmp_path / "m", dtype="int8", tables="int8")
+        narrow = jp.load(tmp_path / "m", dtype="int8", tables="float", activations="bfloat16")
+        assert {narrow.params.final_norm_d.dtype, narrow.params.embed_vd.dtype} == {
+            jnp.dtype("bfloat16")}
+        assert s.same_bits(matrices(narrow.params)[0].value, matrices(made)[0].value)
         return
     mesh = make_mesh(2, 2, devices=jax.devices()[:4])
     assert s.differing(jp.load(tmp_path / "m", mesh=mesh).params, made) == []

@@ -198,6 +198,19 @@ def test_an_adapter_is_called_one(tmp_path, raw, words):
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("files", "words"), [
+    (("b.gguf", "a.gguf"), "no config.json.; to load a.gguf, give the file's path"),
+    (("config.json", "pytorch_model.bin"), "convert the PyTorch file pytorch_model.bin to safet"),
+])
+def test_a_folder_with_another_kind_of_file_says_what_to_do(folder, tmp_path, files, words):
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in files:
+        (other / name).write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=words):
+        load(other)
+
+
 def test_the_authors_own_layout_is_called_that(tmp_path):
     (tmp_path / "params.json").write_text("{}")
     with pytest.raises(ValueError, match="params.json without config.json"):

@@ -3,17 +3,19 @@
 import json
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import support as s
 from jax.sharding import PartitionSpec as P
-from jaxpersona.ckpts import hf, orbax
+from jaxpersona.ckpts import hf, names, orbax
 
 import jaxpersona as jp
 from jaxpersona.distributed.sharding import make_mesh
-from jaxpersona.models.params import fingerprint
+from jaxpersona.models.params import Spec, fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +99,30 @@ def test_a_config_of_another_shape_is_refused(tmp_path):
     for part in ("missing arrays: model.layers.3.", "model.layers.0.mlp.up_proj.weight: shape "
                  "[48, 32], expected [50, 32]", str(tmp_path)):
         assert part in str(caught.value)
+    raw |= {"intermediate_size": 48, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="unexpected arrays: model.layers.2.input_layernorm"):
+        orbax.load(tmp_path)
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({}, []), ({".scale": ((4, 3, 2), "float16")}, []), ({".made_from": ((3, 2), "uint32")}, []),
+    ({".scale": ((4, 3, 4), "float16")}, [".scale: float16[4, 3, 4], expected a float array of"]),
+    ({".scale": ((3, 4), "float32")}, [".scale: float32[3, 4], expected a float array of"]),
+    ({".scale": ((4, 3), "int8")}, [".scale: int8[4, 3], expected a float array of"]),
+    ({".made_from": ((2, 2), "uint32")}, [".made_from: uint32[2, 2], expected uint32[3, 2]"]),
+    ({"": ((4, 3, 6), "int32")}, [": dtype int32, expected float32"]),
+    ({"": ((4, 3, 5), "int8")}, [": shape [4, 3, 5], expected [4, 3, 6]"]),
+], ids=str)
+def test_the_parts_of_an_int8_weight_are_checked(changes, words):
+    """A weight [4, 3, 6] has scales [4, 3], or [4, 3, n] for n blocks of its six inputs."""
+    parts = {"": ((4, 3, 6), "int8"), ".scale": ((4, 3), "float32"), **changes}
+    stored = {f"w{suffix}": types.SimpleNamespace(shape=shape, dtype=np.dtype(kind))
+              for suffix, (shape, kind) in parts.items()}
+    tensor = names.Tensor("w", (12, 6), Spec((4, 3, 6), ("heads", None, "embed"), 1))
+    found = orbax._faults(tensor, stored)
+    assert [f[:len("w" + word)] for f, word in zip(found, words, strict=True)] == [
+        f"w{word}" for word in words]
 
 
 _REFUSED = """

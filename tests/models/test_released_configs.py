@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import reprlib
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from released_configs import FULL, NUMBERS, RAW, SLIDING, Numbers
 
 from jaxpersona import UserError
 from jaxpersona.models.config import ModelConfig, Rope
-from jaxpersona.models.families import from_hf
+from jaxpersona.models.families import from_hf, to_hf
+from jaxpersona.models.presets import preset
 
 
 def _is_gemma(name: str) -> bool:
@@ -49,6 +51,32 @@ def test_the_numbers_of_a_released_model(name):
     assert config.post_norms == _is_gemma(name)
     assert config.norm_offset == (1.0 if _is_gemma(name) else 0.0)
     assert config.embed_scale == pytest.approx(expected.width**0.5 if _is_gemma(name) else 1.0)
+    assert from_hf(to_hf(config)) == config
+
+
+@pytest.mark.parametrize(("name", "changes"), [
+    ("Qwen3-1.7B", {"windows": (None,) * 27 + (9,)}),
+    ("Qwen3-1.7B", {"qkv_bias": True, "o_bias": True, "norm_eps": 1e-3}),
+    ("Mistral-7B-Instruct-v0.3", {"windows": (None, 9) * 16, "rope": Rope(5e5, "linear", 3.0)}),
+    ("Llama-3.2-1B@v5", {"mlp_bias": True, "tied_embeddings": False, "head_dim": 96,
+                         "attn_scale": 96**-0.5}),
+    ("gemma-2-2b-it", {"attn_softcap": None, "final_softcap": 7.0, "attn_scale": 10.5**-0.5}),
+    ("gemma-3-1b-it", {"rope": Rope(1e6, "linear", 8.0), "rope_local": Rope(3e4), "o_bias": True,
+                       "qkv_bias": True}),
+], ids=str)
+def test_a_changed_configuration_is_written_and_read_back(name, changes):
+    config = dataclasses.replace(from_hf(RAW[name]), **changes)
+    assert from_hf(to_hf(config)) == config
+
+
+@pytest.mark.parametrize(("name", "released", "changes"), [
+    ("llama-3.2-1b", "Llama-3.2-1B@v5", {}), ("llama-3.2-3b", "Llama-3.2-3B-Instruct", {}),
+    ("qwen3-1.7b", "Qwen3-1.7B", {}), ("qwen2.5-0.5b", "Qwen2.5-0.5B-Instruct", {}),
+    ("qwen2.5-1.5b", "Qwen2.5-1.5B@v5", {"max_context": 32_768}),
+    ("qwen3-4b", "Qwen3-4B-Instruct-2507@v5", {"max_context": 40_960, "rope": Rope(1e6)}),
+])
+def test_a_preset_is_the_released_model(name, released, changes):
+    assert preset(name) == dataclasses.replace(from_hf(RAW[released]), **changes)
 
 
 BOOKKEEPING = {

@@ -11,7 +11,8 @@ import numpy as np
 import support as s
 
 from jaxpersona.engine.generate import generate
-from jaxpersona.models.model import Model
+from jaxpersona.models import prepared
+from jaxpersona.models.model import Model, release
 from jaxpersona.models.params import Derived
 from jaxpersona.models.prepared import fast_params, in_out
 
@@ -60,6 +61,28 @@ def test_the_copy_is_made_once_and_belongs_to_its_model():
     fast_params(other, 32)
     assert fast_params(model, 16) is first
     assert fast_params(model, 4) is model.params
+
+
+def test_no_copy_is_made_of_bfloat16_or_of_a_model_above_the_limit(monkeypatch):
+    model = made()
+    size = model.config.bytes(4)
+    monkeypatch.setattr(prepared, "_LARGEST_COPY", size - 1)
+    assert fast_params(model, 8) is model.params
+    monkeypatch.setattr(prepared, "_LARGEST_COPY", size)
+    assert fast_params(model, 8) is not model.params
+    narrow = dataclasses.replace(model, params=jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16), model.params))
+    assert fast_params(narrow, 8) is narrow.params
+
+
+def test_released_weights_are_gone_and_the_fingerprint_stays():
+    model = made(seed=2)
+    mark, copy = model.fingerprint, fast_params(model, 8)
+    release(model)
+    assert all(x.is_deleted() for x in jax.tree.leaves(model.params))
+    assert model.fingerprint == mark and model.derived._held is None
+    assert not copy.layers[0].wo_dnh.value.is_deleted()
+    release(model)  # again, without an error
 
 
 def test_arrays_of_numpy_that_change_in_place_are_read_again():

@@ -37,6 +37,9 @@ def refused(capsys, path, words, *more):
     ({**HEADER, "notes": '{"a": {"b": 1}}'}, r"notes\['a'\] is a dict"),
     ({**HEADER, "norm": "unit"}, "norm is 'unit'; only 'none' is supported"),
     ({k: v for k, v in HEADER.items() if k != "norm"}, "norm is None"),
+    ({**HEADER, "layer_base": "1"}, "layer_base is '1'; only '0' is supported"),
+    ({**HEADER, "sign": "+assistant"}, "sign is '.assistant'; only '.' is supported"),
+    ({**HEADER, "kind": "probe"}, "kind is 'probe'; it must be one of .'axis', 'vector', 'caps'"),
     ({**CAPS, "notes": DEEP}, "notes cannot be parsed"),
     ({**CAPS, "layers": DEEP}, "layers cannot be parsed"),
     ({**CAPS, "labels": DEEP}, "labels cannot be parsed"),
@@ -198,14 +201,14 @@ def test_a_caps_file_that_lies_is_named(tmp_path):
     fields = dict(values=VALUES[:2], layers=(1, 2), floors=np.zeros(2), labels=("a", "b"))
     for change, words in (({"layers": (1,)}, "length 1 a"), ({"floors": [np.nan, 0]}, "non-finite"),
                           ({"values": 0 * VALUES[:2]}, "zero vector"),
-                          ({"layers": (1, True)}, "must be in 0"),
+                          ({"layers": (1, True)}, "an integer in 0"),
                           ({"fingerprint": "x"}, "sixteen hexadecimal")):
         with pytest.raises(ValueError, match=words):
             Caps(**{**fields, **change})
     header = {"format": "jaxpersona-vector", "kind": "caps", "layer_base": "0", "sign": "+",
               "norm": "none", "site": "residual", "layers": "[1]", "labels": '["a"]'}
     for change, words in (({"site": "mlp"}, "site"), ({"layers": "5"}, "must be a list"),
-                          ({"sign": "-"}, "sign"), ({"layers": "[1.5]"}, "must be in 0")):
+                          ({"sign": "-"}, "sign"), ({"layers": "[1.5]"}, "an integer in 0")):
         write_tensors(tmp_path / "c.safetensors", {"values": VALUES[:1], "floors": VALUES[0, :1]},
                       {**header, **change})
         with pytest.raises(ValueError, match=rf"c\.safetensors.*{words}"):

@@ -76,6 +76,11 @@ def test_persona_vectors_are_rebased_and_say_so(tmp_path, pool):
     torch.save(tensor(VALUES[:2]), file)
     with pytest.raises(ValueError, match=r"\[L \+ 1, D\]"):
         load_vector(file)
+    torch.save(tensor(VALUES), tmp_path / "mood_vector.pt")
+    named = load_vector(tmp_path / "mood_vector.pt", kind="persona")
+    assert (named.name, named.notes["pool"], named.n_layers) == ("mood_vector", "unknown", 3)
+    named = load_vector(tmp_path / "mood_vector.pt", kind="role")
+    assert (named.name, named.n_layers) == ("mood", 4)
 
 
 def test_capping_experiments_become_floors(tmp_path):
@@ -283,7 +288,7 @@ def one_cap(cap=1.0, **vector):
 
 
 @pytest.mark.parametrize(("content", "words"), [
-    ({"x": 1}, "any of the keys axis, vector and experiments"), ({"axis": 5}, "axis is int"),
+    ({"x": 1}, "any of the keys axis, vector or experiments"), ({"axis": 5}, "axis is int"),
     ({"vector": torch.ones(2, 2)}, "'role' is missing"),
     ({"axis": torch.ones(3)}, r"axis is \[3\]"),
     ({"axis": torch.ones(2, 2, dtype=torch.int64)}, "torch.int64"),
@@ -292,9 +297,10 @@ def one_cap(cap=1.0, **vector):
     ({"vectors": {}, "experiments": []}, "experiments is empty"),
     ({"vectors": {}, "experiments": [{"id": "a", "interventions": []}]}, "has no caps"),
     ({**one_cap(), "vectors": {}}, "'q', which is not in vectors"),
-    (one_cap(layer="2"), "integer layer"), (one_cap(layer=-2), "must be in 0"),
+    (one_cap(layer="2"), "integer layer"), (one_cap(layer=-2), "integer in 0"),
     (one_cap("x"), "not a number"), (one_cap(1e300), "non-finite"),
-    (one_cap(vector=torch.ones(1, 3)), r"tensor \[D\]"),
+    (one_cap(vector=torch.ones(1, 3)), r"tensor \[D\]"), (one_cap(True), "cap is True, not a num"),
+    ({**one_cap(), "experiments": one_cap()["experiments"] * 2}, "contains 'a' twice"),
 ])
 def test_a_pt_file_of_another_content_is_named(tmp_path, content, words):
     """Each missing field gives a one-line error."""

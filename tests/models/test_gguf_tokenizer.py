@@ -1,0 +1,141 @@
+"""Tokenizers built from the metadata of GGUF files: stop tokens, added tokens and vocabularies."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from jaxpersona.ckpts import gguf_tokenizer
+from tokenizers import pre_tokenizers
+
+from jaxpersona.errors import UserError
+
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def fields(kind, tokens, kinds=None, architecture="llama", **more):
+    kinds = {} if kinds is None else {"token_type": np.array(kinds)}
+    own = {"model": kind, "tokens": tokens, **kinds, **more}
+    return {"general.architecture": architecture,
+            **{f"tokenizer.ggml.{key}": value for key, value in own.items()}}
+
+
+def byte_level(extra, **more):
+    """Return the fields of a byte-level vocabulary with control tokens after its letters."""
+    kinds = [1] * len(LETTERS) + [3] * len(extra)
+    return fields("gpt2", [*LETTERS, *extra], **{"kinds": kinds, "merges": [], **more})
+
+
+def texts(made, text, **more):
+    tokenizer = gguf_tokenizer.build(made)
+    return tokenizer.convert_ids_to_tokens(tokenizer(text, **more).input_ids)
+
+
+def test_known_ends_of_turn_are_stop_tokens_even_if_the_metadata_omits_them():
+    """Only control tokens are; the ids of the metadata come first."""
+    tokens = ["a", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<|im_end|>", "<|eom_id|>"]
+    made = fields("gpt2", tokens, [1, 3, 3, 1, 3, 1], eos_token_id=2)
+    assert gguf_tokenizer.stop_ids(made) == (2, 1, 4)
+    made |= {"tokenizer.ggml.eom_token_id": 5, "tokenizer.ggml.eot_token_id": 0}
+    assert gguf_tokenizer.stop_ids(made) == (2, 0, 5, 1, 4)
+    assert gguf_tokenizer.stop_ids({}) == ()
+
+
+def test_a_file_may_say_that_texts_end_with_eos():
+    ends = {"bos_token_id": len(LETTERS), "eos_token_id": len(LETTERS) + 1}
+    for more, want in (({"add_eos_token": True}, ["a", "<e>"]), ({}, ["a"]),
+                       ({"add_eos_token": True, "add_bos_token": True}, ["<s>", "a", "<e>"])):
+        assert texts(byte_level(["<s>", "<e>"], **ends, **more), "a") == want
+
+
+def test_added_tokens_are_matched_whole_and_only_control_tokens_are_special():
+    tokens = ["<think>", "<|im_end|>"]
+    made = byte_level(tokens, kinds=[1] * len(LETTERS) + [4, 3])
+    tokenizer = gguf_tokenizer.build(made)
+    ids = tokenizer("a<think>b<|im_end|>").input_ids
+    assert tokenizer.convert_ids_to_tokens(ids) == ["a", "<think>", "b", "<|im_end|>"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a<think>b"
+
+
+@pytest.mark.parametrize(("pre", "want"), [("llama-bpe", ["abc"]), ("smollm", ["a", "b", "c"])])
+def test_a_word_of_the_vocabulary_is_kept_whole_by_llama_3_alone(pre, want):
+    assert texts(byte_level(["abc"], pre=pre, kinds=[1] * (len(LETTERS) + 1)), "abc") == want
+
+
+def test_gemma_merges_by_id_and_has_tokens_of_several_spaces():
+    """GGUF files store them as spaces; no space is added before a text."""
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "a", "b", "c", "▁", "  ", "bc", "ab"]
+    scores = np.array([0.0] * 9 + [-9.0, -1.0])
+    made = fields("llama", tokens, [3, 3, 3, 2] + [1] * 7, "gemma2", scores=scores, bos_token_id=2,
+                  eos_token_id=1, unknown_token_id=3, padding_token_id=0)
+    assert texts(made, "abc  a") == ["<bos>", "a", "bc", "▁▁", "a"]
+    tokenizer = gguf_tokenizer.build(made)
+    assert tokenizer.decode(tokenizer("abc  a").input_ids, skip_special_tokens=True) == "abc  a"
+    assert (tokenizer.pad_token_id, tokenizer.unk_token_id) == (0, 3)
+    llama = {**made, "general.architecture": "llama", "tokenizer.ggml.add_space_prefix": False}
+    assert texts(llama, "abc") == ["<bos>", "ab", "c"]  # by score
+
+
+def test_merges_of_a_file_are_used_instead_of_its_scores():
+    made = fields("llama", ["<unk>", "a", "b", "c", "bc", "ab"], unknown_token_id=0,
+                  scores=np.array([0.0] * 4 + [-1.0, -9.0]), merges=["a b", "b c"],
+                  add_space_prefix=False, add_bos_token=False)
+    assert texts(made, "abc") == ["ab", "c"]
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"ggml.token_type": np.ones(3)}, "token_type must contain one integer per token"),
+    ({"ggml.merges": ["a b c"]}, "merges must contain strings of two tokens"),
+    ({"ggml.model": "llama", "ggml.scores": np.ones(3)}, "scores must contain one number per"),
+    ({"ggml.tokens": ["a" * 1025]}, "must contain strings of at most 1024 characters"),
+    ({"chat_template": 5}, "chat_template is 5; it must be a string"),
+])
+def test_a_damaged_vocabulary_is_named(changes, words):
+    made = byte_level([]) | {f"tokenizer.{key}": value for key, value in changes.items()}
+    if "ggml.scores" in changes:
+        del made["tokenizer.ggml.merges"]
+    with pytest.raises(UserError, match=words):
+        gguf_tokenizer.build(made)
+
+
+def test_a_sentencepiece_vocabulary_merges_by_score():
+    words = ["he", "ll", "hell", "o", "▁hello", "hello", "▁"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *"hel", *words]
+    scores = np.array([0.0] * 262 + [-1.0, -2.0, -3.0, -9.0, -5.0, -4.0, -9.0])
+    kinds = np.array([2, 3, 3, *[6] * 256, *[1] * 10])
+    fields = {"general.architecture": "llama", "tokenizer.ggml.model": "llama",
+              "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.scores": scores,
+              "tokenizer.ggml.token_type": kinds, "tokenizer.ggml.bos_token_id": 1,
+              "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0}
+    tokenizer = gguf_tokenizer.build(fields)
+    ids = tokenizer("hello é").input_ids
+    assert [tokens[i] for i in ids] == ["<s>", "▁hello", "▁", "<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "hello é"
+    bare = gguf_tokenizer.build(fields | {"tokenizer.ggml.add_space_prefix": False,
+                                          "tokenizer.ggml.add_bos_token": False})
+    assert [tokens[i] for i in bare("hello</s>").input_ids] == ["hello", "</s>"]
+
+
+@pytest.mark.parametrize(("pre", "begins"), [("llama-bpe", True), ("smollm", False)])
+def test_a_file_that_does_not_say_whether_texts_begin_with_bos(pre, begins):
+    """Texts begin with BOS in Llama 3's tokenizers, but not in SmolLM's."""
+    tokens = [*LETTERS, "<bos>"]
+    fields = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2",
+              "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens,
+              "tokenizer.ggml.merges": [], "tokenizer.ggml.bos_token_id": len(tokens) - 1}
+    for more, first in (({}, begins), ({"tokenizer.ggml.add_bos_token": not begins}, not begins)):
+        ids = gguf_tokenizer.build(fields | more)("ab").input_ids
+        assert [tokens[i] for i in ids] == ["<bos>"] * first + ["a", "b"]
+
+
+def digits(text):
+    """Return the tokens of a text in a vocabulary of byte characters, split like SmolLM's."""
+    tokens = [*LETTERS, "ĠĠ"]
+    fields = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2",
+              "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens,
+              "tokenizer.ggml.merges": ["Ġ Ġ"]}
+    return [tokens[i] for i in gguf_tokenizer.build(fields)(text).input_ids]
+
+
+def test_digits_are_split_before_spaces_are_grouped():
+    """llama.cpp and the released tokenizer split digits first; transformers' reader does not."""
+    assert digits("a  12") == ["a", "ĠĠ", "1", "2"]
