@@ -364,6 +364,31 @@ def test_a_vocabulary_that_does_not_divide_is_whole_on_every_device_but_its_widt
             share, 16)
 
 
+def test_the_platform_of_values_without_devices_is_that_of_the_program():
+    here = jax.device_put(np.ones(2, np.float32))
+    assert sharding.platform(np.ones(2)) == sharding.platform(here) == jax.default_backend()
+    assert sharding.on_cpu(here) is (jax.default_backend() == "cpu")
+    with sharding.running_on("gpu"):
+        with sharding.running_on("tpu"):
+            assert sharding.platform(np.ones(2), 3.0) == "tpu" and not sharding.on_cpu(np.ones(2))
+            assert sharding.platform(np.ones(2), here) == jax.default_backend()
+        assert sharding.platform() == "gpu" and sharding.in_program()
+    assert not sharding.in_program()
+    with jax.default_device("cpu"):
+        assert sharding.default_device() == jax.local_devices(backend="cpu")[0]
+    with jax.default_device(jax.devices()[3]):
+        assert sharding.default_device() == jax.devices()[3]
+
+
+def test_a_set_mesh_of_auto_axes_does_not_concern_an_array_on_one_device():
+    here = jax.device_put(np.ones(2, np.float32))
+    for kind, wrong in ((AxisType.Auto, False), (AxisType.Explicit, True)):
+        context = pytest.raises(ValueError, match="the mesh x=8 is set, but the model is on one")
+        with jax.set_mesh(jax.make_mesh((8,), ("x",), axis_types=(kind,))):
+            with context if wrong else contextlib.nullcontext():
+                sharding.check_set_mesh(here)
+
+
 def test_a_mesh_takes_the_first_of_the_given_devices():
     mesh = sharding.make_mesh(data=1, model=2, devices=jax.devices()[4:])
     assert mesh.devices.ravel().tolist() == jax.devices()[4:6]

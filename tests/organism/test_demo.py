@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -126,3 +127,40 @@ def test_a_drift_is_read_at_its_last_pulling_turn(monkeypatch):
     assert (found["drift_readout_uncapped"], found["drift_readout_capped"]) == (34.0, 134.0)
     assert sample.messages == [*openings[6], {"role": "user", "content": messages[6][3]}]
     assert (sample.uncapped, sample.capped) == (STRANGE, PLAIN)
+
+
+def test_the_geometry_is_that_of_the_middle_layer():
+    """Four layers; at layer 2, projections rise with likeness, but fall in the held-out roles."""
+    def mean(name):
+        role = world.ROLES.get(name)
+        at = 0.0 if role is None else role.likeness * (-1 if role.held_out else 1)
+        return np.array([5.0, 5.0, at, 5.0])
+
+    components = [SimpleNamespace(ratio=np.array([share, 0.0])) for share in (0.1, 0.2, 0.3, 0.4)]
+    analysis = SimpleNamespace(names=("a", "b", "c"), cos_pc1=np.array([0.1, 0.2, 0.9, 0.4]),
+                               components=components)
+    found = SimpleNamespace(projections=dict.fromkeys(["default", *world.ROLES]),
+                            mean_projection=mean, analysis=analysis)
+    model = SimpleNamespace(config=SimpleNamespace(n_layers=4))
+    assert demo._geometry(model, found) == {
+        "roles": len(world.ROLES), "roles_in_axis": 3, "layers": 4, "middle_layer": 2,
+        "cos_pc1_axis_middle": 0.9, "pc1_variance_middle": 0.3,
+        "spearman_truth": pytest.approx(1.0), "spearman_heldout": pytest.approx(-1.0)}
+
+
+def test_the_speed_is_the_median_of_pairs(monkeypatch):
+    """Uncapped calls take 2 s and capped calls 4 s; the first two calls are not counted."""
+    clock, calls, told = [0.0], [], []
+
+    def generate(model, talks, *, interventions, **more):
+        calls.append((model.stop_ids, len(talks), interventions, more["max_new_tokens"]))
+        clock[0] += 100.0 if len(calls) < 3 else 2.0 if interventions is None else 4.0
+
+    monkeypatch.setattr(demo, "generate", generate)
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: clock[0])
+    model = dataclasses.make_dataclass("Model", ["stop_ids"])((3, 7))
+    found = demo._speed(model, "cap", lambda *x: told.append(x))
+    assert calls == [((), 32, edit, 64) for _ in range(9) for edit in (None, "cap")]
+    assert found == {"tokens_per_second": 32 * 64 / 2, "capped_over_uncapped": 0.5,
+                     "capped_over_uncapped_pairs": [0.5] * 8}
+    assert told == [("speed", i, 8, 0) for i in range(1, 9)]

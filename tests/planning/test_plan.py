@@ -270,6 +270,19 @@ def test_a_mesh_of_gpus_needs_room_for_the_scores_of_a_chunk():
         queries + 6 * 4 * 32 * 512 * 2048)
 
 
+def test_what_cannot_be_planned_is_refused(monkeypatch):
+    monkeypatch.setattr(chips, "tpu_devices", lambda topology: [None] * 3)
+    for topology, given, wanted in (
+            ("v5e:2x2", {}, "libtpu lists 3 devices for the 4 chips of topology 'v5e:2x2'"),
+            ("h200:1", {"batch": 2.5}, "batch is 2.5, context is 2048; both must be ints"),
+            ("h200:1", {"context": "2"}, "batch is 32, context is '2'; both"),
+            ("h200:1", {"batch": 0}, "batch is 0 and context is 2048; batch must be at least 1"),
+            ("h200:8", {"mesh": {"data": 4}}, "mesh data=4 needs 4 chips; the topology has 8"),
+            (8, {}, "topology is 8; use chip:extents")):
+        with pytest.raises(ValueError, match=wanted):
+            plan.plan(SMALL, topology, **given)
+
+
 def test_a_plan_may_fill_the_context():
     config = preset("qwen2.5-0.5b")
     assert plan.plan(config, "h200:1", batch=1, context=config.max_context)["context"] == 32_768

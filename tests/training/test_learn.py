@@ -143,7 +143,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_direction():
 
 
 def test_an_update_that_overflows_is_not_blamed_on_the_loss():
-    model, direction = s.tiny_model(), learn.Direction(32, layers=1)
+    model, direction = s.tiny_model(n_layers=1), learn.Direction(32, layers=0)
     before = np.asarray(direction.vector[...])
     with pytest.raises(ValueError, match="at step 0, the optimizer's update of the vector is not "
                                          "finite; use a smaller learning rate"):
@@ -231,13 +231,14 @@ def test_a_direction_starts_small_and_is_exported_at_its_layers_alone():
 
 def test_a_training_that_is_cut_off_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(learn, "_SAVE_EVERY", 2)
-    model, rows = s.tiny_model(), [batch([[first, 9, 8]]) for first in (5, 17, 40)]
+    model = s.tiny_model(n_layers=1)
+    rows = [batch([[first, 9, 8]]) for first in (5, 17, 40)]
 
     def loss(output, rows):  # identifies the batch
         return rows.tokens[0, 0].astype(jnp.float32) + 0.0 * output.logits.sum()
 
     def fit(progress=None):
-        return learn.fit(model, learn.Direction(32, layers=1), loss, rows, steps=8,
+        return learn.fit(model, learn.Direction(32, layers=0), loss, rows, steps=8,
                          folder=tmp_path, progress=progress)
 
     def cut(done, *_):
