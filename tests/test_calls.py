@@ -127,9 +127,9 @@ def test_the_signature_and_the_document_stay():
 
 @pytest.mark.parametrize(("args", "named", "wanted"), [
     ((), {"BATCH": 3}, "'BATCH'; did you mean batch_tokens?"),
-    ((), {"Floor": 3}, "'Floor'; did you mean floor?"),
+    ((), {"DEVICES": 3}, "'DEVICES'; did you mean device?"),
     ((), {"maximum": 3}, "its arguments are batch_tokens, floor, device, more"),
-    ((), {"device_map": 3}, "use mesh=jp.make_mesh"),
+    ((), {"device_map": 3}, "use mesh=jp.make_mesh(…)"),
     ((), {}, "call() needs batch_tokens, floor"),
     ((), {"floor": 1}, "call() needs batch_tokens"),
     ((1,), {"floor": 2}, "takes no arguments by position; pass 1 by keyword, as one of "
@@ -141,7 +141,7 @@ def test_the_fix_fits_the_signature(args, named, wanted):
 
     with pytest.raises(jp.UserError) as caught:
         checked_call(call)(*args, **named)
-    assert str(caught.value).startswith("call() ") and wanted in str(caught.value)
+    assert str(caught.value).startswith("call() ") and str(caught.value).endswith(wanted)
 
 
 def test_a_type_error_inside_a_function_is_not_caught():
