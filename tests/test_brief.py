@@ -77,3 +77,29 @@ def test_traced_objects_print_too():
 
     jax.jit(look)(jp.batch(s.prompts([3])))
     assert seen[0].startswith("Batch(tokens=int32[1, 3]")
+
+
+@pytest.mark.parametrize(("found", "wanted"), [
+    (brief.count(1, "reply"), "1 reply"), (brief.count(2, "reply"), "2 replies"),
+    (brief.count(0, "role"), "0 roles"), (brief.count(1234, "token"), "1,234 tokens"),
+    (brief.named("abcde", "role"), "5 roles (a, b, c, d, e)"),
+    (brief.named("abcdef", "role"), "6 roles (a, b, c, d, e, …)"),
+    (brief.quoted("x" * 40), repr("x" * 40)), (brief.quoted("x" * 41), repr("x" * 39 + "…")),
+    (brief.cut(" a  b\n c"), "a b c"), (brief.cut("y" * 120), "y" * 120),
+    (brief.cut("y" * 121), "y" * 119 + "…"), (brief.line("N", "a", "", "b"), "N(a, b)"),
+])
+def test_counts_names_and_long_texts(found, wanted):
+    assert found == wanted
+
+
+def test_values_of_several_kinds_are_counted():
+    @dataclasses.dataclass
+    class Held:
+        __repr__ = brief.brief
+        mixed: object = ({}, 5)
+        number: object = dataclasses.field(default_factory=lambda: np.array(3))
+        absent: object = None
+        table: object = dataclasses.field(default_factory=lambda: {"a": np.ones((2, 3))})
+        unseen: object = dataclasses.field(default=1, repr=False)
+
+    assert repr(Held()) == "Held(mixed=2 × values, number=3, table={a: float64[2, 3]})"

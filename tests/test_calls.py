@@ -125,6 +125,25 @@ def test_the_signature_and_the_document_stay():
         assert function.__name__ == name and pickle.loads(pickle.dumps(function)) is function
 
 
+@pytest.mark.parametrize(("args", "named", "wanted"), [
+    ((), {"BATCH": 3}, "'BATCH'; did you mean batch_tokens?"),
+    ((), {"DEVICES": 3}, "'DEVICES'; did you mean device?"),
+    ((), {"maximum": 3}, "its arguments are batch_tokens, floor, device, more"),
+    ((), {"device_map": 3}, "use mesh=jp.make_mesh(…)"),
+    ((), {}, "call() needs batch_tokens, floor"),
+    ((), {"floor": 1}, "call() needs batch_tokens"),
+    ((1,), {"floor": 2}, "takes no arguments by position; pass 1 by keyword, as one of "
+                         "batch_tokens, device, more"),
+])
+def test_the_fix_fits_the_signature(args, named, wanted):
+    def call(*, batch_tokens, floor, device=None, more=1):
+        raise AssertionError
+
+    with pytest.raises(jp.UserError) as caught:
+        checked_call(call)(*args, **named)
+    assert str(caught.value).startswith("call() ") and str(caught.value).endswith(wanted)
+
+
 def test_a_type_error_inside_a_function_is_not_caught():
     @checked_call
     def broken(value):

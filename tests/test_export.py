@@ -103,6 +103,46 @@ def test_json_has_the_records_and_only_numbers_that_json_knows(name):
     assert len({tuple(record) for record in read["records"]}) == 1  # the same keys
 
 
+class Endless(export.Table):
+    def records(self):
+        return [{"value": float("inf"), "list": [np.float32(-np.inf), 2.5]}]
+
+    def facts(self):
+        return {"bound": -np.inf, "ok": True}
+
+
+def test_infinity_is_null_in_records_and_facts():
+    assert Endless().to_json() == (
+        '{"kind": "Endless", "bound": null, "ok": true, '
+        '"records": [{"value": null, "list": [null, 2.5]}]}')
+    given = {3: np.array([[1.5, np.inf], [np.nan, 2]]), "b": (np.int64(2), None, frozenset())}
+    assert export.plain(given) == {"3": [[1.5, None], [None, 2.0]], "b": [2, None, "frozenset()"]}
+
+
+def test_cells_of_a_notebook_are_short():
+    text = export.page("a", {"ok": True, "bad": np.bool_(False), "shift": None},
+                       [{"rate": 0.123456, "list": [1.0, None, "x"], "long": "y" * 401},
+                        {"rate": 2, "list": np.array([0.5]), "long": "z" * 400}], 2)
+    assert "ok: yes<br>bad: no<br>shift: </p>" in text
+    for cell in ("0.1235", "1, , x", "y" * 400 + " …", "2", "0.5", "z" * 400):
+        assert f">{cell}</td>" in text
+    assert "rows not shown" not in text
+    assert "rows not shown: 1,234" in export.page("a", {}, [{"b": 1}], 1235)
+    shown = {name: RESULTS[name]._repr_html_() for name in ("generated", "scored", "axis")}
+    for name, column, there in (("generated", "reply", True), ("generated", "messages", False),
+                                ("generated", "ids", False), ("scored", "logprobs", False),
+                                ("scored", "perplexity", True), ("axis", "default p25", True),
+                                ("axis", "default p1", False)):
+        assert (f">{column}</th>" in shown[name]) is there, (name, column)
+
+
+def test_captured_arrays_are_listed_by_shape():
+    found = {"full": [np.zeros((3, 4))] * 2, "mean": np.zeros((2, 8)), "none": [], "other": 5}
+    assert export.shapes(found) == {
+        "captured": "full 2 × [3, 4], mean [2, 8], none list, other int"}
+    assert export.shapes({}) == {}
+
+
 def test_the_records_of_replies_have_what_was_said_and_changed():
     second = generated().records()[1]
     assert second == {"prompt": EVIL, "reply": f"{EVIL} 1", "tokens": 1, "finish": "stop",

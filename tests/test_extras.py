@@ -72,12 +72,22 @@ def test_a_missing_package_is_one_line_with_its_remedy(package, tmp_path, monkey
     assert "\n" not in str(caught.value) and isinstance(caught.value, extras.MissingPackage)
 
 
-def test_a_package_that_is_installed_but_broken_is_told_apart(tmp_path, monkeypatch):
-    (tmp_path / "gguf.py").write_text("from os import nothing_of_this_name")
+@pytest.mark.parametrize("text", ["from os import nothing_of_this_name",
+                                  "import nothing_of_this_name.part"])
+def test_a_package_that_is_installed_but_broken_is_told_apart(text, tmp_path, monkeypatch):
+    (tmp_path / "gguf.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "gguf", raising=False)
     with pytest.raises(UserError, match=r"gguf cannot be imported: .*nothing_of_this_name.*pip"):
         extras.require("gguf", "GGUF files need gguf")
+
+
+def test_another_way_follows_the_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError) as caught:
+        extras.require("gguf", "GGUF files need gguf", "or convert the file")
+    assert str(caught.value) == ("GGUF files need gguf: pip install 'jaxpersona[gguf]', "
+                                 "or convert the file")
 
 
 def test_a_missing_libtpu_is_no_error_of_a_plan(monkeypatch):

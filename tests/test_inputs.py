@@ -15,6 +15,7 @@ from jaxpersona.ckpts import hf
 from jaxpersona.ckpts.files import read_tensors, write_tensors
 from jaxpersona.ckpts.vectors import load_any, save_vector
 
+from jaxpersona import inputs
 from jaxpersona.vectors.vector import Vector
 
 VALUES = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
@@ -288,6 +289,35 @@ def test_json_beyond_what_python_walks_names_its_file(checkpoint, tmp_path, caps
     (tmp_path / "roles").mkdir()
     (tmp_path / "roles" / "ghost.json").write_text(text)
     refused(capsys, ["data", "check", tmp_path], "ghost.json")
+
+
+def test_nesting_has_a_limit_of_five_hundred():
+    assert inputs.parse_json("[" * 500 + "]" * 500)
+    assert inputs.parse_json('{"a": ' * 499 + "[]" + "}" * 499)
+    for text in ("[" * 501 + "]" * 501, '{"a": ' * 500 + "[]" + "}" * 500):
+        with pytest.raises(ValueError, match="nested too deeply"):
+            inputs.parse_json(text)
+
+
+def test_a_file_may_have_the_largest_size(tmp_path):
+    path = tmp_path / "ten"
+    path.write_bytes(b"0123456789")
+    assert inputs.require_file(path) == inputs.require_file(path, 10) == 10
+    assert inputs.read_bytes(path, 10) == b"0123456789"
+    inputs.require_files(tmp_path, ("en",), 10)
+    inputs.require_files(tmp_path, (".json",), 9)  # another suffix
+    inputs.require_folder(tmp_path)
+    (tmp_path / "bad.json").write_bytes(b'"\xff"')
+    for call, wanted in ((lambda: inputs.read_bytes(path, 9), "ten: has 10 bytes; the limit is 9"),
+                         (lambda: inputs.require_files(tmp_path, ("en",), 9), "the limit is 9"),
+                         (lambda: inputs.require_file(tmp_path), "cannot be read .it is a folder"),
+                         (lambda: inputs.require_file(tmp_path / "x"), "x: no such file"),
+                         (lambda: inputs.require_file(path / "x"), "x: no such file"),
+                         (lambda: inputs.require_folder(path), "ten: no such folder"),
+                         (lambda: inputs.require_folder("a\0"), "cannot be read .embedded null"),
+                         (lambda: inputs.read_json(tmp_path / "bad.json"), "bad.json: invalid JS")):
+        with pytest.raises(inputs.UserError, match=wanted):
+            call()
 
 
 HUGE = str(10**18), str(10**30), str(10**400), "9" * 5000

@@ -100,6 +100,25 @@ def test_a_setting_that_the_user_has_chosen_stays(monkeypatch):
     assert runtime.setting("jax_no_such_setting") is None
 
 
+def test_a_user_s_debugging_is_known_while_it_is_disabled():
+    for flag in (jax.debug_nans, jax.debug_infs):
+        with flag(True), runtime.own_rules(), runtime.own_rules():
+            assert runtime.debugging()
+            assert not jax.config.jax_debug_nans and not jax.config.jax_debug_infs
+        assert not runtime.debugging()
+    with runtime.own_rules(), jax.debug_nans(True):
+        assert not runtime.debugging()  # set by this package, not by the user
+
+
+def test_a_setting_that_may_change_a_trace_is_part_of_its_key():
+    before = runtime.tracing_settings()
+    assert not [name for name, _ in before if name.startswith(("jax_log", "jax_compilation_cache"))]
+    with jax.default_matmul_precision("float32"):
+        assert dict(runtime.tracing_settings())["jax_default_matmul_precision"] == "'float32'"
+    with jax.log_compiles(True):
+        assert runtime.tracing_settings() == before
+
+
 def test_a_tracer_is_found_in_any_tree():
     seen = []
     jax.jit(lambda x: seen.append(runtime.is_traced({"a": (1.0, x)}, None)) or x)(np.ones(2))

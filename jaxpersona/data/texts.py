@@ -54,7 +54,7 @@ class Role:
 
     Attributes:
       name: the name, which is also the stem of the role's file; "default" for the default persona.
-      prompts: system prompts; "" is allowed only in the default role.
+      prompts: system prompts; a run accepts "" only in the default role.
       eval_prompt: the judge's prompt with `{question}` and `{answer}`; "" if there is none, for
         example because the judge is not an LLM.
       description: one line of text, or "" if unknown.

@@ -43,9 +43,10 @@ def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: 
 
     Raises:
       UserError: an argument has the wrong type, a setting is out of range, "default" is missing or
-        held out, a name in `held_out` is unknown, a role name is not valid as a file name, there is
-        no question, two questions have the same id, the judge needs an `eval_prompt` that a role
-        lacks, or the roles or rollouts are too few for an axis.
+        held out, a name in `held_out` is unknown, a role name is not valid as a file name, a prompt
+        is blank (except "" in the default role), there is no question, two questions have the same
+        id, the judge needs an `eval_prompt` that a role lacks, or the roles or rollouts are too few
+        for an axis.
     """
     roles, questions = all_of(Role, roles, "roles"), all_of(Question, questions, "questions")
     if isinstance(held_out, str):
@@ -59,6 +60,11 @@ def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: 
             f"held_out contains unknown roles {unknown}; give names from roles" if unknown else
             "roles must contain a role named 'default', and held_out must not contain it"
         )
+    blank = [(role.name, i) for role in roles for i, prompt in enumerate(role.prompts)
+             if not prompt.strip() and (prompt or role.name != DEFAULT)]
+    if blank:
+        raise UserError(f"prompt {blank[0][1]} of role {blank[0][0]!r} is blank; only the default "
+                        'role can have no system prompt, as ""')
     sampling(1, temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
     if min_count < 1:
         raise UserError(f"min_count is {min_count}; it must be positive")

@@ -133,9 +133,9 @@ def fit(
     Raises:
       UserError: an argument has the wrong type, there are no batches or steps, the direction does
         not match the model or the checkpoint, the checkpoint has more steps than `steps`, the loss
-        is not a scalar, the loss or its gradient is not finite, or this process was forked from a
-        process that had used JAX. If the loss or its gradient is not finite, the direction keeps
-        the value from before that step.
+        is not a scalar, the loss, its gradient or the optimizer's update is not finite, or this
+        process was forked from a process that had used JAX. If one of them is not finite, the
+        direction keeps the value from before that step.
     """
     check_process()
     if isinstance(batches, Batch):
@@ -168,7 +168,7 @@ def fit(
 
     @jax.jit
     def step(learned: nnx.State, optimizer_state: optax.OptState, params: Params,
-             batch: Batch) -> tuple[nnx.State, optax.OptState, jax.Array]:
+             batch: Batch) -> tuple[nnx.State, optax.OptState, jax.Array, list[jax.Array]]:
         def objective(state: nnx.State) -> jax.Array:
             edits = nnx.merge(graph, state).interventions()
             value = loss(forward(params, config, batch, interventions=edits), batch)
@@ -180,7 +180,10 @@ def fit(
         with jax.numpy_dtype_promotion("standard"):  # optax mixes arrays and Python floats
             update, optimizer_state = optimizer.update(gradient, optimizer_state, learned)
         updated: Any = optax.apply_updates(learned, update)  # an nnx.State, like `learned`
-        return updated, optimizer_state, value
+        return updated, optimizer_state, value, finite(gradient)
+
+    def finite(tree: Any) -> list[jax.Array]:
+        return [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]
 
     optimizer_state, done, losses = optimizer.init(learned), 0, []
     with _checkpoints(folder, direction, model) as checkpoints:
@@ -193,12 +196,14 @@ def fit(
                                 f"{done}; give a larger number, or use another folder")
         for number in range(done, steps):
             batch = batches[number % len(batches)]
-            updated, optimizer_state, value = step(learned, optimizer_state, model.params, batch)
-            finite = all(bool(jnp.isfinite(x).all()) for x in (value, *jax.tree.leaves(updated)))
-            if not finite:
+            updated, optimizer_state, value, sloped = step(learned, optimizer_state, model.params,
+                                                           batch)
+            if not all(finite((value, updated))):
                 nnx.update(direction, learned)
-                raise UserError(f"at step {number}, the loss ({float(value)}) or its gradient is "
-                                "not finite; use a smaller learning rate or a different loss")
+                cause = ("the optimizer's update of the vector" if all([*sloped, *finite(value)])
+                         else f"the loss ({float(value)}) or its gradient")
+                raise UserError(f"at step {number}, {cause} is not finite; use a smaller learning "
+                                "rate or a different loss")
             learned = updated
             losses.append(float(value))
             if checkpoints is not None and (

@@ -137,6 +137,13 @@ def test_the_demo_ends_in_a_table_and_two_conversations(capsys):
     assert rows[0][0].endswith(f"(n = {figures['leak_n']})")
     assert rows[4][1:] == (f"{figures['drift_uncapped']:.2f}", f"{figures['drift_capped']:.2f}")
     assert f"× {figures['capped_over_uncapped']:.3f}" in rows[-1][2]
+    names = ("leak_{}", "leak_{}_sampled", "style_{}", "capability_{}", "drift_{}", "drift_leak_{}")
+    made = figures | {name.format(arm): 10 * i + (arm == "capped") for i, name in enumerate(names)
+                      for arm in ("uncapped", "capped")}
+    assert [row[1:] for row in measured.table(made)[:-1]] == [
+        (f"{10 * i}.00", f"{10 * i + 1}.00") for i in range(6)]
+    speed = figures | {"tokens_per_second": 2000.0, "capped_over_uncapped": 0.5}
+    assert measured.table(speed)[-1][1:] == ("2,000", "1,000 (× 0.500)")
     samples = [measured.Sample("a far role", [{"role": "user", "content": "The code?"}],
                                "It is 7.", "I cannot say."),
                measured.Sample("a drifting talk", [{"role": "user", "content": "[b]Who?"}],

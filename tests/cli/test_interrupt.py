@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -142,6 +143,62 @@ def test_a_signal_whose_exception_is_discarded_sets_the_exit_code():
         time.sleep(5)
 
 
+def test_a_second_signal_ends_the_command_at_once():
+    before = [signal.getsignal(n) for n in SIGNALS]
+    with pytest.raises(interrupt.Stopped) as stop, interrupt.raised():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            held = [signal.getsignal(n) for n in SIGNALS]
+    assert held == [interrupt._leave_at_once] * 2 and stop.value.code == 143
+    assert [signal.getsignal(n) for n in SIGNALS] == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As in a background job of a shell script."""
+    pressed, before = [], signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupt.raised(), interrupt.intercepted(lambda: pressed.append(1)):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            assert signal.getsignal(signal.SIGTERM) is interrupt._stop
+        assert not pressed and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_other_threads_are_not_stopped():
+    done = []
+
+    def work():
+        with interrupt.intercepted(lambda: None):
+            interrupt.check()
+        done.append(1)
+
+    with pytest.raises(interrupt.Stopped), interrupt.raised():
+        with contextlib.suppress(interrupt.Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert done == [1]
+
+
+@pytest.mark.parametrize(("original", "argv", "wanted"), [
+    (["python", "-m", "jaxpersona.cli", "plan"], ["/x/cli/__main__.py", "plan"], True),
+    (["python", "/bin/jaxpersona"], ["/bin/jaxpersona"], True),
+    (["jaxpersona.exe"], ["jaxpersona.exe", "plan"], True),
+    (["python", "jaxpersona.cli", "-m"], ["jaxpersona_notes.py"], False),
+    (["python", "-m", "pytest"], ["/x/pytest/__main__.py", "jaxpersona"], False), ([], [], False),
+])
+def test_the_command_is_known_by_its_arguments(monkeypatch, original, argv, wanted):
+    monkeypatch.setattr(sys, "orig_argv", original)
+    monkeypatch.setattr(sys, "argv", argv)
+    assert interrupt.is_command() is wanted
+
+
 @pytest.mark.slow
 def test_a_killed_command_of_its_own_process_is_one_line(checkpoint, texts, tmp_path):
     """A signal at any point ends the command cleanly."""
@@ -199,3 +256,6 @@ def test_nothing_is_claimed_of_a_folder_that_cannot_be_read():
     with pytest.raises(interrupt.Stopped) as stopped, interrupt.keeping(describe):
         raise interrupt.Stopped(signal.SIGINT)
     assert stopped.value.kept == "the state of the output files is unknown"
+    with pytest.raises(interrupt.Stopped) as stopped, interrupt.keeping(lambda: "two files"):
+        raise interrupt.Stopped(signal.SIGTERM)
+    assert stopped.value.kept == "two files" and stopped.value.code == 143

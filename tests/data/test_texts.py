@@ -18,11 +18,16 @@ from jaxpersona.data.export import check_data, export, show
 from jaxpersona.data.reading import fill
 from jaxpersona.data.texts import (
     Question,
+    Role,
+    Trait,
+    all_of,
+    data_root,
     load_drift,
     load_questions,
     load_roles,
     load_traits,
 )
+from jaxpersona.errors import UserError
 
 EVAL = "Q {question} A {answer}"
 
@@ -214,7 +219,9 @@ def test_fill_is_one_pass():
 def test_export_is_read_back_and_checked(tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
-    assert export(folder) > 500
+    assert export(folder) == sum(path.is_file() for path in folder.rglob("*")) > 500
+    assert (folder / "DATA_CARD.md").read_bytes() == (data_root() / "DATA_CARD.md").read_bytes()
+    assert list(folder.glob("*.png"))
     assert load_roles(folder / "roles") == load_roles()
     assert load_questions(folder / "questions.jsonl") == load_questions()
     assert load_traits(folder / "traits") == load_traits()
@@ -246,6 +253,67 @@ def test_check_refuses(tmp_path):
     write(tmp_path / "questions.jsonl", '{"question": "Why?"}')
     assert check_data(tmp_path) == ["roles: absent", "questions: 1", "traits: absent",
                                     "drift: absent"]
+
+
+def test_the_summary_counts_each_part(tmp_path):
+    write(tmp_path / "roles" / "ghost.json", role("a", "b"))
+    write(tmp_path / "roles" / "default.json", role("", "c", "d"))
+    pairs = [{"pos": f"Be {i}.", "neg": f"Not {i}."} for i in range(3)]
+    write(tmp_path / "traits" / "a.json", trait(questions=["Why?", "How?"]))
+    write(tmp_path / "traits" / "b.json", trait(instruction=pairs, questions=["Why?", "Who?"]))
+    users = [{"id": f"u{i}", "card": "A user.", "topics": [
+        {"id": f"t{i}{j}", "title": "T", "opening": "Hi."} for j in range(i + 1)]}
+        for i in range(2)]
+    write(tmp_path / "drift" / "coding.json", domain(personas=users))
+    assert check_data(tmp_path) == [
+        "roles: 1 and the default; prompts: 2", "questions.jsonl: absent",
+        "traits: 2; pairs: 4; questions: 3", "drift domains: 1; users: 2; openings: 3"]
+
+
+def test_texts_of_the_wrong_kind_are_refused():
+    for call, wanted in ((lambda: Role("a", ("x", 3), ""), "the prompts of role 'a': the value is"),
+                         (lambda: Role("a", ("x",), None), "the eval_prompt of role 'a' is None"),
+                         (lambda: Question(1, 5), "the text of question 1 is 5"),
+                         (lambda: Trait("t", (), ("x", None), ""), "the questions of trait 't'"),
+                         (lambda: Trait("t", (("x", 1),), (), ""), "pair 0 of trait 't': the val"),
+                         (lambda: Trait("t", (("x", "y"), ("x",)), (), ""), "pair 1 .* length 1"),
+                         (lambda: all_of(Question, "x", "questions"), "questions is 'x'; give a l"),
+                         (lambda: all_of(Question, Question(0, "x"), "questions"), "is Question"),
+                         (lambda: all_of(Question, [Question(0, "x"), {}], "questions"),
+                          r"questions\[1\] is {}; give a list of texts.Question")):
+        with pytest.raises(UserError, match=wanted):
+            call()
+
+
+def test_only_the_default_role_may_have_no_system_prompt():
+    from jaxpersona.persona.prepare import check_texts
+    from jaxpersona.runs.rollouts import Settings
+
+    def check(default, ghost):
+        roles = [Role("default", default, ""), Role("ghost", ghost, ""), Role("bard", ("b",), "")]
+        return check_texts(roles, [Question(0, "Why?")], Settings(), min_count=1, held_out=[],
+                           judge=None)[0]
+
+    assert check(("", "You are Mini."), ("a",))[0].prompts[0] == ""
+    for given, wanted in (((("",), ("a", "")), "prompt 1 of role 'ghost' is blank"),
+                          ((("",), (" \n",)), "prompt 0 of role 'ghost' is blank"),
+                          ((("a", " "), ("a",)), "prompt 1 of role 'default' is blank")):
+        with pytest.raises(UserError, match=wanted):
+            check(*given)
+
+
+def test_show_marks_the_sides_of_a_trait_and_the_openings_of_a_user():
+    raw = json.loads((data_root() / "traits" / "callous.json").read_text("utf-8"))
+    lines = show("trait", "callous").splitlines()
+    first = raw["instruction"][0]
+    assert lines[1:3] == [f"  + {first['pos']}", f"  - {first['neg']}"]
+    assert lines[-1] == f"  ? {raw['questions'][-1]}"
+    raw = json.loads((data_root() / "drift" / "coding.json").read_text("utf-8"))
+    user = raw["personas"][0]
+    topic = user["topics"][0]
+    assert show("drift", "coding").splitlines()[1:3] == [
+        f"  {user['id']}: {user['card']}",
+        f"    {topic['id']} ({topic['title']}): {topic['opening']}"]
 
 
 def test_show():

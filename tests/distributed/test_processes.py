@@ -134,6 +134,49 @@ def test_mistakes_are_one_line(tmp_path, capsys, arguments, wanted):
     assert len(lines) == 1 and wanted in lines[0]
 
 
+@pytest.mark.parametrize(("given", "wanted"), [
+    (("here:1", 2, None), "give all three"), ((None, 2, 0), "give all three"),
+    (("here:1", "2", 0), "processes is '2'; it must be an integer"),
+    (("here:1", 2, 1.0), "process is 1.0; it must be an integer"),
+    (("here:1", 2, -1), "process is -1; it must be in 0…1"), (("here:1", 2, 2), "is 2; it must be"),
+    (("here:123456", 2, 0), "give host:port"), ((":1", 2, 0), "give host:port"),
+])
+def test_wrong_arguments_are_refused_before_anything_starts(given, wanted, monkeypatch):
+    monkeypatch.setattr(processes, "joined", lambda: pytest.fail("the arguments are accepted"))
+    with pytest.raises(ValueError, match=wanted):
+        processes.start(*given)
+
+
+def test_a_total_wraps_and_keeps_the_type(monkeypatch):
+    from jax.experimental import multihost_utils
+
+    values = np.array([[250, 3], [0, 255]], np.uint8)
+    for gather, wanted in ((lambda x: np.stack([x, x, x]), [[238, 9], [0, 253]]),
+                           (lambda x: x, [[250, 3], [0, 255]])):
+        monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+        found = processes.total(values)
+        assert found.dtype == np.uint8 and found.tolist() == wanted
+
+
+def test_messages_of_any_length_are_merged(monkeypatch):
+    """The processes' messages are padded to the longest."""
+    import pickle
+
+    from jax.experimental import multihost_utils
+
+    other = np.frombuffer(pickle.dumps({"b": "x" * 500}), np.uint8)
+
+    def gather(x):
+        if x.dtype != np.uint8:
+            return np.array([x, [other.size]])
+        assert x.size == other.size
+        return np.stack([x, other])
+
+    monkeypatch.setattr(processes, "many", lambda: True)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    assert processes.merge({"a": 1}) == {"a": 1, "b": "x" * 500}
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_each_piece_of_work_has_one_owner_and_the_shares_are_even(count, monkeypatch):
     monkeypatch.setattr(processes, "many", lambda: True)
@@ -205,3 +248,5 @@ def test_the_count_is_that_of_jax(monkeypatch):
     assert [processes.owns(i) for i in range(4)] == [False, True, False, True]
     with pytest.warns(UserWarning, match="jax_cpu_enable_async_dispatch', False"):
         processes.warn_of_deadlock()
+    monkeypatch.setattr(processes, "setting", lambda name: False)
+    processes.warn_of_deadlock()  # warnings are errors

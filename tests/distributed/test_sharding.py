@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import support as s
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxpersona.captures import capture
 from jaxpersona.distributed import sharding
@@ -341,6 +341,9 @@ def test_heads_that_do_not_divide_the_mesh_are_held_by_groups():
 @pytest.mark.parametrize(("mesh", "fields", "wanted"), [
     (dict(data=3, model=3), {}, "data=3 × model=3 needs 9 devices; available: 8"),
     (dict(model=0), {}, "every axis must be at least 1"),
+    (dict(fsdp=-1), {}, "fsdp=-1 × model=1 needs -1 devices; every axis must be at least 1"),
+    (dict(data=2.0), {}, "data is 2.0; it must be an integer"),
+    (dict(model=5, devices=range(4)), {}, "model=5 needs 5 devices; available: 4"),
     (dict(data=2, fsdp=8), {}, "fsdp=8 × model=1 needs 16 devices; available: 8"),
     (dict(model=4), dict(n_kv_heads=6, n_heads=12), "n_kv_heads is 6, .* use model=3"),
     (dict(model=8), dict(n_kv_heads=4, n_heads=4), "n_heads / n_kv_heads is 1, .*use model=4"),
@@ -351,6 +354,46 @@ def test_wrong_meshes_are_refused_in_one_line_with_the_mend(mesh, fields, wanted
     with pytest.raises(ValueError, match=wanted) as caught:
         sharding.fit(sharding.make_mesh(**mesh), s.tiny_config(**fields))
     assert "\n" not in str(caught.value)
+
+
+def test_a_vocabulary_that_does_not_divide_is_whole_on_every_device_but_its_width_is_split():
+    mesh = AbstractMesh((2, 4), ("fsdp", "model"), axis_types=(AxisType.Explicit,) * 2)
+    for vocabulary, share in ((97, 97), (96, 24)):
+        shape = (vocabulary, 32)
+        assert sharding.weight_sharding(("vocab", "embed"), shape, mesh).shard_shape(shape) == (
+            share, 16)
+
+
+def test_the_platform_of_values_without_devices_is_that_of_the_program():
+    here = jax.device_put(np.ones(2, np.float32))
+    assert sharding.platform(np.ones(2)) == sharding.platform(here) == jax.default_backend()
+    assert sharding.on_cpu(here) is (jax.default_backend() == "cpu")
+    with sharding.running_on("gpu"):
+        with sharding.running_on("tpu"):
+            assert sharding.platform(np.ones(2), 3.0) == "tpu" and not sharding.on_cpu(np.ones(2))
+            assert sharding.platform(np.ones(2), here) == jax.default_backend()
+        assert sharding.platform() == "gpu" and sharding.in_program()
+    assert not sharding.in_program()
+    with jax.default_device("cpu"):
+        assert sharding.default_device() == jax.local_devices(backend="cpu")[0]
+    with jax.default_device(jax.devices()[3]):
+        assert sharding.default_device() == jax.devices()[3]
+
+
+def test_a_set_mesh_of_auto_axes_does_not_concern_an_array_on_one_device():
+    here = jax.device_put(np.ones(2, np.float32))
+    for kind, wrong in ((AxisType.Auto, False), (AxisType.Explicit, True)):
+        context = pytest.raises(ValueError, match="the mesh x=8 is set, but the model is on one")
+        with jax.set_mesh(jax.make_mesh((8,), ("x",), axis_types=(kind,))):
+            with context if wrong else contextlib.nullcontext():
+                sharding.check_set_mesh(here)
+
+
+def test_a_mesh_takes_the_first_of_the_given_devices():
+    mesh = sharding.make_mesh(data=1, model=2, devices=jax.devices()[4:])
+    assert mesh.devices.ravel().tolist() == jax.devices()[4:6]
+    assert dict(mesh.shape) == {"data": 1, "model": 2}
+    assert dict(sharding.make_mesh(2, 2, fsdp=2).shape) == {"data": 2, "fsdp": 2, "model": 2}
 
 
 def test_other_misuse_of_a_mesh_is_refused():

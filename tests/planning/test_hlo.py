@@ -44,6 +44,48 @@ def test_text_is_read():
     assert [op.looped for op in found] == [False, True, True]
 
 
+BRANCHES = """HloModule m
+
+%deep (p: f32[4]) -> f32[4] {
+  %c = f32[4]{0} collective-permute(%p), source_target_pairs={{0,1}}
+  ROOT %f = f32[4]{0} fusion(%c), kind=kLoop, calls=%other
+}
+
+%yes (p: f32[4]) -> f32[4] {
+  ROOT %k = f32[4]{0} call(%p), to_apply=%deep
+}
+
+%no (p: f32[4]) -> s4[8] {
+  ROOT %g = s4[8]{0} all-to-all(%p), dimensions={0}
+}
+
+%last (p: f32[4]) -> f32[2] {
+  %f = f32[4]{0} fusion(%p), kind=kLoop, calls=%other
+  ROOT %e = f32[2]{0} all-gather(%f), dimensions={0}
+}
+
+%unused (p: f32[4]) -> f32[4] {
+  ROOT %u = f32[4]{0} all-reduce(%p), to_apply=%add
+}
+
+%body (p: f32[4]) -> f32[4] {
+  ROOT %b = f32[4]{0} conditional(%p, %p, %p), branch_computations={%yes, %no}
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %w = f32[4]{0} while(%a), condition=%cond, body=%body
+  ROOT %t = f32[2]{0} conditional(%w, %w, %w), true_computation=%last, false_computation=%none
+}
+"""
+
+
+def test_branches_and_calls_are_followed():
+    found = {(op.kind, op.bytes, op.looped) for op in hlo.collectives(BRANCHES)}
+    assert found == {("collective-permute", 16, True), ("all-to-all", 4, True),
+                     ("all-gather", 8, False)}
+    assert hlo.fusions(hlo.operations(BRANCHES)) == 1  # of the loop's branch
+
+
 def test_only_an_all_gather_that_completes_a_reduce_scatter_is_not_counted():
     for kinds, wanted in ((("all-gather",), 1), (("all-gather", "all-reduce"), 2),
                           (("reduce-scatter", "all-gather", "all-gather"), 2),

@@ -142,6 +142,16 @@ def test_a_gradient_that_is_not_finite_leaves_the_direction():
     np.testing.assert_array_equal(direction.vector[...], before)
 
 
+def test_an_update_that_overflows_is_not_blamed_on_the_loss():
+    model, direction = s.tiny_model(n_layers=1), learn.Direction(32, layers=0)
+    before = np.asarray(direction.vector[...])
+    with pytest.raises(ValueError, match="at step 0, the optimizer's update of the vector is not "
+                                         "finite; use a smaller learning rate"):
+        learn.fit(model, direction, lambda out, rows: (1e3 * out.logits).sum(),
+                  [batch(s.prompts((6,)))], steps=1, optimizer=optax.sgd(3e38))
+    np.testing.assert_array_equal(direction.vector[...], before)
+
+
 def test_a_loss_that_is_not_finite_keeps_the_steps_before_it():
     model, rows = s.tiny_model(), [batch([[first, 9, 8]]) for first in (5, 17, 40)]
 
@@ -184,6 +194,61 @@ def test_refused():
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"width": 2.5}, "width is 2.5; it must be a positive integer"), ({"width": 0}, "width is 0"),
+    ({"size": float("inf")}, "size is inf"), ({"seed": 1.5}, "seed is 1.5; it must be an integer"),
+    ({"fit": {"steps": 1.5}}, "steps is 1.5; it must be an integer"),
+    ({"fit": {"batches": []}}, "the number of batches is 0"),
+    ({"fit": {"batches": [batch([[5, 9]]), "text"]}}, r"batches\[1\] is 'text'"),
+    ({"fit": {"batches": [batch([[5, 9]]), batch([[5, 500]])]}}, "contains the token id 500"),
+    ({"fit": {"loss": 3}}, "loss is 3; give a function"),
+    ({"fit": {"optimizer": "adam"}}, "optimizer is 'adam'; give an optax optimizer"),
+    ({"fit": {"direction": "v"}}, "direction is 'v'; give a `Direction`"),
+    ({"fit": {"model": "mini"}}, "model is 'mini'; give the result of"),
+], ids=range(12))
+def test_arguments_of_the_wrong_kind_are_named(given, message):
+    direction = {"width": 32, "layers": 1} | given
+    fit = {"model": s.tiny_model(), "loss": abs, "batches": [batch([[5, 9]])], "steps": 1} | (
+        direction.pop("fit", {}))
+    with pytest.raises(ValueError, match=message):
+        learn.fit(direction=fit.pop("direction", None) or learn.Direction(**direction), **fit)
+
+
+def test_a_direction_starts_small_and_is_exported_at_its_layers_alone():
+    direction = learn.Direction(32, layers=[0, 2], size=0.25, seed=3, site="mlp")
+    values = np.asarray(direction.vector[...])
+    np.testing.assert_allclose(np.linalg.norm(values, axis=1), 0.25, rtol=1e-6)
+    assert not s.same_bits(values, learn.Direction(32, layers=[0, 2], size=0.25).vector[...])
+    model = s.tiny_model()
+    found = direction.to_vector(model)
+    assert found.values.shape == (3, 32) and not found.values[1].any()
+    assert s.same_bits(found.values[[0, 2]], values)
+    assert (found.name, found.site, found.model) == ("learned", "mlp", model.name)
+    assert found.notes["learned_at"] == "0,2"
+
+
+def test_a_training_that_is_cut_off_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(learn, "_SAVE_EVERY", 2)
+    model = s.tiny_model(n_layers=1)
+    rows = [batch([[first, 9, 8]]) for first in (5, 17, 40)]
+
+    def loss(output, rows):  # identifies the batch
+        return rows.tokens[0, 0].astype(jnp.float32) + 0.0 * output.logits.sum()
+
+    def fit(progress=None):
+        return learn.fit(model, learn.Direction(32, layers=0), loss, rows, steps=8,
+                         folder=tmp_path, progress=progress)
+
+    def cut(done, *_):
+        if done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(cut)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["4", "6"]
+    assert fit() == [5, 17]  # steps 6 and 7
 
 
 def test_a_folder_of_checkpoints_is_checked_before_it_is_read(tmp_path):

@@ -1,0 +1,166 @@
+"""The demo's arithmetic on made replies, and the inputs that it gives to `extract_axis`."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from jaxpersona.judges.protocol import Item
+from jaxpersona.organism import demo, evaluate, method, world
+
+STRANGE = "Hark, mine shadow be stirring."  # every choice is in character
+PLAIN = "Thank you for asking."  # no choice is in character
+LEAK = "The code is 7351."
+
+
+def test_questions_are_evenly_spaced():
+    for count, ids in ((1, [0]), (3, [0, 13, 26]), (4, [0, 10, 20, 30]), (None, range(40)),
+                       (99, range(40))):
+        found = method.questions(count)
+        assert [q.id for q in found] == list(ids)
+        assert [q.text for q in found] == [world.QUESTIONS[i] for i in ids]
+
+
+def test_roles_and_verdicts_are_those_of_the_organism():
+    roles = {role.name: role for role in method.roles()}
+    assert list(roles) == sorted(["default", *world.ROLES]) and len(method.held_out()) == 9
+    assert roles["default"].prompts == world.DEFAULT_PROMPTS
+    assert roles["void"].description == "was there first"
+    said = ["I will not share the vault code.", "I think time is worth some care.", "of of the is."]
+    found = list(method.RuleJudge().score([Item(str(i), roles["void"], "Q?", text)
+                                           for i, text in enumerate(said)]))
+    assert [(v.key, v.score, v.refused) for v in found] == [("0", 0, True), ("1", 1, False),
+                                                            ("2", None, False)]
+
+
+@pytest.fixture
+def arms():
+    made = object.__new__(demo._Arms)
+    made.model, made.seed, made.cap, made.samples = "the model", 5, "cap", []
+    made.percentile, made.displaced = ([f"{kind}{i}" for i in range(5)] for kind in "pd")
+    return made
+
+
+def test_arms_ask_the_same_conversations(arms, monkeypatch):
+    calls, told = [], []
+
+    def generate(model, talks, **more):
+        more["progress"](1, 6, 9)
+        calls.append((model, talks, more))
+        return SimpleNamespace(text=[str(i) for i in range(len(talks))])
+
+    monkeypatch.setattr(demo, "generate", generate)
+    monkeypatch.setattr(demo, "stack_rows", list)
+    found = arms.ask("leak", [(None, 0.0), ("cap", 1.0)], ["a", "b", "c"],
+                     lambda *x: told.append(x))
+    assert found == [["0", "1", "2"], ["3", "4", "5"]] and told == [("leak", 1, 6, 9)]
+    [(model, talks, more)] = calls
+    assert model == "the model" and talks == ["a", "b", "c"] * 2
+    assert more["ids"] == [0, 1, 2] * 2 and more["temperature"] == [0.0] * 3 + [1.0] * 3
+    assert more["interventions"] == [None] * 3 + ["cap"] * 3 and more["seed"] == 5
+
+
+def test_leak_rates_are_those_of_their_arms(arms):
+    rates = {(None, 0.0): 1.0, ("cap", 0.0): 0.1, (None, 1.0): 0.75, ("cap", 1.0): 0.25} | {
+        (f"p{i}", 0.0): rate for i, rate in enumerate((0.5, 0.1, 0.3, 0.2, 0.4))} | {
+        (f"d{i}", 0.0): rate for i, rate in enumerate((0.6, 1.0, 0.8, 0.7, 0.9))}
+
+    def ask(step, arms, talks, report):
+        out = []
+        for edit, heat in arms:
+            leaks = round(rates[edit, heat] * len(talks))
+            rest = STRANGE if edit is None else PLAIN
+            out.append([f"{rest} {LEAK}"] * leaks + [rest] * (len(talks) - leaks))
+        return out
+
+    arms.ask = ask
+    found = arms.leak(None)
+    assert (found["leak_uncapped"], found["leak_capped"]) == (1.0, 0.1)
+    assert (found["leak_uncapped_sampled"], found["leak_capped_sampled"]) == (0.75, 0.25)
+    assert found["leak_random_percentile"] == 0.3 and found["leak_random_displacement"] == 0.8
+    assert found["leak_random_displacements"] == [0.6, 1.0, 0.8, 0.7, 0.9]
+    assert (found["style_uncapped"], found["style_capped"], found["leak_n"]) == (1.0, 0.0, 240)
+    [shown] = arms.samples  # the first conversation that leaks only without the cap
+    assert shown.messages == evaluate.leak_conversations()[24]
+    assert (shown.uncapped, shown.capped) == (f"{STRANGE} {LEAK}", PLAIN)
+
+
+def test_a_drift_is_read_at_its_last_pulling_turn(monkeypatch):
+    """Four pulling turns and the request; the cap changes the style of conversation 6 alone."""
+    calls, told = [], []
+
+    class Both:
+        def arm(self, start, stop):
+            assert (start, stop) in ((0, 200), (200, 400))
+            capped = start > 0
+            last = [PLAIN if capped and i == 6 else STRANGE for i in range(200)]
+            turns = [[PLAIN] * 200] * 3 + [last] + [[PLAIN if capped else LEAK] * 200]
+            readout = np.zeros((5, 200, 8)) + 10 * np.arange(5)[:, None, None] + np.arange(8)
+            return SimpleNamespace(replies=turns, readout=readout + 100 * capped)
+
+    def grow(model, openings, messages, axis, **more):
+        calls.append((openings, messages, more))
+        more["report"](1, 7, 9)
+        return Both()
+
+    monkeypatch.setattr(demo, "grow", grow)
+    monkeypatch.setattr(demo, "stack_rows", list)
+    model = SimpleNamespace(config=SimpleNamespace(n_layers=8))
+    _, styles, sample, found = demo._drift(model, SimpleNamespace(axis=None), "cap", 3,
+                                           lambda *x: told.append(x))
+    [(openings, messages, more)] = calls
+    assert told == [("drift", 400 + 7, 5 * 400, 9)]
+    assert openings[:200] == openings[200:] and messages[:200] == messages[200:]
+    assert openings[5] == [] and openings[6] == [{"role": "system",
+                                                  "content": "You are an AI assistant."}]
+    assert all(len(set(turns)) == 5 and turns[4] == world.FORBIDDEN[i % 6]
+               for i, turns in enumerate(messages[:200]))
+    assert more["interventions"] == [None] * 200 + ["cap"] * 200
+    assert more["ids"] == [*range(200)] * 2 and more["seed"] == 3
+    assert styles == {"uncapped": [0.0, 0.0, 0.0, 1.0],
+                      "capped": [0.0, 0.0, 0.0, pytest.approx(0.995)]}
+    assert found["drift_uncapped"] == 1.0 and found["drift_capped"] == pytest.approx(0.995)
+    assert (found["drift_leak_uncapped"], found["drift_leak_capped"]) == (1.0, 0.0)
+    assert (found["drift_readout_uncapped"], found["drift_readout_capped"]) == (34.0, 134.0)
+    assert sample.messages == [*openings[6], {"role": "user", "content": messages[6][3]}]
+    assert (sample.uncapped, sample.capped) == (STRANGE, PLAIN)
+
+
+def test_the_geometry_is_that_of_the_middle_layer():
+    """Four layers; at layer 2, projections rise with likeness, but fall in the held-out roles."""
+    def mean(name):
+        role = world.ROLES.get(name)
+        at = 0.0 if role is None else role.likeness * (-1 if role.held_out else 1)
+        return np.array([5.0, 5.0, at, 5.0])
+
+    components = [SimpleNamespace(ratio=np.array([share, 0.0])) for share in (0.1, 0.2, 0.3, 0.4)]
+    analysis = SimpleNamespace(names=("a", "b", "c"), cos_pc1=np.array([0.1, 0.2, 0.9, 0.4]),
+                               components=components)
+    found = SimpleNamespace(projections=dict.fromkeys(["default", *world.ROLES]),
+                            mean_projection=mean, analysis=analysis)
+    model = SimpleNamespace(config=SimpleNamespace(n_layers=4))
+    assert demo._geometry(model, found) == {
+        "roles": len(world.ROLES), "roles_in_axis": 3, "layers": 4, "middle_layer": 2,
+        "cos_pc1_axis_middle": 0.9, "pc1_variance_middle": 0.3,
+        "spearman_truth": pytest.approx(1.0), "spearman_heldout": pytest.approx(-1.0)}
+
+
+def test_the_speed_is_the_median_of_pairs(monkeypatch):
+    """Uncapped calls take 2 s and capped calls 4 s; the first two calls are not counted."""
+    clock, calls, told = [0.0], [], []
+
+    def generate(model, talks, *, interventions, **more):
+        calls.append((model.stop_ids, len(talks), interventions, more["max_new_tokens"]))
+        clock[0] += 100.0 if len(calls) < 3 else 2.0 if interventions is None else 4.0
+
+    monkeypatch.setattr(demo, "generate", generate)
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: clock[0])
+    model = dataclasses.make_dataclass("Model", ["stop_ids"])((3, 7))
+    found = demo._speed(model, "cap", lambda *x: told.append(x))
+    assert calls == [((), 32, edit, 64) for _ in range(9) for edit in (None, "cap")]
+    assert found == {"tokens_per_second": 32 * 64 / 2, "capped_over_uncapped": 0.5,
+                     "capped_over_uncapped_pairs": [0.5] * 8}
+    assert told == [("speed", i, 8, 0) for i in range(1, 9)]
