@@ -134,7 +134,7 @@ def test_after_warm_up_without_examples_plain_requests_trace_nothing(model):
                for edits in (None, EDITS[4])]
     assert all(engine.result(handle).tokens.size for handle in handles)
     assert dict(programs.TRACES) == traced
-    with pytest.raises(ValueError, match=r"has no sizes.*Engine\(sizes=…\), or pass example requests"):
+    with pytest.raises(ValueError, match=r"has no sizes.*Engine\(sizes=…\), or pass example"):
         make(model, sizes=None).warm_up()
 
 
