@@ -228,10 +228,18 @@ def test_a_lane_without_a_task_makes_room_for_another():
     scheduler = Scheduler(lambda key: made.setdefault(key, lane()), lambda *_: None, lanes=2)
     for key in "ab":
         assert scheduler.lane_of(key) is made[key]
-    made["b"].free = 1
-    assert scheduler.lane_of("c") is made["c"] and list(scheduler.lanes) == ["b", "c"]
+    assert list(scheduler.lanes) == ["a", "b"]  # there is room for both
+    made["a"].free = 1
+    scheduler.lane_of("c")
+    assert list(scheduler.lanes) == ["a", "c"]
+    made["a"].free, made["b"].free = 2, 1
+    scheduler.lane_of("b")
+    assert list(scheduler.lanes) == ["c", "b"]
     made["c"].staged = [None, object()]  # a prompt that is being prefilled
     assert scheduler.lane_of("d") is None and scheduler.lane_of("b") is made["b"]
     assert not scheduler.idle
     made["b"].free = 2
     assert scheduler.lane_of("d") is made["d"] and list(scheduler.lanes) == ["c", "d"]
+    made["c"].staged = [None]
+    scheduler.lane_of("e")
+    assert list(scheduler.lanes) == ["d", "e"]  # one idle lane is enough
