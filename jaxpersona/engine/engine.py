@@ -193,8 +193,8 @@ class Engine:
             if (entry := self._handles.pop(handle.number, None)) is None:
                 return
             entry[1].cancelled = True
-            tokens = handle._look()[0]
-            handle._finish(Reply(stopping.text_of(self.model.tokenizer, tokens), tokens,
+            tokens, strings = handle._look()[0], stopping.checked(handle.request.stop)
+            handle._finish(Reply(stopping.text_of(self.model.tokenizer, tokens, strings), tokens,
                                  "cancelled", entry[1].row, {}, ()))
             self._changed.notify_all()
 
@@ -266,15 +266,14 @@ class Engine:
         """Check a request and convert it to a task with an encoded prompt."""
         model = self.model
         row = prompts.encode(model, request.conversation, thinking=request.thinking)
-        most = request.max_new_tokens
-        if not isinstance(most, (int, np.integer)) or most < 1:
-            raise UserError(f"max_new_tokens is {most!r}; it must be a positive integer")
+        prompts.check_settings(max_new_tokens=request.max_new_tokens)
         edits, capture = off_mesh((given(request.interventions), request.capture))
         capture = Capture() if capture is None else capture
         if edits.rows is not None:
             raise UserError("the interventions have `rows=`, but a request has one row; omit rows=")
         prompts.check_edits(model, edits, 1, capture)
-        limit = int(prompts.limits(model, [row], int(most))[0])
+        most = min(request.max_new_tokens, model.config.max_context)
+        limit = int(prompts.limits(model, [row], most)[0])
         settings = sampling(1, temperature=request.temperature, top_p=request.top_p,
                             top_k=request.top_k, seed=request.seed).take([0])
         row_id = int(prompts.row_ids([row], None if request.id is None else [request.id])[0])
@@ -396,5 +395,6 @@ class Engine:
                     streamed.append((i, task, projected(entry[0].request)))
                     handles.append(entry[0])
             if streamed:
-                for handle, found in zip(handles, so_far(lane.state, streamed), strict=True):
-                    handle._grow(*found)
+                found = so_far(lane.state, streamed, self.model.stop_ids)
+                for handle, new in zip(handles, found, strict=True):
+                    handle._grow(*new)

@@ -154,16 +154,17 @@ def unpack(state: State, rows: np.ndarray, accepting: int | None = None) -> list
 
 
 def so_far(state: State, streamed: Sequence[tuple[int, Task, list[str]]],
-           ) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
+           stop_ids: Sequence[int] = ()) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """Copy the tokens and projections of unfinished replies to the host.
 
     Args:
       state: the state of a lane.
       streamed: for each reply, its row, its task and the names of its projection captures.
+      stop_ids: the ids of the stop tokens.
 
     Returns:
-      For each reply, its tokens [n] and its projections [n, L, K] by name. With projections, a last
-      token that has not been passed through the model yet is omitted.
+      For each reply, its tokens [n] without a stop token and its projections [n, L, K] by name.
+      With projections, a last token that has not been passed through the model yet is omitted.
     """
     carry, captured = state.carry, state.carry.captured or {}
     assert carry.cache is not None
@@ -171,6 +172,7 @@ def so_far(state: State, streamed: Sequence[tuple[int, Task, list[str]]],
     out = []
     for i, task, names in streamed:
         start, count, values = task.row.tokens.size, int(length[i]), {}
+        count -= bool(count) and int(tokens[i, count - 1]) in stop_ids
         for name in names:
             count = min(count, int(used[i]) - start)
             read = processes.fetch(take_row(captured[name].values, np.int32(i)))

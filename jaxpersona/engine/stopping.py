@@ -24,16 +24,20 @@ def checked(stop: Any) -> tuple[str, ...]:
     """Check stop strings and return them as a sorted tuple without duplicates.
 
     Args:
-      stop: a string, a list of strings, or None.
+      stop: a string, a list, tuple or set of strings, or None.
 
     Raises:
-      UserError: the type is wrong, a string is empty, or the strings have more than `STATES` − 2
-        bytes in total.
+      UserError: the type is wrong, a string is empty or has a lone surrogate, or the strings have
+        more than `STATES` − 2 bytes in total.
     """
-    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    many = isinstance(stop, (list, tuple, set, frozenset))
+    strings = () if stop is None else tuple(stop) if many else (stop,)
     if not all(isinstance(text, str) and text for text in strings):
         raise UserError(f"stop is {stop!r:.60}; it must be a non-empty string or a list of "
                         "non-empty strings")
+    if any(re.search("[\ud800-\udfff]", text) for text in strings):
+        raise UserError(f"stop is {stop!r:.60}, which contains a lone surrogate, which is invalid "
+                        "Unicode; remove it")
     strings = tuple(sorted(set(strings)))
     size = sum(len(text.encode()) for text in strings)
     if size > STATES - 2:
@@ -113,9 +117,10 @@ def _byte_level() -> dict[str, int]:
     return {chr(byte): byte for byte in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
 
 
-@functools.lru_cache(maxsize=8)
 def table(tokenizer: Any, size: int, strings: tuple[str, ...]) -> np.ndarray:
     """Return the transition table of the stop-string automaton over tokens.
+
+    The table is cached per tokenizer and recomputed if tokens are added.
 
     Args:
       tokenizer: a transformers tokenizer.
@@ -125,8 +130,13 @@ def table(tokenizer: Any, size: int, strings: tuple[str, ...]) -> np.ndarray:
     Returns:
       [V, states] uint8, the next state for each token and state; the last state is accepting.
     """
+    return _table(tokenizer, size, strings, len(tokenizer))
+
+
+@functools.lru_cache(maxsize=8)
+def _table(tokenizer: Any, size: int, strings: tuple[str, ...], count: int) -> np.ndarray:
     step = automaton(strings)
-    texts = _texts(tokenizer, size, len(tokenizer))
+    texts = _texts(tokenizer, size, count)
     out = np.tile(np.arange(len(step), dtype=np.uint8), (size, 1))
     length = np.array([len(text) for text in texts])
     order = np.argsort(-length, kind="stable")

@@ -10,16 +10,18 @@ import sys
 import pytest
 
 CODE = ("import jax, jaxpersona as jp, jax.numpy as jnp; jp.load('random:qwen3-mini'); "
-        "print(jax.config.jax_compilation_cache_dir)")
+        "c = jax.config; print(c.jax_compilation_cache_max_size, "
+        "c.jax_persistent_cache_min_compile_time_secs, c.jax_compilation_cache_dir)")
 
 
-def chosen(home: pathlib.Path, **variables: str) -> str:
+def chosen(home: pathlib.Path, **variables: str) -> list[str]:
+    """Return the size limit, the least seconds of a compilation, and the folder."""
     drop = ("XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR", "JAXPERSONA_COMPILE_CACHE", "XLA_FLAGS")
     env = {k: v for k, v in os.environ.items() if k not in drop}
     done = subprocess.run([sys.executable, "-c", CODE], env={**env, "HOME": str(home), **variables},
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-1500:]
-    return done.stdout.split()[-1]
+    return done.stdout.split()[-3:]
 
 
 def test_without_a_home_nothing_is_kept(monkeypatch):
@@ -51,7 +53,10 @@ def test_without_a_home_nothing_is_kept(monkeypatch):
 ], ids=["default", "xdg", "own", "off"])
 def test_the_folder(tmp_path, variables, expected):
     given = {k: v.format(home=tmp_path) for k, v in variables.items()}
-    assert chosen(tmp_path, **given).startswith(expected.format(home=tmp_path))
+    size, seconds, folder = chosen(tmp_path, **given)
+    assert folder.startswith(expected.format(home=tmp_path))
+    limited = "jaxpersona" in expected  # the user's own folder keeps JAX's defaults
+    assert (size, seconds) == (("4294967296", "0.05") if limited else ("-1", "1.0"))
     if not variables:
         assert list(tmp_path.rglob("*")), "the cache is empty"
 

@@ -37,7 +37,10 @@ def test_reads_what_one_pass_reads():
     v = np.random.default_rng(1).normal(size=(2, 32))
     index = np.arange(23) % 3 - 1
     edits = cap(v, layers=[1], floor=1.0, rows=index)
-    out = extract(MODEL, ROWS, capture=READ, interventions=edits, batch_tokens=256)
+    told = []
+    out = extract(MODEL, ROWS, capture=READ, interventions=edits, batch_tokens=256,
+                  progress=lambda *x: told.append(x))
+    assert told[-1] == (23, 23, out.padded) and [x[0] for x in told] == sorted(x[0] for x in told)
     wide = batch([r.tokens for r in ROWS], kind=[r.kind for r in ROWS], width=96)
     stream = s.residuals(MODEL, wide, edits)[0]
     for i, row in enumerate(ROWS):

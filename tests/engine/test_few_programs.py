@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 
@@ -132,3 +133,13 @@ def test_the_first_event_of_a_stream_is_the_first_token():
     assert [event.tokens.size for event in events[:2]] == [1, 8]
     whole = np.concatenate([event.tokens for event in events])
     assert np.array_equal(whole, engine.result(engine.submit(request)).tokens)
+    # a reply that ends at this token has none
+    ends = dataclasses.replace(engine.model, stop_ids=(int(whole[0]),))
+    engine = jp.Engine(ends, rows=2, chunk=8)
+    events = list(engine.stream(engine.submit(request)))
+    assert not any(event.tokens.size for event in events) and events[-1].reply.finish == "stop"
+    handle = engine.submit(request)
+    handle._streamed = True
+    engine.step()
+    engine.cancel(handle)
+    assert engine.result(handle).finish == "cancelled" and not engine.result(handle).tokens.size

@@ -12,12 +12,15 @@ import pytest
 import support as s
 
 from jaxpersona.captures import capture
+from jaxpersona.engine import prompts
 from jaxpersona.engine.generate import generate
 from jaxpersona.engine.prompts import bucket
 from jaxpersona.engine.sampling import uniforms
-from jaxpersona.interventions import cap
+from jaxpersona.interventions import Interventions, cap, gate, steer
 from jaxpersona.interventions.where import everywhere
-from jaxpersona.models.batch import batch
+from jaxpersona.models.batch import TEMPLATE, USER, batch
+from jaxpersona.text.chat import Row
+from jaxpersona.vectors.vector import Vector
 
 MODEL = s.tiny_model(stop_ids=(3, 7))
 LENGTHS = (5, 31, 12, 40, 2, 20, 9, 33, 17, 26, 3)  # in two length buckets
@@ -161,6 +164,44 @@ def test_a_reply_to_token_ids_is_the_message_after_them():
         parts = [full[:, : len(row)].mean(1), full[:, len(row) :].mean(1)]  # [L, D] each
         assert s.relative(mean[:, :2], np.stack(parts, 1)).max() < 1e-5
         assert np.isnan(mean[:, 2]).all()
+    # a generation prompt, here the last token, already belongs to the reply's message
+    cued = [Row(np.array(row, np.int32), np.array([USER] * (len(row) - 1) + [TEMPLATE]),
+                np.array([0] * (len(row) - 1) + [1]), "") for row in SHORT]
+    out = go(cued, model, capture=s.READ | capture.mean(everywhere, turns=3))
+    for row, full, mean in zip(SHORT, out.captured["full"], out.captured["mean"], strict=True):
+        parts = [full[:, : len(row) - 1].mean(1), full[:, len(row) - 1 :].mean(1)]
+        assert s.relative(mean[:, :2], np.stack(parts, 1)).max() < 1e-5
+        assert np.isnan(mean[:, 2]).all()
+
+
+def test_a_limit_of_any_size_is_limited_by_the_context():
+    for given, wanted in ((10**12, [512] * 3), ([10**12, 5, 512], [512, 5, 512]),
+                          (np.int64(600), [512] * 3), (np.array([1, 2, 600]), [1, 2, 512])):
+        found = prompts.reply_limits(given, 3, 512)
+        assert found.tolist() == wanted and found.dtype == np.int32
+
+
+def test_a_shared_prefix_needs_one_device():
+    prompts.check_rows(MODEL, 5, True)
+    with pytest.raises(ValueError, match="share_prefix needs a model on one device"):
+        prompts.check_rows(dataclasses.replace(MODEL, mesh=object()), 5, True)
+
+
+FOREIGN = Vector(np.ones((3, 32)), fingerprint="0123456789abcdef")
+
+
+@pytest.mark.parametrize(("edits", "read"), [
+    (steer(FOREIGN, layers=1), None), (Interventions(), capture.projections(FOREIGN)),
+    (gate(steer(np.ones(32), layers=1), FOREIGN, layer=0, above=0.0), None),
+], ids=["edit", "capture", "gate"])
+def test_a_direction_of_another_model_is_refused_wherever_it_is(edits, read):
+    with pytest.raises(ValueError, match="made for another model, not for tiny") as caught:
+        prompts.check_edits(MODEL, edits, 1, read)
+    assert "float16" not in str(caught.value)
+    half = dataclasses.replace(MODEL, params=jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float16), MODEL.params))
+    with pytest.raises(ValueError, match="a model loaded in float16"):
+        prompts.check_edits(half, edits, 1, read)
 
 
 def test_longer_than_a_chunk_of_steps():
@@ -206,6 +247,9 @@ REFUSED = {
     "top_p is 0": {"top_p": 0},
     "top_p is 1.5": {"top_p": 1.5}, "top_k is -1": {"top_k": -1}, "top_k is 257": {"top_k": 257},
     "top_k is 1.5": {"top_k": 1.5}, "seed is -1": {"seed": -1},
+    "seed is 4294967296": {"seed": 2**32}, "seed is 0.5": {"seed": 0.5},
+    "ids begins with \\[4294967296": {"ids": [2**32] * 11},
+    "ids begins with \\[0.5": {"ids": [0.5] * 11}, "ids is 3": {"ids": 3},
     "^batch_size is 0; it must be a positive integer$": {"batch_size": 0},
     "^max_new_tokens is 0; it must be a positive integer$": {"max_new_tokens": 0},
     "^max_new_tokens is 8.0; it must be a positive integer$": {"max_new_tokens": 8.0},

@@ -11,6 +11,7 @@ import support as s
 from jaxpersona.captures import capture
 from jaxpersona.engine import lanes, programs
 from jaxpersona.engine.generate import generate
+from jaxpersona.engine.stats import RunStats, Stats
 from jaxpersona.engine.tasks import cache_size, prefix_length, shape_of
 from jaxpersona.interventions import cap, chain, gate, steer
 from jaxpersona.interventions.where import everywhere, marked, system
@@ -128,6 +129,7 @@ def test_a_shared_prefix_is_computed_once_and_changes_rounding_alone(kind):
         shared = go(rows, share_prefix=True, **how)
     # two system messages, with five settings each for the bank
     assert len(calls) == (10 if kind == "bank" else 2)
+    assert shared.stats.prompt_tokens == 20 * len(calls) + sum(map(len, ROWS))
     whole = go(rows, **how)
     same = sum(np.array_equal(a, b) for a, b in zip(shared.tokens, whole.tokens, strict=True))
     assert same >= 38  # near-ties may be decided differently
@@ -155,10 +157,22 @@ def test_a_gate_within_the_prompt_refuses_a_shared_prefix():
 
 def test_shapes_are_functions_of_the_row_alone():
     row = with_system(ROWS[:1], 20)[0]
-    assert prefix_length(row) == 20 and prefix_length(with_system(ROWS[:1], 15)[0]) == 0
+    assert [prefix_length(with_system(ROWS[:1], n)[0]) for n in (15, 16, 20)] == [0, 16, 20]
     assert shape_of(row, 24, False, 512, 32).prefix == 0
     shape = shape_of(row, 24, True, 512, 32)
     assert (shape.prefix, shape.width) == (32, 32) and shape.slots == 128
+
+
+def test_counts_of_lanes_add_up():
+    stats = Stats()
+    for steps, live in ((2, 5), (1, 2)):
+        stats.decoded(steps, 4, live)
+    stats.prefilled(10, 16), stats.prefilled(2, 16)
+    found = stats.snapshot()
+    assert found == RunStats(steps=3, row_steps=12, live_steps=7, prompt_tokens=12,
+                             padded_tokens=32)
+    assert found.utilisation == 7 / 12 and found.prefill_efficiency == 12 / 32
+    assert np.isnan([RunStats().utilisation, RunStats().prefill_efficiency]).all()
 
 
 HEAD, TAIL = s.prompts((20, 5), seed=9)

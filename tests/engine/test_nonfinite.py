@@ -64,6 +64,8 @@ DAMAGED = {
                   "layers[1].wo_dnh"),
     "mlp": (with_weight("w_down_df", (3, 1), np.inf, layer=2), "layer 2 (mlp), token 0",
             "layers[2].w_down_df"),
+    "large": (with_weight("w_down_df", slice(None), 3e38, layer=1), "layer 1 (mlp), token 0",
+              "overflow float32, probably because the weights of tiny are too large"),
     "norm": (with_weight("final_norm_d", 5), "after the last layer", "final_norm_d"),
     "head": (with_weight("head_vd", (60, 2)), "after the last layer", "head_vd"),
     "head_inf": (with_weight("head_vd", (slice(None), 2), np.inf), "after the last layer",
@@ -156,6 +158,7 @@ def test_extract_marks_and_says_it():
         out, said = warned(lambda read=read: jp.extract(MODEL, ROWS, interventions=edits,
                                                         capture=read))
         assert (out.nonfinite == (index == 0)).all()
+        assert [record["finite"] for record in out.records()] == (index < 0).tolist()
         assert "3 of 8 conversations" in said and "layer 1 (residual), token 0" in said
     with pytest.raises(ValueError, match="layer 1"):
         jp.extract(MODEL, ROWS, interventions=edits, capture=capture.mean(everywhere),

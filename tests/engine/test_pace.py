@@ -71,6 +71,7 @@ def test_a_sample_runs_the_programs_and_draws_of_generate():
     assert found.complete and sorted(found.finished) == sorted(lengths)
     assert found.tokens == sum(lengths) and found.prompts.tolist() == [5, 9, 40, 7, 6, 11, 3]
     assert found.mean_length() == pytest.approx(np.mean(lengths))
+    assert (found.limit, found.rows) == (8, 4) and found.seconds > 0 < found.compile_seconds
     cut = measure(model, talks, seconds=1e-9, capture=read, ids=ids, **SETTINGS)
     assert cut.waiting and cut.unfinished.size and not cut.complete
     assert cut.finished.size + cut.unfinished.size + cut.waiting == len(talks)

@@ -46,6 +46,9 @@ def test_interventions_apply_and_each_row_has_its_own():
         np.testing.assert_allclose(found[i], wanted, rtol=2e-5, atol=2e-5)
         plain = by_hand(MODEL, tokens)[np.arange(len(tokens) - 1), tokens[1:]]
         assert (owner[i] < 0) == bool(np.abs(found[i] - plain).max() < 1e-3)
+    (chosen,) = next_logprobs(MODEL, ROWS[:1], [5, 9], interventions=edits.take([0]))
+    wanted = by_hand(MODEL, ROWS[0], jp.steer(bank[0], scale=3.0, layers=[1]))[-1, [5, 9]]
+    np.testing.assert_allclose(chosen, wanted, rtol=2e-5, atol=2e-5)
 
 
 def test_a_text_has_the_same_bits_in_any_company():

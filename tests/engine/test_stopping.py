@@ -101,6 +101,16 @@ def test_a_stop_string_that_begins_with_its_own_beginning_is_held_back_whole():
     assert pieces == ["x", "", "", ""] and written.finish("x") == ""
 
 
+def test_a_table_follows_tokens_that_are_added_later():
+    tokenizer = s.byte_tokenizer()
+    count = len(tokenizer)
+    before = stopping.table(tokenizer, count + 2, ("ab",))
+    assert stopping.table(tokenizer, count + 2, ("ab",)) is before
+    tokenizer.add_tokens(["xab"])
+    after = stopping.table(tokenizer, count + 2, ("ab",))
+    assert after[count, 0] == after.shape[1] - 1 and before[count, 0] == 0
+
+
 def test_faulty_stop_strings_are_refused():
     for stop in (["a", ""], [1], "", ["x" * 254]):
         if stop == "":

@@ -118,6 +118,14 @@ def counted(folder):
     return call
 
 
+def test_only_the_leaves_of_donated_arguments_are_donated():
+    made = object.__new__(stored.Stored)
+    made._donate = {"state", "b"}
+    arrays = {"state": [1, {"x": 2, "y": 3}], "a": (4, 5), "b": 6, "c": None}
+    leaves = jax.tree.leaves(arrays)
+    assert [leaves[i] for i in made._donated(arrays)] == [6, 1, 2, 3]
+
+
 def test_shapes_and_static_values_have_their_own_traces(counted):
     assert [counted(), counted(y=5.0), counted(4), counted(times=3.0)] == [1, 1, 2, 3]
     KEPT.clear()

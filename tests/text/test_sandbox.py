@@ -9,6 +9,7 @@ import sys
 import time
 
 import chat_templates
+import numpy as np
 import pytest
 
 from jaxpersona.text import chat, sandbox
@@ -119,7 +120,9 @@ def test_renders_what_transformers_renders(tokenizer):
         "{%- set n = namespace(k=0) -%}\n  {% for m in messages %}\n{% if m.role == 'tool' %}"
         "{% continue %}{% endif %}{% set n.k = n.k + 1 %}{{ n.k }}{{ m.content | trim }}\n"
         "{% if loop.index > 5 %}{% break %}{% endif %}{% endfor %}\n"
-        "{{ {'a<b': 'é'} | tojson }}{{ dict(a=1).items() | list }}{{ day }}{{ tools is none }}"
+        "{{ {'a<b': 'é'} | tojson }}{{ {'b': [1], 'a': 2} | tojson(indent=1, sort_keys=true) }}"
+        "{{ {'b': 'é', 'a': 2} | tojson(ensure_ascii=true, separators=(';', '=')) }}"
+        "{{ dict(a=1).items() | list }}{{ day }}{{ tools is none }}"
         "{% generation %}[{{ messages[0].role }}]{% endgeneration %}{{ eos_token }}"
         "{{ strftime_now('%Y') }}{{ enable_thinking }}{{ missing is defined }}\n\n")
     t = with_template(tokenizer, template)
@@ -132,6 +135,18 @@ def test_renders_what_transformers_renders(tokenizer):
     assert chat.encode_row(named, "Who?").text == chat.encode_row(tokenizer, "Who?").text
     with pytest.raises(ValueError, match="variable 'day' is <object"):
         chat.encode_row(t, talk, variables={"day": object()})
+
+
+def test_values_of_numpy_are_those_of_python():
+    given = {"n": np.int64(3), "x": np.float32(0.5), "on": np.bool_(False), "a": np.arange(2)}
+    assert sandbox.render("{{ n + 1 }} {{ x }} {{ on }} {{ a }}", given) == "4 0.5 False [0, 1]"
+
+
+def test_a_conversation_that_is_too_long_is_refused(monkeypatch):
+    monkeypatch.setattr(sandbox, "CHARACTERS", 100)
+    with pytest.raises(ValueError, match=r"have \d+ characters, but the limit is 100; shorten"):
+        sandbox.render("{{ a }}", {"a": "x" * 100})
+    assert len(sandbox._encoded("x" * 98)) == 8 + 100  # with its quotes
 
 
 def test_the_process_is_started_again_and_left_to_the_parent(tokenizer):

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import json
+import types
 
 import chat_templates
 import jax
@@ -16,7 +17,7 @@ import support as s
 from jaxpersona.captures import capture
 from jaxpersona.interventions import Where
 from jaxpersona.interventions.where import response
-from jaxpersona.models.batch import ASSISTANT, GENERATED, SYSTEM, TEMPLATE, THINKING, USER
+from jaxpersona.models.batch import ASSISTANT, GENERATED, LAST, SYSTEM, TEMPLATE, THINKING, USER
 from jaxpersona.text import chat, template
 
 MOVES_SYSTEM = (  # the system prompt precedes the last user message
@@ -259,3 +260,74 @@ def test_a_block_that_the_next_prompt_closes_is_not_open():
 ])
 def test_only_a_fence_as_long_closes_a_block(text, blocks):
     assert [text[a:b] for a, b in template.fences(text)] == blocks
+
+
+def test_a_reply_belongs_to_the_message_of_its_generation_prompt():
+    """Without a generation prompt, as after token ids, it is the next message."""
+    for last, turn in ((USER, 3), (TEMPLATE, 2), (TEMPLATE | THINKING, 2)):
+        row = chat.Row(np.array([5, 6], np.int32), np.array([USER, last | LAST]),
+                       np.array([1, 2]), "")
+        more = chat.answered(None, row, np.array([7, 8, 9]))
+        assert more.tokens.tolist() == [5, 6, 7, 8, 9] and more.turn.tolist() == [1, 2] + [turn] * 3
+        assert more.kind.tolist() == [USER, last] + [ASSISTANT | GENERATED] * 3
+        assert chat.answered(None, row, []).kind.tolist() == row.kind.tolist()
+
+
+NAMED = ("{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+         "{% if add_generation_prompt %}{{ day }}{{ 'T' if enable_thinking }}>{% endif %}")
+
+
+def test_template_variables_and_thinking_reach_every_rendering():
+    t = with_template(s.byte_tokenizer(), NAMED)
+    day = {"day": "Monday"}
+    batch = chat.encode(t, ["hi"], thinking=True, variables=day)
+    assert t.decode(batch.tokens[0].tolist()) == "u:hi;MondayT>"
+    assert t.decode(chat.encode(t, ["hi"], reply=False).tokens[0].tolist()) == "u:hi;"
+    row = chat.encode_row(t, "hi", variables=day)
+    more = chat.continue_row(t, row, t("oh").input_ids, "so", stopped=False, variables=day,
+                             thinking=True)
+    assert more.text == "u:hi;Monday>oh;u:so;MondayT>"
+    t.chat_template = {"default": NAMED, "other": "[{{ messages[0].content }}]"}
+    assert chat.encode_row(t, "hi", variables={"chat_template": "other"}).text == "[hi]"
+    with pytest.raises(ValueError, match="variables is 'Monday'; give a dict"):
+        chat.encode_row(t, "hi", variables="Monday")
+
+
+def test_a_tokenizer_with_its_own_rendering_renders_itself():
+    seen = []
+
+    class Own(type(s.byte_tokenizer())):
+        def apply_chat_template(self, messages, tokenize, add_generation_prompt, **options):
+            seen.append(options)
+            if len(messages) > 1:
+                raise TypeError("one at a time")
+            return f"<{messages[0]['content']}>" + "!" * add_generation_prompt
+
+    t = s.byte_tokenizer()
+    t.__class__ = Own
+    assert chat.encode_row(t, "hi", thinking=True, variables={"x": 1}).text == "<hi>!"
+    assert chat.encode_row(t, "hi", reply=False).text == "<hi>"
+    assert seen[0] == {"enable_thinking": True, "x": 1}
+    with pytest.raises(ValueError, match="rejects the conversation: TypeError: one at a time"):
+        chat.encode_row(t, says("a", "b", "c"))
+
+
+def test_a_token_beyond_the_models_vocabulary_is_refused():
+    model = types.SimpleNamespace(tokenizer=s.byte_tokenizer(),
+                                  config=types.SimpleNamespace(vocab_size=257))
+    assert chat.encode(model.tokenizer, ["hi"]).tokens.max() == 257
+    with pytest.raises(ValueError, match="257"):
+        chat.encode(model, ["hi"])
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    (b"hi", "talks is a single string"), ({"role": "user"}, "talks is a single message"),
+    ({"hi"}, "talks is {'hi'}; give a list"), (np.array(3), "talks is array"),
+    ([5, 6], "talks is a single conversation"), ([np.int32(5)], "talks is a single conversation"),
+    (iter([]), "talks is empty"),
+    (chat.Row(np.zeros(1, int), np.zeros(1, int), np.zeros(1, int), ""), "talks is a single Row"),
+], ids=str)
+def test_what_is_no_list_of_conversations_is_refused_by_name(given, words):
+    with pytest.raises(ValueError, match=words):
+        chat.listed(given, "talks")
+    assert chat.listed(x for x in ["a", [1]]) == ["a", [1]]
