@@ -45,7 +45,7 @@ def test_judges_with_long_names_have_their_own_folders():
 
 def test_the_settings_of_a_run_are_those_of_its_generation():
     found = generation(Settings(0.5, 0.8, 9, 3, 4, 11, True))
-    assert {field: value for field, value in found.items() if field != "capture"} == 
+    assert {field: value for field, value in found.items() if field != "capture"} == {
         "max_new_tokens": 9, "temperature": 0.5, "top_p": 0.8, "seed": 11, "batch_size": 4,
         "share_prefix": True}
     for field, limit in (("samples", 100_000), ("batch_size", 65_536)):
