@@ -79,7 +79,7 @@ def test_rows_without_an_item_are_skipped_and_undecided_is_a_word_too(tmp_path):
     in_order(judge, ITEMS[:2])
     fill(path, {"ghost/q0": "None", "ghost/q1": "0000003"})
     with path.open("ab") as file:
-        file.write(b",,,,,,,\r\n")
+        file.write(2 * b",,,,,,,\r\n")
     found = in_order(judge, ITEMS[:2])
     assert [(v.score, v.error) for v in found] == [(None, None), (3, None)]
     fill(path, {"ghost/q1": "000000003"})  # too long to be a score

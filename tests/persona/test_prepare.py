@@ -66,7 +66,10 @@ def test_only_the_default_persona_needs_no_eval_prompt():
 
 
 def test_the_longest_prompt_and_question_must_leave_room_for_a_token():
-    """Each question is tried with the longest prompt, and each prompt with the longest question."""
+    """Each question is tried with the longest prompt, and each prompt with the longest question.
+
+    Texts may have fewer characters than the longest ones and more tokens.
+    """
     model = dataclasses.replace(s.tiny_model(vocab_size=258), tokenizer=s.byte_tokenizer())
     room = model.config.max_context - chat.encode_row(
         model.tokenizer, opening("x" * 9, "y" * 20)).tokens.size
@@ -74,10 +77,13 @@ def test_the_longest_prompt_and_question_must_leave_room_for_a_token():
     questions = [Question(0, "y"), Question(7, "y" * 20)]
     digests = check_prompts(model, roles, questions)
     assert list(digests) == ["role default", "role long", "question 0", "question 7"]
+    wide = "éé" + "x" * (5 + room)
     for cast, asked in (
             ([roles[0], Role("long", ("short", "x" * (9 + room)), "")], questions),
-            (roles, [questions[0], Question(7, "y" * 21)])):
-        with pytest.raises(UserError, match=f"has {model.config.max_context} tokens; prompt and"):
+            ([roles[0], Role("long", (wide, roles[1].prompts[1]), "")], questions),
+            (roles, [questions[0], Question(7, "y" * 21)]),
+            (roles, [Question(0, "é" * 19), questions[1]])):
+        with pytest.raises(UserError, match=r"has \d+ tokens; prompt and reply must fit into"):
             check_prompts(model, cast, asked)
     with pytest.raises(UserError, match="has no tokenizer"):
         check_prompts(dataclasses.replace(model, tokenizer=None), roles, questions)
