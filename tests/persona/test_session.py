@@ -126,7 +126,14 @@ def test_a_transcript_restores_the_session():
     assert restore(other, json.loads(text))
     assert other.turns == session.turns and other.system == "Be kind."
     assert json.dumps(record(other)) == text
+    session.system = ""  # not the same as none
+    assert session.messages[0] == {"role": "system", "content": ""}
+    assert restore(other, json.loads(json.dumps(record(session)))) and other.system == ""
+    session.monitor = other.monitor = None
+    assert record(session)["axis"] is None and restore(other, record(session))
+    assert not restore(other, []) and (other.turns, other.messages) == ([], [])
     table = json.loads(text)
+    other.monitor = made().monitor
     table["replies"][0]["edits"] = [EDIT]
     assert restore(other, table) and dataclasses.asdict(other.turns[0])["edits"] == [EDIT]
 
