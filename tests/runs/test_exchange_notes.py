@@ -10,6 +10,7 @@ import pytest
 import support as s
 from published_folder import role_of, torch, write
 
+from jaxpersona.data.reading import Faults
 from jaxpersona.errors import UserError
 from jaxpersona.judges.judges import NoJudge
 from jaxpersona.judges.protocol import Verdict
@@ -17,6 +18,43 @@ from jaxpersona.persona import source as module
 from jaxpersona.persona.exporting import export_reference
 from jaxpersona.persona.importing import import_reference
 from jaxpersona.persona.rejudge import judge_run
+from jaxpersona.runs import published
+
+LINE = {"system_prompt": "s", "prompt_index": 999_999, "question_index": 0, "question": "u",
+        "conversation": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}
+
+
+@pytest.mark.parametrize(("role", "change", "wanted"), [
+    ("ghost", {"label": "pos"}, "pos"), ("ghost", {"label": "default"}, "must be pos"),
+    ("default", {"label": "pos"}, "default"), ("default", {"label": "default"}, "default"),
+    ("default", {"label": "neg"}, "must be pos or default"), ("ghost", {}, "label is missing"),
+    ("ghost", {"label": "pos", "prompt_index": 1_000_000}, "integer from 0 to 999,999"),
+    ("ghost", {"label": "pos", "question_index": 1.0}, "question_index is 1.0"),
+    ("ghost", {"label": "pos", "mood": 1, "sample": 4}, "pos"),
+    ("ghost", {"label": "pos", "conversation": LINE["conversation"][:1]}, "roles user; it must")])
+def test_a_published_line_becomes_a_rollout_with_the_label_of_its_role(role, change, wanted):
+    faults = Faults()
+    found = published._record({**LINE, **change}, role, "line 1", faults)
+    if faults:
+        assert found is None and len(faults) == 1 and wanted in faults[0]
+    else:
+        assert found == {**LINE, "label": wanted, "sample": 0}
+
+
+def test_only_files_of_roles_are_read_and_only_five_keys_are_named(tmp_path):
+    (tmp_path / "scores").mkdir()
+    for name in ("b.json", "a.json", ".a.json.swp", ".c.json", "a.jsonl", "readme.txt"):
+        (tmp_path / "scores" / name).touch()
+    assert published.roles_in(tmp_path, "scores") == ["a", "b"]
+    assert published.roles_in(tmp_path, "responses") == []
+    assert published._some(list("abcde")) == "a, b, c, d, e"
+    assert published._some(list("abcdef")) == "a, b, c, d, e, … (6 in total)"
+    published.check_role("x" * 200)  # the longest name
+    texts = published.Texts({"one": {"prompt_index": 3, "system_prompt": "z", "question_index": 9,
+                                     "question": "w"},
+                             "two": {"prompt_index": 1, "system_prompt": "y", "question_index": 9,
+                                     "question": "w"}})
+    assert list(texts.prompts().items()) == [(1, "y"), (3, "z")] and texts.questions() == {9: "w"}
 
 
 class Paid(s.Scored):
@@ -52,6 +90,11 @@ def test_what_is_not_imported_is_said_and_a_run_is_judged_and_exported(tmp_path)
                  "1 role (default): not judged by this package; its scores were not imported"):
         assert note in found.notes
     assert found.extraction.analysis.names == ["a", "c"]
+    one = import_reference(source, tmp_path / "held", min_count=2, held_out=["b", "c"])
+    assert one.extraction is None and any(
+        "score 3 that have a response mean: 1; the axis needs" in note for note in one.notes)
+    least = import_reference(source, tmp_path / "least", min_count=5)  # each role has five
+    assert least.extraction.analysis.names == ["a", "b", "c"]
 
     roles, told = [role_of(name) for name in "abc"], []
     counts, cost = judge_run(out, roles, Paid(name="two"), report=lambda *step: told.append(step))
