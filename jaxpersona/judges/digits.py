@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import string
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +100,7 @@ class DigitJudge:
 
     together = True
     _words: list[int]
+    _digits: list[int]
 
     def __init__(self, model: Model | Callable[[], Model], *, rubric: Rubric = ROLES,
                  batch_tokens: int | None = None) -> None:
@@ -106,7 +108,7 @@ class DigitJudge:
         self.scale, self.reads_eval_prompt = rubric.scale, rubric.template is None
         self._load: Any = None if hasattr(model, "params") else model
         self._model: Any = None if self._load else model
-        self._name, self._tree, self._words = "", _Node(), []
+        self._name, self._tree, self._words, self._digits = "", _Node(), [], []
         if self._model is not None:
             self.identify(self._model)
 
@@ -150,7 +152,8 @@ class DigitJudge:
         """
         if model.tokenizer is None:
             raise UserError(f"{model.name} has no tokenizer; the judging model needs one")
-        self._tree = _tree(model, self.scale)
+        self._tree, known = _tree(model, self.scale), model.tokenizer.get_vocab()
+        self._digits = [known[digit] for digit in string.digits if digit in known]
         self._words = _starts(model.tokenizer, self.rubric.refusal) if self.rubric.refusal else []
         self._name = (f"model {model.name} {model.fingerprint} rubric {self.rubric.digest}"
                       + (f" batch {self.batch_tokens}" if self.batch_tokens else ""))
@@ -175,7 +178,8 @@ class DigitJudge:
         while level:
             wanted = sorted({token for _, node, _, _ in level for token in node.next})
             first = level[0][1] is self._tree
-            extra = [token for token in self._words if first and token not in wanted]
+            extra = [token for token in (self._words if first else self._digits)
+                     if token not in wanted]
             here = [rows[i] if node is self._tree else
                     [*np.asarray(rows[i].tokens).tolist(), *node.path] for i, node, _, _ in level]
             found = np.exp(next_logprobs(model, here, [*wanted, *extra],
@@ -186,8 +190,9 @@ class DigitJudge:
             deeper = []
             for at, (i, node, p, chosen) in enumerate(level):
                 each = {token: float(column[token][at]) for token in node.next}
-                # the probability that no token of `node.next` follows
-                ends = max(0.0, 1.0 - sum(each.values()))
+                # the probability that no further digit follows, on the scale or not (10, but 105)
+                more = node.next if first else dict.fromkeys([*node.next, *self._digits])
+                ends = max(0.0, 1.0 - sum(float(column[token][at]) for token in more))
                 if node.value is not None:
                     values[i, place[node.value]] += p * ends
                 best = max(each, key=lambda token: each[token])

@@ -146,9 +146,9 @@ class HttpJudge:
         verdict has an `error`.
 
         Raises:
-          JudgeStopped: the budget is used up, the endpoint rejects all requests or requests a delay
-            of more than `LONGEST_WAIT` seconds, too many consecutive prompts failed, or the judge
-            was closed. All finished verdicts are yielded first.
+          JudgeStopped: the budget does not allow another request, the endpoint rejects all requests
+            or requests a delay of more than `LONGEST_WAIT` seconds, too many consecutive prompts
+            failed, or the judge was closed. All finished verdicts are yielded first.
           UserError: the rubric has no template and a role has no `eval_prompt`, or the journal
             cannot be used.
         """
@@ -279,7 +279,9 @@ class HttpJudge:
                         self._per_byte = max(seen, self._per_byte if self._seen else 0.0)
                         self._seen = True
                 if reply.prompt_tokens is not None:
-                    self._pace.settle(tokens, reply.prompt_tokens + (reply.reply_tokens or 0))
+                    after = reply.reply_tokens
+                    self._pace.settle(tokens, reply.prompt_tokens + (
+                        self.endpoint.max_tokens if after is None else after))
                 return reply.text, cost
         with self._turn:
             self._row += 1
@@ -323,7 +325,11 @@ class HttpJudge:
                     self._flying += 1
                     return
                 if not self._flying or not self._budget.allows(held.calls + 1, 0.0):
-                    self._halt(f"the budget of {self._budget} is used up (calls: {held.calls:,}"
+                    why = (f"the next request, which may cost up to ${bound:,.4g}, does not fit "
+                           f"into the budget of {self._budget}"
+                           if self._budget.allows(held.calls + 1, held.spent)
+                           else f"the budget of {self._budget} is used up")
+                    self._halt(f"{why} (calls: {held.calls:,}"
                                + (f", cost: ${held.spent:,.4f}" if held.spent else "")
                                + "); to continue, give a larger --budget and run the same command "
                                  "again")
@@ -348,13 +354,13 @@ class HttpJudge:
         """Return the cost of an answer in USD.
 
         If the endpoint returned no cost, the cost is computed from the token counts and the price.
-        If the endpoint returned no number of prompt tokens either, the cost is `bound`.
+        If the endpoint returned only one of the token counts or none, the cost is `bound`.
         """
         if reply.usd is not None:
             return reply.usd
-        if reply.prompt_tokens is None:
+        if reply.prompt_tokens is None or reply.reply_tokens is None:
             return bound
-        return self._usd(reply.prompt_tokens, reply.reply_tokens or 0)
+        return self._usd(reply.prompt_tokens, reply.reply_tokens)
 
 
 def _wait(threads: Sequence[threading.Thread]) -> None:

@@ -112,13 +112,20 @@ def save_analysis(folder: pathlib.Path, found: Extraction, held_out: Sequence[st
             for of, table in found.intervals.items()},
         "roles": {
             name: {"mean_projection": _rounded(found.mean_projection(name)),
-                   "quartiles": [_rounded(row) for row in np.nanpercentile(value, [25, 75], 0)],
+                   "quartiles": [_rounded(row) for row in _quartiles(value)],
                    "rollouts": found.sizes.get(name, len(value)), "kept_means": len(value),
                    "held_out": name in held_out, "in_axis": name in analysis.names,
                    "scores": found.counts.get(name)}
             for name, value in found.projections.items()
         },
     })
+
+
+def _quartiles(values: np.ndarray) -> np.ndarray:
+    """Return the quartiles [2, L] of projections [k, L]; NaN if all replies are empty."""
+    known = values[np.isfinite(values).all(1)]
+    return np.percentile(known, [25, 75], 0) if len(known) else np.full(
+        (2, values.shape[1]), np.nan)
 
 
 def _rounded(values: np.ndarray) -> list[float]:

@@ -20,7 +20,7 @@ from jaxpersona.engine.pace import Pace, measure
 from jaxpersona.errors import UserError
 from jaxpersona.extras import require
 from jaxpersona.persona.axis import LABELS
-from jaxpersona.persona.collect import rubric_of
+from jaxpersona.persona.collect import AWAITED, rubric_of
 from jaxpersona.persona.prepare import check_prompts, check_redo, check_texts, rollouts_of
 from jaxpersona.runs.closing import state_of
 from jaxpersona.runs.manifest import manifest
@@ -59,7 +59,7 @@ class Forecast:
       judged: the number of replies that a judge scores: all but those of the default persona.
       judge_calls: the number of replies that an LLM judge still has to score; 0 for other judges.
       disk_bytes: the expected size of the files that the run will add to the folder.
-      live_bytes: the expected size of the response means that the run stores temporarily.
+      live_bytes: the largest size of the response means that the run stores temporarily.
       free_bytes: the free space on the disk of the folder.
     """
 
@@ -165,7 +165,7 @@ def forecast(
         judged=judged, judge_calls=max(judged - judged_now, 0) if reads else 0,
         disk_bytes=_disk_bytes(model, more, keep_means,
                                count * (_mean(texts) + _BYTES_PER_TOKEN * reply)),
-        live_bytes=_live_bytes(model, more),
+        live_bytes=_live_bytes(model, more, judge),
         free_bytes=shutil.disk_usage(_existing(pathlib.Path(folder))).free,
     )
 
@@ -224,14 +224,18 @@ def _disk_bytes(model: Model, more: Mapping[str, int], keep: int | None, text: f
     return round(size)
 
 
-def _live_bytes(model: Model, more: Mapping[str, int]) -> int:
-    """Return the expected size in bytes of the response means in the live files.
+def _live_bytes(model: Model, more: Mapping[str, int], judge: Judge) -> int:
+    """Return the largest size in bytes of the response means in the live files.
 
-    The size is that of the two roles with the most missing rollouts, assuming that at most two
-    roles have live files at the same time.
+    With a judge whose model is loaded after the rollouts, all roles have live files until then.
+    With a judge that runs a model beside the rollouts, a role is judged as soon as it is complete,
+    so two roles have live files. With other judges, `AWAITED` + 1 roles may wait for verdicts while
+    one more is generated. The roles with the most missing rollouts are counted.
     """
     state = 4 * model.config.n_layers * model.config.d_model
-    return state * sum(sorted(more.values())[-2:])
+    roles = 2 if getattr(judge, "together", False) else AWAITED + 2
+    roles = len(more) if getattr(judge, "after", False) else roles
+    return state * sum(sorted(more.values(), reverse=True)[:roles])
 
 
 def _existing(folder: pathlib.Path) -> pathlib.Path:

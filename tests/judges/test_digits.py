@@ -97,9 +97,9 @@ def test_trait_scores_are_those_of_pytorch_over_all_numbers(hugging, monkeypatch
         second = theirs_next(theirs, [*start, ids[d]])[ids]
         wanted[d] = first[ids[d]] * (1 - second.sum())
         wanted[10 * d : 10 * d + 10] = first[ids[d]] * second
-    third = theirs_next(theirs, [*start, ids[1], ids[0]])[ids[0]]
-    wanted[100] = wanted[10] * third
-    wanted[10] *= 1 - third
+    third = theirs_next(theirs, [*start, ids[1], ids[0]])[ids]
+    wanted[100] = wanted[10] * third[0]
+    wanted[10] *= 1 - third.sum()
     np.testing.assert_allclose(found.probabilities[0] * found.mass[0], wanted, atol=1e-6)
     assert found.expected[0] == pytest.approx(wanted @ np.arange(101) / wanted.sum(), rel=1e-4)
     assert found.refusal[0] == pytest.approx(
@@ -113,9 +113,10 @@ class Steered:
     """`next_logprobs` of a model that wants to write certain texts, by the text so far."""
 
     def __init__(self, tokenizer, wishes):
-        self.tokenizer, self.wishes = tokenizer, wishes
+        self.tokenizer, self.wishes, self.calls = tokenizer, wishes, []
 
     def __call__(self, model, prompts, candidates, batch_tokens=None):
+        self.calls.append((len(prompts), batch_tokens))
         names = self.tokenizer.convert_ids_to_tokens(list(candidates))
         found = np.full((len(prompts), len(candidates)), 1e-9)
         for i, prompt in enumerate(prompts):
@@ -132,6 +133,8 @@ class Steered:
     ({"": {"5": 0.6, "8": 0.2}, "5": {"7": 0.25}}, 5, (45 * 0.05 + 15 * 0.57 + 16) / 8, 0.8),
     ({"": {"1": 1.0}, "1": {"0": 1.0}, "10": {"0": 1.0}}, 100, 100.0, 1.0),
     ({"": {"1": 1.0}, "1": {"0": 1.0}, "10": {"0": 0.4}}, 10, 46.0, 1.0),
+    # 105 is no score, so it counts for neither 10 nor 100
+    ({"": {"1": 1.0}, "1": {"0": 1.0}, "10": {"0": 0.1, "5": 0.5}}, 10, 28.0, 0.5),
     ({"": {"0": 0.3, "R": 0.2}}, 0, 0.0, 0.3),
     ({"": {"0": 0.3, "R": 0.6}}, None, None, 0.3),  # a refusal
     ({"": {"0": 0.2}}, None, None, 0.2),  # too little
@@ -148,6 +151,40 @@ def test_the_greedy_integer_the_expected_one_and_refusals(model, monkeypatch, wi
         assert verdict.expected == pytest.approx(expected, abs=1e-3)
     else:  # 5 with 0.45, 57 with 0.15, 8 with 0.2
         assert verdict.expected == pytest.approx((5 * 0.45 + 57 * 0.15 + 8 * 0.2) / 0.8, abs=1e-3)
+
+
+def test_only_probable_prefixes_and_the_greedy_one_are_continued(model, monkeypatch):
+    """The others count as the number that they spell."""
+    wishes = {"": {"5": 9e-4, "8": 1e-4}, "5": {"7": 1.0}, "8": {"3": 1.0}}
+    monkeypatch.setattr(digits, "next_logprobs", Steered(model.tokenizer, wishes))
+    found = DigitJudge(model, rubric=TRAITS).read([text_of("boo")])
+    assert found.greedy.tolist() == [57] and found.mass[0] == pytest.approx(1e-3, abs=1e-6)
+    np.testing.assert_allclose(found.probabilities[0, [5, 57, 8, 83]], [0, 0.9, 0.1, 0], atol=1e-3)
+
+
+def test_a_zero_on_the_scale_of_roles_is_a_refusal(model, monkeypatch):
+    steered = Steered(model.tokenizer, {"": {"0": 0.6, "2": 0.3}})
+    monkeypatch.setattr(digits, "next_logprobs", steered)
+    judge = DigitJudge(model, batch_tokens=99)
+    [verdict] = judge.score(items("boo"))
+    assert verdict.score == 0 and verdict.refused and steered.calls == [(1, 99)]
+    assert verdict.raw == "0: 0.667, 2: 0.333, 1: 0.000, 3: 0.000"
+    assert judge.name == f"{DigitJudge(model).name} batch 99"
+    wide = DigitJudge(model, rubric=Rubric((0, 1, 2, 3, 4, 5), "{question} {answer}"))
+    assert wide._verdicts(items("boo"), wide.read(["x"])).__next__().raw.count(":") == 4
+
+
+def test_items_are_scored_in_groups_up_to_the_longest_that_fits(model, monkeypatch):
+    """A score of up to three tokens must fit behind a prompt."""
+    steered = Steered(model.tokenizer, {"": {"2": 0.9}})
+    monkeypatch.setattr(digits, "next_logprobs", steered)
+    monkeypatch.setattr(digits, "_ITEMS", 2)
+    size = jp.encode(model, [text_of("")]).tokens.shape[1]
+    fits, full = ("x" * (model.config.max_context - room - int(size)) for room in (4, 3))
+    found = list(DigitJudge(model).score(items("a", fits, full, "b", "c")))
+    assert {v.key: v.score for v in found} == {"q0": 2, "q1": 2, "q2": None, "q3": 2, "q4": 2}
+    assert [v.key for v in found if v.error] == ["q2"]
+    assert [count for count, _ in steered.calls] == [2, 1, 1]
 
 
 class Wider:

@@ -176,7 +176,7 @@ def test_the_budget_in_money_is_kept_and_used(tmp_path):
         judge = judge_of(server, tmp_path / "v.jsonl", budget=Budget(usd=30.5 * each),
                          price=server.price)
         found, why = until_stopped(judge, asked)
-        assert server.spent <= 30.5 * each and "the budget of $0.00 is used" in why
+        assert server.spent <= 30.5 * each and "does not fit into the budget of $0.00" in why
         assert judge.journal.spent == pytest.approx(server.spent)
         assert sum(v.cost for v in found) == pytest.approx(server.spent)
         # the last bound did not fit: it is at most a few times the cost of a request

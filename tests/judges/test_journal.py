@@ -134,7 +134,13 @@ def test_a_hold_delays_and_a_stop_ends_the_wait():
     clock = Clock()
     pace = Pace(clock=clock)
     pace.hold(7.0)
+    pace.hold(3.0)  # a shorter one does not end a longer one
     assert pace.wait(1, clock) and clock.now == pytest.approx(7.0)
+    pace.hold(1.0)
+    assert pace.wait(1, clock) and clock.now == pytest.approx(8.0)  # from now on
+    both = Pace(requests=60, tokens=600, clock=clock)  # a second per request, and per ten tokens
+    at = [clock.now for tokens in (5, 30, 5) if both.wait(tokens, clock)]
+    assert at == pytest.approx([8.0, 9.0, 12.0])
     stopped = threading.Event()
     stopped.set()
     assert not Pace(requests=1).wait(1, stopped)

@@ -62,6 +62,31 @@ def test_only_in_the_scale_of_roles_a_zero_is_a_refusal(tmp_path):
         assert (found.score, found.refused) == (0, refused)
 
 
+@pytest.mark.parametrize("text", ["=1", "+1", "-1", "@a", "\ta", "\ra"])
+def test_no_cell_is_a_formula_for_a_spreadsheet(tmp_path, text):
+    role = Role("ghost", (), "", text)
+    judge = HumanJudge(tmp_path / "mine.csv")
+    in_order(judge, [Item("q0", role, text, text, text)])
+    row = read_rows(judge.path)["ghost/q0"]
+    assert [row[name] for name in ("description", "system_prompt", "question", "answer")] == [
+        f"'{text}"] * 4
+    assert (row["item"], row["role"]) == ("ghost/q0", "ghost")
+
+
+def test_rows_without_an_item_are_skipped_and_undecided_is_a_word_too(tmp_path):
+    path = tmp_path / "mine.csv"
+    judge = HumanJudge(path)
+    in_order(judge, ITEMS[:2])
+    fill(path, {"ghost/q0": "None", "ghost/q1": "0000003"})
+    with path.open("ab") as file:
+        file.write(2 * b",,,,,,,\r\n")
+    found = in_order(judge, ITEMS[:2])
+    assert [(v.score, v.error) for v in found] == [(None, None), (3, None)]
+    fill(path, {"ghost/q1": "000000003"})  # too long to be a score
+    with pytest.raises(jp.UserError, match="score of ghost/q1 is '000000003'; give 0 to 3, or"):
+        in_order(judge, ITEMS[:2])
+
+
 def test_wrong_scores_and_files_are_refused(tmp_path):
     path = tmp_path / "mine.csv"
     judge = HumanJudge(path)
@@ -115,8 +140,28 @@ def test_an_agreement_has_a_table_roles_and_an_interval():
     assert found.roles["ghost"][0] == 60 and found.roles["seer"][0] == 58
     assert agreement({"p/0": 57, "p/1": 9}, {"p/0": 50, "p/1": 100}).labels == (
         "0–9", "50–59", "100–109", "none")
+    assert agreement({"p/0": 12}, {"p/0": 3}).labels == ("3", "12", "none")
+    assert agreement({"p/0": 13}, {"p/0": 3}).labels == ("0–9", "10–19", "none")
     with pytest.raises(jp.UserError, match="no reply in common"):
         agreement({"a/b": 1}, {"c/d": 1})
+
+
+def test_an_agreement_of_each_role_has_its_own_numbers():
+    """Undecided replies are in the table only; one reply or equal scores give no interval."""
+    found = agreement({"a/0": 3, "a/1": 0, "b/0": 2, "b/1": None, "c/0": None, "c/1": None},
+                      {"a/0": 3, "a/1": 1, "b/0": 0, "b/1": 2, "c/0": None, "d/0": 1, "d/1": 1})
+    assert found.roles["a"] == (2, 0.5, pytest.approx(1 - 0.5 / 1.5), -0.5)
+    assert found.roles["b"] == (1, 0.0, 0.0, 2.0) and set(found.roles) == {"a", "b"}
+    assert (found.both, found.difference, found.only) == (3, pytest.approx(1 / 3), (1, 2))
+    assert found.equal == pytest.approx(1 / 3) and found.table.sum() == 5
+    assert found.table[-1].tolist() == [0, 0, 1, 0, 1]  # those on which A is undecided
+    for one, two in (({"a/0": 3}, {"a/0": 0}), ({"a/0": 3, "a/1": 3}, {"a/0": 3, "a/1": 3}),
+                     ({"a/0": None}, {"a/0": 1})):
+        assert np.isnan(agreement(one, two).interval).all()
+    assert np.isnan(agreement({"a/0": None}, {"a/0": 1}).equal)
+    some = {f"a/{i}": i % 3 for i in range(9)}
+    other = {f"a/{i}": i // 3 for i in range(9)}
+    assert agreement(some, other, seed=1).interval != agreement(some, other).interval
 
 
 def test_the_interval_covers_the_kappa_of_the_population():

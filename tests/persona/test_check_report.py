@@ -48,6 +48,45 @@ def test_floors_of_all_layers_are_read_at_the_chosen_ones():
     assert chosen == (2,) and floors.tolist() == [3.0]
 
 
+def test_a_layer_without_a_gap_has_the_wrong_sign():
+    """Gaps by layer: 2 and 8, 2 and 0, 0 and −1, in standard deviations of 2 and 4."""
+    spread = np.array([2.0, 4.0])
+    for gaps, fine, wanted in (
+            ((2, 8), True, "by 1 to 2 standard deviations of the default persona's projections "
+             "(layers: 3…4)"),
+            ((2, 0), False, "at some of the tested layers (4)"),
+            ((0, -1), False, "at every tested layer; the axis points away from the Assistant")):
+        ours = np.array([[9.0, 9.0], [11.0, 11.0]])
+        found, said = module._sign((3, 4), ours, 10 - np.array([gaps, gaps], float), spread)
+        assert found == fine and wanted in said
+
+
+def test_quartiles_that_are_equal_give_no_spread():
+    """The spread of the replies is used at such layers, and never less than 1e-6."""
+    table = {"default": {"p25": np.zeros(8), "p75": np.arange(8.0)}}
+    held, ours = Axis(np.ones((8, 4)), percentiles=table), np.array([[1.0, 1.0], [3.0, 3.0]])
+    np.testing.assert_allclose(module._spread(held, (0, 2), ours), [2 ** 0.5, 2 / 1.3489795])
+    assert module._spread(held, (0, 2), ours[:1]).tolist() == [1e-6, 2 / 1.3489795]
+
+
+def test_a_shift_of_the_layers_is_found_on_layers_that_all_shifts_have():
+    """Orthogonal layers; the axis is shifted by −2 to 2 against the difference, or almost flat."""
+    rows = np.eye(8)
+    for shift in (-2, -1, 0, 1, 2):
+        axis = Axis(np.roll(rows, -shift, 0).astype(np.float32))
+        (fine, said), found = module._layer_base(axis, 5 * rows)
+        assert found == shift and fine == (shift == 0)
+        assert f"layer l fits layer l{shift:+d} best" in said or fine
+    for step, wanted in ((0.05, None), (0.2, 0)):  # cosines of neighbours: 0.9988 and 0.98
+        turned = np.stack([np.cos(step * np.arange(8)), np.sin(step * np.arange(8))], -1)
+        (fine, said), found = module._layer_base(Axis(turned.astype(np.float32)), turned)
+        assert fine and found == wanted
+        assert ("adjacent layers are too similar" in said) == (wanted is None)
+    for count, wanted in ((6, None), (7, 0)):  # three layers have all neighbours in seven
+        _, found = module._layer_base(Axis(np.eye(count, dtype=np.float32)), np.eye(count))
+        assert found == wanted
+
+
 @pytest.fixture
 def checked(monkeypatch, tmp_path):
     """Run `vectors check` on an axis, with a result in place of the self-test's generation."""

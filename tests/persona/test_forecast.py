@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from jaxpersona.data.texts import Question, Role
 from jaxpersona.errors import UserError
 from jaxpersona.judges.judges import NoJudge, SelfJudge
 from jaxpersona.persona.extract import extract_axis
-from jaxpersona.persona.forecast import describe, forecast
+from jaxpersona.persona.forecast import _disk_bytes, _live_bytes, describe, forecast, hours, size
 from jaxpersona.persona.prepare import base_notice
 from jaxpersona.persona.summary import distances, summary
 from jaxpersona.runs.rollouts import Settings
@@ -49,7 +50,7 @@ def test_a_sample_of_the_whole_run_predicts_its_tokens(made):
     assert said.judged == 24 and said.judge_calls == 0
     assert said.pace.complete and said.reply_tokens == found.tokens
     assert said.seconds == pytest.approx(said.pace.seconds)
-    assert said.live_bytes == 6 * 4 * 3 * 32  # the default's four rollouts and a role's two
+    assert said.live_bytes == 22 * 4 * 3 * 32  # the default's four rollouts and nine roles' two
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     assert size / 4 < said.disk_bytes < size  # headers and figures are small only in large runs
 
@@ -63,6 +64,39 @@ def test_the_rest_of_a_run_is_what_is_missing(made):
     assert "of which the folder contains 22" in describe(some, judge="none")[2]
     again = predict(folder, held_out=["role3"], overwrite=True)
     assert again.missing == 28 and (folder / "axis.safetensors").exists()
+    for redo, calls in ((["role1"], 2), ([], 0)):  # as if an LLM had given the run's verdicts
+        judge = NoJudge()
+        judge.rubric = None
+        told = predict(folder, held_out=["role3"], redo=redo, judge=judge)
+        assert (told.judged, told.judge_calls) == (24, calls)
+
+
+def test_the_live_files_of_waiting_roles_are_counted():
+    """Nine roles that wait for a judge in its thread and one in play; all for a later judge."""
+    more = {f"role{i}": 10 * (i + 1) for i in range(12)}  # 120, 110, … rollouts
+    for about, rollouts in (({}, 750), ({"together": True}, 230), ({"after": True}, 780),
+                            ({"together": True, "after": True}, 780)):
+        assert _live_bytes(MODEL, more, SimpleNamespace(**about)) == rollouts * 4 * 3 * 32
+    assert _live_bytes(MODEL, {"a": 7}, SimpleNamespace(after=True)) == 7 * 4 * 3 * 32
+
+
+def test_the_disk_holds_sums_samples_and_vectors():
+    """Numbers of a state [3, 32]: the axis, and for a role its base, sums, vectors and means."""
+    state = 3 * 32
+    for more, keep, numbers in (
+            ({}, 4, 4), ({"default": 100}, 4, 4 + 2 * 100 + 4 + 8 + 4),
+            ({"ghost": 100}, 4, 4 + 2 * 4 + 4 + 8 * 3 + 4 * 3),
+            ({"ghost": 100}, None, 4 + 2 * 100 + 4 + 8 * 3 + 4 * 3),
+            ({"ghost": 2}, 4, 4 + 2 * 2 + 4 + 8 * 2 + 4 * 3)):
+        assert _disk_bytes(MODEL, more, keep, 1000.0) == 1000 + numbers * state
+
+
+@pytest.mark.parametrize(("seconds", "wanted"), [
+    (599, "0.166 hours (599 s)"), (600, "0.2 hours (10 min)"), (7199, "2.0 hours (120 min)"),
+    (7200, "2.0 hours"), (7.2e6, "2,000.0 hours"), (float("inf"), "? hours (unknown, because")])
+def test_a_duration_has_the_precision_of_its_size(seconds, wanted):
+    assert hours(seconds).startswith(wanted) and (wanted[0] == "?") == (hours(seconds) != wanted)
+    assert size(999_999_999) == "1,000.0 MB" and size(1e9) == "1.0 GB" and size(2.5e5) == "0.2 MB"
 
 
 def test_what_would_fail_later_is_refused_and_nothing_is_written(made, tmp_path):
@@ -94,6 +128,11 @@ def test_a_forecast_in_words(tmp_path):
     assert ("judging: the judge self scores 24 of the replies; the time above does not include "
             "judging") in lines
     assert "cost of judging: 24 × $0.25 = $6.00" in lines
+    free = describe(dataclasses.replace(found, judge_calls=0, missing=0), judge="none", cost=0.25)
+    assert "judging: no model is called (judge none); the time above does not include judging" in (
+        free) and "time: nothing to generate" in free
+    assert ("cost of judging all replies of the roles with another judge: 24 × $0.25 = $6.00"
+            in free)
     timed = dataclasses.replace(
         found, seconds=7200.0 * 5, pace=s_pace([3, 5], [4]))
     (line,) = [x for x in describe(timed, judge="none") if x.startswith("time")]
@@ -150,8 +189,33 @@ def test_scores_and_roles_left_out_are_named(made):
     assert "left out, with fewer than 1 reply of score 3: 1 (role5)" in lines
 
 
-def test_a_base_model_is_told():
-    from types import SimpleNamespace
+@pytest.mark.parametrize("count", [10, 11])
+def test_a_short_ranking_is_printed_whole_and_empty_roles_are_not_in_it(count):
+    """Role i lies i standard deviations below the default persona, whose replies are −1 and 1."""
+    names = [f"r{i:02}" for i in range(count)]
+    means = {name: np.array([0.0, -float(i)]) for i, name in enumerate(names)}
+    means |= {"default": np.zeros(2), "silent": np.full(2, np.nan)}
+    own = np.array([[5.0, -1.0], [7.0, 1.0], [np.nan, np.nan]])
+    found = SimpleNamespace(
+        projections={name: own if name == "default" else own[:1] for name in means},
+        mean_projection=means.__getitem__, rollouts=99, role_means=dict.fromkeys(names),
+        counts={name: {"3": 2} for name in [*names, "silent"]},
+        axis=SimpleNamespace(model="tiny", n_layers=2, notes={"min_count": 2, "judge": "rules"}),
+        analysis=SimpleNamespace(names=names, cos_pc1=[0.1, 0.25],
+                                 components=[SimpleNamespace(ratio=[0.3]),
+                                             SimpleNamespace(ratio=[0.5])]))
+    assert distances(found, 1) == {name: -float(i) for i, name in enumerate(names)}
+    lines = summary(found, "a b", 1, held_out=names[:9])
+    assert ("  nearest to farthest: " in "".join(lines)) == (count == 10)
+    assert "left out, with fewer than 2 replies of score 3: 1 (silent)" in lines
+    assert f"held out: 9 ({', '.join(names[:8])}, …)" in lines
+    assert ("|cos(PC1, axis)| at layer 1: 0.250; PC1 explains 50% of the role vectors' variance"
+            in lines)
+    assert "mean 0 and standard deviation 1;" in " ".join(lines)
+    assert "  jaxpersona report 'a b'" in lines and "judge rules: 22 with score 3" in (
+        lines[1] if count == 10 else "judge rules: 22 with score 3")
 
+
+def test_a_base_model_is_told():
     assert base_notice(SimpleNamespace(name="x", template=True)) is None
     assert "x has no chat template" in base_notice(SimpleNamespace(name="x", template=False))

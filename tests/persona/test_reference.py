@@ -28,6 +28,8 @@ def test_distances_and_roles():
     assert KNOWN.floor == 1.0
     assert KNOWN.z(2.0) == 0 and KNOWN.z(2.0 - 1.48260222) == pytest.approx(-1)
     assert KNOWN.nearest(-2.4, 2) == ["pirate", "ghost"] and KNOWN.nearest(9.0, 1) == ["tutor"]
+    assert KNOWN.nearest(-2.5) == ["ghost", "pirate", "tutor"]  # equally far: by name
+    assert Reference({**TABLE, 75.0: 1.0}, {}).z(3.0) == pytest.approx(1e6)
 
 
 def axis(layers=3):
@@ -51,6 +53,14 @@ def test_an_axis_brings_its_percentiles_and_its_run_the_roles(tmp_path):
     assert dict(found.percentiles) == {q: x + 2 for q, x in TABLE.items()} and not found.roles
     analysis(tmp_path)
     assert reference(load_axis(file), 2, file).roles == {"ghost": 2.0}  # without the default
+    silent = {"mean_projection": [0.0, 1.0, float("nan")]}
+    analysis(tmp_path, roles={"silent": silent, "ghost": {"mean_projection": [3, 4, 5]}})
+    assert reference(load_axis(file), 2, file).roles == {"ghost": 5.0}  # without empty roles
+    assert reference(load_axis(file), 1, file).roles == {"silent": 1.0, "ghost": 4.0}
+    more = {**axis().percentiles["default"], "p2.5": np.arange(3.0), "mean": np.ones(3),
+            "p0": -np.ones(3)}
+    told = reference(Axis(np.ones((3, 4)), percentiles={"default": more}), 2).percentiles
+    assert list(told) == [0, 1, 2.5, 25, 50, 75, 99] and told[2.5] == 2.0
     assert not reference(load_axis(file), 2).roles
     assert not reference(axis(), 2, tmp_path / "mini").roles  # a name, not a file of this folder
     (tmp_path / "run.json").write_text(json.dumps({"model": {"fingerprint": "0" * 16}}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import support as s
 
 import jaxpersona as jp
 from jaxpersona.engine import programs
-from jaxpersona.persona.monitor import NAME, Monitor
+from jaxpersona.persona.monitor import NAME, Monitor, edit_counts
 from jaxpersona.persona.session import Session, Turn
 from jaxpersona.persona.transcript import record, restore
 
@@ -58,6 +59,18 @@ def test_a_mean_leaves_out_tokens_without_a_value():
     assert monitor.words({2: 2.0, 3: -5.0}) == "projection +2.00 at layer 2, -5.00 at layer 3"
     whole = np.moveaxis(values, 0, 1)  # [L, T, K], the first token is the prompt's
     assert monitor.of_reply(whole, 1) == {2: 3.0, 3: 8.0}
+
+
+def test_the_edits_of_one_conversation_are_counted():
+    """Of a batch [l, N], or of a single reply [l]."""
+    changed = np.arange(8).reshape(4, 2)
+    for index in (0, 1):
+        (found,) = edit_counts(CAP, [SimpleNamespace(seen=np.array([3, 9]), changed=changed)],
+                               index)
+        assert (found.layers, found.seen) == ([4, 5, 6, 7], [3, 9][index])
+        assert found.changed == [index, 2 + index, 4 + index, 6 + index]
+    (found,) = edit_counts(CAP, [SimpleNamespace(seen=np.array(9), changed=changed[:, 1])])
+    assert found.seen == 9 and found.changed == [1, 3, 5, 7] and found.edit.startswith("cap(")
 
 
 def test_a_reply_is_read_without_its_prompt():
@@ -113,7 +126,14 @@ def test_a_transcript_restores_the_session():
     assert restore(other, json.loads(text))
     assert other.turns == session.turns and other.system == "Be kind."
     assert json.dumps(record(other)) == text
+    session.system = ""  # not the same as none
+    assert session.messages[0] == {"role": "system", "content": ""}
+    assert restore(other, json.loads(json.dumps(record(session)))) and other.system == ""
+    session.monitor = other.monitor = None
+    assert record(session)["axis"] is None and restore(other, record(session))
+    assert not restore(other, []) and (other.turns, other.messages) == ([], [])
     table = json.loads(text)
+    other.monitor = made().monitor
     table["replies"][0]["edits"] = [EDIT]
     assert restore(other, table) and dataclasses.asdict(other.turns[0])["edits"] == [EDIT]
 

@@ -50,6 +50,12 @@ def test_what_was_added_is_read(folder):
     assert read(folder) == (4, 1)
     live.keep_only({"pos_p0_q0"})
     assert read(folder) == (1, 0)
+    live.add(record(1), mean(1))
+    live.add(record(2), mean(2))
+    live.keep_only({"pos_p0_q2"})
+    for held in (live, Live(folder, "ghost", "b", SHAPE)):
+        assert list(held.records) == ["pos_p0_q2"] and (held.mean("pos_p0_q2") == 2).all()
+        assert held.has_mean("pos_p0_q2") and not held.has_mean("pos_p0_q1")
     live.keep_only(set())
     assert not list((folder / "live").iterdir())
 

@@ -111,6 +111,21 @@ def test_weighted_percentiles_of_equal_weights_are_numpy_s():
                                np.repeat(values[:1], 2, 0))
 
 
+def test_a_projection_counts_for_all_rollouts_of_its_role():
+    """Both replies of a, and one for the three non-empty ones of b; the empty one is ignored."""
+    kept = {"a": np.array([[0.0, 5.0], [1.0, 4.0]]), "c": np.full((2, 2), np.nan),
+            "b": np.array([[10.0, 2.0], [np.nan, np.nan]])}
+    found, between = percentiles_of(kept, {"a": 2, "b": 3, "c": 0}, at=(25, 50, 90), draws=20)
+    whole = np.array([[0, 5], [1, 4], [10, 2], [10, 2], [10, 2]])
+    for q in (25, 50, 90):
+        np.testing.assert_allclose(found[f"p{q}"], np.percentile(whole, q, axis=0))
+    assert found["p25"].dtype == between["p25"][0].dtype == np.float32
+    same, _ = percentiles_of({"a": kept["a"]}, {"a": 1}, at=(50,))  # never less than is stored
+    np.testing.assert_allclose(same["p50"], [0.5, 4.5])
+    with pytest.raises(ValueError, match="all replies are empty"):
+        percentiles_of({"c": kept["c"]}, {"c": 2})
+
+
 def test_intervals_cover_the_percentile_of_the_population():
     """With 16 of 200 replies of 10 roles, an interval of 95 % covers in about 95 % of draws."""
     rng = np.random.default_rng(1)
@@ -155,6 +170,12 @@ def test_large_constant_channels_cost_no_precision():
     more = sampled(["3", "x", "5"], kept, lambda key: None if key == "x" else 1 / 0, (2, 4))
     assert more.keys == ["3", "5"]
     np.testing.assert_array_equal(more.means, kept.means[[3, 5]])
+    means[2], means[3, 0, 0] = np.nan, np.inf
+    some = sampled(["0", "1", "2", "x"], None, lambda key: None if key == "x" else means[int(key)],
+                   (2, 4))
+    np.testing.assert_allclose(some.base, means[:2].mean(0), rtol=1e-6)  # without the empty reply
+    assert some.keys == ["0", "1", "2"] and np.isnan(some.means[2]).all()
+    assert not sampled([], None, means.__getitem__, (2, 4)).base.any()
 
 
 def test_sums_by_score():
@@ -171,5 +192,13 @@ def test_sums_by_score():
     np.testing.assert_allclose(found["mean"][0], means.mean(0))
     assert sums.agrees({"a": 3, "b": None, "c": 3, "d": 2, "e": 0})
     assert not sums.agrees({"a": 3, "b": None, "c": 2, "d": 2, "e": 0})
-    with pytest.raises(ValueError, match="rollout f has non-finite values"):
-        sums.add("f", 3, np.array([[np.inf, 0, 0], [0, 0, 0]], np.float32))
+    assert not sums.agrees({"a": 3, "b": 0, "c": 3, "d": 2, "e": 0})
+    assert not sums.agrees({"a": 3, "b": None, "c": 3, "d": 2})  # a rollout that is unknown
+    assert sums.agrees({"a": 3, "b": None, "c": 3, "d": 2, "e": None, "more": 1})
+    again = Sums.read(*sums.stored())
+    assert again.groups == sums.groups and again.count("empty") == 1
+    assert Sums({}, {"e": "empty"}).vectors({3: "pos_3"}) == {}
+    for wrong in (np.inf, np.nan):
+        with pytest.raises(ValueError, match="rollout f has non-finite values"):
+            sums.add("f", 3, np.array([[wrong, 0, 0], [0, 0, 0]], np.float32))
+    assert "f" not in sums.groups
