@@ -59,3 +59,15 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     s.byte_tokenizer().save_pretrained(folder)
     return s.random_checkpoint(folder, Qwen3ForCausalLM, Qwen3Config(**s.BYTE_MODEL))
+
+
+@pytest.fixture(scope="module")
+def compile_fast():
+    """Compile without most LLVM optimizations, for tests whose programs run once or twice.
+
+    Not for tests that compare the bits of two programs, or count operations of compiled programs.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

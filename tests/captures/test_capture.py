@@ -21,6 +21,8 @@ from jaxpersona.models.carry import Carry
 from jaxpersona.models.forward import forward
 from jaxpersona.vectors.vector import Axis
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 MODEL = s.tiny_model()
 LENGTHS, WIDTH, TURNS = (14, 9, 3), 14, 3
 RNG = np.random.default_rng(7)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from test_sharding import ROWS, V, one_device, spread
 
 import jaxpersona as jp
 from jaxpersona.captures import capture
 from jaxpersona.distributed import sharding
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 def test_each_request_gets_its_own_reply_when_a_later_row_ends_first():

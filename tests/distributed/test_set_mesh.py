@@ -17,6 +17,8 @@ from jaxpersona.interventions import cap
 from jaxpersona.models.batch import batch
 from jaxpersona.models.forward import forward
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 
 @pytest.mark.parametrize("setting", [
     "the caller's", *(pytest.param(x, marks=pytest.mark.slow) for x in ("the model's", "another"))])

@@ -26,6 +26,8 @@ from jaxpersona.planning import hlo
 from jaxpersona.text.chat import Row
 from jaxpersona.vectors.vector import Vector
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 MODEL = s.tiny_model(stop_ids=(3, 7))
 ROWS = s.prompts((5, 9, 4, 20, 6, 3, 12, 8), seed=2)
 V = np.ones(32)

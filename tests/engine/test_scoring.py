@@ -18,6 +18,8 @@ from jaxpersona.engine.scoring import logprobs, next_logprobs
 from jaxpersona.models.params import layout
 from jaxpersona.text.chat import Row
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 MODEL = s.tiny_model()
 ROWS = s.prompts([2, 40, 7, 33, 90, 41, 64], seed=3)
 

@@ -33,6 +33,8 @@ from jaxpersona.interventions.where import everywhere, generated, last, marked, 
 from jaxpersona.models.batch import ASSISTANT, MARK, SYSTEM, TEMPLATE, USER
 from jaxpersona.text import chat
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 NEW = 64
 AT = slice(0, 2)
 RNG = np.random.default_rng(11)

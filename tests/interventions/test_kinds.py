@@ -33,6 +33,8 @@ from jaxpersona.models.batch import batch
 from jaxpersona.models.forward import forward
 from jaxpersona.vectors.vector import Vector
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 quick = settings(max_examples=40, deadline=None)
 seeds, angles = st.integers(0, 999), st.floats(-7, 7, width=32)
 ALL = jnp.ones((2, 5), bool)

@@ -21,6 +21,8 @@ from jaxpersona.models.batch import batch
 from jaxpersona.models.forward import forward
 from jaxpersona.models.weight import LowRank
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 CONFIG = s.tiny_config(vocab_size=128, n_heads=4, n_kv_heads=2)
 ROWS = batch([[5, 6, 7, 8, 9], [3, 4]])
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -18,6 +18,8 @@ from jaxpersona.engine.generate import generate
 from jaxpersona.interventions import cap, chain, steer
 from jaxpersona.interventions.where import everywhere, generated
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 NEW = 24
 LENGTHS = (31, 5, 18, 2)
 U, V = np.random.default_rng(4).normal(size=(2, 48))

@@ -26,6 +26,8 @@ from jaxpersona.models.params import fingerprint
 from jaxpersona.models.weight import LowRank, dot
 from jaxpersona.vectors.vector import Vector
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 CONFIG = s.tiny_config(vocab_size=96, tied_embeddings=True)  # a mesh divides the vocabulary
 PARAMS = s.random_params(CONFIG)
 ROWS = batch([[5, 6, 7, 8, 9, 4, 3, 2]] * 4)

@@ -20,6 +20,8 @@ from jaxpersona.models.carry import Carry
 from jaxpersona.models.forward import forward
 from jaxpersona.models.prepared import in_out
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 LENGTHS = (13, 8, 1)
 MODEL = s.tiny_model()
 ROWS = s.prompts(LENGTHS)

@@ -14,6 +14,8 @@ from jaxpersona.persona import axis as science
 from jaxpersona.vectors.caps import Caps, fitted
 from jaxpersona.vectors.vector import Axis, Vector
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 UPPER = (4, 5, 6, 7)
 TALK = [{"role": "user", "content": "Who are you?"},
         {"role": "assistant", "content": "I am a ghost."}]

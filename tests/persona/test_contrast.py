@@ -10,6 +10,8 @@ import jaxpersona as jp
 from jaxpersona.captures import capture
 from jaxpersona.engine.prompts import encode
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 MODEL = jp.load("mini")
 GOOD = ["I love it.", "What a joy this is, my friend!", "Thank you."]
 BAD = ["I hate it.", "How sad.", "Go away, I do not want you here at all."]

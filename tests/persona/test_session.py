@@ -17,6 +17,8 @@ from jaxpersona.persona.monitor import NAME, Monitor, edit_counts
 from jaxpersona.persona.session import Session, Turn
 from jaxpersona.persona.transcript import record, restore
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 MODEL, AXIS = jp.load("mini"), jp.load_axis("mini")
 CAP = jp.cap(AXIS, layers=slice(4, 8), floor="p25", where=jp.response.without("code"))
 EDIT = {"edit": "cap(everywhere, layer 4, residual)", "layers": [4], "seen": 9, "changed": [5]}

@@ -15,6 +15,8 @@ from jaxpersona.interventions.where import everywhere
 from jaxpersona.persona.talk import Talks, grow, project_conversation
 from jaxpersona.vectors.vector import Vector
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"},
         {"role": "assistant", "content": "I am a ghost of the sea."},
         {"role": "user", "content": "And now?"}, {"role": "assistant", "content": "Still."}]

@@ -330,9 +330,6 @@ def test_encode_makes_a_batch_whose_rows_are_named_by_what_they_are():
     assert len({chat.row_id([1, 2, 3], s, salt) for s in range(9) for salt in ("", "a")}) == 18
     with pytest.raises(ValueError, match="wrap it in a list"):
         chat.encode(t, talks[1])
-    for mixed in ([talks[1][0], "Who?"], ["Who?", 5]):
-        with pytest.raises(ValueError, match="is a single conversation; wrap it in a list"):
-            chat.listed(mixed)
     with pytest.raises(ValueError, match="no tokenizer"):
         chat.encode(object(), talks)
 

@@ -331,3 +331,9 @@ def test_what_is_no_list_of_conversations_is_refused_by_name(given, words):
     with pytest.raises(ValueError, match=words):
         chat.listed(given, "talks")
     assert chat.listed(x for x in ["a", [1]]) == ["a", [1]]
+
+
+@pytest.mark.parametrize("mixed", [[{"role": "user", "content": "Hi."}, "Who?"], ["Who?", 5]])
+def test_a_list_of_mixed_types_is_one_conversation_and_refused(mixed):
+    with pytest.raises(ValueError, match="is a single conversation; wrap it in a list"):
+        chat.listed(mixed)
