@@ -140,6 +140,14 @@ def test_its_start_up_test_finds_faults(monkeypatch):
             return jnp.where(inside[..., None, None], out + change, 0)
         return attend
 
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "splash_fault", lambda *of: asked.append(of))
+        gemma = s.tiny_config(head_dim=64, n_heads=8, n_kv_heads=2, attn_softcap=5.0,
+                              windows=(16, None, 16))
+        for config in (BIG, gemma):
+            kernel.choose(config, "auto", **options)
+    assert asked == [("bfloat16", 128, 2, False, False), ("bfloat16", 64, 4, True, True)]
     monkeypatch.setattr(module, "tpu", lambda: jax.devices()[0])
     for change, words in ((0.0, None), (0.5, "max error 0.5"), (float("nan"), "max error nan")):
         splash_fault.cache_clear()

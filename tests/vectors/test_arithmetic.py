@@ -21,6 +21,11 @@ def test_operators_are_those_of_the_values():
         np.testing.assert_array_equal(got.values, wanted.astype(np.float32))
     np.testing.assert_array_equal(np.asarray(ONE), ONE.values)
     assert np.asarray(ONE, np.float64).dtype == np.float64
+    kept = ONE.values.copy()
+    np.array(ONE)[:] = 0  # a copy
+    np.testing.assert_array_equal(ONE.values, kept)
+    with pytest.raises(ValueError, match="needs a copy"):
+        ONE.__array__(np.float64, copy=False)
 
 
 @pytest.mark.parametrize("layers, kept", [(1, [1]), (slice(1, 3), [1, 2]), ([0, 3], [0, 3])])

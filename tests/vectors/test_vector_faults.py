@@ -198,7 +198,12 @@ def test_a_caps_file_that_lies_is_named(tmp_path):
     fields = dict(values=VALUES[:2], layers=(1, 2), floors=np.zeros(2), labels=("a", "b"))
     for change, words in (({"layers": (1,)}, "length 1 a"), ({"floors": [np.nan, 0]}, "non-finite"),
                           ({"values": 0 * VALUES[:2]}, "zero vector"),
-                          ({"layers": (1, True)}, "must be in 0"),
+                          ({"values": VALUES[:2] * [[1], [0]]}, "zero vector"),
+                          ({"values": VALUES[:2] * [[1], [np.nan]]}, "non-finite"),
+                          ({"labels": ("a", 5)}, "each label must be a string"),
+                          ({"layers": (1, 1024)}, "integer in 0…1023"),
+                          ({"layers": (-1, 1)}, "integer in 0…1023"),
+                          ({"layers": (1, True)}, "integer in 0…1023"),
                           ({"fingerprint": "x"}, "sixteen hexadecimal")):
         with pytest.raises(ValueError, match=words):
             Caps(**{**fields, **change})
