@@ -11,6 +11,7 @@ import pytest
 import support as s
 
 from jaxpersona.captures import capture
+from jaxpersona.captures.missing import describe_empty
 from jaxpersona.engine.extract import extract
 from jaxpersona.engine.generate import generate
 from jaxpersona.interventions import gate, steer
@@ -364,3 +365,11 @@ def test_every_reading_takes_tokens_layers_a_site_and_a_name(make, where):
     ((name, made),) = make(prompt, layers="1:3", site="mlp", name="mine").readings.items()
     assert (name, made.layers, made.site) == ("mine", (1, 2), "mlp")
     np.testing.assert_array_equal(made.where, prompt.encode())
+
+
+def test_rows_without_a_token_are_listed_up_to_five():
+    for count, listed in ((1, " 0 (1 of 9), so its value is"),
+                          (5, "s 0, 1, 2, 3, 4 (5 of 9), so their values are"),
+                          (6, "s 0, 1, 2, 3, 4, … (6 of 9), so their values are")):
+        text = describe_empty(range(count), 9, "row")
+        assert text.startswith(f"selects no token in row{listed} NaN; add tokens that where= se")

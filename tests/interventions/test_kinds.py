@@ -148,6 +148,7 @@ MIXED = [Vector(np.eye(8)[:2] + i, fingerprint=f"{i}" * 16) for i in (1, 2)]
     ("fn is not hashable", lambda u: custom([], layers=1)),
     ("with the same n", lambda u: custom(twist, {"a": np.ones(2), "b": np.ones((3, 8))}, layers=1,
                                          rows=[0, 1])),
+    ("with the same n", lambda u: custom(first_set, 7.0, layers=1, rows=[0, 0])),
     ("fn returned shape \\[3\\] for a token", lambda u: act(custom(narrow, layers=1), scene(0)[0])),
     ("mean has shape", lambda u: mean_ablate(u, np.ones(9), layers=1)),
     ("rows is 0", lambda u: reserve(0, 8, [1])),

@@ -223,6 +223,8 @@ def test_the_limits_of_the_kernel_are_named():
         assert f"{width} of the residual stream is not a multiple of 128" in kernel.refusal(
             "tpu", width, 1, 4)
     assert "exceeds" in kernel.refusal("tpu", 8192, 1, 1000)
+    # in a decode step, each token of a block belongs to a row with vectors of its own
+    assert kernel._block(4096, 2, 4, 0, False) == 64 and kernel._block(4096, 2, 4, 0, True) == 32
     # two inputs and two outputs are kept twice, so float32 needs 8·8·2·D bytes more
     assert kernel.refusal("tpu", 8192, 1, 250) is None
     assert "exceeds" in kernel.refusal("tpu", 8192, 1, 250, itemsize=4)

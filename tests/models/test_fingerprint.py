@@ -293,6 +293,8 @@ def test_caps_and_vectors_fit_a_model_of_their_layers_width_and_weights():
             fitted(found, config, "tiny", mine)
     # without the fingerprint of the weights, only the configuration is compared
     assert fitted(vector(2, fingerprint=other), config, "tiny").fingerprint == other
+    with pytest.raises(ValueError, match="cannot be used with tiny"):
+        fitted(vector(2, fingerprint="0" * 16), config, "tiny")
     edit = caps(1, fingerprint=mine).interventions(where="user").edits[0]
     assert edit.origin[0] == 0x12345678
     np.testing.assert_array_equal(edit.where, [jp.user.encode()])

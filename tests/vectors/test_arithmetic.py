@@ -72,3 +72,12 @@ def test_directions_of_other_models_or_sites_are_refused(other, field):
         ONE + 1  # pyright: ignore
     with pytest.raises(jp.UserError, match="layers is 4"):
         ONE[4]
+
+
+def test_percentiles_are_listed_by_number_and_names_without_a_number_last():
+    axis = jp.Axis(ONE.values, percentiles={
+        "all": {name: np.full(4, i) for i, name in enumerate(("p100", "best", "p5", "p25.5"))}})
+    with pytest.raises(jp.UserError, match="this axis has p5, p25.5, p100, best$"):
+        axis.thresholds("p50", of="all")
+    assert list(axis.records()[1])[2:] == ["all p5", "all p25.5", "all p100", "all best"]
+    assert axis.records()[1]["all p5"] == 2.0
