@@ -13,6 +13,8 @@ ONE, TWO = (jp.Vector(RNG.normal(size=(4, 6)), name, "m", "a" * 16) for name in 
 
 def test_operators_are_those_of_the_values():
     for got, wanted, name in ((-ONE, -ONE.values, "-one"), (2 * ONE, 2 * ONE.values, "2·one"),
+                              (np.float32(2) * ONE, 2 * ONE.values, "2·one"),
+                              (ONE * np.float64(0.5), ONE.values / 2, "0.5·one"),
                               (ONE * 0.5, ONE.values / 2, "0.5·one"),
                               (ONE + TWO, ONE.values + TWO.values, "one + two"),
                               (ONE - TWO, ONE.values - TWO.values, "one - two")):
@@ -21,6 +23,9 @@ def test_operators_are_those_of_the_values():
         np.testing.assert_array_equal(got.values, wanted.astype(np.float32))
     np.testing.assert_array_equal(np.asarray(ONE), ONE.values)
     assert np.asarray(ONE, np.float64).dtype == np.float64
+    ones = np.ones((4, 6), np.float32)
+    for found in (ones + ONE, ONE + ones, np.add(ONE, 1), np.add(ONE, 1, out=ones.copy())):
+        np.testing.assert_array_equal(found, ONE.values + 1)  # an array, without metadata
     kept = ONE.values.copy()
     np.array(ONE)[:] = 0  # a copy
     np.testing.assert_array_equal(ONE.values, kept)
