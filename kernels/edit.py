@@ -127,22 +127,22 @@ def site(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit] = (), *,
     return found if edits else found._replace(changed=jnp.zeros((0, rows), jnp.int32))
 
 
-def refusal(platform: str, width: int, entries: int, directions: int) -> str | None:
+def refusal(platform: str, width: int, entries: int, directions: int,
+            itemsize: int = 2) -> str | None:
     """Return the reason why the Pallas kernel cannot run with these arguments, or None if it can.
-
-    The memory check assumes activations of two bytes, such as bfloat16.
 
     Args:
       platform: "cpu", "gpu" or "tpu".
       width: the width D of the residual stream.
       entries: the number of vectors v̂ and û in the edits of a site.
       directions: the number K of directions.
+      itemsize: the number of bytes of an activation, 2 for bfloat16 and 4 for float32.
     """
     if platform != "tpu":
         return f"the platform is {platform}, and the kernel is written for TPUs"
     if width % 128:
         return f"the width {width} of the residual stream is not a multiple of 128"
-    if _block(width, 2, entries, directions, False) is None:
+    if _block(width, itemsize, entries, directions, False) is None:
         return (f"a block of {_TOKENS[-1]} tokens of width {width} exceeds {MEMORY} bytes of "
                 f"on-chip memory (vectors of edits: {entries}, directions of readings: "
                 f"{directions})")

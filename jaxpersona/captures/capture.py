@@ -31,7 +31,13 @@ from jaxpersona.captures.activations import Full, Last, Mean, Norms
 from jaxpersona.captures.projections import Histogram, ProjectionMoments, Projections
 from jaxpersona.captures.reading import F32, Reading, State
 from jaxpersona.errors import UserError
-from jaxpersona.interventions.bank import Layers, normalised, numbers, resolve_layers
+from jaxpersona.interventions.bank import (
+    Layers,
+    check_unmixed,
+    normalised,
+    numbers,
+    resolve_layers,
+)
 from jaxpersona.interventions.table import SITES, Site, one_origin
 from jaxpersona.interventions.where import Where, encoded, everywhere, response
 from jaxpersona.models.config import ModelConfig
@@ -133,6 +139,7 @@ def _directions(directions: Any, where: Where | str, layers: Layers | None,
         value: Any = np.stack([one.at_layers(chosen) for one in several], 1)
         origin, picked = one_origin(*([one.origin] for one in several)), chosen
     else:
+        check_unmixed("directions", several)
         value, picked, origin = numbers("directions", directions), _pick(layers), np.zeros(1)
         value = value[None] if value.ndim == 2 else value
     if value.ndim != 3 or not value.shape[1]:
@@ -212,7 +219,7 @@ def mean(where: Where | str = response, *, layers: Layers | None = None, site: S
     Raises:
       UserError: an argument is invalid.
     """
-    if turns is not None and (not isinstance(turns, int) or turns < 1):
+    if turns is not None and (type(turns) is not int or turns < 1):
         raise UserError(f"turns is {turns!r}; it must be a positive integer")
     return Capture({name: Mean(**_common(where, layers, site), turns=turns)})
 
@@ -297,7 +304,9 @@ def histogram(directions: Any, edges: Any, where: Where | str = response, *,
     bounds = bounds[None, None] if bounds.ndim == 1 else bounds
     if bounds.ndim != 3 or not bounds.shape[-1]:
         raise UserError(f"edges has shape {bounds.shape}; it must be [E] or [L, K, E]")
-    if not np.isfinite(bounds).all() or (np.diff(bounds.astype(np.float32), axis=-1) <= 0).any():
+    with np.errstate(over="ignore"):  # a number beyond float32 becomes infinite and is rejected
+        bounds = np.asarray(bounds, np.float32)
+    if not np.isfinite(bounds).all() or (np.diff(bounds, axis=-1) <= 0).any():
         raise UserError("edges must be finite and strictly ascending as float32 values")
     picked, shape = fields["layers"], fields["directions"].shape
     count = None if picked is None else len(picked)  # if None, `chosen_layers` checks the shape

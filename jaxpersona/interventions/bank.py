@@ -85,6 +85,7 @@ class Bank:
             value = np.stack([item.at_layers(self.layers) for item in named])
             origin = [item.origin for item in named]
         else:
+            check_unmixed(name, named)
             self.total = None
             self.layers = resolve_layers(layers, None)
             value, origin = self._array(vector, name), None
@@ -166,6 +167,17 @@ class Bank:
                f"the {self.total} layers of the model")
             + ("; to steer each row with its own strength, use jp.sweep" if name == "scale" else "")
         )
+
+
+def check_unmixed(name: str, items: Sequence[Any]) -> None:
+    """Check that a list of arrays contains no named direction, whose model would be unknown.
+
+    Raises:
+      UserError: an item is a named direction; the message names the argument.
+    """
+    if any(hasattr(item, "at_layers") for item in items):
+        raise UserError(f"{name} contains both named directions and arrays; give only named "
+                        "directions or only arrays")
 
 
 def percentile(vector: Any, name: str, bound: Any, of: str) -> Any:

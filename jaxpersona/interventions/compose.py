@@ -64,11 +64,14 @@ class Interventions(flax.struct.PyTreeNode):
         all rows is unchanged, so it still edits row i.
 
         Raises:
-          UserError: an index is not less than the number of rows of `self`.
+          UserError: an index is not an integer, less than −1, or not less than the number of rows
+            of `self`.
         """
-        rows = np.asarray(rows, np.int32)
-
-        return Interventions(tuple(edit.take(rows) for edit in self.edits))
+        chosen = np.asarray(rows)
+        if chosen.size and not np.issubdtype(chosen.dtype, np.integer):
+            raise UserError(f"rows is {rows!r:.60}; it must be a list of integers")
+        chosen = chosen.astype(np.int32)
+        return Interventions(tuple(edit.take(chosen) for edit in self.edits))
 
     @property
     def rows(self) -> int | None:
@@ -236,7 +239,7 @@ def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
     sizes = {"rows": rows, "width": width, "slots": slots,
              "entries": rows if entries is None else entries}
     for name, size in sizes.items():
-        if not isinstance(size, (int, np.integer)) or size < 1:
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
             raise UserError(f"{name} is {size!r}; it must be a positive integer")
     if site not in SITES:
         raise UserError(f"site is {site!r}; it must be one of {SITES}")

@@ -83,7 +83,7 @@ class Fusion:
         directions = jnp.concatenate([tables[name] for name in names]) if names else None
         reason = refusal(self.platform, x.shape[-1],
                          sum(1 + (edit.push is not None) for edit in found),
-                         0 if directions is None else directions.shape[0])
+                         0 if directions is None else directions.shape[0], x.dtype.itemsize)
         if reason is not None and self.implementation == "pallas":
             self._refuse(reason)
         done = _by_rows(x, added, found, directions, before, norm, self.implementation)

@@ -148,14 +148,15 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         returned unchanged.
 
         Raises:
-          UserError: an index is not less than the number of rows of `self`.
+          UserError: an index is less than −1 or not less than the number of rows of `self`.
         """
         count = self.rows
         if count is None:
             return self
-        if rows.size and rows.max() >= count:
+        bad = rows[(rows < -1) | (rows >= count)]
+        if bad.size:
             raise UserError(
-                f"row {int(rows.max())} is out of range; interventions are for batch size {count}"
+                f"row {int(bad[0])} is out of range; interventions are for batch size {count}"
             )
         chosen = rows
         if self.index is not None:

@@ -73,8 +73,10 @@ class Where:
         """Return a test that also requires lo ≤ turn < hi for the index `turn` of the message.
 
         Raises:
-          UserError: the range is empty.
+          UserError: a bound is not an integer, or the range is empty.
         """
+        if not all(isinstance(bound, (int, np.integer)) for bound in (lo, hi)):
+            raise UserError(f"within({lo!r}, {hi!r}) needs integers, the indices of messages")
         restricted = self & Where(lo=lo, hi=hi)
         if restricted.lo >= restricted.hi:
             raise UserError(f"within({lo}, {hi}) contains no message; lo must be less than hi, and "

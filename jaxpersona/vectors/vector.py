@@ -177,6 +177,13 @@ class Vector(Table):
             raise ValueError("the values are float32; conversion to another dtype needs a copy")
         return np.array(self.values, dtype) if copy or dtype is not None else self.values
 
+    def __array_ufunc__(self, function: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        """Return a `Vector` for a NumPy number times a vector; other functions use the values."""
+        if (function, method) == (np.multiply, "__call__") and isinstance(inputs[0], np.number):
+            return self * inputs[0]
+        arrays = (one.values if isinstance(one, Vector) else one for one in inputs)
+        return getattr(function, method)(*arrays, **options)
+
     def __neg__(self) -> Vector:
         """Return the opposite direction."""
         return self._with(-self.values, f"-{self.name}")

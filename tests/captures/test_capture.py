@@ -11,6 +11,7 @@ import pytest
 import support as s
 
 from jaxpersona.captures import capture
+from jaxpersona.captures.missing import describe_empty
 from jaxpersona.engine.extract import extract
 from jaxpersona.engine.generate import generate
 from jaxpersona.interventions import gate, steer
@@ -273,7 +274,17 @@ REFUSED = {
         K, np.zeros((1, 3, 2)) + np.arange(2)),
     "names in common: \\['mean'\\]": lambda: capture.mean() | capture.mean(everywhere),
     "must be \\[K, D\\]": lambda: capture.projections(np.ones(8)),
-    "a zero": lambda: capture.projections(np.zeros((1, 8))),
+    "contains a zero vector": lambda: capture.projections(np.eye(8)[:2] * [[1], [0]]),
+    "or a non-finite value": lambda: capture.moments([[1.0, 2.0], [1.0, np.nan]]),
+    "edges must be finite and strictly": lambda: capture.histogram(K, [0.0, 1e39]),
+    "strictly ascending as float32": lambda: capture.histogram(
+        K, [[[0.0, 1.0]], [[1.0, 1.0]]], layers=[0, 1]),
+    "turns is True": lambda: capture.mean(turns=True),
+    "turns is 0": lambda: capture.mean(turns=0),
+    "have 3 and 2 layers": lambda: capture.projections([AXIS, Axis(np.ones((2, 32)))]),
+    "directions contains both named": lambda: capture.projections(
+        [AXIS, AXIS.values], layers=[0, 1]),
+    "site 'mlp'; to use it": lambda: capture.moments([AXIS, Axis(np.ones((3, 32)), site="mlp")]),
     "non-finite": lambda: capture.projections(np.full((1, 8), np.inf)),
     "out of range": lambda: capture.mean(layers=-1),
     "reads layer 3": lambda: s.run(MODEL.params, MODEL.config, ROWS,
@@ -332,3 +343,35 @@ def test_a_where_may_be_a_name():
 def test_forward_names_the_argument_that_it_needs(call, wanted):
     with pytest.raises(ValueError, match=wanted):
         call()
+
+
+def test_a_list_of_captures_is_one_capture_with_all_of_them():
+    one, other = capture.mean(), capture.last(layers=1)
+    both = capture.joined([one, other])
+    assert list(both.readings) == ["mean", "last"] and s.same_bits(both, one | other)
+    assert capture.joined(None) is None and capture.joined(one) is one
+    early = both.before_edits()
+    assert [reading.edited for reading in (*early.readings.values(), *both.readings.values())] == [
+        False, False, True, True]
+
+
+@pytest.mark.parametrize(("make", "where"), [
+    (capture.mean, response), (capture.last, everywhere), (capture.norms, everywhere),
+    (capture.full, everywhere), (lambda *a, **k: capture.projections(K, *a, **k), everywhere),
+    (lambda *a, **k: capture.moments(K, *a, **k), response),
+    (lambda *a, **k: capture.histogram(K, EDGES, *a, **k), response)])
+def test_every_reading_takes_tokens_layers_a_site_and_a_name(make, where):
+    (usual,) = make().readings.values()
+    np.testing.assert_array_equal(usual.where, where.encode())
+    assert (usual.layers, usual.site) == (None, "residual")
+    ((name, made),) = make(prompt, layers="1:3", site="mlp", name="mine").readings.items()
+    assert (name, made.layers, made.site) == ("mine", (1, 2), "mlp")
+    np.testing.assert_array_equal(made.where, prompt.encode())
+
+
+def test_rows_without_a_token_are_listed_up_to_five():
+    for count, listed in ((1, " 0 (1 of 9), so its value is"),
+                          (5, "s 0, 1, 2, 3, 4 (5 of 9), so their values are"),
+                          (6, "s 0, 1, 2, 3, 4, … (6 of 9), so their values are")):
+        text = describe_empty(range(count), 9, "row")
+        assert text.startswith(f"selects no token in row{listed} NaN; add tokens that where= se")

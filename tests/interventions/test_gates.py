@@ -19,8 +19,8 @@ from jaxpersona.interventions import (
     stack_rows,
     steer,
 )
-from jaxpersona.interventions.where import everywhere, generated, marked
-from jaxpersona.models.batch import batch, split
+from jaxpersona.interventions.where import everywhere, from_last, generated, marked
+from jaxpersona.models.batch import GENERATED, LAST, batch, split
 from jaxpersona.models.cache import init_cache
 from jaxpersona.models.carry import Carry
 from jaxpersona.models.forward import forward
@@ -278,3 +278,32 @@ def test_a_gate_over_tokens_opens_for_generated_tokens_too():
     out = generate(MODEL, s.prompts((9, 4)), interventions=edits, max_new_tokens=6, batch_size=4)
     assert max(t.size for t in out.tokens) > 1
     np.testing.assert_array_equal(out.applied[0].changed[0], out.applied[0].seen - 1)
+
+
+def test_gates_of_another_form_are_tables_of_their_own():
+    """Rows share a table only if their gates measure and act in the same way."""
+    def at(**options):
+        return gate(EDIT, C, **{"layer": 0, "above": 0.0} | options)
+
+    assert len(stack_rows([at(), at(above=1.0, where=marked)]).edits) == 1
+    for other in ({"within": True}, {"over": "token"}, {"site": "mlp"}):
+        tables = stack_rows([at(), at(**other)]).edits
+        assert [table.index.tolist() for table in tables] == [[0, -1], [-1, 0]]
+
+
+@pytest.mark.parametrize(("bounds", "wanted"), [
+    ({"above": -np.inf, "below": 2}, [-np.inf, 2]), ({"above": 1, "below": np.inf}, [1, np.inf]),
+    ({"above": 1}, [1, np.inf]), ({"below": 2}, [-np.inf, 2]), ({"above": [1], "below": 1}, [1, 1]),
+])
+def test_a_bound_may_be_open(bounds, wanted):
+    np.testing.assert_array_equal(gate(EDIT, C, layer=0, **bounds).edits[0].gate.bounds, [wanted])
+
+
+def test_a_prompt_gate_never_measures_generated_tokens():
+    """Not even if `where` selects them: the mean would change while a reply is generated."""
+    made = gate(EDIT, np.eye(32)[0], layer=0, above=1.5, where=from_last).edits[0].gate
+    h = jnp.zeros((1, 3, 32)).at[0, :, 0].set(jnp.asarray([1.0, 2.0, -9.0]))
+    rows = batch([[5] * 3], kind=[[0, LAST, GENERATED]])
+    found, state = made.measure(h, rows, made.init(1))
+    assert (float(state.total[0]), float(state.count[0])) == (2.0, 1.0)
+    np.testing.assert_array_equal(found, [[False, True, True]])

@@ -14,6 +14,11 @@ from jaxpersona.interventions import (
     ablate,
     cap,
     chain,
+    custom,
+    gate,
+    mean_ablate,
+    restore_norm,
+    rotate,
     scale,
     set_projection,
     stack_rows,
@@ -32,6 +37,7 @@ from jaxpersona.interventions.where import (
     last,
     prompt,
     response,
+    user,
 )
 from jaxpersona.models.batch import ASSISTANT, CODE, GENERATED, TEMPLATE, THINKING, USER, batch
 from jaxpersona.vectors.vector import Axis, Vector
@@ -83,6 +89,8 @@ REFUSED = {
     "different numbers of rows": lambda: chain(
         steer(V[None], layers=1, rows=[0, 0]), steer(V[None], layers=1, rows=[0])).rows,
     "row 2 is out of range": lambda: steer(V[None], layers=1, rows=[0, 0]).take([2]),
+    "row -2 is out of range": lambda: steer(V[None], layers=1, rows=[0, 0]).take([0, -2]),
+    "rows is \\[0.5\\]; it must be a list of integers": lambda: steer(V, layers=1).take([0.5]),
     "width 8, but the model": lambda: steer(V, layers=1).check(layers=4, width=9, rows=1),
     "the model has layers 0…0": lambda: steer(V, layers=1).check(layers=1, width=8, rows=1),
     "for batch size 2, but .* is 3": lambda: steer(V[None], layers=1, rows=[0, 0]).check(
@@ -214,7 +222,18 @@ def test_where_asks_kind_and_turn():
     # "any of" is kept on either side of &
     assert at(from_last & turns("assistant")) == at(turns("assistant") & from_last) == [5]
     assert at(from_last & from_last) == [5]
+    assert np.asarray(holds(from_last.encode(), row))[1].tolist() == [True] + [False] * 5
     assert at(everywhere.within(1, 3)) == [1, 2, 3] and at(response.within(3)) == [4, 5]
+    # ranges of messages overlap, in either order
+    assert everywhere.within(1).within(0, 3) == everywhere.within(0, 3).within(1, 9) == \
+        everywhere.within(1, 9) & Where(hi=3) == everywhere.within(1, 3)
+    assert everywhere.within(np.int64(1), np.int32(3)) == everywhere.within(1, 3)
+    for bounds in ((1.5,), (1, 2.5), ("1",), (0, None)):
+        with pytest.raises(ValueError, match="needs integers"):
+            everywhere.within(*bounds)
+    for lo, hi in ((2, 2), (2, 9), (0, 0)):
+        with pytest.raises(ValueError, match="contains no message"):
+            everywhere.within(0, 2).within(lo, hi)
 
 
 def test_a_direction_of_another_model_is_refused():
@@ -276,3 +295,79 @@ def test_values_that_could_belong_to_directions_or_to_layers_are_refused():
     axis = Axis(np.ones((4, 8)))
     with pytest.raises(ValueError, match="4 numbers, but there are 4 directions and 4 layers"):
         steer([axis] * 4, layers=[1], scale=[1, 2, 3, 4], rows=[0, 1, 2, 3])
+
+
+TWO_LAYERS = np.stack([V, ZERO])[None]  # zero at the second layer
+ONE_NAN = np.where(np.arange(8) == 3, np.nan, 1.0)
+E = np.eye(8)
+BANK = steer(E[:2], layers=1, rows=[0, 1])
+
+
+@pytest.mark.parametrize(("message", "made"), [
+    ("floor is above ceiling", lambda: cap(V, layers=[1, 2], floor=[0, 2], ceiling=1)),
+    ("floor is above ceiling", lambda: cap(E[:2], layers=1, floor=0, ceiling=[-1, 1], rows=[0, 1])),
+    ("vector is zero at a chosen layer", lambda: steer(TWO_LAYERS, layers=[1, 2])),
+    ("vector is zero at a chosen layer", lambda: steer([V, ZERO], layers=1, rows=[0, 1])),
+    ("vector contains a non-finite value", lambda: steer(ONE_NAN, layers=1)),
+    ("scale is NaN", lambda: steer(V, layers=[1, 2], scale=[1, np.nan])),
+    ("scale is infinite", lambda: steer(V, layers=[1, 2], scale=[1, 1e39])),
+    ("‖vector‖ is infinite", lambda: steer(V, layers=[1, 2], scale=[1, 3e38])),
+    ("are collinear", lambda: rotate(E[0], E[None, 1::-1], layers=[1, 2], by=1)),
+    ("above= is greater", lambda: gate(BANK, V, layer=0, above=[0, 2], below=[1, 1])),
+    ("have 4 and 3 layers", lambda: steer([AXIS, Vector(np.ones((3, 8)))], layers=1, rows=[0, 1])),
+    ("measured at site 'mlp'", lambda: steer([AXIS, Vector(np.ones((4, 8)), site="mlp")], layers=1,
+                                             rows=[0, 1])),
+    ("vector contains both named directions and arrays",
+     lambda: steer([AXIS, np.ones((4, 8))], layers=range(4), rows=[0, 1])),
+    ("mean contains both named directions and arrays",
+     lambda: mean_ablate([AXIS, AXIS], [AXIS, np.ones((4, 8))], layers=range(4), rows=[0, 1])),
+    ("vector 'vector' contains a non-finite value", lambda: Vector([V, ONE_NAN])),
+    ("p25 contains a non-finite value",
+     lambda: Axis([V, V], percentiles={"all": {"p25": [1, np.nan]}})),
+])
+def test_one_wrong_value_among_several_is_refused(message, made):
+    with pytest.raises(ValueError, match=message):
+        made()
+
+
+def shifted(params, h):
+    return h + params
+
+
+MLP = [Vector(E[i : i + 4], site="mlp") for i in (0, 4)]
+
+
+@pytest.mark.parametrize("made", [
+    lambda v, w, **more: steer([v], **more),
+    lambda v, w, **more: cap([v], floor=0, push=[w], **more),
+    lambda v, w, **more: ablate([v], **more),
+    lambda v, w, **more: mean_ablate([v], [w], **more),
+    lambda v, w, **more: scale([v], 2, **more),
+    lambda v, w, **more: set_projection([v], 2, **more),
+    lambda v, w, **more: rotate([v], [w], by=1, **more),
+    lambda v, w, **more: restore_norm(**more),
+    lambda v, w, **more: custom(shifted, np.ones((1, 8)), **more),
+])
+def test_every_operator_takes_layers_tokens_rows_and_a_site(made):
+    (edit,) = made(*MLP, layers=[1, 3], where=user, rows=[0, -1], site="mlp").edits
+    assert (edit.layers, edit.site, edit.index.tolist()) == ((1, 3), "mlp", [0, -1])
+    np.testing.assert_array_equal(edit.where, [user.encode()])
+
+
+def test_thresholds_of_all_layers_are_cut_to_the_chosen_ones_in_a_bank():
+    """One row of thresholds holds for every direction; a matrix has a row per direction."""
+    for floor, wanted in ((np.arange(4.0), [[1, 1], [3, 3]]),
+                          (np.arange(8.0).reshape(2, 4), [[1, 5], [3, 7]]),
+                          ([8, 9], [[8, 9], [8, 9]]), ([[1, 2], [3, 4]], [[1, 3], [2, 4]])):
+        (edit,) = cap([AXIS, AXIS], layers=[1, 3], floor=floor, rows=[0, 1]).edits
+        np.testing.assert_array_equal(edit.coefficients[..., 2], wanted)
+
+
+def test_a_percentile_is_that_of_the_named_population():
+    axis = Axis(np.ones((3, 8)), percentiles={
+        "default": {"p25": [0, 1, 2], "p75": [3, 4, 5]}, "all": {"p25": [6, 7, 8]}})
+    for options, column, wanted in (({"floor": "p25"}, 2, [1, 2]), ({"ceiling": "p75"}, 3, [4, 5]),
+                                    ({"floor": "p25", "of": "all"}, 2, [7, 8]),
+                                    ({"ceiling": "p25", "of": "all"}, 3, [7, 8])):
+        (edit,) = cap(axis, layers=[1, 2], **options).edits
+        np.testing.assert_array_equal(edit.coefficients[:, 0, column], wanted)

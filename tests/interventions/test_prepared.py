@@ -8,7 +8,7 @@ import pytest
 import support as s
 
 from jaxpersona.interventions import Interventions, cap, stack_rows
-from jaxpersona.interventions.compose import PreparedInterventions
+from jaxpersona.interventions.compose import PreparedInterventions, prepared
 from jaxpersona.models.batch import batch
 from jaxpersona.models.forward import forward
 
@@ -79,3 +79,12 @@ def test_rows_are_permuted_before_their_entries_are_gathered():
     for b in (0, 1, 3):
         np.testing.assert_array_equal(found.by_layer[0].direction[b],
                                       wanted.by_layer[0].direction[b])
+
+
+def test_prepared_tables_are_for_the_layers_of_the_model():
+    """A table at a layer that the model does not have would have no effect."""
+    like = jnp.zeros(())
+    ready = cap(G[0], layers=[0, 2], floor=0.0).prepare(2, like)
+    assert prepared(ready, layers=3, width=32, rows=2, like=like) is ready
+    with pytest.raises(ValueError, match="the model has 2 layers"):
+        prepared(ready, layers=2, width=32, rows=2, like=like)

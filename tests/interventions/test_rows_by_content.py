@@ -128,3 +128,13 @@ def test_a_mapped_tree_has_the_same_structure_and_compiles_nothing(kind):
     again = stack_rows(copied)
     assert s.same_bits(again, edits) and {e.entries for e in again.edits} <= {1, 2}
     assert s.same_bits(count(again), count(edits)) and len(traces) == 1
+
+
+def test_reserved_tables_have_the_size_and_the_site_that_were_asked_for():
+    tables = reserve(5, 32, [0, 2], slots=2, entries=3, site="mlp").edits
+    assert [(t.rows, t.entries, t.width, t.layers, t.site) for t in tables] == [
+        (5, 4, 32, (0, 2), "mlp")] * 2
+    (table,) = reserve(5, 32, [0]).edits
+    assert (table.entries, table.site) == (8, "residual")
+    with pytest.raises(ValueError, match="row 0 do not fit"):
+        stack_rows([steer(V[0], layers=[0]), *[None] * 4], into=reserve(5, 32, [0], site="mlp"))

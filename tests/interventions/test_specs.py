@@ -20,7 +20,7 @@ V, W = RNG.normal(size=(2, 32)).round(3)
 A = [float(x) for x in V]
 EACH = RNG.normal(size=(2, 32)).round(3)
 AXIS = jp.Axis(RNG.normal(size=(3, 32)), fingerprint=MODEL.fingerprint, percentiles={
-    "default": {"p25": np.float32([1.0, 2.0, 3.0])}})
+    "default": {"p25": np.float32([1.0, 2.0, 3.0]), "p75": np.float32([4.0, 5.0, 6.0])}})
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,17 @@ SAME = [
      jp.gate(jp.steer(V, layers=2), V, layer=1, above=0, where=jp.prompt)),
     ({"operator": "cap", "vector": A, "layers": 2, "floor": 1, "push": EACH[0].tolist()},
      jp.cap(V, layers=2, floor=1, push=EACH[0])),
+    ({"operator": "cap", "vector": "axis.safetensors", "layers": [0, 2], "floor": 0.5,
+      "ceiling": "p75", "of": "default"}, jp.cap(AXIS, layers=[0, 2], floor=0.5, ceiling=[4, 6])),
+    ({"operator": "rotate", "plane": [A, W.tolist()], "by": [0.5, 1], "layers": [0, 2],
+      "where": "user", "site": "attention"},
+     jp.rotate(V, W, by=[0.5, 1], layers=[0, 2], where=jp.user, site="attention")),
+    ({"operator": "steer", "vector": A, "layers": 2, "gate": {
+        "vector": A, "layer": 1, "above": 0, "over": "token", "first_token": True}},
+     jp.gate(jp.steer(V, layers=2), V, layer=1, above=0, over="token", where=jp.everywhere)),
+    ({"operator": "steer", "vector": A, "layers": 2, "gate": {
+        "vector": A, "layer": 1, "above": 0, "where": "user"}},
+     jp.gate(jp.steer(V, layers=2), V, layer=1, above=0, where=jp.user.without("first"))),
 ]
 
 
@@ -85,12 +96,21 @@ def test_captures(folder):
         {"reading": "projections", "directions": [A], "layers": 0},
         {"reading": "moments", "directions": ["axis.safetensors"]},
         {"reading": "histogram", "directions": [A], "edges": [-1, 0, 1], "first_token": False},
+        {"reading": "last", "first_token": False, "name": "a"},
+        {"reading": "projections", "directions": [A], "first_token": False, "name": "b"},
+        {"reading": "mean", "first_token": False, "name": "c"},
+        {"reading": "full", "where": {"name": "user", "without": ["code"], "turns": [1, 2]},
+         "first_token": False, "layers": 1, "site": "attention"},
     ]
     wanted = (
         capture.mean(generated, layers=[1, 2], turns=2)
         | capture.last(site="mlp", name="end") | capture.norms()
         | capture.projections([V], layers=0) | capture.moments(AXIS)
-        | capture.histogram([V], [-1, 0, 1], response.without("first")))
+        | capture.histogram([V], [-1, 0, 1], response.without("first"))
+        | capture.last(jp.everywhere.without("first"), name="a")
+        | capture.projections([V], jp.everywhere.without("first"), name="b")
+        | capture.mean(response.without("first"), name="c")
+        | capture.full(jp.user.without("code", "first").within(1, 2), layers=1, site="attention"))
     found = specs.captures(spec, MODEL, folder=folder)
     chex.assert_trees_all_equal_structs(found, wanted)
     assert s.same_bits(found, wanted)
@@ -134,6 +154,15 @@ REFUSED = [
     ({"operator": "cap", "vector": A, "layers": 1, "floor": "p25"}, "only an axis has percentiles"),
     ({"operator": "cap", "vector": "axis.safetensors", "layers": 1, "floor": "p25"},
      "give the population of the percentile"),
+    (steer(scale=True), "scale is True: must be a finite number"),
+    (steer(scale=[1, [True]]), "must be a finite number"),
+    (steer(scale=[]), r"scale is \[\]: must be a finite number"),
+    (steer(scale=10**400), "must be a finite number"),
+    (steer(vector=[]), r"vector is \[\]: must be a finite number, or a non-empty"),
+    (steer(vector=5), "vector is 5: must be the name of a vector file"),
+    (steer(layers=[]), r"layers is \[\]: must be an integer, a list"),
+    (steer(layers=[1, True]), "must be an integer, a list"),
+    (steer(where={"turns": [-1, 2]}), "where.turns.0 is -1: input should be greater"),
     ("cap", "interventions is 'cap'"),
     ([steer(scal=1), steer(scale="x")], r"\[0\].scal.*\[1\].scale"),  # all errors at once
 ]
@@ -155,6 +184,11 @@ def test_refused_before_anything_compiles(spec, message, folder):
     ([{"reading": "mean"}, {"reading": "mean"}], "two captures"),
     ({"reading": "projections", "directions": ["axis.safetensors", A]}, "both file names and"),
     ({"reading": "mean", "operator": [1]}, "operator is unknown"),
+    ({"reading": "mean", "directions": [A]}, "mean does not accept directions"),
+    ({"reading": "moments", "directions": [A], "edges": [1]}, "moments does not accept edges"),
+    ({"reading": "moments", "directions": [[1.0, 2.0]]},
+     "capture: directions have width 2, but the model's"),
+    ({"reading": "moments", "directions": [A, [0.0] * 32]}, "contains a zero vector"),
 ])
 def test_captures_refused(spec, message, folder):
     with pytest.raises(ValueError, match=message):

@@ -50,3 +50,8 @@ def test_steer_names_sweep_for_several_strengths():
 
 def test_strengths_that_are_all_zero_have_a_row_each():
     assert jp.sweep(V, [0, 0.0, 0], layers=1).rows == 3
+
+
+def test_a_sweep_is_at_its_site():
+    (edit,) = jp.sweep(V, [1.0, 2.0], layers=1, site="mlp").edits
+    assert edit.site == "mlp"

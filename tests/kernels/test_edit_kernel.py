@@ -10,6 +10,7 @@ from jaxpersona.kernels.edit import Norm, SiteEdit, site
 
 import jaxpersona as jp
 from jaxpersona.distributed import sharding
+from jaxpersona.interventions.fusion import Fusion
 from jaxpersona.models.params import layout
 
 
@@ -109,7 +110,7 @@ def test_an_edit_that_never_binds_changes_no_bit(dtype, width):
     plain = run((x, added, []), options, "interpret")
     capped = run((x, added, idle), options, "interpret")
     by_xla = run((x, added, idle), options, "xla")
-    assert not capped.changed.any()
+    assert not capped.changed.any() and plain.changed.shape == (0, 3)
     assert s.same_bits(plain.h, capped.h) and s.same_bits(capped.h, by_xla.h)
     assert s.same_bits(plain.normed, capped.normed)
     assert np.signbit(np.asarray(capped.h, np.float32)[0, 0, 0])
@@ -222,4 +223,13 @@ def test_the_limits_of_the_kernel_are_named():
         assert f"{width} of the residual stream is not a multiple of 128" in kernel.refusal(
             "tpu", width, 1, 4)
     assert "exceeds" in kernel.refusal("tpu", 8192, 1, 1000)
+    # in a decode step, each token of a block belongs to a row with vectors of its own
+    assert kernel._block(4096, 2, 4, 0, False) == 64 and kernel._block(4096, 2, 4, 0, True) == 32
+    # two inputs and two outputs are kept twice, so float32 needs 8·8·2·D bytes more
+    assert kernel.refusal("tpu", 8192, 1, 250) is None
+    assert "exceeds" in kernel.refusal("tpu", 8192, 1, 250, itemsize=4)
     assert kernel._block(4096, 2, 1, 0, False) > kernel._block(8192, 2, 1, 0, False)
+    read = jp.capture.projections(np.eye(250, 8192)).readings["projections"]
+    x = jnp.zeros((1, 8, 8192), jnp.float32)
+    with pytest.raises(ValueError, match="residual is 'pallas', but a block of 8 tokens of width"):
+        Fusion("pallas", "tpu").run(0, x, x, [], [], {"read": (read, 0)}, None)

@@ -97,6 +97,7 @@ def test_a_tpu_uses_it_for_long_prompts():
         "xla", f"the batch has {kernel.LONG_TPU} tokens per row; 'auto' uses XLA up to "
                f"{kernel.LONG_TPU}")
     assert choice(tokens=5, asked="splash")[0] == "splash"
+    assert choice(s.tiny_config(head_dim=256), dtype=jnp.float32)[0] == "splash"
     gemma = s.tiny_config(head_dim=128, attn_softcap=50.0, windows=(16, None, 16))
     assert choice(gemma, sharded=True)[0] == "splash"
     assert choice(asked="xla") == ("xla", "it was requested")
@@ -107,6 +108,7 @@ def test_a_tpu_uses_it_for_long_prompts():
     (BIG, {"platform": "gpu"}, "the platform is gpu"),
     (BIG, {"dtype": jnp.float16}, "float16, not bfloat16 or float32"),
     (s.tiny_config(head_dim=12), {}, "12 is not a multiple of 8 up to 256"),
+    (s.tiny_config(head_dim=264), {}, "264 is not a multiple of 8 up to 256"),
     (BIG, {"fresh": False}, "earlier tokens")])
 def test_what_it_cannot_do_is_an_error_with_its_reason(config, changes, words):
     with pytest.raises(ValueError, match="attention is 'splash', but") as caught:
@@ -140,6 +142,14 @@ def test_its_start_up_test_finds_faults(monkeypatch):
             return jnp.where(inside[..., None, None], out + change, 0)
         return attend
 
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "splash_fault", lambda *of: asked.append(of))
+        gemma = s.tiny_config(head_dim=64, n_heads=8, n_kv_heads=2, attn_softcap=5.0,
+                              windows=(16, None, 16))
+        for config in (BIG, gemma):
+            kernel.choose(config, "auto", **options)
+    assert asked == [("bfloat16", 128, 2, False, False), ("bfloat16", 64, 4, True, True)]
     monkeypatch.setattr(module, "tpu", lambda: jax.devices()[0])
     for change, words in ((0.0, None), (0.5, "max error 0.5"), (float("nan"), "max error nan")):
         splash_fault.cache_clear()

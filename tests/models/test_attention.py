@@ -236,7 +236,12 @@ def test_a_gpu_without_cudnn_says_so_once(monkeypatch):
         assert kernel.choose(BIG, "auto", **options) == "xla"
     with pytest.raises(ValueError, match="attention is 'cudnn', but cuDNN's attention failed"):
         kernel.choose(BIG, "cudnn", **options)
-    monkeypatch.setattr(kernel, "cudnn_fault", lambda *of: None)
+    asked = []
+    monkeypatch.setattr(kernel, "cudnn_fault", lambda *of: asked.append(of))
+    windowed = s.tiny_config(head_dim=64, n_heads=8, n_kv_heads=2, windows=(16, None, 16))
+    kernel.choose(windowed, "auto", **options)
+    kernel.choose(BIG, "auto", **{**options, "dtype": jnp.float16})
+    assert asked == [("bfloat16", 64, 4, True), ("float16", 128, 2, False)]
     assert {kernel.choose(BIG, asked, **options) for asked in ("auto", "cudnn")} == {"cudnn"}
 
 
@@ -271,3 +276,25 @@ def test_the_start_up_test_runs_in_a_trace_and_finds_faults(monkeypatch):
 def test_cudnn_agrees_on_a_gpu(head_dim, groups, windowed):
     """On a GPU, cuDNN passes its test for the shapes of Llama, Qwen and Mistral."""
     assert kernel.cudnn_fault("bfloat16", head_dim, groups, windowed) is None
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("gfx90a", "capability 0 is below 8"), ("7.5", "capability 7.5 is below 8"),
+    (None, "capability 0 is below 8")])
+def test_a_gpu_without_a_known_capability_uses_xla(monkeypatch, name, words):
+    """The capability of an AMD GPU is a name, and a GPU may be absent while compiling for it."""
+    device = type("Device", (), {"compute_capability": name})()
+
+    def devices(backend):
+        if name is None:
+            raise RuntimeError("no GPU")
+        return [device]
+
+    monkeypatch.setattr(kernel.jax, "local_devices", devices)
+    options = dict(dtype=jnp.bfloat16, tokens=2048, fresh=True, sharded=False, platform="gpu")
+    kernel._say_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match=words):
+        assert kernel.choose(BIG, "auto", **options) == "xla"
+    with pytest.raises(ValueError, match=words):
+        kernel.choose(BIG, "cudnn", **options)
+    assert kernel.choose(BIG, "xla", **options) == "xla"

@@ -284,3 +284,31 @@ def test_a_file_is_stamped_anew(tmp_path, capsys):
     found = load_vector(tmp_path / "new.safetensors")
     assert found.fingerprint == load(tmp_path / "m").fingerprint
     assert found.fingerprint_scheme == SCHEME
+
+
+def test_caps_and_vectors_fit_a_model_of_their_layers_width_and_weights():
+    config = s.tiny_config(**SHAPE)  # two layers
+    mine, other = config.hash() + "12345678", config.hash() + "00000001"
+    width = config.d_model
+
+    def caps(layer, width=width, **more):
+        return Caps(np.ones((1, width)), (layer,), [0.0], ("a",), **more)
+
+    def vector(layers, width=width, **more):
+        return Vector(np.ones((layers, width)), **more)
+
+    later = {"fingerprint": "ab" * 8, "fingerprint_scheme": SCHEME + 1}
+    for found in (caps(0), caps(1), vector(2), caps(1, fingerprint=mine),
+                  vector(2, fingerprint=mine), caps(1, **later), vector(2, **later)):
+        assert fitted(found, config, "tiny", mine) is found
+    for found in (caps(2), caps(1, width + 1), vector(1), vector(3), vector(2, width + 1),
+                  caps(1, fingerprint=other), vector(2, fingerprint=other)):
+        with pytest.raises(ValueError, match="cannot be used with tiny"):
+            fitted(found, config, "tiny", mine)
+    # without the fingerprint of the weights, only the configuration is compared
+    assert fitted(vector(2, fingerprint=other), config, "tiny").fingerprint == other
+    with pytest.raises(ValueError, match="cannot be used with tiny"):
+        fitted(vector(2, fingerprint="0" * 16), config, "tiny")
+    edit = caps(1, fingerprint=mine).interventions(where="user").edits[0]
+    assert edit.origin[0] == 0x12345678
+    np.testing.assert_array_equal(edit.where, [jp.user.encode()])

@@ -13,6 +13,8 @@ ONE, TWO = (jp.Vector(RNG.normal(size=(4, 6)), name, "m", "a" * 16) for name in 
 
 def test_operators_are_those_of_the_values():
     for got, wanted, name in ((-ONE, -ONE.values, "-one"), (2 * ONE, 2 * ONE.values, "2·one"),
+                              (np.float32(2) * ONE, 2 * ONE.values, "2·one"),
+                              (ONE * np.float64(0.5), ONE.values / 2, "0.5·one"),
                               (ONE * 0.5, ONE.values / 2, "0.5·one"),
                               (ONE + TWO, ONE.values + TWO.values, "one + two"),
                               (ONE - TWO, ONE.values - TWO.values, "one - two")):
@@ -21,6 +23,14 @@ def test_operators_are_those_of_the_values():
         np.testing.assert_array_equal(got.values, wanted.astype(np.float32))
     np.testing.assert_array_equal(np.asarray(ONE), ONE.values)
     assert np.asarray(ONE, np.float64).dtype == np.float64
+    ones = np.ones((4, 6), np.float32)
+    for found in (ones + ONE, ONE + ones, np.add(ONE, 1), np.add(ONE, 1, out=ones.copy())):
+        np.testing.assert_array_equal(found, ONE.values + 1)  # an array, without metadata
+    kept = ONE.values.copy()
+    np.array(ONE)[:] = 0  # a copy
+    np.testing.assert_array_equal(ONE.values, kept)
+    with pytest.raises(ValueError, match="needs a copy"):
+        ONE.__array__(np.float64, copy=False)
 
 
 @pytest.mark.parametrize("layers, kept", [(1, [1]), (slice(1, 3), [1, 2]), ([0, 3], [0, 3])])
@@ -67,3 +77,12 @@ def test_directions_of_other_models_or_sites_are_refused(other, field):
         ONE + 1  # pyright: ignore
     with pytest.raises(jp.UserError, match="layers is 4"):
         ONE[4]
+
+
+def test_percentiles_are_listed_by_number_and_names_without_a_number_last():
+    axis = jp.Axis(ONE.values, percentiles={
+        "all": {name: np.full(4, i) for i, name in enumerate(("p100", "best", "p5", "p25.5"))}})
+    with pytest.raises(jp.UserError, match="this axis has p5, p25.5, p100, best$"):
+        axis.thresholds("p50", of="all")
+    assert list(axis.records()[1])[2:] == ["all p5", "all p25.5", "all p100", "all best"]
+    assert axis.records()[1]["all p5"] == 2.0

@@ -270,3 +270,17 @@ def test_convert_checks_the_shape_of_random_weights_alone(tmp_path, capsys, monk
     assert s.run_command([*convert[:-1], "mini"]) == 0
     assert "mini: reading the weights to compute their fingerprint" in capsys.readouterr().err
     assert load_vector(target).fingerprint == mini.fingerprint
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"values": VALUES[:2] * [[1], [0]]}, "contain a zero vector"),
+    ({"values": VALUES[:2] * [[1], [np.nan]]}, "non-finite"),
+    ({"labels": ("a", 5)}, "each label must be a string"),
+    ({"layers": (1, 1024)}, "each layer must be an integer in 0…1023"),
+    ({"layers": (-1, 1)}, "each layer must be an integer in 0…1023"),
+])
+def test_one_wrong_cap_of_two_is_refused(change, words):
+    fields = dict(values=VALUES[:2], layers=(1, 1023), floors=np.zeros(2), labels=("a", "b"))
+    assert Caps(**fields).layers == (1, 1023)
+    with pytest.raises(ValueError, match=words):
+        Caps(**{**fields, **change})
