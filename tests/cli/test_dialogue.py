@@ -23,7 +23,7 @@ import jaxpersona as jp
 from jaxpersona import interrupt
 from jaxpersona.cli.dialogue import Dialogue
 from jaxpersona.engine import programs
-from jaxpersona.persona.monitor import Monitor
+from jaxpersona.persona.monitor import EditCount, Monitor
 from jaxpersona.persona.session import Piece, Session, Turn
 from jaxpersona.text.chat import answered
 
@@ -271,6 +271,39 @@ def test_control_characters_of_a_reply_are_escaped(monkeypatch, session, capsys)
                                     "context 1,024 of 1,024]")
 
 
+def test_a_message_may_begin_with_a_slash_and_its_reply_is_described(monkeypatch, session, capsys):
+    """Of 7 selected tokens at two layers, 3 + 4 activations changed; another edit adds 2 of 5."""
+    asked = []
+    edits = [EditCount("cap", [2, 3], 7, [3, 4]), EditCount("steer", [5], 5, [2])]
+    turn = Turn("", "So.", "length", 1, 34, True, {4: 1.5}, edits)
+    monkeypatch.setattr(session, "reply", lambda text, _: asked.append(text) or iter([
+        Piece("So.", {}, turn)]))
+    run(monkeypatch, session, "//quit  now ", "  /help", "Hi.")
+    assert asked == ["/quit  now", "Hi."]
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "  [projection +1.50 at layer 4; 1 token, ended by --max-new-tokens; 9 of 19 activations "
+        "changed; context 34 of 1,024]")
+    long = "a " * 40
+    session.turns = [Turn(long, "b"), Turn("x" * 60, "y")]
+    run(monkeypatch, session, "/undo", "/undo")
+    assert [line for line in capsys.readouterr().err.splitlines() if "removed" in line] == [
+        f"removed: {'x' * 60}", f"removed: {long[:57]}…"]
+
+
+def test_a_loaded_conversation_says_whether_its_projections_are_kept(monkeypatch, session, capsys,
+                                                                     tmp_path):
+    file = tmp_path / "talk.json"
+    session.turns = list(TURNS)
+    run(monkeypatch, session, f"/save {file}", "/reset", f"/load {file}")
+    assert session.turns == TURNS
+    assert capsys.readouterr().err.splitlines()[-1] == f"read {file}: 2 turns"
+    file.write_text(json.dumps([{"role": "user", "content": "Hi."},
+                                {"role": "assistant", "content": "Yes."}]))
+    run(monkeypatch, session, f"/load {file}")
+    assert capsys.readouterr().err.splitlines()[-1].startswith(
+        f"read {file}: 1 turn; its projections were not restored")
+
+
 def test_bytes_that_are_no_text_are_one_line(monkeypatch, capsys):
     monkeypatch.setattr("jaxpersona.cli.support.open_model", lambda *_: MODEL)
     broken = io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8")
@@ -322,6 +355,41 @@ def test_the_short_form_of_a_cap_sets_layers_and_floor():
                   Edits(cap="mini", cap_layers="5:7", percentile="p75")):
         made = dataclasses.replace(other, check=False, where="response").read().build(MODEL)
         assert s.same_bits(made, whole)
+
+
+def test_steering_has_the_layers_scale_and_tokens_of_its_options(tmp_path):
+    from jaxpersona.cli.edits import Edits
+
+    file = tmp_path / "v.safetensors"
+    save_vector(file, AXIS)
+    made = Edits(steer=file, scale=-2.0, where="user").read().build(MODEL)
+    assert s.same_bits(made, jp.steer(AXIS, layers=4, scale=-2.0, where="user"))  # the middle
+    assert s.same_bits(Edits(steer=file, steer_layers="2:4").read().build(MODEL),
+                       jp.steer(AXIS, layers=[2, 3]))
+
+
+def test_a_cap_has_the_floor_of_its_population_and_shows_its_own_axis(tmp_path):
+    from jaxpersona.cli.edits import Edits
+
+    table = {"p25": np.arange(8.0), "p50": np.arange(8.0) + 10}
+    every = {name: values + 100 for name, values in table.items()}
+    axis = dataclasses.replace(AXIS, percentiles={"default": table, "all": every})
+    own, other = tmp_path / "a:1:2.safetensors", tmp_path / "v.safetensors"
+    save_vector(own, axis)
+    save_vector(other, dataclasses.replace(AXIS, name="other"))
+    for given, first in (({}, 4), ({"percentile": "p50"}, 14), ({"of": "all"}, 104),
+                         ({"percentile": "p50", "of": "all"}, 114)):
+        # a file whose own name looks like the short form has no layers in it
+        edits = Edits(cap=str(own), check=False, **given).read()
+        (found,) = edits.build(MODEL).edits
+        assert list(found.layers) == [4, 5, 6, 7]
+        assert found.coefficients[:, 0, 2].tolist() == [first + i for i in range(4)]
+    assert edits.monitor(MODEL) is None
+    assert repr(edits.monitor(MODEL, default=True)) == repr(Monitor(MODEL, axis))
+    both = Edits(cap=str(own), axis=other, axis_layers="2:4").read()
+    assert repr(both.monitor(MODEL, default=True)) == repr(both.monitor(MODEL)) == repr(
+        Monitor(MODEL, dataclasses.replace(AXIS, name="other"), "2:4"))
+    assert both.monitor(MODEL).usual.keys() == {2, 3}
 
 
 def test_the_tokens_of_a_file_of_caps_are_those_of_where(tmp_path):
