@@ -332,8 +332,8 @@ def test_a_card_has_the_numbers_of_its_plan():
         "(arithmetic), temporaries 9.50 (compiler)",
         "largest batch: 8 (extrapolated linearly)",
         "collective reductions in a decode step: 2 per layer (compiler)"]
-    assert ("(number of layers: 3) adds to each decode step (compiler): collectives: 0; kernels per "
-            "capped layer: 1.5; other kernels: 3; memory traffic: 2.5 MB.") in lines[5]
+    assert ("(number of layers: 3) adds to each decode step (compiler): collectives: 0; kernels "
+            "per capped layer: 1.5; other kernels: 3; memory traffic: 2.5 MB.") in lines[5]
     assert lines[6].endswith(
         "a sheet): decode step 12.50 ms, of which collective reductions take 1.50 ms; prefill "
         "3.25 s, of which collective reductions take 0.75 s")

@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 import sys
+import types
 
 import made_runs
 import ml_dtypes
@@ -18,8 +19,13 @@ import pytest
 import support as s
 
 import jaxpersona as jp
-from jaxpersona.report import run_page
+from jaxpersona.data.texts import Role
+from jaxpersona.judges.protocol import Item
+from jaxpersona.report import run_about, run_page, sources
+from jaxpersona.report.run_drift import Drift, read_drift, save_drift
 from jaxpersona.report.run_halves import Halves
+from jaxpersona.report.run_read import Analysis, Contents, Measured, _pick, _read_role
+from jaxpersona.report.run_values import Notes, _cut, unplaced, values
 from jaxpersona.runs.files import PAGE
 from jaxpersona.runs.sums import Sample
 
@@ -110,6 +116,133 @@ def test_components_are_those_of_the_roles_in_the_axis(parsed, roles):
     assert "x" in roles[ODD] and "x" not in roles["silent"]  # one reply with score 3; none
     assert {name for name, role in roles.items() if role["inAxis"]} == {"near", "far"}
     assert roles["kept"]["heldOut"] and not roles["silent"]["heldOut"]
+
+
+def test_the_figures_of_a_folder_have_the_numbers_of_its_run(run, tmp_path):
+    found = sources.places(run, 1)
+    assert found.names == [ODD, "near", LONG, "silent", "kept", "far"]
+    assert found.means.tolist() == [1.0, 2.0, 4.5, 5.0, 6.0, 8.0] and found.layer == 1
+    assert found.quartiles[2].tolist() == [4.25, 4.75]
+    assert found.default == (10.0, 9.5, 10.5) and found.held_out == {"kept"}
+    read = sources.parts(str(run), 0)  # far and near are used for the axis
+    assert read.names == ["far", "near"] and read.cosine == pytest.approx(6 / 40**0.5)
+    assert read.default[0] == pytest.approx(30 / 40**0.5, rel=1e-4)
+    values, layer = sources.ratios(run, 2)
+    assert values == pytest.approx([1.0]) and layer == 2
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "analysis.json").unlink()
+    with pytest.raises(jp.UserError, match="the run is not complete; finish it with"):
+        sources.places(tmp_path / "run", 1)
+
+
+def test_the_main_results_are_those_of_the_middle_layer(parsed):
+    for line in ("roles in the axis 2 of 6; 1 held out", "rollouts 14", "judge test",
+                 "|cos(PC1, axis)| at layer 1 0.949", "variance of PC1 at layer 1 100%",
+                 "split-half agreement at layer 1 0.917",
+                 f"most like the Assistant at layer 1 far, kept, silent, {'x' * 59}…, near",
+                 f"least like the Assistant at layer 1 {ODD}, near, {'x' * 59}…, silent, kept",
+                 "Roles with fewer than 2 fully played replies, which the axis leaves out silent, "
+                 f"{'x' * 59}…, {ODD}"):
+        assert line in parsed.text, line
+
+
+def contents(**more):
+    """Six roles at one layer, of which a to d define the axis."""
+    vectors = {"a": (2, 0, 0), "b": (-2, 0, 0), "c": (0, 1, 0), "d": (0, -1, 0), "h": (1, -2, 7),
+               "default": (5, 3, 0)}
+    means = {"a": 2.0, "b": 1.0, "c": 2.0, "d": np.nan, "h": 3.0, "default": 9.0}
+    measured = {name: Measured(np.array([value]), np.zeros((2, 1)), 4, 4, name in "abcd",
+                               name == "h") for name, value in means.items()}
+    analysis = Analysis(np.ones(1), [np.array([0.5, 0.25, 0.125, 0.0625])], {}, measured)
+    return Contents(None, {"model": {"layers": 1}}, "test", None, jp.Axis([[1, 0.1, 0]]), analysis,
+                    ["a", "b", "c", "d", "h"],
+                    vectors={name: np.array([v], float) for name, v in vectors.items()}, **more)
+
+
+def test_places_of_roles_are_those_computed_by_hand():
+    """The variance is 8 along the first channel and 2 along the second, signed as the axis."""
+    found, notes = contents(), Notes()
+    data = values(found, notes, None)
+    assert data["pca"]["ratio"] == [[0.8], [0.2]]
+    at = {one["name"]: (one["x"][0], one["y"][0]) for one in [*data["roles"], data["default"]]}
+    assert at == {name: pytest.approx(place, abs=1e-6) for name, place in {
+        "a": (2, 0), "b": (-2, 0), "c": (0, 1), "d": (0, -1), "h": (1, -2), "default": (5, 3)
+    }.items()}
+    assert data["byLayer"]["variance"] == {"1": [0.5], "2": [0.75], "3": [0.875], "10": [0.9375]}
+    assert [data["roles"][i]["name"] for i in data["order"][0]] == ["h", "a", "c", "b"]
+    assert notes.lines == ["projection of 'd': not finite at every layer, and not drawn there"]
+    # a vector that is not used for the axis may be missing; one that is may not
+    del found.vectors["h"]
+    assert values(found, Notes(), None)["pca"] is not None and not unplaced(found)
+    found.vectors["b"] = np.array([[np.inf, 0, 0]])
+    del found.vectors["default"]
+    assert sorted(unplaced(found)) == ["b", "default"]
+    assert values(found, Notes(), None)["pca"] is None
+
+
+def test_notes_name_the_places_that_are_not_finite():
+    notes, nan = Notes(), float("nan")
+    assert notes.series("a", [1.234567, nan, -np.inf]) == [1.2346, None, None]
+    for _ in range(2):
+        assert notes.series("b", [nan, 2], "turn", 1) == [None, 2.0]
+    assert (notes.number("c", nan), notes.number("d", 123456.7)) == (None, 123460.0)
+    assert notes.lines == ["a: not finite at layers 1, 2, and not drawn there",
+                           "b: not finite at turn 1, and not drawn there",
+                           "c: not finite, and not drawn"]
+
+
+def test_failed_verdicts_are_not_scores_and_costs_are_added():
+    details = {"k0": {"cost": 0.5}, "k1": {"error": "HTTP 500", "cost": 0.25}, "k2": {}}
+    given = {"scores": {"k0": 3, "k1": None, "k2": None}, "details": details}
+    found = contents()
+    found.analysis = None
+    for name in ("a", "b"):
+        assert _read_role(types.SimpleNamespace(verdicts=lambda *_: given), name, found) == {
+            "k0": 3, "k2": None}
+    assert found.cost == 1.5 and found.closed == {"a", "b"}
+    assert found.counts["a"] == {"0": 0, "1": 0, "2": 0, "3": 1, "None": 1, "failed": 1}
+    assert _read_role(types.SimpleNamespace(verdicts=lambda *_: None), "c", found) == {}
+    items = [Item(f"pos_p{i % 2}_q{i}_s{i}", Role("a", ("",), ""), "", "") for i in range(9)]
+    scores = {item.key: 3 if i < 5 else 0 for i, item in enumerate(items[:7])}
+    for seed in range(4):  # three of five, both of two, and none without a score
+        picked = _pick(items, scores, [seed])
+        assert sorted(score for _, score in picked) == [0, 0, 3, 3, 3]
+        assert len({item.key for item, _ in picked} & set(scores)) == 5
+        assert len({item.key for item, _ in _pick(items, None, [seed])}) == 3
+    assert [run_about._dialogue(items[i])["place"] for i in (0, 3)] == [
+        "prompt 0, question 0", "prompt 1, question 3, sample 3"]
+
+
+@pytest.mark.parametrize(("status", "closed", "axis", "complete", "wanted"), [
+    (None, "abcdh", True, False, "no status.json, so the state of the run is unknown; 5 of 6"),
+    ("complete", "abcdh_", True, True, None),
+    ("complete", "abcdh", True, False, "The last call of this run ended, but"),
+    ("complete", "abcdh_", False, False, "The last call of this run ended, but"),
+    ("running", "abcdh_", True, False, "This run is in progress"),
+    ("odd", "a", True, False, "The state of this run is 'odd'")])
+def test_a_run_is_complete_with_all_its_roles_and_its_axis(monkeypatch, status, closed, axis,
+                                                           complete, wanted):
+    monkeypatch.setattr(run_about, "describe", lambda _: ["progress", "machine"])
+    found = contents(closed=set(closed))
+    found.status = status and {"state": status}
+    found.axis = found.axis if axis else None
+    told = run_about.state(found)
+    assert told["complete"] == complete and "machine" not in told["lines"]
+    assert told["name"] == (status or "unknown")
+    if complete:
+        assert told["lines"] == ["progress"]
+        return
+    assert wanted in told["lines"][0]
+    if status:
+        assert told["lines"][2].startswith(f"On this page: {len(closed)} of 6 roles")
+        assert (len(told["lines"]) == 4) == axis  # the axis may be older than the rest
+
+
+def test_long_lists_and_texts_are_shortened():
+    assert run_about._names(["a"] * 12) == ", ".join(["a"] * 12)
+    assert run_about._names(["a"] * 13).endswith("a and 1 more role")
+    assert run_about._names(["b" * 60, "c" * 61]) == f"{'b' * 60}, {'c' * 59}…"
+    assert _cut("d" * 280) == "d" * 280 and _cut("d " * 141) == "d " * 139 + "d…"
 
 
 def test_thresholds_have_their_intervals(parsed, run):
@@ -302,8 +435,6 @@ def test_the_page_has_no_drift_without_its_file(run, tmp_path, parsed):
     from jaxpersona.ckpts.vectors import load_axis
 
     from jaxpersona.persona.talk import Talks
-    from jaxpersona.report.run_drift import save_drift
-
     folder = changed(run, tmp_path / "run")
     read = np.arange(24, dtype=np.float32).reshape(2, 4, 3)  # 2 turns, 4 conversations, 3 layers
     read[1, 0] = np.nan
@@ -315,9 +446,29 @@ def test_the_page_has_no_drift_without_its_file(run, tmp_path, parsed):
     assert arm["style"] == [0.25, 0.5] and arm["leak"] == 0.75 and arm["conversations"] == 4
     assert found.data["drift"]["floor"] == 9.5 and found.data["drift"]["layer"] == 1
     assert "Persona drift over turns" in found.text
+    kept = json.loads((folder / "drift.json").read_text())
+    assert read_drift(folder, 2).arms["uncapped"]["conversations"] == 4
+    for change in ({"layer": 3}, {"layer": -1}, {"arms": {"a": {
+            **kept["arms"]["uncapped"], "p75": [1.0]}}}):
+        (folder / "drift.json").write_text(json.dumps(kept | change))
+        with pytest.raises(jp.UserError, match="drift.json: is damaged"):
+            read_drift(folder, 3)
     (folder / "drift.json").write_text('{"arms": {"a": {}}}')
     with pytest.raises(jp.UserError, match="drift.json: is damaged .*jaxpersona demo"):
         jp.report.page(folder)
+
+
+def test_a_leak_or_floor_that_is_not_finite_is_one_value():
+    nan, notes = float("nan"), Notes()
+    lines = {"style": [0.1, nan], "mean": [1, 2], "p25": [1, 2], "p75": [1, 2]}
+    found = Drift(2, float("inf"), "p25", {"capped": {**lines, "leak": nan, "conversations": 4}})
+    told = found.value(notes)
+    assert (told["layer"], told["floor"], told["percentile"]) == (2, None, "p25")
+    assert told["arms"]["capped"] == {**lines, "style": [0.1, None], "leak": None,
+                                      "conversations": 4}
+    assert notes.lines == ["drift, 'capped', style: not finite at turn 2, and not drawn there",
+                           "drift, 'capped', leak: not finite, and not drawn",
+                           "drift, floor of the cap at layer 2: not finite, and not drawn"]
 
 
 def test_the_command_writes_the_page_and_its_size(run, tmp_path, capsys):
