@@ -374,12 +374,11 @@ def test_a_cap_has_the_floor_of_its_population_and_shows_its_own_axis(tmp_path):
     table = {"p25": np.arange(8.0), "p50": np.arange(8.0) + 10}
     every = {name: values + 100 for name, values in table.items()}
     axis = dataclasses.replace(AXIS, percentiles={"default": table, "all": every})
-    own, other = tmp_path / "a:1:2.safetensors", tmp_path / "v.safetensors"
+    own, other = tmp_path / "a.safetensors", tmp_path / "v.safetensors"
     save_vector(own, axis)
     save_vector(other, dataclasses.replace(AXIS, name="other"))
     for given, first in (({}, 4), ({"percentile": "p50"}, 14), ({"of": "all"}, 104),
                          ({"percentile": "p50", "of": "all"}, 114)):
-        # a file whose own name looks like the short form has no layers in it
         edits = Edits(cap=str(own), check=False, **given).read()
         (found,) = edits.build(MODEL).edits
         assert list(found.layers) == [4, 5, 6, 7]
@@ -390,6 +389,11 @@ def test_a_cap_has_the_floor_of_its_population_and_shows_its_own_axis(tmp_path):
     assert repr(both.monitor(MODEL, default=True)) == repr(both.monitor(MODEL)) == repr(
         Monitor(MODEL, dataclasses.replace(AXIS, name="other"), "2:4"))
     assert both.monitor(MODEL).usual.keys() == {2, 3}
+    # a file whose own name looks like the short form has no layers in it
+    named = tmp_path / "a.safetensors:1:2"
+    assert Edits(cap=str(named))._cap_file() == (own, ":1:2")
+    named.touch()
+    assert Edits(cap=str(named))._cap_file() == (named, "")
 
 
 def test_the_tokens_of_a_file_of_caps_are_those_of_where(tmp_path):

@@ -25,7 +25,7 @@ from jaxpersona.report import run_about, run_page, sources
 from jaxpersona.report.run_drift import Drift, read_drift, save_drift
 from jaxpersona.report.run_halves import Halves
 from jaxpersona.report.run_read import Analysis, Contents, Measured, _pick, _read_role
-from jaxpersona.report.run_values import Notes, _cut, unplaced, values
+from jaxpersona.report.run_values import Notes, _cut, order, unplaced, values
 from jaxpersona.runs.files import PAGE
 from jaxpersona.runs.sums import Sample
 
@@ -156,7 +156,8 @@ def contents(**more):
     analysis = Analysis(np.ones(1), [np.array([0.5, 0.25, 0.125, 0.0625])], {}, measured)
     return Contents(None, {"model": {"layers": 1}}, "test", None, jp.Axis([[1, 0.1, 0]]), analysis,
                     ["a", "b", "c", "d", "h"],
-                    vectors={name: np.array([v], float) for name, v in vectors.items()}, **more)
+                    vectors={name: np.array([v], float) + [10, 20, 30] for name, v in
+                             vectors.items()}, **more)
 
 
 def test_places_of_roles_are_those_computed_by_hand():
@@ -170,6 +171,8 @@ def test_places_of_roles_are_those_computed_by_hand():
     }.items()}
     assert data["byLayer"]["variance"] == {"1": [0.5], "2": [0.75], "3": [0.875], "10": [0.9375]}
     assert [data["roles"][i]["name"] for i in data["order"][0]] == ["h", "a", "c", "b"]
+    ties = [{"name": name, "mean": [mean]} for name, mean in (("b", 1.0), ("c", 2.0), ("a", 1.0))]
+    assert order(ties, 1) == [[1, 2, 0]]
     assert notes.lines == ["projection of 'd': not finite at every layer, and not drawn there"]
     # a vector that is not used for the axis may be missing; one that is may not
     del found.vectors["h"]
