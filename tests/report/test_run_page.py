@@ -128,7 +128,7 @@ def test_the_figures_of_a_folder_have_the_numbers_of_its_run(run, tmp_path):
     assert read.names == ["far", "near"] and read.cosine == pytest.approx(6 / 40**0.5)
     assert read.default[0] == pytest.approx(30 / 40**0.5, rel=1e-4)
     values, layer = sources.ratios(run, 2)
-    assert values == pytest.approx([1.0]) and layer == 2
+    assert values[0] == pytest.approx(1.0) and layer == 2
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "analysis.json").unlink()
     with pytest.raises(jp.UserError, match="the run is not complete; finish it with"):
