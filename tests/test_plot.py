@@ -12,6 +12,7 @@ import pytest
 
 import jaxpersona as jp
 from jaxpersona.persona import axis as science
+from jaxpersona.persona.reference import Reference
 from jaxpersona.persona.talk import Talks, TurnProjection
 from jaxpersona.report import figures, style
 
@@ -205,6 +206,96 @@ def test_steering_draws_the_mean_and_its_interval():
     np.testing.assert_allclose(ax.lines[0].get_xydata(), [[-1, 4], [1, 2]])
     area = ax.collections[0].get_paths()[0].vertices[:, 1]
     np.testing.assert_allclose([area.min(), area.max()], [2 - 1.96, 4.0])  # ± 1.96 · √2 / √2
+
+
+def test_a_ranking_has_the_quartiles_of_its_roles_and_open_circles_for_those_held_out():
+    found = {"default": [[9.0], [11.0]], "far": [[1.0], [3.0]], "near": [[7.0], [7.0]]}
+    ax = jp.plot.ranking(found, held_out=["far"])
+    dots = {line.get_ydata()[0]: line for line in ax.lines if line.get_marker() == "o"}
+    assert {y: (line.get_xdata()[0], line.get_fillstyle()) for y, line in dots.items()} == {
+        0: (2.0, "none"), 1: (7.0, "full")}
+    bars = [line.get_xdata() for line in ax.lines if line.get_linewidth() == 3.5]
+    assert [list(bar) for bar in bars] == [[1.5, 2.5], [7.0, 7.0], [9.5, 10.5]]
+    (star,) = [line for line in ax.lines if line.get_marker() == "*"]
+    assert star.get_xdata()[0] == 10.0
+    assert "not used for the axis" in [text.get_text() for text in ax.get_legend().get_texts()]
+    assert "bars: p25 to p75." in ax.get_xlabel()
+    # of means, neither quartiles nor the default persona's band are known
+    ax = jp.plot.ranking({"default": [9.0], "far": [1.0], "near": [7.0]}, title="so")
+    assert not ax.patches and ax.get_title(loc="left") == "so" and "bars" not in ax.get_xlabel()
+    names = [tick.get_text() for tick in jp.plot.ranking(
+        COUNTS[275][2], count=2).get_yticklabels()]
+    assert len(names) == 6 and names[2] == "271 other roles"
+
+
+def test_leaks_are_drawn_after_the_last_turn_beside_each_other():
+    ax = jp.plot.drift({"capped": [0.1, 0.2], "uncapped": [0.3, 0.9]}, what="behaviour",
+                       leak={"uncapped": 0.8, "capped": 0.1})
+    points = {line.get_label(): line for line in ax.lines}
+    assert {name: (round(line.get_xdata()[0], 2), line.get_ydata()[0], line.get_color())
+            for name, line in points.items() if name.endswith(": leak")} == {
+        "capped: leak": (2.92, 0.1, style.BLUE), "uncapped: leak": (3.08, 0.8, style.VERMILION)}
+    assert [points[name].get_color() for name in ("capped", "uncapped")] == [
+        style.BLUE, style.VERMILION]
+    assert list(points["uncapped"].get_xdata()) == [1, 2]
+    with pytest.raises(jp.UserError, match="give one share for each of"):
+        jp.plot.drift({"a": [0.1]}, what="behaviour", leak={"b": 0.5})
+
+
+def test_curves_have_the_values_of_their_layer_and_direction():
+    values = np.arange(16.0).reshape(8, 2)
+    found = [TurnProjection(turn, 5, values + turn) for turn in (2, 5)]
+    for layer, at in ((None, 4), (0, 0), (7, 7)):
+        ax = jp.plot.turns(found, ["one", "two"], layer)
+        assert ax.get_ylabel() == f"mean projection, layer {at}"
+        for k, line in enumerate(ax.lines):
+            assert line.get_xdata().tolist() == [2, 5]
+            assert line.get_ydata().tolist() == [2 * at + k + 2, 2 * at + k + 5]
+    line, = jp.plot.layers({"a": [1.0, np.nan, 3.0]}).lines
+    assert line.get_xdata().tolist() == [0, 1, 2] and np.isnan(line.get_ydata()[1])
+    # no line at 0 without strengths on both sides; one reply has no interval
+    ax = jp.plot.steering([1.0, 2.0], {"a": [[1.0, np.nan], [4.0, 6.0]]}, ylabel="y")
+    assert len(ax.lines) == 1 and ax.lines[0].get_ydata().tolist() == [1.0, 5.0]
+    assert "means of 2 replies" in ax.get_xlabel()
+    assert len(jp.plot.steering([0.0, 1.0], {"a": [1, 2]}, ylabel="y").lines) == 2
+
+
+def test_benchmarks_are_drawn_in_the_order_of_their_sizes():
+    rates = {n: {"tokens_per_second": float(v)} for n, v in (("16", 9), ("2", 5), ("8", 7))}
+    (line,) = jp.plot.bench({"bench": "decode", "by_batch": rates}).lines
+    assert line.get_xydata().tolist() == [[2, 5], [8, 7], [16, 9]]
+    ratios = {"8": {"ratio": 0.9, "interval": [0.7, 1.2]}, "0": {"ratio": 1.0, "interval": [1, 1]}}
+    ax = jp.plot.bench({"bench": "cap_overhead", "by_layers": ratios})
+    assert ax.lines[0].get_xydata().tolist() == [[0, 1.0], [8, 0.9]]
+    area = ax.collections[0].get_paths()[0].vertices
+    assert (area[:, 1].min(), area[:, 1].max()) == (0.7, 1.2) and ax.get_xscale() == "linear"
+    roof = {"flops_per_second": 10.0, "bytes_per_second": 4.0}
+    point = {"name": "step", "intensity": 1.0, "flops_per_second": 3.0}
+    ax = jp.plot.bench({"bench": "roofline", "roof": roof, "points": [point]})
+    reached = dict(ax.lines[0].get_xydata().tolist())
+    assert (reached[0.125], reached[2.0], reached[4.0], reached[1024.0]) == (0.5, 8.0, 10.0, 10.0)
+    assert ax.lines[1].get_xydata().tolist() == [[1.0, 3.0]]
+
+
+def test_the_figure_of_messages_has_a_panel_for_each_direction(tmp_path, monkeypatch):
+    from jaxpersona.report import messages as module
+
+    drawn = []
+    monkeypatch.setattr(module, "new_figure", lambda *size: drawn.append(style.new_figure(*size)) or
+                        drawn[-1])
+    known = Reference({1.0: -2.0, 25.0: 1.0, 50.0: 2.0, 75.0: 3.0, 99.0: 6.0},
+                      {"sea_ghost": -4.0, "tutor": 1.5})
+    module.messages(tmp_path / "a.png", [1, 3], np.array([[0.0, 1.0], [5.0, -4.0]]),
+                    ["one", "$two$"], 6, [None, known])
+    one, two = drawn[0].axes
+    assert one.lines[0].get_xydata().tolist() == [[1, 0], [3, 5]] and not one.patches
+    assert not one.texts and two.get_ylabel() == "mean projection, layer 6"
+    floor, values = two.lines
+    assert floor.get_ydata() == [1.0, 1.0] and values.get_xydata().tolist() == [[1, 1], [3, -4]]
+    assert [(p.get_y(), p.get_y() + p.get_height()) for p in two.patches] == [(-2, 6), (1, 3)]
+    assert [(text.get_text(), text.xy) for text in two.texts] == [
+        ("tutor", (1, 1.0)), ("sea ghost", (3, -4.0))]
+    assert values.get_label() == "\\$two\\$" and "nearest role" in one.get_title()
 
 
 def test_tokens_are_coloured_by_their_values():

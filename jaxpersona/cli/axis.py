@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from jaxpersona.persona.forecast import Forecast
 
 _OWN = "the built-in ones for mini, otherwise `data`"
+_OWN_QUESTIONS = "the built-in ones for mini without --roles, otherwise `data`"
 
 
 @grouped
@@ -52,7 +53,7 @@ def axis(
     roles: Annotated[str | None, typer.Option(show_default=_OWN, help=(
         "A folder of roles (format: `jaxpersona data format`), or `data` for the 275 roles of the "
         "package."))] = None,
-    questions: Annotated[str | None, typer.Option(show_default=_OWN, help=(
+    questions: Annotated[str | None, typer.Option(show_default=_OWN_QUESTIONS, help=(
         "A .jsonl file of questions (format: `jaxpersona data format`), or `data` for the 240 "
         "questions of the package."))] = None,
     limit: Annotated[int | None, typer.Option(
@@ -261,5 +262,5 @@ def _of_forecast(found: Forecast, judge_cost: float | None) -> dict[str, Any]:
                            "unfinished": int(pace.unfinished.size),
                            "seconds": pace.seconds, "compile_seconds": pace.compile_seconds}
     if judge_cost is not None:
-        value["judge_cost"] = (value["judge_calls"] or value["judged"]) * judge_cost
+        value["judge_cost"] = found.to_pay * judge_cost
     return value

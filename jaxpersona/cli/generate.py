@@ -84,7 +84,7 @@ def generate(
                for i, talk in enumerate(talks)]
     lines = [json.dumps(record) for record in records]
     if out is not None:
-        _write(out, lines)
+        _write(out, lines, len(made.text))
     if as_json:
         print(*lines, sep="\n", flush=True)
     elif out is None:
@@ -163,12 +163,13 @@ def _record(talk: Conversation, made: Generated, monitor: Monitor | None, index:
     return record | ({} if without is None else {"without": reply(without)})
 
 
-def _write(file: pathlib.Path, lines: Sequence[str]) -> None:
+def _write(file: pathlib.Path, lines: Sequence[str], replies: int) -> None:
+    """Write lines to a file, and print the number of replies in it."""
     from jaxpersona.ckpts.files import atomic
 
     with atomic(file) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in lines), "utf-8")
-    say(f"wrote {file}: {count(len(lines), 'reply')}", error=True)
+    say(f"wrote {file}: {count(replies, 'reply')}", error=True)
 
 
 def _print(records: Sequence[dict[str, Any]], monitor: Monitor | None, compare: bool) -> None:

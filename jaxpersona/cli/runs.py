@@ -59,7 +59,7 @@ def export(
     if not reference:
         raise UserError("--reference is missing; give it to select the format of the published "
                         "code, the only format")
-    check_folder("DIR", folder)
+    check_folder("FOLDER", folder)
     with interrupt.keeping(lambda: "nothing was written"), progress(log=True) as report:
         found = export_reference(run, folder, activations=activations, judge=judge,
                                  min_count=min_count, fold_system=fold_system,

@@ -58,6 +58,7 @@ class Forecast:
       pace: the measurements of the timed sample; None if nothing was timed.
       judged: the number of replies that a judge scores: all but those of the default persona.
       judge_calls: the number of replies that an LLM judge still has to score; 0 for other judges.
+      llm_judge: whether the judge is an LLM judge.
       disk_bytes: the expected size of the files that the run will add to the folder.
       live_bytes: the largest size of the response means that the run stores temporarily.
       free_bytes: the free space on the disk of the folder.
@@ -77,9 +78,18 @@ class Forecast:
     pace: Pace | None
     judged: int
     judge_calls: int
+    llm_judge: bool
     disk_bytes: int
     live_bytes: int
     free_bytes: int
+
+    @property
+    def to_pay(self) -> int:
+        """The number of replies whose judging costs money: `judge_calls` for an LLM judge.
+
+        For another judge, the number is `judged`, the replies that an LLM judge would score.
+        """
+        return self.judge_calls if self.llm_judge else self.judged
 
 
 def forecast(
@@ -162,7 +172,7 @@ def forecast(
         questions=len(questions), samples=settings.samples, rollouts=total, missing=count,
         prompt_tokens=round(count * _mean(lengths)), reply_tokens=round(count * reply),
         seconds=None if pace is None else pace.seconds_for(count, count), pace=pace,
-        judged=judged, judge_calls=max(judged - judged_now, 0) if reads else 0,
+        judged=judged, judge_calls=max(judged - judged_now, 0) if reads else 0, llm_judge=reads,
         disk_bytes=_disk_bytes(model, more, keep_means,
                                count * (_mean(texts) + _BYTES_PER_TOKEN * reply)),
         live_bytes=_live_bytes(model, more, judge),
@@ -279,9 +289,9 @@ def describe(found: Forecast, *, judge: str, cost: float | None = None) -> list[
              if found.judge_calls else f"no model is called (judge {judge})")
     lines.append(f"judging: {calls}; the time above does not include judging")
     if cost is not None:
-        count = found.judge_calls or found.judged
-        whose = "" if found.judge_calls else " all replies of the roles with another judge"
-        lines.append(f"cost of judging{whose}: {count:,} × ${cost:g} = ${count * cost:,.2f}")
+        whose = "" if found.llm_judge else " all replies of the roles with another judge"
+        lines.append(f"cost of judging{whose}: {found.to_pay:,} × ${cost:g} = "
+                     f"${found.to_pay * cost:,.2f}")
     lines.append(f"disk: about {size(found.disk_bytes)}, plus {size(found.live_bytes)} during the "
                  f"run; {size(found.free_bytes)} free")
     return lines

@@ -50,9 +50,9 @@ class Drift:
         for name, arm in self.arms.items():
             lines = {line: notes.series(f"drift, {name!r:.40}, {line}", arm[line], "turn", 1)
                      for line in _LINES}
-            (leak,) = notes.series(f"drift, {name!r:.40}, leak", [arm["leak"]], "rate", 1)
+            leak = notes.number(f"drift, {name!r:.40}, leak", arm["leak"])
             arms[name] = {**arm, **lines, "leak": leak}
-        (floor,) = notes.series("drift, floor of the cap", [self.floor], "layer", self.layer)
+        floor = notes.number(f"drift, floor of the cap at layer {self.layer}", self.floor)
         return {"layer": self.layer, "floor": floor, "percentile": self.percentile, "arms": arms}
 
 

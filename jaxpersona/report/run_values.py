@@ -25,10 +25,10 @@ Values = dict[str, Any]
 
 
 class Notes:
-    """Convert arrays to JSON, and record the arrays that have non-finite values.
+    """Convert arrays and numbers to JSON, and record those that have non-finite values.
 
     Attributes:
-      lines: one line of text for each recorded array.
+      lines: one line of text for each recorded array or number.
     """
 
     def __init__(self) -> None:
@@ -49,10 +49,18 @@ class Notes:
         if missing:
             where = f"every {unit}" if len(missing) == len(array) else (
                 f"{unit}{'s' * (len(missing) > 1)} {', '.join(missing)}")
-            line = f"{name}: not finite at {where}, and not drawn there"
-            if line not in self.lines:
-                self.lines.append(line)
+            self._add(f"{name}: not finite at {where}, and not drawn there")
         return [_rounded(value) for value in array.tolist()]
+
+    def number(self, name: str, value: float) -> float | None:
+        """Round a number like `series`."""
+        if not np.isfinite(value):
+            self._add(f"{name}: not finite, and not drawn")
+        return _rounded(value)
+
+    def _add(self, line: str) -> None:
+        if line not in self.lines:
+            self.lines.append(line)
 
 
 def _rounded(value: float) -> float | None:

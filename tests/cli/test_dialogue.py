@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import os
@@ -14,16 +13,14 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import support as s
-from jaxpersona.ckpts.vectors import save_vector
 
 import jaxpersona as jp
 from jaxpersona import interrupt
 from jaxpersona.cli.dialogue import Dialogue
 from jaxpersona.engine import programs
-from jaxpersona.persona.monitor import Monitor
+from jaxpersona.persona.monitor import EditCount, Monitor
 from jaxpersona.persona.session import Piece, Session, Turn
 from jaxpersona.text.chat import answered
 
@@ -271,6 +268,39 @@ def test_control_characters_of_a_reply_are_escaped(monkeypatch, session, capsys)
                                     "context 1,024 of 1,024]")
 
 
+def test_a_message_may_begin_with_a_slash_and_its_reply_is_described(monkeypatch, session, capsys):
+    """Of 7 selected tokens at two layers, 3 + 4 activations changed; another edit adds 2 of 5."""
+    asked = []
+    edits = [EditCount("cap", [2, 3], 7, [3, 4]), EditCount("steer", [5], 5, [2])]
+    turn = Turn("", "So.", "length", 1, 34, True, {4: 1.5}, edits)
+    monkeypatch.setattr(session, "reply", lambda text, _: asked.append(text) or iter([
+        Piece("So.", {}, turn)]))
+    run(monkeypatch, session, "//quit  now ", "  /help", "Hi.")
+    assert asked == ["/quit  now", "Hi."]
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "  [projection +1.50 at layer 4; 1 token, ended by --max-new-tokens; 9 of 19 activations "
+        "changed; context 34 of 1,024]")
+    long = "a " * 40
+    session.turns = [Turn(long, "b"), Turn("x" * 60, "y")]
+    run(monkeypatch, session, "/undo", "/undo")
+    assert [line for line in capsys.readouterr().err.splitlines() if "removed" in line] == [
+        f"removed: {'x' * 60}", f"removed: {long[:57]}…"]
+
+
+def test_a_loaded_conversation_says_whether_its_projections_are_kept(monkeypatch, session, capsys,
+                                                                     tmp_path):
+    file = tmp_path / "talk.json"
+    session.turns = list(TURNS)
+    run(monkeypatch, session, f"/save {file}", "/reset", f"/load {file}")
+    assert session.turns == TURNS
+    assert capsys.readouterr().err.splitlines()[-1] == f"read {file}: 2 turns"
+    file.write_text(json.dumps([{"role": "user", "content": "Hi."},
+                                {"role": "assistant", "content": "Yes."}]))
+    run(monkeypatch, session, f"/load {file}")
+    assert capsys.readouterr().err.splitlines()[-1].startswith(
+        f"read {file}: 1 turn; its projections were not restored")
+
+
 def test_bytes_that_are_no_text_are_one_line(monkeypatch, capsys):
     monkeypatch.setattr("jaxpersona.cli.support.open_model", lambda *_: MODEL)
     broken = io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8")
@@ -308,29 +338,3 @@ def test_options_are_checked_before_a_model_is_loaded(monkeypatch, capsys, optio
     assert s.run_command(["chat", *options]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and wanted in err and err.count("\n") == 1
-
-
-def test_the_short_form_of_a_cap_sets_layers_and_floor():
-    from jaxpersona.cli.edits import Edits
-
-    short = Edits(cap="mini:5:7:p75", check=False, where="response").read().build(MODEL)
-    whole = jp.cap(AXIS, layers=slice(5, 7), floor="p75", where="response")
-    assert s.same_bits(short, whole) and repr(short) == "cap(response, layers 5–6, residual)"
-    assert not s.same_bits(short, jp.cap(AXIS, layers=slice(5, 7), floor="p50", where="response"))
-    np.testing.assert_array_equal(AXIS.thresholds("p75")[5:7], short.edits[0].coefficients[:, 0, 2])
-    for other in (Edits(cap="mini:5:7", percentile="p75"),
-                  Edits(cap="mini", cap_layers="5:7", percentile="p75")):
-        made = dataclasses.replace(other, check=False, where="response").read().build(MODEL)
-        assert s.same_bits(made, whole)
-
-
-def test_the_tokens_of_a_file_of_caps_are_those_of_where(tmp_path):
-    from jaxpersona.cli.edits import Edits
-
-    file = tmp_path / "caps.safetensors"
-    caps = jp.Caps(AXIS.values[4:6], (4, 5), AXIS.thresholds("p25")[4:6], ("a", "b"))
-    save_vector(file, caps)
-    for where in ("response", "everywhere"):
-        made = Edits(cap=str(file), check=False, where=where).read().build(MODEL)
-        assert s.same_bits(made, caps.interventions(where=where))
-        assert repr(made).startswith(f"cap({where}, ")

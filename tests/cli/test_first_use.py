@@ -40,6 +40,13 @@ def test_every_option_is_explained_and_shows_its_default(name):
     assert not bare, bare
 
 
+def test_the_questions_of_mini_are_built_in_only_with_its_roles():
+    context = typer.Context(COMMANDS["axis"], info_name="axis")
+    (shown,) = [one.get_help_record(context)[1] for one in COMMANDS["axis"].params
+                if one.name == "questions"]
+    assert "[default: (the built-in ones for mini without --roles, otherwise `data`)]" in shown
+
+
 def no_load(*_, **__):
     raise AssertionError("a model was loaded")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -97,9 +98,37 @@ def test_a_system_prompt_applies_to_the_prompts_of_a_file(capsys, tmp_path):
         for said in ("Hi.", ASKED, "Hello.")]
 
 
+def test_both_replies_of_a_comparison_are_in_the_file(capsys, tmp_path, monkeypatch):
+    """The replies to all prompts with the interventions come first, then those without."""
+    changed = np.arange(16).reshape(4, 4)  # layer, reply
+    made = SimpleNamespace(text=["a", "b", "c", "d"], stopped=[True, False, True, False],
+                           tokens=[np.zeros(n, np.int32) for n in (1, 2, 3, 4)], captured={},
+                           applied=[jp.Applied(np.array([5, 6, 7, 8]), changed)])
+    monkeypatch.setattr("jaxpersona.engine.generate.generate", lambda *_, **__: made)
+    out, err = run(capsys, "One?", "Two?", "--cap", "mini", "--no-check", "--compare", "--json",
+                   "--out", str(tmp_path / "r.jsonl"))
+    assert f"wrote {tmp_path}/r.jsonl: 4 replies\n" in err
+    assert (tmp_path / "r.jsonl").read_text() == out  # both were asked for
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [(one["prompt"][0]["content"], one["reply"], one["tokens"], one["stopped"],
+             one["without"]) for one in found] == [
+        ("One?", "a", 1, True, {"reply": "c", "stopped": True, "tokens": 3}),
+        ("Two?", "b", 2, False, {"reply": "d", "stopped": False, "tokens": 4})]
+    assert [one["edits"][0]["changed"] for one in found] == [[0, 4, 8, 12], [1, 5, 9, 13]]
+    # 5 + 6 tokens; 24 + 28 activations; the replies without interventions do not count
+    assert ("intervention 0: tokens selected: 11, activations changed: 52, layers: 4\n"
+            ) in err
+
+
 def test_the_check_of_an_output_leaves_nothing_and_changes_nothing(tmp_path):
-    check_output("--out", tmp_path / "new" / "r.jsonl")
-    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    check_output("--out", tmp_path / "new" / "er" / "r.jsonl")
+    assert not any(tmp_path.iterdir())
+    for name, target in (("link", "kept"), ("dangling", "none")):
+        (tmp_path / "kept").write_text("kept")
+        (tmp_path / name).symlink_to(tmp_path / target)
+        with pytest.raises(jp.UserError, match="not a regular file; give another name"):
+            check_output("--out", tmp_path / name)
+        assert not (tmp_path / "none").exists()
     (tmp_path / "r.jsonl").write_text("kept")
     check_output("--out", tmp_path / "r.jsonl")
     assert (tmp_path / "r.jsonl").read_text() == "kept"

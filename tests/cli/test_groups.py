@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from typing import Annotated
 
 import pytest
@@ -80,6 +81,14 @@ def test_a_choice_has_the_values_of_the_options_and_refuses_those_of_other_judge
             ("none", JudgeOptions(rpm=3.0), False, "--judge-rpm"),
             ("self", JudgeOptions(budget="5calls"), False, "--budget"),
             ("model:m", JudgeOptions(key_env="K"), False, "--judge-key-env"),
+            ("human:x.csv", JudgeOptions(rubric=pathlib.Path("r")), False, "--judge-rubric"),
             ("http:m", JudgeOptions(), True, "--judge-after")):
         with pytest.raises(UserError, match=f"{name} is given, but the judge is {judge}"):
             choose(judge, options, own=False, after=after)
+    # with one rubric for all roles, no role needs its own
+    for judge, needs in (("self", True), ("model:m", True), ("http:m", True), ("none", False),
+                         ("human:x.csv", False)):
+        assert choose(judge, JudgeOptions(), own=False).reads_eval_prompt == needs
+        if needs:
+            given = JudgeOptions(rubric=pathlib.Path("r"))
+            assert not choose(judge, given, own=False).reads_eval_prompt

@@ -209,3 +209,65 @@ def test_a_mistake_is_one_line_before_a_model_is_loaded(arguments, wanted, tmp_p
     said = capsys.readouterr().err
     assert wanted in said and said.startswith("error: ") and said.count("\n") == 1, said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rubric.txt"]
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Four replies of two roles, with the scores 3, 0 and twice undecided."""
+    from jaxpersona.judges.protocol import Item
+
+    items = {f"{role}/k{i}": Item(f"k{i}", Role(role, ("Be.",), ""), f"Who {i}?", f"I, {role} {i}.",
+                                  "Be.") for role in ("ghost", "baker") for i in range(2)}
+    scores = {"ghost/k0": 3, "ghost/k1": None, "baker/k0": 0, "baker/k1": None}
+    monkeypatch.setattr(Run, "read", lambda _: None)
+    monkeypatch.setattr("jaxpersona.persona.verdicts.replies_of", lambda _: items)
+    monkeypatch.setattr("jaxpersona.persona.verdicts.scores_of", lambda _: scores)
+
+
+def test_undecided_replies_and_those_of_a_role_are_drawn_alone(scored, capsys):
+    def drawn(*more):
+        assert s.run_command(["judge", "sample", "run", *more]) == 0
+        return [line for line in capsys.readouterr().out.splitlines()
+                if line.startswith(("==", "["))]
+
+    assert drawn() == ["== score 3 ==", "[ghost/k0]", "== score 0 ==", "[baker/k0]",
+                       "== score none ==", *drawn("--score", "none")[1:]]
+    assert sorted(drawn("--score", "none")) == ["== score none ==", "[baker/k1]", "[ghost/k1]"]
+    assert drawn("--score", "0") == ["== score 0 ==", "[baker/k0]"]
+    assert drawn("--role", "ghost") == ["== score 3 ==", "[ghost/k0]", "== score none ==",
+                                        "[ghost/k1]"]
+    assert drawn("--role", "ghost", "--score", "none") == ["== score none ==", "[ghost/k1]"]
+    assert len(drawn("--score", "none", "--count", "1")) == 2
+    for more, wanted in ((["--role", "sage"], "--role is 'sage'; give the name of a role"),
+                         (["--role", "ghost", "--score", "0"], "contains no matching reply"),
+                         (["--csv", "x.txt"], "--csv is x.txt; give the name of a .csv file")):
+        assert s.run_command(["judge", "sample", "run", *more]) == 2
+        assert wanted in capsys.readouterr().err
+
+
+def test_an_agreement_is_printed_with_its_counts(monkeypatch, capsys):
+    import numpy as np
+
+    from jaxpersona.judges.agreement import Agreement
+
+    nan, seen = float("nan"), []
+    found = Agreement(("0", "3", "none"), np.array([[1, 2, 0], [0, 1200, 3], [0, 0, 4]]), 1203,
+                      0.9983, 0.5, (0.25, nan), -0.0049,
+                      {"sage": (3, 1.0, nan, 0.0), "ghost": (1200, 0.998, 0.5, -0.5)}, (7, 8))
+    monkeypatch.setattr("jaxpersona.judges.agreement.agreement",
+                        lambda *a, **k: seen.append((a, k)) or found)
+    monkeypatch.setattr("jaxpersona.persona.verdicts.scores_of", lambda name: f"of {name}")
+    assert s.run_command(["judge", "agreement", "a", "b", "--seed", "5"]) == 0
+    assert seen == [(("of a", "of b"), {"seed": 5})]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "1,210 replies judged by both, 7 only by A, 8 only by B"
+    assert [line.split() for line in lines[2:6]] == [
+        ["0", "3", "none"], ["0", "1", "2", "0"], ["3", "0", "1,200", "3"], ["none", "0", "0", "4"]]
+    assert lines[6] == ("of 1,203 replies that both scored: equal 99.8%, kappa (linear weights) "
+                        "0.500 with the 95 % confidence interval 0.250 to –, mean of A − B -0.005")
+    assert [line.split() for line in lines[8:]] == [["ghost", "1,200", "100%", "0.500", "-0.50"],
+                                                    ["sage", "3", "100%", "–", "+0.00"]]
+    assert s.run_command(["judge", "agreement", "a", "b", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["only"], told["interval"], told["roles"]["sage"]) == (
+        [7, 8], [0.25, None], {"replies": 3, "equal": 1.0, "kappa": None, "difference": 0.0})

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import support as s
@@ -161,3 +162,46 @@ def test_a_run_in_use_is_not_judged(made):
     finally:
         held.communicate("")
         os.path.exists(run / ".lock") and os.unlink(run / ".lock")
+
+
+def test_the_verdicts_of_all_roles_are_counted_and_their_cost_told(made, monkeypatch, capsys):
+    run, texts, _ = made
+    counts = {"ghost": {"3": 1200, "None": 1, "0": 0}, "baker": {"3": 34, "failed": 2}}
+    monkeypatch.setattr("jaxpersona.persona.rejudge.judge_run", lambda *_, **__: (counts, 0.5))
+    command = ["judge", str(run), "--judge", "none", "--roles", str(texts / "roles")]
+    assert s.run_command(command) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "judge none: 1,234 with score 3, 1 undecided, 2 without a verdict", "cost: $0.5000"]
+    assert s.run_command([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "run": str(run), "judge": "none", "cost": 0.5, "roles": counts,
+        "scores": {"3": 1234, "None": 1, "0": 0, "failed": 2}}
+
+
+def test_only_the_roles_of_the_run_need_a_prompt_for_the_judge(made, tmp_path, monkeypatch,
+                                                               capsys):
+    """The judge self is given the options, and the name of the model in the run's files."""
+    run, texts, _ = made
+    roles = shutil.copytree(texts / "roles", tmp_path / "roles")
+    bare = json.dumps({"instruction": [{"pos": "Be."}]})
+    (roles / "extra.json").write_text(bare)
+    manifest, seen = Run.read(run).manifest, []
+
+    def load(*given):
+        seen.append(given)
+        return SimpleNamespace(fingerprint=manifest["model"]["fingerprint"])
+
+    monkeypatch.setattr("jaxpersona.cli.support.open_model", load)
+    monkeypatch.setattr("jaxpersona.judges.judges.SelfJudge", lambda *a, **k: seen.append(k) or
+                        SimpleNamespace(name="self"))
+    monkeypatch.setattr("jaxpersona.persona.rejudge.judge_run", lambda *_, **__: ({}, None))
+    command = ["judge", str(run), "--judge", "self", "--roles", str(roles), "--batch-size", "5",
+               "--dtype", "float16"]
+    assert s.run_command(command) == 0
+    assert seen[0] == (manifest["last"]["model"], "float16") and seen[1]["batch_size"] == 5
+    assert s.run_command([*command, "--model", "other"]) == 0
+    assert seen[2] == ("other", "float16")
+    (roles / "baker.json").write_text(bare)
+    capsys.readouterr()
+    assert s.run_command(command) == 2
+    assert "add one to the roles baker, or give one rubric" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import support as s
 
+from jaxpersona.cli.axis import _of_forecast
 from jaxpersona.data.texts import Question, Role
 from jaxpersona.errors import UserError
 from jaxpersona.judges.judges import NoJudge, SelfJudge
@@ -47,7 +48,7 @@ def test_a_sample_of_the_whole_run_predicts_its_tokens(made):
     folder, said, found = made
     assert (said.roles, said.prompts, said.questions, said.samples) == (12, 14, 2, 1)
     assert said.rollouts == said.missing == found.rollouts == 28
-    assert said.judged == 24 and said.judge_calls == 0
+    assert said.judged == 24 and said.judge_calls == 0 and not said.llm_judge
     assert said.pace.complete and said.reply_tokens == found.tokens
     assert said.seconds == pytest.approx(said.pace.seconds)
     assert said.live_bytes == 22 * 4 * 3 * 32  # the default's four rollouts and nine roles' two
@@ -128,13 +129,25 @@ def test_a_forecast_in_words(tmp_path):
     assert ("judging: the judge self scores 24 of the replies; the time above does not include "
             "judging") in lines
     assert "cost of judging: 24 × $0.25 = $6.00" in lines
-    free = describe(dataclasses.replace(found, judge_calls=0, missing=0), judge="none", cost=0.25)
+    free = describe(dataclasses.replace(
+        found, judge_calls=0, missing=0, llm_judge=False), judge="none", cost=0.25)
     assert "judging: no model is called (judge none); the time above does not include judging" in (
         free) and "time: nothing to generate" in free
     assert ("cost of judging all replies of the roles with another judge: 24 × $0.25 = $6.00"
             in free)
+    # a judge that has scored every reply costs nothing more; another judge never does
+    scored = dataclasses.replace(found, judge_calls=0)
+    assert "cost of judging: 0 × $0.25 = $0.00" in describe(scored, judge="self", cost=0.25)
+    other = dataclasses.replace(scored, llm_judge=False)
+    assert ("cost of judging all replies of the roles with another judge: 24 × $0.25 = $6.00"
+            ) in describe(other, judge="none", cost=0.25)
+    assert [_of_forecast(one, 0.25)["judge_cost"] for one in (found, scored, other)] == [6, 0, 6]
     timed = dataclasses.replace(
         found, seconds=7200.0 * 5, pace=s_pace([3, 5], [4]))
+    assert _of_forecast(timed, None)["sample"] == {
+        "finished": 2, "unfinished": 1, "tokens": 12, "seconds": 2.0, "compile_seconds": 9.0}
+    never = _of_forecast(dataclasses.replace(timed, seconds=float("inf")), None)
+    assert never["seconds"] is None and "judge_cost" not in never  # JSON has no infinity
     (line,) = [x for x in describe(timed, judge="none") if x.startswith("time")]
     assert line.startswith("time of generation: about 10.0 hours (replies in the sample: "
                            "2 finished, 1 unfinished; 6 tokens/s over 2.0 s, after 9 s of "

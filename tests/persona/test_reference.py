@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -114,3 +115,36 @@ def test_project_compares_with_the_default(tmp_path, monkeypatch, capsys):
     assert "p25 2.000, p75 4.000, p1 -1.000, p99 7.000" in said
     assert "floor of --cap is p25, 2.000" in said and "above p99" in said and "ghost" in said
     assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_project_reads_layer_0_and_tells_two_directions_of_one_name_apart(tmp_path, monkeypatch,
+                                                                          capsys):
+    """The options of the model reach its loader, and a file of other tools is read."""
+    from types import SimpleNamespace
+
+    from jaxpersona.persona.talk import TurnProjection
+
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for file in files:
+        save_vector(file, Vector(np.ones((3, 4)), name="same"))
+    talk, seen = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "so"}], []
+    (tmp_path / "talk.json").write_text(json.dumps({"conversation": talk}))
+    model = SimpleNamespace(config=SimpleNamespace(n_layers=3))
+    monkeypatch.setattr("jaxpersona.cli.support.open_model", lambda *a: seen.append(a) or model)
+    monkeypatch.setattr("jaxpersona.persona.check.fit", lambda _, vector: vector)
+    monkeypatch.setattr("jaxpersona.persona.talk.project_conversation", lambda _, given, __: [
+        TurnProjection(1, 7, np.array([[1.0, 2], [3, 4], [5, 6]], np.float32))] if (
+            given == talk) else [])
+    command = ["project", str(tmp_path / "talk.json"), "--on", str(files[0]), "--on",
+               str(files[1]), "--model", "m", "--dtype", "float16", "--adapter", "lora"]
+    for more, layer, values in (([], 1, [3, 4]), (["--layer", "0"], 0, [1, 2]),
+                                (["--layer", "2"], 2, [5, 6])):
+        assert s.run_command([*command, *more, "--json"]) == 0
+        (found,) = json.loads(capsys.readouterr().out)
+        assert found == {"turn": 1, "tokens": 7, "layer": layer, "compared": {},
+                         **{f"same ({file})": value for file, value in
+                            zip(files, values, strict=True)}}
+    assert seen[0] == ("m", "float16", None, pathlib.Path("lora"))
+    for wrong in ("3", "-1"):
+        assert s.run_command([*command, "--layer", wrong]) == 2
+        assert f"layer is {wrong}; the model has layers 0…2" in capsys.readouterr().err

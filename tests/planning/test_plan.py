@@ -315,8 +315,45 @@ def test_the_command_prints_a_card_or_json(capsys):
     ask = ("--topology", "h200:8", "--model", "random:qwen3-8b", "--cap", "20:28")
     code, said, _ = run(capsys, *ask)
     assert code == 0 and "fits: " in said
+    assert "chips: 8; mesh: data=1 × model=8\n" in said
     assert said.splitlines()[-1] == "all times are estimates, not measurements"
     code, said, _ = run(capsys, *ask, "--json")
     found = json.loads(said)
     assert found["chips"] == 8 and found["cap"] == list(range(20, 28))
     assert set(found["axis_run_hours"]) == {"1.0", "0.6", "0.3"}
+    # the whole context, and every option
+    code, said, _ = run(capsys, *ask, "--batch", "16", "--context", "40960", "--mesh",
+                        "data=2,model=4", "--dtype", "int8", "--json")
+    found = json.loads(said)
+    assert (found["batch"], found["context"], found["dtype"]) == (16, 40960, "int8")
+    assert found["model"] == "random:qwen3-8b" and found["mesh"]["data"] == 2
+
+
+def test_a_card_has_the_numbers_of_its_plan():
+    from jaxpersona.cli.plan import card
+
+    gb = {"total": 99.5, "usable": 90, "weights": 70, "cache": 20, "temporaries": 9.5}
+    found = {
+        "model": "m", "topology": "v5e:2x4", "chips": 8, "mesh": {"data": 2, "model": 4},
+        "batch": 16, "context": 2048, "prompt": 1536, "dtype": "int8", "compiled": True,
+        "fits": False, "short_by": 9_500_000_000, "largest_batch": 8, "collectives_per_layer": 2,
+        "bytes_per_chip": {name: int(n * 1e9) for name, n in gb.items()}, "cap": [3, 4, 5],
+        "added_collectives": 0, "added_fusions_per_layer": 1.5, "added_fusions_once": 3.0,
+        "added_bytes": 2_500_000, "temporaries_ratio": 1.01, "chip": {"source": "a sheet"},
+        "roofline_seconds": {"decode_step": 0.0125, "decode_sums": 0.0015, "prefill": 3.25,
+                             "prefill_sums": 0.75},
+        "axis_run_hours": {"1.0": 10.5, "0.3": 35.0}}
+    lines = card(found)
+    assert lines[:5] == [
+        "m on v5e:2x4; chips: 8; mesh: data=2 × model=4",
+        "batch 16, context 2048, prompts of 1536 tokens",
+        "does not fit, by 9.50 GB: 99.50 of 90.00 GB per chip: int8 weights 70.00, cache 20.00 "
+        "(arithmetic), temporaries 9.50 (compiler)",
+        "largest batch: 8 (extrapolated linearly)",
+        "collective reductions in a decode step: 2 per layer (compiler)"]
+    assert ("(number of layers: 3) adds to each decode step (compiler): collectives: 0; kernels "
+            "per capped layer: 1.5; other kernels: 3; memory traffic: 2.5 MB.") in lines[5]
+    assert lines[6].endswith(
+        "a sheet): decode step 12.50 ms, of which collective reductions take 1.50 ms; prefill "
+        "3.25 s, of which collective reductions take 0.75 s")
+    assert lines[7].endswith("10.5 at 100% of the roofline, 35.0 at 30% of the roofline")

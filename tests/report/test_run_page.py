@@ -12,16 +12,14 @@ import socket
 import sys
 
 import made_runs
-import ml_dtypes
 import numpy as np
 import pytest
 import support as s
 
 import jaxpersona as jp
-from jaxpersona.report import run_page
-from jaxpersona.report.run_halves import Halves
+from jaxpersona.report import run_page, sources
+from jaxpersona.report.run_drift import read_drift, save_drift
 from jaxpersona.runs.files import PAGE
-from jaxpersona.runs.sums import Sample
 
 EVIL = "</script><script>alert(1)</script>"
 ODD = "🦜 \"q\" & <img src=x onerror=alert(2)>"
@@ -112,6 +110,34 @@ def test_components_are_those_of_the_roles_in_the_axis(parsed, roles):
     assert roles["kept"]["heldOut"] and not roles["silent"]["heldOut"]
 
 
+def test_the_figures_of_a_folder_have_the_numbers_of_its_run(run, tmp_path):
+    found = sources.places(run, 1)
+    assert found.names == [ODD, "near", LONG, "silent", "kept", "far"]
+    assert found.means.tolist() == [1.0, 2.0, 4.5, 5.0, 6.0, 8.0] and found.layer == 1
+    assert found.quartiles[2].tolist() == [4.25, 4.75]
+    assert found.default == (10.0, 9.5, 10.5) and found.held_out == {"kept"}
+    read = sources.parts(str(run), 0)  # far and near are used for the axis
+    assert read.names == ["far", "near"] and read.cosine == pytest.approx(6 / 40**0.5)
+    assert read.default[0] == pytest.approx(30 / 40**0.5, rel=1e-4)
+    values, layer = sources.ratios(run, 2)
+    assert values[0] == pytest.approx(1.0) and layer == 2
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "analysis.json").unlink()
+    with pytest.raises(jp.UserError, match="the run is not complete; finish it with"):
+        sources.places(tmp_path / "run", 1)
+
+
+def test_the_main_results_are_those_of_the_middle_layer(parsed):
+    for line in ("roles in the axis 2 of 6; 1 held out", "rollouts 14", "judge test",
+                 "|cos(PC1, axis)| at layer 1 0.949", "variance of PC1 at layer 1 100%",
+                 "split-half agreement at layer 1 0.917",
+                 f"most like the Assistant at layer 1 far, kept, silent, {'x' * 59}…, near",
+                 f"least like the Assistant at layer 1 {ODD}, near, {'x' * 59}…, silent, kept",
+                 "Roles with fewer than 2 fully played replies, which the axis leaves out silent, "
+                 f"{'x' * 59}…, {ODD}"):
+        assert line in parsed.text, line
+
+
 def test_thresholds_have_their_intervals(parsed, run):
     about = json.loads((run / "analysis.json").read_text())["thresholds"]
     table = parsed.data["thresholds"]
@@ -132,39 +158,6 @@ def test_halves_agree_as_computed_by_hand(parsed):
         assert parsed.data["reliability"][line] == [pytest.approx(wanted, rel=1e-4)] * 3
     assert ("for each of 2 roles, 2 replies with score 3, and for the default persona, 2 replies."
             ) in parsed.text
-
-
-def test_halves_have_only_finite_replies_of_score_3():
-    """Two roles at 0, the default at (1, ±1); a reply of score 2 and an empty one do not count."""
-    def sample(*rows):
-        return Sample([f"k{i}" for i in range(len(rows))], np.full((1, 2), 0.5, np.float32),
-                      np.array(rows, np.float32)[:, None].astype(ml_dtypes.bfloat16) - 0.5)
-
-    halves = Halves((1, 2))
-    halves.add("default", sample((1, 1), (1, -1), (np.nan, np.nan)), None)
-    for role in ("a", "b"):
-        halves.add(role, sample((0, 0), (64, 0), (0, 0)), {"k0": 3, "k1": 2, "k2": 3})
-    halves.add("c", sample((9, 9), (9, 9)), {"k0": 3, "k1": None})
-    found = halves.agreement()
-    assert found.mean.tolist() == found.low.tolist() == [0.0]  # (1, 1) and (1, −1)
-    assert (found.roles, found.replies, found.default) == (2, (2, 2), 2)
-    assert halves.left_out == ["c"]
-
-
-def test_halves_of_an_odd_number_of_replies_are_averages():
-    """Each half averages its own replies: with equal replies, the halves agree exactly."""
-    def sample(rows, value):
-        return Sample([f"k{i}" for i in range(rows)], np.full((1, 2), 8, np.float32),
-                      np.full((rows, 1, 2), value, np.float32).astype(ml_dtypes.bfloat16))
-
-    for rows in (2, 3, 5):
-        halves = Halves((1, 2))
-        halves.add("default", Sample(["k0", "k1"], np.zeros((1, 2), np.float32), np.array(
-            [[[1, 0]], [[1, 0]]], np.float32).astype(ml_dtypes.bfloat16)), None)
-        for role in ("a", "b"):
-            halves.add(role, sample(rows, [1, -3]), {f"k{i}": 3 for i in range(rows)})
-        found = halves.agreement()
-        np.testing.assert_allclose([found.low, found.high], 1, rtol=1e-12)
 
 
 def test_scores_and_replies_are_those_of_the_role(parsed, roles):
@@ -302,8 +295,6 @@ def test_the_page_has_no_drift_without_its_file(run, tmp_path, parsed):
     from jaxpersona.ckpts.vectors import load_axis
 
     from jaxpersona.persona.talk import Talks
-    from jaxpersona.report.run_drift import save_drift
-
     folder = changed(run, tmp_path / "run")
     read = np.arange(24, dtype=np.float32).reshape(2, 4, 3)  # 2 turns, 4 conversations, 3 layers
     read[1, 0] = np.nan
@@ -315,6 +306,13 @@ def test_the_page_has_no_drift_without_its_file(run, tmp_path, parsed):
     assert arm["style"] == [0.25, 0.5] and arm["leak"] == 0.75 and arm["conversations"] == 4
     assert found.data["drift"]["floor"] == 9.5 and found.data["drift"]["layer"] == 1
     assert "Persona drift over turns" in found.text
+    kept = json.loads((folder / "drift.json").read_text())
+    assert read_drift(folder, 2).arms["uncapped"]["conversations"] == 4
+    for change in ({"layer": 3}, {"layer": -1}, {"arms": {"a": {
+            **kept["arms"]["uncapped"], "p75": [1.0]}}}):
+        (folder / "drift.json").write_text(json.dumps(kept | change))
+        with pytest.raises(jp.UserError, match="drift.json: is damaged"):
+            read_drift(folder, 3)
     (folder / "drift.json").write_text('{"arms": {"a": {}}}')
     with pytest.raises(jp.UserError, match="drift.json: is damaged .*jaxpersona demo"):
         jp.report.page(folder)
@@ -379,15 +377,6 @@ def test_a_missing_plotly_is_named_before_the_run_is_read(run, monkeypatch, caps
 def test_a_wrong_argument_is_one_line(call):
     with pytest.raises(jp.UserError, match="run is 3|out is 3|needs run"):
         call()
-
-
-def test_lone_surrogates_are_written_as_escapes():
-    """JSON of a run may have them, and UTF-8 cannot encode them."""
-    data = run_page.embedded({"a\ud800": ["<\udfff>\u2028", 1.5, None]})
-    assert data.isascii() and not set("<>&") & set(data)
-    assert json.loads(data) == {"a\\ud800": ["<\\udfff>\u2028", 1.5, None]}
-    with pytest.raises(ValueError):
-        run_page.embedded([float("nan")])
 
 
 def test_a_script_that_would_end_its_element_is_refused():

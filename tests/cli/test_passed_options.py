@@ -1,0 +1,229 @@
+"""Every option of `axis`, `runs` and `judge` reaches the function behind the command."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import types
+
+import pytest
+import support as s
+
+import jaxpersona as jp
+from jaxpersona.cli import axis, judges, support
+from jaxpersona.data import texts
+from jaxpersona.data.texts import Question, Role
+from jaxpersona.judges.judges import NoJudge
+from jaxpersona.organism import method
+from jaxpersona.organism.method import RuleJudge
+from jaxpersona.persona.exporting import Exported
+from jaxpersona.persona.importing import Imported
+from jaxpersona.runs.rollouts import Settings
+
+NAMES = ["ant", "bee", "cat", "dog"]
+LOADED = types.SimpleNamespace(name="m", template=True)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The arguments of each call of `open_model`, which loads nothing."""
+    seen = []
+    monkeypatch.setattr("jaxpersona.cli.support.open_model", lambda *a: seen.append(a) or LOADED)
+    return seen
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Return a function that replaces another one, and the arguments of its calls."""
+    def replace(name, result=None):
+        seen = []
+
+        def function(*given, **named):
+            seen.append((given, named))
+            if result is None:
+                raise jp.UserError("enough")
+            return result
+
+        monkeypatch.setattr(name, function)
+        return seen
+
+    return replace
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return s.write_texts(tmp_path, [Role(name, (f"Be {name}, {{model_name}}.",), "")
+                                    for name in NAMES], [Question(i, f"Who {i}?") for i in (0, 1)])
+
+
+@pytest.mark.parametrize(("more", "name"), [
+    (["--take-from", "old"], "jaxpersona.persona.extract.extract_axis"),
+    (["--dry-run", "--sample-seconds", "2"], "jaxpersona.persona.forecast.forecast")])
+def test_the_options_of_axis_reach_the_run_and_its_forecast(folder, opened, called, more, name):
+    seen = called(name)
+    assert s.run_command([
+        "axis", "--model", "models/Some-7B/", "--roles", "roles", "--questions", "questions.jsonl",
+        "--limit", "3", "--limit-questions", "1", "--samples", "3", "--max-new-tokens", "7",
+        "--temperature", "0.5", "--top-p", "0.6", "--batch-size", "4", "--seed", "11",
+        "--min-count", "2", "--held-out", "bee", "--keep-means", "5", "--share-prefix", "--redo",
+        "cat", "--redo", "ant", "--overwrite", "--judge", "none", "--dtype", "float16",
+        "--adapter", "lora", "--mesh", "data=2", "--out", "out", "--json", *more]) == 2
+    assert opened == [("models/Some-7B/", "float16", "data=2", pathlib.Path("lora"))]
+    ((model, roles, questions, out), named), = seen
+    assert model is LOADED and out == pathlib.Path("out")
+    assert [role.name for role in roles] == ["default", "ant", "bee", "cat"]
+    assert {role.name: role.prompts for role in roles}["ant"] == ("Be ant, Some-7B.",)
+    assert [question.text for question in questions] == ["Who 0?"]
+    assert isinstance(named.pop("judge"), NoJudge)
+    wanted = {"settings": Settings(temperature=0.5, top_p=0.6, max_new_tokens=7, samples=3,
+                                   batch_size=4, seed=11, share_prefix=True),
+              "min_count": 2, "held_out": ["bee"], "keep_means": 5, "redo": ["cat", "ant"],
+              "overwrite": True}
+    wanted |= {"sample_seconds": 2} if "forecast" in name else {"take_from": pathlib.Path("old")}
+    assert {key: named[key] for key in wanted} == wanted
+
+
+@pytest.mark.parametrize(("more", "length", "judge"), [
+    ([], 64, RuleJudge), (["--roles", "roles"], 64, NoJudge),
+    (["--model", "other", "--roles", "roles"], 512, NoJudge)])
+def test_the_defaults_of_axis_are_those_of_its_help(folder, opened, called, more, length, judge):
+    seen = called("jaxpersona.persona.extract.extract_axis")
+    assert s.run_command(["axis", "--out", "out", *more]) == 2
+    (_, named), = seen
+    assert named["settings"] == Settings(temperature=0.7, top_p=0.9, max_new_tokens=length,
+                                         samples=1, batch_size=32, seed=0)
+    assert type(named["judge"]) is judge
+    assert (named["min_count"], named["keep_means"], named["redo"]) == (10, 16, [])
+
+
+def test_the_texts_of_a_run_are_those_that_the_options_select(monkeypatch):
+    loaded = [Role("default", ("",), ""), Role("ghost", ("Be a ghost.",), "")]
+    seen = []
+    monkeypatch.setattr(texts, "load_roles",
+                        lambda path, *, model_name: seen.append((path, model_name)) or loaded)
+    nine = method.held_out()
+    assert len(nine) == 9
+
+    def of(model="mini", roles=None, questions=None, limit=None, few=None, held=""):
+        return axis._texts(model, roles, questions, limit, few, held,
+                           model == "mini" and roles is None)
+
+    cast, asked, held = of()
+    assert (cast, asked, held) == (method.roles(), method.questions(8), nine)
+    assert of(held="bard,,x")[2] == ["bard", "x"]
+    # mini with other roles has the questions of the package, as every other model has
+    for given in ({"roles": "data"}, {"model": "owner/Some-7B:q4"}, {"questions": "data"}):
+        cast, asked, held = of(**given)
+        assert len(asked) == 240 and (cast == loaded) == ("questions" not in given)
+        assert held == (nine if "questions" in given else [])
+    assert seen == [(None, "mini"), (None, "q4")]
+    names = [role.name for role in method.roles() if role.name != "default"]
+    cast, asked, held = of(limit=4, few=3)
+    assert [role.name for role in cast] == ["default", *names[:4]]
+    assert asked == method.questions(8)[:3]
+    assert held == [name for name in nine if name in names[:4]]  # those that are left
+    assert of(limit=4, held="bard")[2] == ["bard"]
+    assert [role.name for role in of(limit=-1)[0]] == ["default"]
+    assert of(few=0)[1] == asked[:1]
+
+
+def test_a_judging_model_is_opened_like_the_evaluated_one(folder, opened, called, monkeypatch):
+    monkeypatch.setattr(axis, "of_model", lambda choice, load, target: (load(), target()) and
+                        NoJudge())
+    called("jaxpersona.persona.extract.extract_axis")
+    assert s.run_command(["axis", "--model", "m", "--roles", "roles", "--questions",
+                          "questions.jsonl", "--min-count", "1", "--judge", "model:owner/j",
+                          "--dtype", "float16", "--mesh", "data=2", "--adapter", "lora"]) == 2
+    # the adapter belongs to the evaluated model alone
+    assert opened == [("m", "float16", "data=2", pathlib.Path("lora")),
+                      ("owner/j", "float16", "data=2")]
+
+
+def test_the_options_of_an_export_reach_it(called, tmp_path, capsys):
+    found = Exported(tmp_path, 1234, 20, 3, ["a", "b"], ["a note"])
+    seen = called("jaxpersona.persona.exporting.export_reference", found)
+    command = ["runs", "export", "run", str(tmp_path / "new"), "--reference"]
+    assert s.run_command(command) == 0
+    assert capsys.readouterr().out == (f"{tmp_path / 'new'}: 1,234 rollouts, 20 scores, 3 response "
+                                       "means, axis of 2 roles\n  a note\n")
+    assert s.run_command([*command, "--activations", "none", "--judge", "j", "--min-count", "7",
+                          "--fold-system", "--incomplete", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "folder": str(tmp_path / "new"), "rollouts": 1234, "scores": 20, "means": 3,
+        "roles_in_axis": ["a", "b"], "notes": ["a note"]}
+    for (given, named), wanted in zip(seen, (
+            ("all", None, None, False, False), ("none", "j", 7, True, True)), strict=True):
+        assert given == (pathlib.Path("run"), tmp_path / "new")
+        assert tuple(named[key] for key in ("activations", "judge", "min_count", "fold_system",
+                                            "incomplete")) == wanted
+    (tmp_path / "file").touch()
+    assert s.run_command([*command[:3], str(tmp_path / "file"), "--reference"]) == 2
+    assert f"error: FOLDER is {tmp_path / 'file'}, a file" in capsys.readouterr().err
+
+
+def test_the_options_of_an_import_reach_it(folder, opened, called, capsys):
+    found = Imported(pathlib.Path("run"), {"a": 5, "b": 6}, {"a": 3, "b": 1}, {"a": 2, "b": 0},
+                     None, ["a note"])
+    seen = called("jaxpersona.persona.importing.import_reference", found)
+    assert s.run_command(["runs", "import", "source", "run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "run": "run", "roles": 2, "rollouts": 11, "scores": 4, "means": 2, "roles_in_axis": [],
+        "notes": ["a note"]}
+    assert s.run_command([
+        "runs", "import", "source", "run", "--model", "owner/Some-7B", "--roles", "roles",
+        "--judge", "j", "--min-count", "7", "--held-out", "bee,cat", "--keep-means", "all",
+        "--max-new-tokens", "9", "--temperature", "0.5", "--top-p", "0.6", "--batch-size", "4",
+        "--seed", "11", "--overwrite", "--dtype", "float16", "--adapter", "lora"]) == 0
+    assert "run: 2 roles, 11 rollouts, 4 scores, 2 response means\n" in capsys.readouterr().out
+    (given, bare), (_, named) = seen
+    assert given == (pathlib.Path("source"), pathlib.Path("run"))
+    assert bare["settings"] == Settings(0.7, 0.9, 512, 1, 32, 0)
+    assert (bare["model"], bare["roles"], bare["judge"], bare["min_count"], bare["held_out"],
+            bare["keep_means"], bare["overwrite"]) == (None, None, "imported", 50, [], 16, False)
+    assert opened == [("owner/Some-7B", "float16", None, pathlib.Path("lora"))]
+    assert named["settings"] == Settings(temperature=0.5, top_p=0.6, max_new_tokens=9, samples=1,
+                                         batch_size=4, seed=11)
+    assert (named["model"], named["judge"], named["min_count"], named["held_out"],
+            named["keep_means"], named["overwrite"]) == (LOADED, "j", 7, ["bee", "cat"], None, True)
+    assert named["roles"][0].prompts == ("Be ant, Some-7B.",)
+    for option in ("--dtype", "--adapter"):
+        assert s.run_command(["runs", "import", "source", "run", option, "int8"]) == 2
+        assert "apply to a model; give the model with --model" in capsys.readouterr().err
+
+
+def test_the_options_of_an_endpoint_reach_its_judge(monkeypatch, tmp_path):
+    import jax
+
+    made = []
+    monkeypatch.setattr("jaxpersona.judges.endpoint.Endpoint", lambda *a, **k: (a, k))
+    monkeypatch.setattr("jaxpersona.judges.http.HttpJudge", lambda *a, **k: made.append((a, k)))
+    options = judges.JudgeOptions(url="http://h/v1", key_env="K", budget="11calls", price="1,2",
+                                  concurrency=3, rpm=60.0, tpm=900.0, timeout=5.0, temperature=0.5,
+                                  max_tokens=4)
+    for cache, shares, index in ((None, 1, 0), (tmp_path / "c.jsonl", 3, 0), (None, 3, 2)):
+        # several processes share the budget and the rates, and each has a journal
+        monkeypatch.setattr("jaxpersona.distributed.processes.joined", lambda n=shares: n > 1)
+        monkeypatch.setattr("jaxpersona.distributed.processes.index", lambda i=index: i)
+        monkeypatch.setattr(jax, "process_count", lambda n=shares: n)
+        kept = vars(options) | {"cache": cache}
+        judges.opened(judges.choose("http:m", judges.JudgeOptions(**kept), own=False), tmp_path)
+    ends = {"url": "http://h/v1", "key_env": "K", "timeout": 5.0, "max_tokens": 4,
+            "temperature": 0.5}
+    files = [tmp_path / name for name in ("verdicts.jsonl", "c.jsonl", "verdicts.2.jsonl")]
+    for ((endpoint, file), named), wanted, share in zip(made, files, (1, 3, 3), strict=True):
+        assert endpoint == (("m",), ends) and file == wanted
+        assert (named["concurrency"], named["price"]) == (3, (1.0, 2.0))
+        assert (named["rpm"], named["tpm"]) == (60 / share, 900 / share)
+        assert named["budget"].calls == 11 // share
+
+
+def test_a_mesh_has_the_sizes_of_the_option(monkeypatch):
+    monkeypatch.setattr("jaxpersona.distributed.sharding.make_mesh", lambda *a, **k: (a, k))
+    monkeypatch.setattr("jaxpersona.ckpts.loading.load", lambda source, *, progress, **k: (source,
+                                                                                           k))
+    lora = pathlib.Path("lora")
+    assert support.open_model("m", "int8", "fsdp=4,data=3,model=2", lora) == (
+        "m", {"dtype": "int8", "mesh": ((3, 2), {"fsdp": 4}), "adapter": lora})
+    assert support.open_model("m", None, "fsdp=4")[1]["mesh"] == ((1, 1), {"fsdp": 4})
+    assert support.open_model("m", None) == ("m", {"dtype": None, "mesh": None, "adapter": None})
