@@ -367,7 +367,7 @@ MISTAKES = {
     "no such layer": (lambda: jp.plot.ranking(COUNTS[35][2], 3), "layer is 3; the layers are 0…2"),
     "no run": (lambda: jp.plot.ranking("/nonexistent"), "/nonexistent"),
     "ax": (lambda: jp.plot.variance([0.6, 0.4], ax="top"), "ax is 'top'; give a matplotlib Axes"),
-    "shares": (lambda: jp.plot.variance([0.6, 0.6]), "shares of the variance"),
+    "shares": (lambda: jp.plot.variance([0.6, 0.6]), "explained variance ratios"),
     "threshold": (lambda: jp.plot.variance([1.0], thresholds=[70]), "thresholds contains 70"),
     "lengths": (lambda: jp.plot.layers({"a": [1, 2], "b": [1]}), "differ in length: a 2, b 1"),
     "strengths": (lambda: jp.plot.steering([1], {"a": [1, 2]}, ylabel=""), "entry per strength"),
