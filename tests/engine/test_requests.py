@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 
 import numpy as np
@@ -64,7 +65,7 @@ def test_a_request_may_ask_for_a_thinking_block():
     {"stop": 5}, {"stop": True}, {"stop": 0}, {"stop": False}, {"stop": b"ab"}, {"stop": "a\ud800"},
     {"stop": iter(["a"])},  # would be empty the second time
     {"max_new_tokens": True}, {"max_new_tokens": [5]}, {"max_new_tokens": -1},
-], ids=str)
+], ids=lambda fault: re.sub(" at 0x.*", "", str(fault)))
 def test_a_fault_in_a_request_is_one_line(engine, fault):
     with pytest.raises(jp.UserError, match=f"^{next(iter(fault))} is ") as caught:
         task(engine, **fault)

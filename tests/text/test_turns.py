@@ -326,7 +326,7 @@ def test_a_token_beyond_the_models_vocabulary_is_refused():
     ([5, 6], "talks is a single conversation"), ([np.int32(5)], "talks is a single conversation"),
     (iter([]), "talks is empty"),
     (chat.Row(np.zeros(1, int), np.zeros(1, int), np.zeros(1, int), ""), "talks is a single Row"),
-], ids=str)
+])
 def test_what_is_no_list_of_conversations_is_refused_by_name(given, words):
     with pytest.raises(ValueError, match=words):
         chat.listed(given, "talks")
