@@ -180,7 +180,7 @@ class Vector(Table):
     def __array_ufunc__(self, function: Any, method: str, *inputs: Any, **options: Any) -> Any:
         """Return a `Vector` for a NumPy number times a vector; other functions use the values."""
         if (function, method) == (np.multiply, "__call__") and isinstance(inputs[0], np.number):
-            return self * inputs[0]
+            return self * inputs[0].item()
         arrays = (one.values if isinstance(one, Vector) else one for one in inputs)
         return getattr(function, method)(*arrays, **options)
 
