@@ -127,7 +127,9 @@ def _build(item: Any, model: Model, folder: pathlib.Path) -> Interventions:
         case forms.Rotate():
             return ops.rotate(read(item.plane[0]), read(item.plane[1]), to=item.to, by=item.by,
                               **options)
-    return ops.restore_norm(**options)
+        case forms.RestoreNorm():
+            return ops.restore_norm(**options)
+    raise NotImplementedError(f"{type(item).__name__} has no case in specs._build; add one")
 
 
 def _reading(item: forms.Reading, model: Model, folder: pathlib.Path) -> Capture:

@@ -11,7 +11,7 @@ import support as s
 
 import jaxpersona as jp
 from jaxpersona.captures import capture
-from jaxpersona.interventions import specs
+from jaxpersona.interventions import spec_forms, specs
 from jaxpersona.interventions.where import generated, response
 
 MODEL = s.tiny_model()
@@ -253,6 +253,14 @@ def test_the_schema_takes_what_is_read_and_refuses_other_forms():
                 where={"name": "nowhere"}), {"operator": "rotate", "plane": [A], "layers": 1},
             {"operator": "cap", "vector": A, "layers": 1, "of": 3}):
         assert not fits([spec], schema, schema), spec
+
+
+def test_a_form_without_a_case_builds_no_other_operator(tmp_path):
+    class Melt(spec_forms._Act):
+        operator: str = "melt"
+
+    with pytest.raises(NotImplementedError, match="Melt has no case in specs._build; add one"):
+        specs._build(Melt(layers=1), MODEL, tmp_path)
 
 
 def test_from_the_command_line(tmp_path, capsys):
