@@ -7,7 +7,8 @@
 The first line of a JSONL file contains the role and its binding (`Run.binding`). Each new rollout
 or verdict is appended as one line with a checksum. The checksum of a rollout also covers its
 response mean. If a process is killed at any time, all complete lines stay valid, and an incomplete
-line is ignored or, if `repair` is true, removed when the files are opened again.
+line is ignored or, if `repair` is true, removed when the files are opened again. Symbolic links
+are refused, because a repair would change or create files outside the run.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Live:
           repair: whether to remove invalid data from the files. If false, such data is ignored.
 
         Raises:
-          UserError: a file cannot be read or written, or is not a regular file.
+          UserError: a file cannot be read or written, or is a symbolic link or otherwise not a
+            regular file.
         """
         stem = folder / FOLDER / file_stem(role)
         self._lines, self._means, self._judged = (
@@ -109,7 +111,7 @@ class Live:
 
     def mean(self, key: str) -> np.ndarray:
         """Return the response mean of a rollout, [L, D] float32."""
-        with open(self._means, "rb") as file:
+        with open(self._means, "rb", opener=_no_link) as file:
             file.seek(self._rows[key] * self._bytes)
             return np.frombuffer(file.read(self._bytes), np.float32).reshape(self.shape)
 
@@ -123,14 +125,15 @@ class Live:
             self.add(record, mean)
 
     def _read(self, repair: bool) -> None:
-        if not self._lines.exists():
+        played, held, judged = (_size(p) for p in (self._lines, self._means, self._judged))
+        if played is None:
             if repair:  # a process killed in `add` or `keep_only` may leave the means file behind
                 self._means.unlink(missing_ok=True)
         else:
-            size, valid, row = require_file(self._lines), 0, -1
-            means = self._means if self._means.exists() else self._lines
-            require_file(means)
-            with open(self._lines, "rb") as lines, open(means, "rb") as file:
+            valid, row = 0, -1
+            means = self._lines if held is None else self._means
+            with (open(self._lines, "rb", opener=_no_link) as lines,
+                  open(means, "rb", opener=_no_link) as file):
                 for line, value in _values(lines, file, self._bytes):
                     if row < 0 and value != self._head:
                         break
@@ -143,12 +146,12 @@ class Live:
             elif row <= 0:
                 self._lines.unlink()
                 self._means.unlink(missing_ok=True)
-            elif valid < size or self._means.stat().st_size != row * self._bytes:
-                os.truncate(self._lines, valid)
-                os.truncate(self._means, row * self._bytes)
-        if self._judged.exists():
-            size, valid, first = require_file(self._judged), 0, True
-            with open(self._judged, "rb") as lines:
+            elif valid < played or held != row * self._bytes:
+                _cut(self._lines, valid)
+                _cut(self._means, row * self._bytes)
+        if judged is not None:
+            valid, first = 0, True
+            with open(self._judged, "rb", opener=_no_link) as lines:
                 for line, value in _values(lines):
                     if first and value != self._head:
                         break
@@ -156,15 +159,38 @@ class Live:
                         by_key = self.verdicts.setdefault(value["judge"], {})
                         by_key[value["key"]] = value["verdict"]
                     first, valid = False, valid + len(line)
-            if repair and valid < size:
-                os.truncate(self._judged, valid)
             if repair and not valid:
                 self._judged.unlink()
+            elif repair and valid < judged:
+                _cut(self._judged, valid)
+
+
+def _size(path: pathlib.Path) -> int | None:
+    """Return the size of a live file, or None if it does not exist.
+
+    Raises:
+      UserError: the path is a symbolic link (even to no file), or not a regular file.
+    """
+    if path.is_symlink():
+        raise UserError(f"{path}: cannot be read (it is a symbolic link; remove it, or replace it "
+                        "with a copy of its target)")
+    return require_file(path) if path.exists() else None
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Open a file for `open`; raise an OSError if it has become a symbolic link since `_size`."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def _cut(path: pathlib.Path, size: int) -> None:
+    """Truncate a file to `size` bytes."""
+    with open(path, "r+b", opener=_no_link) as file:
+        file.truncate(size)
 
 
 def _write(path: pathlib.Path, data: bytes, mode: str = "ab") -> None:
     try:
-        with open(path, mode) as file:
+        with open(path, mode, opener=_no_link) as file:
             file.write(data)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import socket
+import sys
 import time
 from typing import Any
 
@@ -103,11 +104,14 @@ def read_status(folder: str | os.PathLike[str]) -> dict[str, Any]:
     found = read_json(folder / STATUS)
     needed = {"state": str, "process": int, "host": str, "rollouts": int, "rollouts_total": int,
               "verdicts": int, "verdicts_total": int, "verdicts_failed": int, "roles": int,
-              "roles_complete": int, "updated": str, "seconds": (int, float),
-              "tokens": int, "tokens_per_second": (int, float), "cost": (int, float),
-              "rollouts_per_second": (int, float)}
+              "roles_complete": int, "updated": str, "seconds": float,
+              "tokens": int, "tokens_per_second": float, "cost": float,
+              "rollouts_per_second": float}
+    if isinstance(found, dict) and found.get("seconds_left") is not None:
+        needed["seconds_left"] = float
     wrong = [name for name, kind in needed.items() if not isinstance(found, dict)
-             or not isinstance(found.get(name), kind)]
+             or not (_is_finite(found.get(name)) if kind is float
+                     else isinstance(found.get(name), kind))]
     if wrong:
         raise UserError(f"{folder / STATUS}: damaged (no valid field {wrong[0]}); resume "
                         "the run with `jaxpersona axis` to write the file again")
@@ -117,16 +121,23 @@ def read_status(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return found
 
 
+def _is_finite(value: Any) -> bool:
+    """Return whether a value is a number that Python can format as a finite float."""
+    largest = sys.float_info.max  # an integer of a JSON file may be larger
+    return isinstance(value, (int, float)) and -largest <= value <= largest
+
+
 def kept(folder: pathlib.Path) -> tuple[int, int, int]:
     """Count the rollouts, live verdicts and closed roles in a folder, without verifying the files.
 
-    A role with a rollouts file counts as closed, and its live rollouts are not counted.
+    A role with a rollouts file counts as closed, and its live rollouts are not counted. Pipes,
+    folders and other files that are not regular are ignored.
 
     Returns:
       (number of rollouts, number of verdicts in live files, number of closed roles).
     """
-    complete = [p for p in (folder / "rollouts").glob("*.jsonl") if p.name[0] != "."]
-    live = [p for p in (folder / "live").glob("*.jsonl") if p.name[0] != "."]
+    complete, live = ([p for p in (folder / part).glob("*.jsonl")
+                       if p.name[0] != "." and p.is_file()] for part in ("rollouts", "live"))
     judged = [p for p in live if p.name.endswith(".verdicts.jsonl")]
     played = [p for p in live if p not in judged]
     closed = {p.name for p in complete}

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -15,10 +16,11 @@ import pytest
 import support as s
 
 from jaxpersona.data.texts import Question, Role
+from jaxpersona.errors import UserError
 from jaxpersona.persona.verdicts import scores_of
 from jaxpersona.runs.compare import FORMAT, sealed
 from jaxpersona.runs.run import Run
-from jaxpersona.runs.status import Status, describe, read_status
+from jaxpersona.runs.status import Status, describe, kept, read_status
 
 ROLES = [Role("default", ("",), ""), *(Role(name, (f"You are a {name}.", f"Be a {name}."), "")
                                        for name in ("ghost", "baker"))]
@@ -98,6 +100,57 @@ def test_a_status_that_cannot_be_read_is_one_line(made, tmp_path, capsys, name, 
     assert s.run_command(["status", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and wanted in said, said
+
+
+@pytest.mark.parametrize("value", ["9" * 400, "-" + "9" * 400, "NaN", "Infinity", "1e999", '"x"',
+                                   "[]"])
+@pytest.mark.parametrize("name", ["seconds", "seconds_left", "cost", "rollouts_per_second",
+                                  "tokens_per_second"])
+def test_a_number_of_the_status_that_cannot_be_printed_is_damage(tmp_path, name, value):
+    (tmp_path / "run.json").write_text(json.dumps(sealed({"format": FORMAT})))
+    status = Status(tmp_path, total=100, to_judge=80, roles=4)
+    status.done, status.tokens, status.cost = 1, 1, 0.5
+    status.write("running")
+    path = tmp_path / "status.json"
+    fields = json.loads(path.read_text())
+    assert describe(read_status(tmp_path))
+    path.write_text(json.dumps({**fields, name: "HERE"}).replace('"HERE"', value))
+    with pytest.raises(UserError, match=rf"status\.json: damaged \(no valid field {name}\)"):
+        read_status(tmp_path)
+
+
+@pytest.mark.parametrize("value", [None, 0, 10 ** 300, 12.5])
+def test_a_number_of_the_status_that_can_be_printed_is_read(tmp_path, value):
+    (tmp_path / "run.json").write_text(json.dumps(sealed({"format": FORMAT})))
+    status = Status(tmp_path, total=100, to_judge=80, roles=4)
+    fields = {**status.value("running"), "seconds_left": value, "cost": value or 0}
+    (tmp_path / "status.json").write_text(json.dumps(fields))
+    said = "\n".join(describe(read_status(tmp_path)))
+    assert ("time left" in said) == (value is not None)
+    assert ("cost of judging" in said) == bool(value)
+
+
+def test_what_a_stopped_run_contains_is_counted_without_waiting_for_pipes(tmp_path):
+    for part in ("rollouts", "live"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "folder.jsonl").mkdir()
+        (tmp_path / part / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+        os.mkfifo(tmp_path / part / "pipe.jsonl")
+    os.mkfifo(tmp_path / "live/pipe.verdicts.jsonl")
+    (tmp_path / "rollouts/ghost.jsonl").write_text("1\n2\n3\n")
+    (tmp_path / "live/baker.jsonl").write_text("head\n1\n2\n")
+    (tmp_path / "live/baker.verdicts.jsonl").write_text("head\n1\n")
+
+    def late(*_):
+        raise TimeoutError("a pipe was opened")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(5)
+    try:
+        assert kept(tmp_path) == (5, 1, 1)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_person_s_verdicts_are_stored_beside_the_others(made, tmp_path, capsys):

@@ -265,7 +265,10 @@ def test_a_run_stops_and_keeps_nothing_of_it(damaged, tmp_path, capsys):
     said = capsys.readouterr().err.strip().splitlines()
     assert len([line for line in said if line.startswith("error: ")]) == 1
     assert "layer 1 (mlp)" in said[-1] and "w_down_df" in said[-1]
-    assert not list((tmp_path / "out").glob("means/*")) and "Traceback" not in "".join(said)
+    assert "Traceback" not in "".join(said)
+    for part in ("rollouts", "samples", "sums", "live"):
+        assert not [p for p in (tmp_path / "out" / part).rglob("*") if p.is_file()]
+        assert (tmp_path / "out" / part).is_dir()  # so that another name is noticed
 
 
 def test_commands_and_talks_say_it_in_one_line(damaged, capsys):

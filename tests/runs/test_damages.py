@@ -81,6 +81,11 @@ def as_folder(path):
     (path / "inner").mkdir(parents=True)
 
 
+def as_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 def as_dangling_link(path):
     path.unlink()
     path.symlink_to(path.with_name("nowhere"))
@@ -93,7 +98,7 @@ DAMAGES = {
     "flipped first": flip(0), "flipped early": flip(0.1), "flipped middle": flip(0.5),
     "flipped late": flip(0.9), "flipped last": flip(1),
     "not UTF-8": rewrite(lambda data: b"\xff\xfe" + data[2:]),
-    "a folder": as_folder, "a dangling link": as_dangling_link,
+    "a folder": as_folder, "a pipe": as_pipe, "a dangling link": as_dangling_link,
 }
 SEALED = ("rollouts/ghost.jsonl", "rollouts/default.jsonl", "samples/ghost.safetensors",
           "samples/default.safetensors", "scores/test/ghost.json", "sums/test/ghost.safetensors",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.runs.live import Live
 
 SHAPE = (2, 3)
+NAMES = ("ghost.jsonl", "ghost.means", "ghost.verdicts.jsonl")
 
 
 def record(i, text="hi"):
@@ -60,7 +61,7 @@ def test_what_was_added_is_read(folder):
     assert not list((folder / "live").iterdir())
 
 
-@pytest.mark.parametrize("name", ["ghost.jsonl", "ghost.means", "ghost.verdicts.jsonl"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_file_that_ends_anywhere_keeps_its_whole_entries(folder, name):
     """Cut a file anywhere: the entries before stay, and new ones follow them."""
     path = folder / "live" / name
@@ -83,18 +84,44 @@ def test_a_file_that_ends_anywhere_keeps_its_whole_entries(folder, name):
     assert before == (4, 3)
 
 
-@pytest.mark.parametrize("change", [
-    lambda data: data.replace(b'"score": 3', b'"score": 2'), lambda data: data + b"x\n",
-    lambda data: data.replace(b"hi", b"ho"), lambda data: b"", lambda data: b"\xff" * 20])
-@pytest.mark.parametrize("name", ["ghost.jsonl", "ghost.means", "ghost.verdicts.jsonl"])
-def test_an_entry_that_was_changed_is_dropped_with_those_after_it(folder, name, change):
-    path = folder / "live" / name
-    data = change(path.read_bytes())
-    path.write_bytes(data)
-    read(folder)  # checks that the records have their means
-    for line in (folder / "live" / "ghost.jsonl").read_bytes().splitlines()[1:] if (
-            folder / "live" / "ghost.jsonl").exists() else ():
-        json.loads(line[9:].decode())
+def edit(old, new):
+    def act(data):
+        assert data.count(old) == 1 and len(old) == len(new)
+        return data.replace(old, new)
+    return act
+
+
+@pytest.mark.parametrize(("name", "change", "replies", "verdicts"), [
+    ("ghost.jsonl", edit(b' 2", "role"', b' 5", "role"'), 2, 3),
+    ("ghost.jsonl", edit(b' 0", "role"', b' 5", "role"'), 0, 3),
+    ("ghost.jsonl", edit(b'"binding": "b"', b'"binding": "c"'), 0, 3),
+    ("ghost.jsonl", lambda data: data + b"x\n", 4, 3),
+    ("ghost.jsonl", lambda data: b"", 0, 3),
+    ("ghost.jsonl", lambda data: b"\xff" * 20, 0, 3),
+    ("ghost.means", lambda data: data[:53] + b"\1" + data[54:], 2, 3),  # each has 24 bytes
+    ("ghost.means", lambda data: data[24:48] + data[:24] + data[48:], 0, 3),
+    ("ghost.means", lambda data: data + b"x\n", 4, 3),
+    ("ghost.means", lambda data: b"", 0, 3),
+    ("ghost.verdicts.jsonl", edit(b'"score": 3', b'"score": 2'), 4, 0),
+    ("ghost.verdicts.jsonl", edit(b"null", b"   2"), 4, 1),
+    ("ghost.verdicts.jsonl", edit(b'"score": 1', b'"score": 0'), 4, 2),
+    ("ghost.verdicts.jsonl", edit(b'"binding": "b"', b'"binding": "c"'), 4, 0),
+    ("ghost.verdicts.jsonl", lambda data: data + b"x\n", 4, 3),
+    ("ghost.verdicts.jsonl", lambda data: b"", 4, 0)])
+def test_an_entry_that_was_changed_is_dropped_with_those_after_it(
+        folder, name, change, replies, verdicts):
+    whole = {p.name: p.read_bytes() for p in (folder / "live").iterdir()}
+    (folder / "live" / name).write_bytes(change(whole[name]))
+    assert read(folder, repair=False) == read(folder) == (replies, verdicts)
+    left = Live(folder, "ghost", "b", SHAPE)
+    assert list(left.records.values()) == [
+        record(i, f"a\u2028b\r\x85 {i}") for i in range(replies)]
+    assert [(judge, key, verdict) for judge, found in left.verdicts.items()
+            for key, verdict in found.items()] == [
+        ("one", "pos_p0_q0", {"score": 3}), ("one", "pos_p0_q2", {"score": None}),
+        ("two", "pos_p0_q0", {"score": 1})][:verdicts]
+    for path in (folder / "live").iterdir():  # the files end with their last valid entries
+        assert whole[path.name].startswith(path.read_bytes())
 
 
 @pytest.mark.parametrize(("role", "binding"), [("pirate", "b"), ("ghost", "c")])
@@ -105,9 +132,37 @@ def test_files_of_another_role_or_run_are_dropped(folder, role, binding):
     assert not list((folder / "live").iterdir())
 
 
-def test_a_file_that_cannot_be_used_is_named(folder):
-    path = folder / "live" / "ghost.jsonl"
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("make", "kind"), [
+    (lambda path: path.mkdir(), "a folder"), (os.mkfifo, "a pipe")], ids=["a folder", "a pipe"])
+def test_a_file_that_cannot_be_used_is_named(folder, name, make, kind):
+    path = folder / "live" / name
     path.unlink()
-    path.mkdir()
-    with pytest.raises(UserError, match=r"live/ghost\.jsonl: cannot be read"):
-        read(folder)
+    make(path)
+    for repair in (False, True):
+        with pytest.raises(UserError, match=rf"live/{name}: cannot be read \(it is {kind}"):
+            read(folder, repair=repair)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("target", ["another file", "nothing"])
+def test_the_target_of_a_link_is_neither_changed_nor_created(tmp_path, name, target):
+    (tmp_path / "live").mkdir()
+    mine = tmp_path / "mine.txt"
+    if target == "another file":
+        mine.write_text("keep me")
+    path = tmp_path / "live" / name
+    path.symlink_to(mine)
+    for repair in (False, True):
+        with pytest.raises(UserError, match=rf"live/{name}: cannot be read \(it is a symbolic"):
+            Live(tmp_path, "ghost", "b", SHAPE, repair=repair)
+    assert path.is_symlink() and mine.exists() == (target == "another file")
+    assert not mine.exists() or mine.read_text() == "keep me"
+    path.unlink()
+    live = Live(tmp_path, "ghost", "b", SHAPE)
+    path.symlink_to(mine)  # after the check
+    with pytest.raises(UserError, match=rf"live/{name}: cannot be written"):
+        live.add(record(0), mean(0))
+        live.judge("one", {"pos_p0_q0": {"score": 3}})
+    assert not mine.exists() or mine.read_text() == "keep me"
