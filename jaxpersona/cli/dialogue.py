@@ -18,6 +18,8 @@ from jaxpersona.errors import UserError
 if TYPE_CHECKING:
     from jaxpersona.persona.session import Piece, Session, Turn
 
+LONGEST_LINE = 1 << 24  # characters of a line of standard input; no model's context has room for it
+
 HELP = """\
 /compare        generate the last reply again, without and with the interventions
 /edits on|off   turn the interventions on or off for the next replies (also: /cap on|off)
@@ -147,9 +149,9 @@ class Dialogue:
                 say("the system prompt is set" if value else "there is no system prompt",
                     error=True)
             case "/save":
-                self._save(pathlib.Path(value).expanduser())
+                self._save(_path(value))
             case "/load":
-                self._load(pathlib.Path(value).expanduser())
+                self._load(_path(value))
             case _:
                 raise UserError(f"{name[:40]} is unknown; /help lists the commands")
         return True
@@ -301,13 +303,31 @@ def _lines() -> Iterator[str]:
     """Yield the lines of standard input.
 
     Raises:
-      UserError: the input is not valid text in its encoding.
+      UserError: the input is not valid text in its encoding, or a line has more than
+        `LONGEST_LINE` characters.
     """
     try:
-        yield from sys.stdin
+        while line := sys.stdin.readline(LONGEST_LINE + 1):
+            if len(line) > LONGEST_LINE:
+                raise UserError(f"standard input has a line of more than {LONGEST_LINE:,} "
+                                "characters; give shorter lines")
+            yield line
     except UnicodeDecodeError as error:
         raise UserError(f"standard input is not valid {error.encoding} ({error.reason}); give "
                         "text in that encoding") from None
+
+
+def _path(value: str) -> pathlib.Path:
+    """Return the path of a file, with a leading ~ or ~NAME replaced by the home folder.
+
+    Raises:
+      UserError: the home folder is unknown.
+    """
+    try:
+        return pathlib.Path(value).expanduser()
+    except (RuntimeError, ValueError):  # no such user; a null character in the name of a user
+        raise UserError(f"{value[:80]!r}: the home folder is unknown; give the path without ~"
+                        ) from None
 
 
 def _short(text: str) -> str:

@@ -65,7 +65,7 @@ def sample(
         for item, value in drawn:
             print(json.dumps({"item": human.identity(item), "score": value,
                               "system_prompt": item.system_prompt, "question": item.question,
-                              "answer": item.answer}, ensure_ascii=False))
+                              "answer": item.answer}))
         return
     last: object = ""
     for item, value in drawn:

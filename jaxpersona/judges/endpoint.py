@@ -22,6 +22,8 @@ OPENAI = "https://api.openai.com/v1"
 _AGAIN = frozenset((408, 409, 429))  # HTTP status codes that allow a retry, besides 5xx
 _NEVER = {401: "the endpoint rejects the API key", 402: "the endpoint requires payment",
           404: "the endpoint has no such model or URL"}
+_TOKENS = 10**9  # larger numbers of tokens from the endpoint are ignored
+_USD = 1e6  # a larger cost of one answer is ignored
 _SHOWN = 160  # maximum number of characters that are kept of each text from the endpoint
 
 
@@ -133,9 +135,9 @@ class Endpoint:
                           "the model reasons first; increase --judge-max-tokens", maybe_paid=True)
         usage = found.usage
         counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
-        before, after = (n if isinstance(n, int) and n >= 0 else None for n in counts)
+        before, after = (n if isinstance(n, int) and 0 <= n <= _TOKENS else None for n in counts)
         usd = getattr(usage, "cost", None)
-        if isinstance(usd, bool) or not isinstance(usd, (int, float)) or not 0 <= usd < math.inf:
+        if isinstance(usd, bool) or not isinstance(usd, (int, float)) or not 0 <= usd <= _USD:
             usd = None
         return Reply(self._clean(text), before, after, usd)
 

@@ -10,7 +10,8 @@ The first line identifies the file format. Each further line is a JSON object of
 
 All costs are in USD. If the outcome of a request is not recorded, its maximum cost is counted. A
 key is a digest of the judge's model, its settings and the prompt. If a process is killed, the last
-line may be incomplete; it is removed when the journal is opened again.
+line may be incomplete; it is removed when the journal is opened again. No line is longer than
+`LINE_BYTES`.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ import hashlib
 import json
 import os
 import pathlib
+import stat
+import sys
 import threading
 from typing import Any
 
 from jaxpersona.errors import UserError
 
 FORMAT = {"format": "jaxpersona-verdicts 1"}
+LINE_BYTES = 1 << 20  # maximum size of a line; the client keeps 160 characters of an answer
+_FIRST = json.dumps(FORMAT).encode() + b"\n"
 
 
 def key_of(identity: str, prompt: str) -> str:
@@ -50,7 +55,8 @@ class Journal:
       spent: the total cost of these requests in USD.
 
     Raises:
-      UserError: the file cannot be written, is used by another process, or is damaged.
+      UserError: the file is not a regular file, cannot be written, is used by another process, or
+        is damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -62,10 +68,14 @@ class Journal:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # O_NOFOLLOW: the code below must not truncate the target of a symbolic link
+            # O_NONBLOCK: neither a pipe nor a device may block; it has no effect on regular files
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-                                 | os.O_NOFOLLOW, 0o644)
+                                 | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, 0o644)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from None
+        if not stat.S_ISREG(os.fstat(self._file).st_mode):
+            self._release()
+            raise UserError(f"{self.path}: is not a regular file; choose another file")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -115,8 +125,19 @@ class Journal:
         os.close(file)
 
     def _append(self, value: dict[str, Any]) -> None:
-        """Append one line with a single `os.write` call, to avoid incomplete lines."""
+        """Append one line with a single `os.write` call, to avoid incomplete lines.
+
+        Raises:
+          UserError: the cost is invalid, the line is too long, or writing fails.
+        """
         line = json.dumps(value, ensure_ascii=True).encode() + b"\n"
+        try:
+            _cost(value)  # before the line is written, because `_read` refuses an invalid cost
+        except UserError as error:
+            raise UserError(f"{self.path}: cannot be written ({error})") from None
+        if len(line) > LINE_BYTES:
+            raise UserError(f"{self.path}: cannot be written (a line has {len(line)} bytes; the "
+                            f"limit is {LINE_BYTES}); choose an endpoint with shorter answers")
         try:
             if os.write(self._file, line) != len(line):
                 raise OSError("only part of the line was written")
@@ -125,7 +146,7 @@ class Journal:
         self._count(value)
 
     def _count(self, value: dict[str, Any]) -> None:
-        cost = float(value["cost"])
+        cost = _cost(value)
         if "sent" in value:
             self.calls += 1
             self._open.setdefault(value["sent"], []).append(cost)
@@ -138,26 +159,57 @@ class Journal:
         self.spent += cost
 
     def _read(self) -> None:
-        """Read the file and remove an incomplete last line; in a new file, write the first line."""
-        with open(self.path, "rb") as file:
-            end = 0
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
+        """Read the file and remove an incomplete last line; in a new file, write the first line.
+
+        Raises:
+          UserError: a line is damaged or too long, or its cost is invalid.
+        """
+        end = number = 0
+        with open(self._file, "rb", closefd=False) as file:
+            while line := file.readline(LINE_BYTES + 1):
+                number += 1
+                whole = line.endswith(b"\n")
+                if number == 1 and not whole and not _FIRST.startswith(line):
+                    raise self._damaged(number)
+                if len(line) > LINE_BYTES:
+                    raise UserError(f"{self.path}: line {number} has more than {LINE_BYTES} bytes; "
+                                    "delete this line")
+                if not whole:
                     os.ftruncate(self._file, end)
                     break
                 try:
                     value = json.loads(line)
-                    if number == 1:
-                        fine = value == FORMAT
-                    else:
+                    if number > 1:
                         self._count(value)
-                        fine = True
+                    elif value != FORMAT:
+                        raise ValueError
+                except UserError as error:
+                    raise UserError(f"{self.path}: line {number}: {error}, or delete this line"
+                                    ) from None
                 except (ValueError, TypeError, KeyError, RecursionError):
-                    fine = False
-                if not fine:
-                    raise UserError(f"{self.path}: line {number} is damaged; "
-                                    + ("the file is not a journal of a judge: choose another file"
-                                       if number == 1 else "delete this line"))
+                    raise self._damaged(number) from None
                 end += len(line)
         if not end:
-            os.write(self._file, json.dumps(FORMAT).encode() + b"\n")
+            os.write(self._file, _FIRST)
+
+    def _damaged(self, number: int) -> UserError:
+        """Return the error for a damaged line."""
+        return UserError(f"{self.path}: line {number} is damaged; "
+                         + ("the file is not a journal of a judge: choose another file"
+                            if number == 1 else "delete this line"))
+
+
+def _cost(value: dict[str, Any]) -> float:
+    """Return the cost of a line in USD.
+
+    A budget would not limit the cost if NaN or a negative number were accepted.
+
+    Raises:
+      UserError: the cost is not a finite number, or is negative.
+      TypeError, KeyError: the line has no cost.
+    """
+    cost = value["cost"]
+    if isinstance(cost, bool) or not isinstance(cost, (int, float)) or not (
+            0 <= cost <= sys.float_info.max):
+        raise UserError(f"cost is {cost!r:.40}; give a finite number, at least 0")
+    return float(cost)

@@ -209,6 +209,8 @@ def test_commands_change_the_conversation(monkeypatch, session, capsys):
     ("/undo", "there is no turn to remove"), ("/compare", "there is no reply to compare yet"),
     ("/edits maybe", "'maybe' is neither on nor off"), ("/edits", "/edits needs a value"),
     ("/save", "/save needs a value: /save FILE"), ("/save .", ". is a folder"),
+    ("/save ~nobody-here/x", "'~nobody-here/x': the home folder is unknown; give the path without"),
+    ("/load ~nobody-here/x", "the home folder is unknown"), ("/save ~a\0b/x", "folder is unknown"),
     ("/load none.json", "none.json: no such file"), ("/undo 2", "/undo takes no value"),
     ("/nothing", "/nothing is unknown"), ("/nothing 2", "/nothing is unknown"),
     ("/load bad.json", "bad.json: messages must alternate"),
@@ -241,7 +243,8 @@ def test_a_mistake_at_a_terminal_does_not_end_the_dialogue(monkeypatch, session,
     monkeypatch.chdir(tmp_path)
     dialogue = Dialogue(session)
     dialogue.interactive = True
-    lines = iter(["/undo", "/load missing", "/save no/such/\0", KeyboardInterrupt(), EOFError()])
+    lines = iter(["/undo", "/load missing", "/save no/such/\0", "/save ~nobody-here/x",
+                  KeyboardInterrupt(), EOFError()])
 
     def ask(_):
         line = next(lines)
@@ -252,7 +255,7 @@ def test_a_mistake_at_a_terminal_does_not_end_the_dialogue(monkeypatch, session,
     monkeypatch.setattr("builtins.input", ask)
     dialogue.run()
     out, err = capsys.readouterr()
-    assert [line[:6] for line in err.splitlines()[-3:]] == ["error:"] * 3
+    assert [line[:6] for line in err.splitlines()[-4:]] == ["error:"] * 4
     assert "press Ctrl-D or type /quit to leave" in out and not list(tmp_path.iterdir())
 
 
@@ -308,6 +311,34 @@ def test_bytes_that_are_no_text_are_one_line(monkeypatch, capsys):
     assert s.run_command(["chat"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "error: standard input is not valid utf-8 (invalid start byte); give text in that encoding")
+
+
+class Zeros(io.RawIOBase):
+    """The first 256 MiB of /dev/zero."""
+
+    left = 256 << 20
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        assert self.left > 0, "the line is read without a limit"
+        self.left -= len(buffer)
+        buffer[:] = bytes(len(buffer))
+        return len(buffer)
+
+
+def test_a_line_of_standard_input_has_a_limit(monkeypatch, session):
+    endless = io.TextIOWrapper(io.BufferedReader(Zeros(), 1 << 20), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", endless)
+    with pytest.raises(jp.UserError, match="standard input has a line of more than 16,777,216 "
+                                           "characters; give shorter lines"):
+        Dialogue(session).run()
+    monkeypatch.setattr("jaxpersona.cli.dialogue.LONGEST_LINE", 12)
+    run(monkeypatch, session, "/system abc")  # 12 characters with the end of the line
+    assert session.system == "abc"
+    with pytest.raises(jp.UserError, match="more than 12 characters"):
+        run(monkeypatch, session, "/system abcd")
 
 
 def test_ctrl_c_is_intercepted_within_a_block_only():

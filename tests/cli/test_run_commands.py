@@ -257,4 +257,5 @@ def test_only_the_roles_of_the_run_need_a_prompt_for_the_judge(made, tmp_path, m
     (roles / "baker.json").write_text(bare)
     capsys.readouterr()
     assert s.run_command(command) == 2
-    assert "add one to the roles baker, or give one rubric" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "missing for 1 role (baker); add one to each, or give one rubric" in err

@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,11 @@ from jaxpersona.ckpts.vectors import save_vector
 
 from jaxpersona import inputs
 from jaxpersona.cli import support
+from jaxpersona.data.texts import Role
+from jaxpersona.judges.protocol import Item
+from jaxpersona.runs.compare import FORMAT, sealed
+from jaxpersona.runs.run import Run
+from jaxpersona.runs.status import Status
 from jaxpersona.vectors.vector import Axis, Vector
 
 
@@ -66,6 +72,44 @@ def test_names_and_notes_of_files_reach_the_terminal_as_text(checkpoint, tmp_pat
     assert s.run_command(["generate", "hi", "--steer", str(tmp_path / "v.safetensors"),
                           "--model", str(checkpoint)]) == 2
     assert "made for another model" in clean(capsys)
+
+
+def test_replies_and_role_names_of_a_run_reach_the_terminal_as_text(tmp_path, monkeypatch, capsys):
+    item = Item("q0", Role(HOSTILE, (), ""), HOSTILE, f"\x7f{HOSTILE}", HOSTILE)
+    monkeypatch.setattr(Run, "read", lambda path: SimpleNamespace())
+    monkeypatch.setattr("jaxpersona.persona.verdicts.replies_of", lambda _: {f"{HOSTILE}/q0": item})
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxpersona.persona.verdicts.scores_of", lambda _: {f"{HOSTILE}/q0": 3})
+        sample = ["judge", "sample", str(tmp_path)]
+        assert s.run_command(sample) == 0
+        assert clean(capsys).count("\\x1b]0;title") == 4
+        assert s.run_command([*sample, "--json"]) == 0
+        assert json.loads(clean(capsys)) == {
+            "item": f"{HOSTILE}/q0", "score": 3, "system_prompt": HOSTILE, "question": HOSTILE,
+            "answer": f"\x7f{HOSTILE}"}
+        assert s.run_command([*sample, "--role", f"{HOSTILE}2"]) == 2
+        clean(capsys)
+    for name, score in (("a", 3), ("b", 0)):
+        (tmp_path / f"{name}.csv").write_text(f"item,score,digest\n{HOSTILE}/q0,{score},x\n")
+    agreement = ["judge", "agreement", str(tmp_path / "a.csv"), str(tmp_path / "b.csv")]
+    assert s.run_command(agreement) == 0
+    assert "\n\\x1b]0;title\\x07\\x1b[2J\\x9b1m\\u202e " in clean(capsys)
+    assert s.run_command([*agreement, "--json"]) == 0
+    assert list(json.loads(clean(capsys))["roles"]) == [HOSTILE]
+    (tmp_path / "b.csv").write_text(f"item,score,digest\n{HOSTILE}/q0,{HOSTILE},x\n")
+    assert s.run_command(agreement) == 2
+    assert "score of \\x1b]0;title" in clean(capsys)
+
+
+def test_a_status_reaches_the_terminal_as_text(tmp_path, capsys):
+    (tmp_path / "run.json").write_text(json.dumps(sealed({"format": FORMAT})))
+    found = Status(tmp_path, total=9, to_judge=8, roles=7).value("running") | {
+        "state": HOSTILE, "host": HOSTILE, "updated": HOSTILE}
+    (tmp_path / "status.json").write_text(json.dumps(found))
+    assert s.run_command(["status", str(tmp_path)]) == 0
+    assert clean(capsys).count("\\x1b]0;title") == 3
+    assert s.run_command(["status", str(tmp_path), "--json"]) == 0
+    assert json.loads(clean(capsys)) == found
 
 
 def test_redirected_output_has_lines_of_progress(monkeypatch, capsys):

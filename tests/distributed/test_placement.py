@@ -127,9 +127,9 @@ def test_a_mesh_takes_the_first_of_the_given_devices():
 
 def test_other_misuse_of_a_mesh_is_refused():
     model = spread(one_device("llama"), sharding.make_mesh(data=4, model=2))
-    with pytest.raises(ValueError, match="of the batch is 3; .*4 shards; use a multiple of 4"):
+    with pytest.raises(ValueError, match="of the batch is 3, .*4 shards; use a multiple of 4"):
         s.run(model.params, model.config, batch(ROWS[:3]))
-    with pytest.raises(ValueError, match="batch_size is 6; .*use a multiple of 4"):
+    with pytest.raises(ValueError, match="batch_size is 6, .*use a multiple of 4"):
         generate(model, ROWS, batch_size=6)
     strange = jax.make_mesh((8,), ("tensor",), axis_types=(AxisType.Explicit,))
     with pytest.raises(ValueError, match=r"unknown axes \['tensor'\]; use data, fsdp, "

@@ -134,7 +134,7 @@ def test_batches_are_full_and_rows_come_once():
 @pytest.mark.parametrize("call,message", [
     (lambda: logprobs(MODEL, []), "no conversation|is empty"),
     (lambda: logprobs(MODEL, "hello"), "wrap it in a list"),
-    (lambda: logprobs(MODEL, [[4] * 600]), "has 600 tokens; the model's context"),
+    (lambda: logprobs(MODEL, [[4] * 600]), "has 600 tokens, but the model's context"),
     (lambda: logprobs(MODEL, [[4, 400]]), "400"),
     (lambda: logprobs(MODEL, ROWS, batch_tokens=0), "batch_tokens is 0"),
     (lambda: logprobs(MODEL, ROWS, interventions=jp.steer(np.ones(31), scale=1, layers=[0])), "31"),

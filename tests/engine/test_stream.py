@@ -88,6 +88,6 @@ def test_a_shared_prefix_is_that_of_generate():
 def test_mistakes_are_named():
     with pytest.raises(jp.UserError, match="batch_size is 0"):
         replies([0], batch_size=0)
-    with pytest.raises(jp.UserError, match="prompt 0 has 600 tokens; the model's context"):
+    with pytest.raises(jp.UserError, match="prompt 0 has 600 tokens, but the model's context"):
         list(Stream(MODEL, [("x", [5] * 600, 0)]))
     assert list(Stream(MODEL, [])) == [[]]

@@ -26,8 +26,6 @@ from jaxpersona.models.carry import Carry
 from jaxpersona.models.forward import forward
 from jaxpersona.vectors.vector import Vector
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 MODEL = s.tiny_model()
 B, NEW = 8, 10
 ROWS = s.prompts((9, 17, 4, 30, 12, 6, 23, 2), seed=8)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import resource
+import signal
 import threading
 
 import pytest
 
 import jaxpersona as jp
-from jaxpersona.judges.journal import Journal, key_of
+from jaxpersona.judges.journal import LINE_BYTES, Journal, key_of
 from jaxpersona.judges.limits import Budget, Pace
 
 
@@ -62,11 +66,71 @@ def test_a_damaged_or_foreign_file_is_refused_and_left_as_it_is(tmp_path):
     lines = path.read_text().splitlines(keepends=True)
     for text, wanted in (("".join([lines[0], "{}\n", *lines[1:]]), "line 2 is damaged"),
                          ("".join([*lines[:3], "5\n"]), "line 4 is damaged"),
-                         ('{"question": "Who?"}\n', "not a journal")):
+                         ('{"question": "Who?"}\n', "not a journal"),
+                         ('{"question": "Who?"}', "not a journal"),
+                         (lines[0] + "x" * (LINE_BYTES + 1), "line 2 has more than 1048576 bytes"),
+                         ("x" * (LINE_BYTES + 1), "not a journal")):
         path.write_text(text)
         with pytest.raises(jp.UserError, match=wanted):
             Journal(path)
         assert path.read_text() == text
+
+
+@pytest.mark.parametrize("cost", ["NaN", "Infinity", "-Infinity", "-0.5", "1" + "0" * 400, "true",
+                                  '"1"', "null", "[1]"])
+@pytest.mark.parametrize("line", ['{"sent": "k9", "cost": COST}', '{"failed": "k3", "cost": COST}',
+                                  '{"key": "k3", "said": "3", "cost": COST}'])
+def test_a_cost_in_a_file_is_a_finite_number(tmp_path, cost, line):
+    path = tmp_path / "v.jsonl"
+    filled(path).close()
+    text = path.read_text() + line.replace("COST", cost) + "\n"
+    path.write_text(text)
+    with pytest.raises(jp.UserError, match=r"v\.jsonl: line 11: cost is .*; give a finite number, "
+                                           "at least 0, or delete this line") as said:
+        Journal(path)
+    assert path.read_text() == text and len(str(said.value)) < 160 + len(str(path))
+
+
+def test_a_cost_or_a_line_that_could_not_be_read_is_not_written(tmp_path):
+    path = tmp_path / "v.jsonl"
+    held = filled(path)
+    before, spent = path.read_bytes(), held.spent
+    for cost in (float("nan"), float("inf"), -1.0, 10**400):
+        for write in (lambda c: held.sent("k9", c), lambda c: held.failed("k3", "", c),
+                      lambda c: held.answered("k3", "3", c)):
+            with pytest.raises(jp.UserError, match="v.jsonl: cannot be written .cost is "):
+                write(cost)
+    with pytest.raises(jp.UserError, match=r"has 10486\d\d bytes; the limit is 1048576"):
+        held.answered("k3", "3" * LINE_BYTES, 0.1)
+    assert (path.read_bytes(), held.calls, held.spent) == (before, 5, spent)
+    assert held.get("k3") is None
+    held.close()
+
+
+@contextlib.contextmanager
+def bounded():
+    """Within the block, the process may run for 10 more seconds and allocate 1 GiB more."""
+    def late(*_):
+        raise AssertionError("no answer within 10 seconds")
+
+    with open("/proc/self/statm") as file:
+        pages = int(file.read().split()[0])
+    before, limits = signal.signal(signal.SIGALRM, late), resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, limits[1]))
+    signal.alarm(10)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_pipe_or_a_device_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", "/dev/null"):
+        with bounded(), pytest.raises(jp.UserError, match=f"{path}: is not a regular file"):
+            Journal(path)
 
 
 def test_a_file_has_one_user(tmp_path):

@@ -214,7 +214,7 @@ TWO = '"dtype": "F32", "shape": [2], "data_offsets"'
 def test_a_header_that_does_not_fit_its_file_is_refused(tmp_path, header, size, words):
     text = f"{{{header}}}".encode()
     (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
-    with pytest.raises(ValueError, match=f"x.safetensors: invalid safetensors file .*{words}"):
+    with pytest.raises(ValueError, match=f"x.safetensors: this .* cannot be read .*{words}"):
         files.read_entries(tmp_path / "x.safetensors")
 
 

@@ -170,7 +170,7 @@ def test_another_min_count_or_held_out_role_changes_the_imported_axis(tmp_path):
     assert near(without.extraction.axis.values, steps_4_and_5(source, LEAST)[1])
     assert not near(with_all.extraction.axis.values, steps_4_and_5(source, LEAST)[1])
     few = import_reference(source, tmp_path / "few")
-    assert few.extraction is None and "0 roles have at least 50 rollouts" in " ".join(few.notes)
+    assert few.extraction is None and "at least 50 rollouts of score 3" in " ".join(few.notes)
 
 
 def test_what_a_folder_lacks_is_said_and_is_not_in_the_sums(tmp_path):
@@ -315,7 +315,7 @@ def test_failed_verdicts_held_out_roles_and_samples_are_exported_as_they_are(tmp
         found = extract(tmp_path / "run", judge=failing, keep_means=None, held_out=[NAMES[2]],
                         min_count=1)
     said = export_reference(tmp_path / "run", tmp_path / "out")
-    assert any(f"({NAMES[2]}) are held out" in note for note in said.notes)
+    assert any(f"({NAMES[2]}): held out" in note for note in said.notes)
     scores = json.loads((tmp_path / "out" / "scores" / f"{NAMES[0]}.json").read_text())
     held = torch.load(tmp_path / "out" / "activations" / f"{NAMES[0]}.pt", weights_only=True)
     assert first not in scores and set(held) == {first, *scores}
