@@ -229,7 +229,8 @@ def _results(folder: pathlib.Path, manifest: Mapping[str, Any],
                         "`jaxpersona axis` again to rewrite it")
     try:
         return axis, _analysis(about, axis.n_layers)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError,
+            ValueError) as error:
         raise UserError(f"{files[1]}: is damaged ({type(error).__name__}: {error}); run "
                         "`jaxpersona axis` again to rewrite it") from None
 

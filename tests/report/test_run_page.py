@@ -125,6 +125,10 @@ def test_the_figures_of_a_folder_have_the_numbers_of_its_run(run, tmp_path):
     (tmp_path / "run" / "analysis.json").unlink()
     with pytest.raises(jp.UserError, match="the run is not complete; finish it with"):
         sources.places(tmp_path / "run", 1)
+    shutil.copy(run / "analysis.json", tmp_path / "run")
+    spoil_number(tmp_path / "run", "mean_projection", [1, 10**400, 1])
+    with pytest.raises(jp.UserError, match=r"analysis\.json: is damaged \(OverflowError"):
+        sources.places(tmp_path / "run", 1)
 
 
 def test_the_main_results_are_those_of_the_middle_layer(parsed):
@@ -308,8 +312,10 @@ def test_the_page_has_no_drift_without_its_file(run, tmp_path, parsed):
     assert "Persona drift over turns" in found.text
     kept = json.loads((folder / "drift.json").read_text())
     assert read_drift(folder, 2).arms["uncapped"]["conversations"] == 4
-    for change in ({"layer": 3}, {"layer": -1}, {"arms": {"a": {
-            **kept["arms"]["uncapped"], "p75": [1.0]}}}):
+    own = kept["arms"]["uncapped"]
+    for change in ({"layer": 3}, {"layer": -1}, {"floor": 10**400}, {"layer": float("inf")},
+                   *({"arms": {"a": {**own, **arm}}} for arm in (
+                       {"p75": [1.0]}, {"conversations": float("inf")}, {"leak": -(10**400)}))):
         (folder / "drift.json").write_text(json.dumps(kept | change))
         with pytest.raises(jp.UserError, match="drift.json: is damaged"):
             read_drift(folder, 3)
@@ -333,11 +339,21 @@ def test_the_command_writes_the_page_and_its_size(run, tmp_path, capsys):
     assert not list(folder.glob(".*.tmp"))
 
 
+def spoil_number(folder, name, value):
+    about = json.loads((folder / "analysis.json").read_text())
+    about["roles"]["near"][name] = value
+    (folder / "analysis.json").write_text(json.dumps(about))
+
+
 @pytest.mark.parametrize(("spoil", "wanted"), [
     (lambda folder: shutil.rmtree(folder), "contains no run; give the folder that `jaxpersona"),
     (lambda folder: (folder / "run.json").write_text("{}"), "is not the manifest of a run"),
     (lambda folder: (folder / "analysis.json").write_text('{"roles": {}}'),
      "analysis.json: is damaged"),
+    (lambda folder: spoil_number(folder, "mean_projection", [10**400, 1, 1]),
+     "analysis.json: is damaged (OverflowError"),
+    (lambda folder: spoil_number(folder, "rollouts", float("inf")),
+     "analysis.json: is damaged (OverflowError"),
     (lambda folder: (folder / "analysis.json").write_text("["), "analysis.json: invalid JSON"),
     (lambda folder: (folder / "rollouts" / "far.jsonl").write_text("{}\n"),
      "far.jsonl: damaged (differs from"),
