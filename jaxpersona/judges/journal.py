@@ -18,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import pathlib
 import threading
@@ -126,6 +127,8 @@ class Journal:
 
     def _count(self, value: dict[str, Any]) -> None:
         cost = float(value["cost"])
+        if not math.isfinite(cost):
+            raise ValueError("the cost is not finite")
         if "sent" in value:
             self.calls += 1
             self._open.setdefault(value["sent"], []).append(cost)
@@ -152,7 +155,7 @@ class Journal:
                     else:
                         self._count(value)
                         fine = True
-                except (ValueError, TypeError, KeyError, RecursionError):
+                except (KeyError, OverflowError, RecursionError, TypeError, ValueError):
                     fine = False
                 if not fine:
                     raise UserError(f"{self.path}: line {number} is damaged; "

@@ -252,5 +252,7 @@ def _analysis(about: Any, layers: int) -> Analysis:
     if len(variance) != layers or DEFAULT not in roles:
         raise ValueError(f"it has {len(variance)} layers and {len(roles)} roles; it must have "
                          "all layers of the axis and the role 'default'")
+    if any(row.ndim != 1 for row in variance):
+        raise ValueError("variance_ratio must have a list of numbers for each layer")
     return Analysis(np.array(about["cos_pc1_axis"], np.float64).reshape(layers), variance,
                     intervals, roles)

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import socket
+import sys
 import time
 from typing import Any
 
@@ -106,8 +107,11 @@ def read_status(folder: str | os.PathLike[str]) -> dict[str, Any]:
               "roles_complete": int, "updated": str, "seconds": (int, float),
               "tokens": int, "tokens_per_second": (int, float), "cost": (int, float),
               "rollouts_per_second": (int, float)}
+    if isinstance(found, dict) and found.get("seconds_left") is not None:
+        needed["seconds_left"] = (int, float)
     wrong = [name for name, kind in needed.items() if not isinstance(found, dict)
-             or not isinstance(found.get(name), kind)]
+             or not isinstance(found.get(name), kind)
+             or (kind is not str and not abs(found[name]) <= sys.float_info.max)]
     if wrong:
         raise UserError(f"{folder / STATUS}: damaged (no valid field {wrong[0]}); resume "
                         "the run with `jaxpersona axis` to write the file again")

@@ -62,6 +62,8 @@ def test_a_damaged_or_foreign_file_is_refused_and_left_as_it_is(tmp_path):
     lines = path.read_text().splitlines(keepends=True)
     for text, wanted in (("".join([lines[0], "{}\n", *lines[1:]]), "line 2 is damaged"),
                          ("".join([*lines[:3], "5\n"]), "line 4 is damaged"),
+                         (f'{lines[0]}{{"sent": "k", "cost": {10**400}}}\n', "line 2 is damaged"),
+                         (f'{lines[0]}{{"sent": "k", "cost": NaN}}\n', "line 2 is damaged"),
                          ('{"question": "Who?"}\n', "not a journal")):
         path.write_text(text)
         with pytest.raises(jp.UserError, match=wanted):
