@@ -138,9 +138,9 @@ def _setting(raw: Mapping[str, Any], key: str, patterns: str, module: str,
                             "match; use module names as keys")
         try:
             matched = re.match(rf"(.*\.)?({pattern})$", module)
-        except re.error:
-            raise UserError(f"{place}: {patterns} has {pattern!r:.60}, which is not a regular "
-                            "expression") from None
+        except (OverflowError, RecursionError, re.error):  # a huge count, nested groups
+            raise UserError(f"{place}: {patterns} has {pattern!r:.60}, which is not a valid "
+                            "regular expression") from None
         if matched:
             value = own
             break

@@ -377,6 +377,10 @@ MISTAKES = {
     "reading": (lambda: jp.plot.projections(conversation(1)[0], conversation(1)[1], reading="x"),
                 "reading is 'x'; the result has projections"),
     "bench": (lambda: jp.plot.bench({"bench": "peers"}), "found has results of peers"),
+    "rate": (lambda: jp.plot.bench({"bench": "decode", "by_batch": {
+        "1": {"tokens_per_second": 10**400}}}), "not a result of the benchmark 'decode'"),
+    "point": (lambda: jp.plot.bench({"bench": "roofline", "points": [{"intensity": 1}], "roof": {
+        "flops_per_second": 1, "bytes_per_second": 1}}), "not a result of the benchmark 'roof"),
 }
 
 

@@ -63,6 +63,13 @@ def test_a_setting_of_jax_changes_no_bit_and_no_program(setting, plain):
     assert dict(programs.TRACES) == before
 
 
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_model_is_loaded_under_a_setting_of_jax(setting):
+    with SETTINGS[setting]():
+        model = jp.load("mini")
+    assert model.fingerprint == jp.load_axis("mini").fingerprint
+
+
 def test_a_setting_of_jax_holds_again_after_a_call():
     with jax.debug_nans(True), jax.transfer_guard("disallow"):
         with contextlib.suppress(ValueError):

@@ -31,7 +31,10 @@ def agreement(
 
     if seed < 0:
         raise UserError(f"--seed is {seed}; give 0 or more")
-    found = compare(scores_of(a), scores_of(b), seed=seed)
+    first, second = scores_of(a), scores_of(b)
+    if not set(first) & set(second):
+        raise UserError(f"{a} and {b} have no reply in common; compare judges of the same run")
+    found = compare(first, second, seed=seed)
     if as_json:
         print(json.dumps(_value(found)))
         return

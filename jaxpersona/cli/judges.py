@@ -152,7 +152,10 @@ def rubric_of(choice: Choice) -> Rubric:
         text = read_bytes(choice.rubric).decode()
     except UnicodeDecodeError:
         raise UserError(f"{choice.rubric}: is not UTF-8; save it as UTF-8") from None
-    return Rubric(template=text.strip())
+    try:
+        return Rubric(template=text.strip())
+    except UserError as error:
+        raise UserError(f"{choice.rubric}: {error}") from None
 
 
 def opened(choice: Choice, folder: pathlib.Path) -> Judge | None:

@@ -135,11 +135,23 @@ def _roles(path: pathlib.Path, layers: int, layer: int) -> dict[str, float]:
                         f"folder has {layers}; move one of the two files to another folder")
     roles = {}
     for name, role in found["roles"].items():
-        values = role.get("mean_projection") if isinstance(role, dict) else None
-        if not isinstance(values, list) or len(values) != layers or not all(
-                isinstance(x, (int, float)) for x in values):
+        value = _value(role, layers, layer)
+        if value is None:
             raise UserError(f"{path}: damaged (no valid mean_projection of {name!r:.60}); delete "
                             "it, or run `jaxpersona axis` again")
-        if name != "default" and np.isfinite(values[layer]):
-            roles[name] = float(values[layer])
+        if name != "default" and np.isfinite(value):
+            roles[name] = value
     return roles
+
+
+def _value(role: Any, layers: int, layer: int) -> float | None:
+    """Return a role's mean projection at a layer; None if its entry is damaged."""
+    values = role.get("mean_projection") if isinstance(role, dict) else None
+    if not isinstance(values, list) or len(values) != layers:
+        return None
+    if not all(isinstance(x, (int, float)) for x in values):
+        return None
+    try:
+        return float(values[layer])
+    except OverflowError:  # JSON has integers of any size
+        return None

@@ -85,7 +85,7 @@ def bench(found: Any, *, title: str | None = None, ax: Axes | None = None) -> Ax
                     ax.plot(sorted(at), [at[n] for n in sorted(at)], **look)
                 else:
                     _ratios(ax, {int(n): one for n, one in value[field].items()}, look)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise UserError(f"found is not a result of the benchmark {kind!r} "
                             f"({type(error).__name__}: {error})") from None
         if kind in ("rows", "cap_overhead"):
@@ -143,14 +143,21 @@ def _roof(ax: Axes, value: Mapping[str, Any], look: dict[str, Any]) -> None:
     xs = [2**n / 8 for n in range(14)]
     ax.plot(xs, [min(roof["flops_per_second"], x * roof["bytes_per_second"]) for x in xs],
             **{**look, "marker": ""})
-    for point in value["points"]:
-        ax.plot(point["intensity"], point["flops_per_second"], "o", color=BLACK)
+    for _, x, y in _points(value):
+        ax.plot(x, y, "o", color=BLACK)
+
+
+def _points(value: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """Return (name, FLOP/byte, FLOP/s) of each program in a result of `roofline`."""
+    return [(str(point["name"]), float(point["intensity"]), float(point["flops_per_second"]))
+            for point in value["points"]]
 
 
 def _name_points(ax: Axes, results: Mapping[str, Mapping[str, Any]]) -> None:
     """Write the name of each point of a roofline plot beside the point, if there is space."""
-    points = [(str(p["name"]), float(p["intensity"]), float(p["flops_per_second"]))
-              for value in results.values() for p in value["points"]]
+    points = [point for value in results.values() for point in _points(value)]
+    if not points:
+        return
     drawn = [np.asarray(line.get_xydata()) for line in ax.lines]
     lines = [np.stack([np.interp(steps, np.arange(len(xy)), np.log(xy[:, i])) for i in (0, 1)], 1)
              for xy in drawn if len(xy) > 1 for steps in [np.linspace(0, len(xy) - 1, 200)]]

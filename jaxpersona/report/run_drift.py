@@ -101,7 +101,7 @@ def read_drift(folder: pathlib.Path, layers: int) -> Drift | None:
         drift = Drift(int(about["layer"]), float(about["floor"]), str(about["percentile"]), arms)
         if not 0 <= drift.layer < layers:
             raise ValueError(f"layer is {drift.layer}, but the number of layers is {layers}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise UserError(f"{path}: is damaged ({type(error).__name__}: {error}); delete it, or run "
                         "`jaxpersona demo` again to rewrite it") from None
     return drift

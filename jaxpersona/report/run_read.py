@@ -229,7 +229,8 @@ def _results(folder: pathlib.Path, manifest: Mapping[str, Any],
                         "`jaxpersona axis` again to rewrite it")
     try:
         return axis, _analysis(about, axis.n_layers)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError,
+            ValueError) as error:
         raise UserError(f"{files[1]}: is damaged ({type(error).__name__}: {error}); run "
                         "`jaxpersona axis` again to rewrite it") from None
 
@@ -251,5 +252,7 @@ def _analysis(about: Any, layers: int) -> Analysis:
     if len(variance) != layers or DEFAULT not in roles:
         raise ValueError(f"it has {len(variance)} layers and {len(roles)} roles; it must have "
                          "all layers of the axis and the role 'default'")
+    if any(row.ndim != 1 for row in variance):
+        raise ValueError("variance_ratio must have a list of numbers for each layer")
     return Analysis(np.array(about["cos_pc1_axis"], np.float64).reshape(layers), variance,
                     intervals, roles)

@@ -161,7 +161,8 @@ def _of_folder(folder: pathlib.Path, layer: int | None) -> Places:
         held = frozenset(name for name, entry in about["roles"].items() if entry["held_out"])
         quartiles = {name: [float(row[at]) for row in entry["quartiles"]]
                      for name, entry in about["roles"].items() if "quartiles" in entry}
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError,
+            ValueError) as error:
         raise _damaged(folder, f" ({type(error).__name__}: {error})") from None
     means = {name: mean for name, mean in means.items() if np.isfinite(mean)}
     names = sorted((name for name in means if name != "default"), key=means.__getitem__)

@@ -25,6 +25,10 @@ from jaxpersona.ckpts.vectors import save_vector
 
 import jaxpersona as jp
 from jaxpersona.data.texts import Question, Role
+from jaxpersona.judges import human
+from jaxpersona.judges.journal import Journal
+from jaxpersona.persona import verdicts
+from jaxpersona.runs.run import Run
 from jaxpersona.text import chat
 from jaxpersona.vectors.vector import Axis, Vector
 
@@ -78,8 +82,28 @@ def place(tmp_path_factory, checkpoint):
     orbax.save(folder / "orbax", model.params, model.config)
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(
-        {"peft_type": "LORA", "base_model_name_or_path": "owner/base", "r": 8}))
+        {"peft_type": "LORA", "r": 2, "lora_alpha": 4.0, "bias": "none", "use_dora": False,
+         "rank_pattern": {"q_proj": 2}, "modules_to_save": None}))
+    query = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    rows = model.config.n_heads * model.config.head_dim
+    write_tensors(folder / "adapter" / "adapter_model.safetensors", {
+        f"{query}A.weight": np.ones((2, WIDTH), np.float32),
+        f"{query}B.weight": np.ones((rows, 2), np.float32)}, {"format": "pt"})
     assert s.run_command(s.axis_command(checkpoint, texts, folder / "run")) == 0
+    line = {line: [0.5, 0.25] for line in ("style", "mean", "p25", "p75")}
+    (folder / "run" / "drift.json").write_text(json.dumps(
+        {"layer": 1, "floor": 0.5, "percentile": "p25", "arms": {
+            "capped": {**line, "leak": 0.5, "conversations": 2}}}))
+    journal = Journal(folder / "run" / "verdicts.jsonl")
+    for key in "abc":
+        journal.sent(key, 0.5)
+        journal.answered(key, "3", 0.25, prompt_tokens=5)
+    journal.close()
+    (folder / "rubric.txt").write_text("Rate {answer} to {question}: 0 to 3.")
+    (folder / "prompts.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in (
+        {"messages": TALK[:2]}, {"messages": TALK[1:2]})))
+    ghosts = verdicts.replies_of(Run.read(folder / "run")).values()
+    human.write_rows(folder / "mine.csv", [{**human.row_of(one), "score": "3"} for one in ghosts])
     return folder, model
 
 
@@ -132,6 +156,36 @@ def _project(folder: pathlib.Path, path: pathlib.Path, model: Any) -> list[str]:
     return ["project", str(path), "--on", str(folder / "v.safetensors"), "--model", model.name]
 
 
+def _adapted(folder: pathlib.Path, path: pathlib.Path, _: Any) -> list[str]:
+    return ["generate", "hi", "--model", str(folder / "model"), "--adapter", str(path.parent)]
+
+
+def _prompts(folder: pathlib.Path, path: pathlib.Path, model: Any) -> list[str]:
+    return ["generate", "--prompts", str(path), "--model", model.name]
+
+
+def _status(folder: pathlib.Path, path: pathlib.Path, _: Any) -> list[str]:
+    return ["status", str(path.parent)]
+
+
+def _report(folder: pathlib.Path, path: pathlib.Path, _: Any) -> list[str]:
+    return ["report", str(path.parent), "--out", str(folder / "page.html")]
+
+
+def _agreement(folder: pathlib.Path, path: pathlib.Path, _: Any) -> list[str]:
+    return ["judge", "agreement", str(folder / "run"), str(path)]
+
+
+def _journal(folder: pathlib.Path, path: pathlib.Path, _: Any) -> list[str]:
+    return ["judge", str(path.parent), "--judge", "http:m", "--judge-url", "http://localhost:1/v1",
+            "--judge-rubric", str(folder / "rubric.txt"), "--roles", str(folder / "texts/roles")]
+
+
+def _rubric(folder: pathlib.Path, path: pathlib.Path, model: Any) -> list[str]:
+    return ["judge", str(folder / "run"), "--judge", "self", "--judge-rubric", str(path),
+            "--roles", str(folder / "texts" / "roles"), "--model", model.name]
+
+
 def _axis(folder: pathlib.Path, path: pathlib.Path, model: Any) -> list[str]:
     return s.axis_command(model.name, folder / "texts", folder / "run")
 
@@ -157,9 +211,17 @@ READERS = {
     "model/model.safetensors": (fuzz.damaged_safetensors, _convert),
     "shards/model.safetensors.index.json": (fuzz.damaged_json, _convert),
     "shards/model-00002-of-00006.safetensors": (fuzz.damaged_safetensors, _convert),
-    "adapter/adapter_config.json": (fuzz.damaged_json, _plan),
+    "adapter/adapter_config.json": (fuzz.damaged_json, _adapted),
+    "adapter/adapter_model.safetensors": (fuzz.damaged_safetensors, _adapted),
     "orbax/config.json": (fuzz.damaged_json, _convert),
     "orbax/params/_METADATA": (fuzz.damaged_json, _convert),
+    "prompts.jsonl": (fuzz.damaged_json, _prompts),
+    "rubric.txt": (fuzz.damage, _rubric),
+    "mine.csv": (fuzz.damage, _agreement),
+    "run/status.json": (fuzz.damaged_json, _status),
+    "run/analysis.json": (fuzz.damaged_json, _report),
+    "run/drift.json": (fuzz.damaged_json, _report),
+    "run/verdicts.jsonl": (fuzz.damaged_json, _journal),
     "run/run.json": (fuzz.damaged_json, _axis),
     "run/rollouts/ghost.jsonl": (fuzz.damaged_json, _axis),
     "run/scores/none/ghost.json": (fuzz.damaged_json, _axis),
@@ -214,14 +276,20 @@ def run(place: Any, name: str, make: Any, command: Any, count: int, capsys: Any,
     folder, model = place
     path, kept = folder / name, folder / "kept"
     data = path.read_bytes()
-    if command in (_spec, _project, _axis):  # the damaged file is not part of the model
+    # the damaged file is not part of the model
+    if command in (_spec, _project, _axis, _prompts, _rubric):
         monkeypatch.setattr("jaxpersona.cli.support.open_model", lambda *_: model)
     generate = sys.modules["jaxpersona.engine.generate"]
-    if command is _spec:  # avoids compiling a program for each spec
+    if command in (_spec, _prompts, _adapted):  # avoids compiling a program for each
         monkeypatch.setattr(generate, "generate", lambda *_, **__: sys.exit(0))
     if command is _project:  # avoids compiling a program for each length
         monkeypatch.setattr("jaxpersona.persona.talk.project_conversation",
                             lambda model, talk, _: chat.encode(model, [talk], reply=False) and [])
+    if command in (_journal, _rubric):  # reads the judge's files, and sends no request
+        pytest.importorskip("openai")
+        monkeypatch.setenv("OPENAI_API_KEY", "none")
+        monkeypatch.setattr("jaxpersona.persona.rejudge.judge_run", lambda _, __, judge, **___: (
+            getattr(judge, "journal", None), sys.exit(0)))
     monkeypatch.setattr("jaxpersona.cli.support.draw_run", lambda *_: None)
     faults, codes = [], {}
     draw = random.Random(name)

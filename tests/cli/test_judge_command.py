@@ -162,6 +162,10 @@ def test_a_file_for_a_person_is_blind_and_gives_the_agreement(judged, tmp_path, 
     assert s.run_command(["judge", "agreement", str(out), str(mine)]) == 0
     text = capsys.readouterr().out
     assert "kappa (linear weights)" in text and "ghost" in text
+    other = mine.with_name("other.csv")
+    other.write_text("item,score,digest\nx/0,3,00000000\n")
+    assert s.run_command(["judge", "agreement", str(out), str(other)]) == 2
+    assert f"{out} and {other} have no reply in common" in capsys.readouterr().err
     assert s.run_command(command) == 2
     assert "exists" in capsys.readouterr().err
 
@@ -188,6 +192,8 @@ def test_a_file_for_a_person_is_blind_and_gives_the_agreement(judged, tmp_path, 
       "--judge-rpm", "0"], "rpm is 0"),
     (["axis", "--judge", "http:m", "--judge-rubric", "RUBRIC", "--judge-url", "http://h/v1",
       "--judge-temperature", "-1"], "--judge-temperature is -1"),
+    (["axis", "--judge", "http:m", "--judge-rubric", "blank.txt"],
+     "blank.txt: the rubric lacks {question} and {answer}"),
     (["judge", "agreement", "none", "none"], "none/run.json: no such file"),
     (["judge", "sample", "none"], "none/run.json: no such file"),
     (["judge", "sample", "none", "--count", "0"], "--count is 0"),
@@ -200,6 +206,7 @@ def test_a_mistake_is_one_line_before_a_model_is_loaded(arguments, wanted, tmp_p
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     pathlib.Path("rubric.txt").write_text("{question} {answer} 0-3?")
+    pathlib.Path("blank.txt").write_text("0-3?")
 
     def no_load(*_, **__):
         raise AssertionError("a model was loaded")
@@ -208,7 +215,7 @@ def test_a_mistake_is_one_line_before_a_model_is_loaded(arguments, wanted, tmp_p
     assert s.run_command([a.replace("RUBRIC", "rubric.txt") for a in arguments]) == 2
     said = capsys.readouterr().err
     assert wanted in said and said.startswith("error: ") and said.count("\n") == 1, said
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["rubric.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["blank.txt", "rubric.txt"]
 
 
 @pytest.fixture

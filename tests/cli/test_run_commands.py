@@ -85,6 +85,11 @@ def test_the_status_of_a_running_run_has_rate_and_time_left(tmp_path, monkeypatc
     assert read_status(tmp_path)["state"] == "stopped"
     (tmp_path / "status.json").write_text(json.dumps({**other, "host": "elsewhere"}))
     assert read_status(tmp_path)["state"] == "running"
+    for name, value in (("seconds", 10**400), ("tokens_per_second", float("nan")),
+                        ("seconds_left", "soon"), ("cost", float("inf"))):
+        (tmp_path / "status.json").write_text(json.dumps({**found, name: value}))
+        with pytest.raises(UserError, match=f"damaged .no valid field {name}"):
+            read_status(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "text", "wanted"), [

@@ -219,6 +219,8 @@ REFUSED = {
              "r of model.layers.0.* is 5, but its factors in adapter_model.safetensors have "
              "rank 4"),
     "pattern": (dict(rank_pattern={"(": 2}), "rank_pattern has '\\('"),
+    "huge count": (dict(rank_pattern={"q{99999999999}": 2}), "rank_pattern has 'q{9+}'"),
+    "nested groups": (dict(rank_pattern={"(" * 499 + ")" * 499: 2}), r"rank_pattern has '\(+"),
     "long": (dict(alpha_pattern={"q_proj|" * 200: 2}), "alpha_pattern has 'q_proj.*too long"),
     "nested": (dict(alpha_pattern={"([a-z_.0-9]+)+!": 2}), "alpha_pattern has .*too long"),
     "repeated": (dict(alpha_pattern={".*" * 9 + "!": 2}), "alpha_pattern has .*too long"),

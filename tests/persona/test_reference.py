@@ -58,6 +58,8 @@ def test_an_axis_brings_its_percentiles_and_its_run_the_roles(tmp_path):
     analysis(tmp_path, roles={"silent": silent, "ghost": {"mean_projection": [3, 4, 5]}})
     assert reference(load_axis(file), 2, file).roles == {"ghost": 5.0}  # without empty roles
     assert reference(load_axis(file), 1, file).roles == {"silent": 1.0, "ghost": 4.0}
+    analysis(tmp_path, roles={"ghost": {"mean_projection": [2**64] * 3}})
+    assert reference(load_axis(file), 0, file).roles == {"ghost": 2.0**64}
     more = {**axis().percentiles["default"], "p2.5": np.arange(3.0), "mean": np.ones(3),
             "p0": -np.ones(3)}
     told = reference(Axis(np.ones((3, 4)), percentiles={"default": more}), 2).percentiles
@@ -76,6 +78,7 @@ def test_an_axis_brings_its_percentiles_and_its_run_the_roles(tmp_path):
     ({"roles": {"ghost": 5}}, "no valid mean_projection of 'ghost'"),
     ({"roles": {"ghost": {"mean_projection": [1.0]}}}, "no valid mean_projection of 'ghost'"),
     ({"roles": {"ghost": {"mean_projection": ["a"] * 3}}}, "no valid mean_projection of 'ghost'"),
+    ({"roles": {"ghost": {"mean_projection": [10**400] * 3}}}, "valid mean_projection of 'ghost'"),
 ])
 def test_a_damaged_analysis_is_named(tmp_path, change, wanted):
     analysis(tmp_path, **change)

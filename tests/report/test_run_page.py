@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
+import operator
 import os
 import re
 import shutil
@@ -24,6 +26,7 @@ from jaxpersona.runs.files import PAGE
 EVIL = "</script><script>alert(1)</script>"
 ODD = "🦜 \"q\" & <img src=x onerror=alert(2)>"
 LONG = "x" * 200
+NEAR = ("roles", "near", "mean_projection")  # a place in analysis.json
 # role → projection of each of its two replies at layer 0; layer 1 exchanges near and far
 PLACE = {"default": (9.0, 11.0), "near": (8.0, 8.0), "far": (2.0, 2.0), "kept": (6.0, 6.0),
          ODD: (1.0, 1.0), LONG: (4.0, 5.0), "silent": (5.0, 5.0)}
@@ -124,6 +127,10 @@ def test_the_figures_of_a_folder_have_the_numbers_of_its_run(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "analysis.json").unlink()
     with pytest.raises(jp.UserError, match="the run is not complete; finish it with"):
+        sources.places(tmp_path / "run", 1)
+    shutil.copy(run / "analysis.json", tmp_path / "run")
+    spoil(tmp_path / "run", [1, 10**400, 1], *NEAR)
+    with pytest.raises(jp.UserError, match=r"analysis\.json: is damaged \(OverflowError"):
         sources.places(tmp_path / "run", 1)
 
 
@@ -308,8 +315,8 @@ def test_the_page_has_no_drift_without_its_file(run, tmp_path, parsed):
     assert "Persona drift over turns" in found.text
     kept = json.loads((folder / "drift.json").read_text())
     assert read_drift(folder, 2).arms["uncapped"]["conversations"] == 4
-    for change in ({"layer": 3}, {"layer": -1}, {"arms": {"a": {
-            **kept["arms"]["uncapped"], "p75": [1.0]}}}):
+    for change in ({"layer": 3}, {"layer": -1}, {"floor": 10**400}, *({"arms": {"a": arm | new}}
+                   for new in ({"p75": [1.0]}, {"conversations": float("inf")}))):
         (folder / "drift.json").write_text(json.dumps(kept | change))
         with pytest.raises(jp.UserError, match="drift.json: is damaged"):
             read_drift(folder, 3)
@@ -333,11 +340,20 @@ def test_the_command_writes_the_page_and_its_size(run, tmp_path, capsys):
     assert not list(folder.glob(".*.tmp"))
 
 
+def spoil(folder, value, *keys):
+    about = json.loads((folder / "analysis.json").read_text())
+    functools.reduce(operator.getitem, keys[:-1], about)[keys[-1]] = value
+    (folder / "analysis.json").write_text(json.dumps(about))
+
+
 @pytest.mark.parametrize(("spoil", "wanted"), [
     (lambda folder: shutil.rmtree(folder), "contains no run; give the folder that `jaxpersona"),
     (lambda folder: (folder / "run.json").write_text("{}"), "is not the manifest of a run"),
     (lambda folder: (folder / "analysis.json").write_text('{"roles": {}}'),
      "analysis.json: is damaged"),
+    (lambda folder: spoil(folder, [10**400, 1, 1], *NEAR), "json: is damaged (OverflowError: int"),
+    (lambda folder: spoil(folder, float("inf"), *NEAR[:2], "rollouts"), "(OverflowError: cannot"),
+    (lambda folder: spoil(folder, 0.5, "variance_ratio", 0), "variance_ratio must have a list"),
     (lambda folder: (folder / "analysis.json").write_text("["), "analysis.json: invalid JSON"),
     (lambda folder: (folder / "rollouts" / "far.jsonl").write_text("{}\n"),
      "far.jsonl: damaged (differs from"),
