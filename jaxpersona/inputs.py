@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import stat
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -144,3 +145,9 @@ def printable(text: object) -> str:
     """
     plain = str(text).replace("\r\n", "\n")
     return _CONTROL.sub(lambda m: ascii(m.group())[1:-1], plain)
+
+
+def is_finite(value: Any) -> bool:
+    """Return whether a value is a number that Python can format as a finite float."""
+    largest = sys.float_info.max  # an integer of a JSON file may be larger
+    return isinstance(value, (int, float)) and -largest <= value <= largest

@@ -22,11 +22,11 @@ import json
 import os
 import pathlib
 import stat
-import sys
 import threading
 from typing import Any
 
 from jaxpersona.errors import UserError
+from jaxpersona.inputs import is_finite
 
 FORMAT = {"format": "jaxpersona-verdicts 1"}
 LINE_BYTES = 1 << 20  # maximum size of a line; the client keeps 160 characters of an answer
@@ -209,7 +209,6 @@ def _cost(value: dict[str, Any]) -> float:
       TypeError, KeyError: the line has no cost.
     """
     cost = value["cost"]
-    if isinstance(cost, bool) or not isinstance(cost, (int, float)) or not (
-            0 <= cost <= sys.float_info.max):
+    if isinstance(cost, bool) or not is_finite(cost) or cost < 0:
         raise UserError(f"cost is {cost!r:.40}; give a finite number, at least 0")
     return float(cost)

@@ -272,7 +272,7 @@ class _Export:
                            (self.few, f"fewer than {count(self.least, 'rollout')} of score 3, "
                                       "therefore no vector"),
                            (sorted(self.held_out - set(self.omitted)),
-                            "held out, therefore no vector; 4_vectors.py does not know this, so "
+                            "held out, therefore no vector; 4_vectors.py ignores this, so "
                             "move the role's files away before you run it")):
             if names:
                 found.append(f"{named(names, 'role')}: {why}")

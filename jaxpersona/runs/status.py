@@ -7,13 +7,12 @@ import json
 import os
 import pathlib
 import socket
-import sys
 import time
 from typing import Any
 
 from jaxpersona.ckpts.files import write_text
 from jaxpersona.errors import UserError
-from jaxpersona.inputs import read_json
+from jaxpersona.inputs import is_finite, read_json
 from jaxpersona.runs.compare import manifest_of
 from jaxpersona.runs.files import MANIFEST, STATUS, alive
 
@@ -110,7 +109,7 @@ def read_status(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if isinstance(found, dict) and found.get("seconds_left") is not None:
         needed["seconds_left"] = float
     wrong = [name for name, kind in needed.items() if not isinstance(found, dict)
-             or not (_is_finite(found.get(name)) if kind is float
+             or not (is_finite(found.get(name)) if kind is float
                      else isinstance(found.get(name), kind))]
     if wrong:
         raise UserError(f"{folder / STATUS}: damaged (no valid field {wrong[0]}); resume "
@@ -119,12 +118,6 @@ def read_status(folder: str | os.PathLike[str]) -> dict[str, Any]:
             found["process"]):
         found["state"] = "stopped"
     return found
-
-
-def _is_finite(value: Any) -> bool:
-    """Return whether a value is a number that Python can format as a finite float."""
-    largest = sys.float_info.max  # an integer of a JSON file may be larger
-    return isinstance(value, (int, float)) and -largest <= value <= largest
 
 
 def kept(folder: pathlib.Path) -> tuple[int, int, int]:
