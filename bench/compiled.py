@@ -25,11 +25,13 @@ class Steps:
     """Decode programs for one batch size, one program per edit, compiled ahead of time.
 
     `edits` maps names to interventions. `params` maps some of these names to parameters that
-    replace the parameters of the model.
+    replace the parameters of the model, and `options` maps some of them to XLA compiler options.
+    A program with options that does not compile is left out, and `failed` contains the reason.
     """
 
     def __init__(self, model: Any, rows: int, steps: int, edits: dict[str, Any], *,
-                 prompt: int = 32, params: dict[str, Any] | None = None) -> None:
+                 prompt: int = 32, params: dict[str, Any] | None = None,
+                 options: dict[str, dict[str, Any]] | None = None) -> None:
         self.setting = Decoding(model, rows, steps, prompt=prompt)
         self.edits, read = edits, Capture()
         base = jax.block_until_ready(self.setting.start(NOTHING, read))
@@ -43,24 +45,28 @@ class Steps:
             own, *rest = self.setting.arguments(state, edit, read)
             self.given[name] = ((params or {}).get(name, own), *rest)
 
-        def build(name: str) -> Program:
-            return decode.lower(*self.given[name], greedy=True).compile()
+        def build(name: str) -> Any:
+            own = (options or {}).get(name)
+            lowered = decode.lower(*self.given[name], greedy=True)
+            return attempt(lowered.compile, own) if own else lowered.compile()
 
-        self.programs, self.compile_s = compile_all(
+        built, self.compile_s = compile_all(
             {name: (lambda name=name: build(name)) for name in edits})
+        self.failed = {name: made for name, made in built.items() if isinstance(made, dict)}
+        self.programs = {name: made for name, made in built.items() if name not in self.failed}
         self.kernels = {name: attempt(count_kernels, program)
                         for name, program in self.programs.items()}
 
+    def run(self, name: str) -> Any:
+        """Run all steps of one program and return its final `State`."""
+        return jax.block_until_ready(self._ready(name)())
+
     def timer(self, name: str) -> Callable[[], float]:
         """Return a function that runs all steps of one program and returns the seconds."""
-        program = self.programs[name]
-        # the configuration is a static argument, which a compiled program does not take
-        params, _, state, *rest = self.given[name]
-
         def once() -> float:
-            fresh = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+            call = self._ready(name)
             begun = time.perf_counter()
-            out = jax.block_until_ready(program(params, fresh, *rest))
+            out = jax.block_until_ready(call())
             spent = time.perf_counter() - begun
             if int(out.step) != self.setting.steps:
                 raise RuntimeError(f"the decode loop ended after {int(out.step)} steps "
@@ -68,6 +74,13 @@ class Steps:
             return spent
 
         return once
+
+    def _ready(self, name: str) -> Callable[[], Any]:
+        """Copy the state, which the program donates, and return a function that runs the steps."""
+        # the configuration is a static argument, which a compiled program does not take
+        params, _, state, *rest = self.given[name]
+        fresh = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+        return lambda: self.programs[name](params, fresh, *rest)
 
 
 def count_kernels(program: Any) -> int:

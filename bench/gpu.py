@@ -24,9 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from common import machine, paired, seconds_of
-from compiled import Program, Steps, attempt, busy, compile_all, timed
+from compiled import Program, Steps, attempt, busy, compile_all
 from decoding import NOTHING, Decoding
 from jaxpersona.kernels.attention import Asked
+from matmuls import products
 
 import jaxpersona as jp
 from jaxpersona.captures.capture import Capture
@@ -100,6 +101,14 @@ class Bench:
         """Time decoding of 32 rows with separate and joined weights, unquantized and in int8."""
         return self._weights(32)
 
+    def options1(self) -> dict[str, Any]:
+        """Time decoding of 1 row with joined weights, compiled with different XLA options."""
+        return self._options(1)
+
+    def options32(self) -> dict[str, Any]:
+        """Time decoding of 32 rows with joined weights, compiled with different XLA options."""
+        return self._options(32)
+
     def context1(self) -> dict[str, Any]:
         """Time uncapped decoding of 1 row after a long prompt."""
         return self._context(1)
@@ -109,87 +118,8 @@ class Bench:
         return self._context(32)
 
     def products(self) -> dict[str, Any]:
-        """Time a block's matmuls for 1 and 32 rows, in several weight layouts and dtypes.
-
-        Each form (a layout, a dtype and an operation) is timed for a d_ff × d_model weight. The
-        multiply-sum forms are timed only with 1 row. Joined weights are compared with separate ones
-        for the query, key and value projections and for the gate and up projections.
-        """
-        d, f = self.config.d_model, self.config.d_ff
-        count = 4 if self.small else 12  # enough weights to exceed the L2 cache
-        dtype = jnp.dtype(self.args.dtype)
-        keys = jax.random.split(jax.random.key(0), count)
-        weights = [jax.random.normal(key, (f, d), jnp.float32) * 0.02 for key in keys]
-        scale = [jnp.abs(w).max(-1) / 127 for w in weights]
-        whole = [jnp.round(w / s[:, None]).astype(jnp.int8)
-                 for w, s in zip(weights, scale, strict=True)]
-        plain = [w.astype(dtype) for w in weights]
-        turned = [jnp.array(w.T) for w in plain]
-        del weights
-        f32: Any = jnp.float32
-
-        def plain_form(x: jax.Array, w: jax.Array, s: jax.Array) -> jax.Array:
-            return jnp.einsum("rd,fd->rf", x, w, preferred_element_type=f32)
-
-        def in_out_form(x: jax.Array, w: jax.Array, s: jax.Array) -> jax.Array:
-            return jnp.einsum("rd,df->rf", x, w, preferred_element_type=f32)
-
-        def converted(x: jax.Array, w: jax.Array, s: jax.Array) -> jax.Array:
-            return jnp.einsum("rd,fd->rf", x, w.astype(x.dtype), preferred_element_type=f32) * s
-
-        def mixed(x: jax.Array, w: jax.Array, s: jax.Array) -> jax.Array:
-            return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())),
-                                       preferred_element_type=f32) * s
-
-        def summed(x: jax.Array, w: jax.Array, s: jax.Array) -> jax.Array:
-            wide = w.astype(f32)
-            return jnp.sum(x.astype(f32)[:, None, :] * wide[None], -1) * s
-
-        def summed_plain(x: jax.Array, w: jax.Array, s: jax.Array) -> jax.Array:
-            return jnp.sum(x.astype(f32)[:, None, :] * w.astype(f32)[None], -1)
-
-        forms = {"plain [f,d]": (plain_form, plain), "plain [d,f]": (in_out_form, turned),
-                 "int8 converted": (converted, whole), "int8 dot_general": (mixed, whole),
-                 "int8 multiply-sum": (summed, whole), "multiply-sum": (summed_plain, plain)}
-        found: dict[str, Any] = {}
-        for rows in (1, 32):
-            x = jax.random.normal(jax.random.key(1), (rows, d), dtype)
-            for name, (form, w) in forms.items():
-                if rows > 1 and "sum" in name:
-                    continue
-
-                def all_of_them(x: jax.Array, w: Any, s: Any, form: Any = form) -> Any:
-                    total = jnp.zeros((), f32)
-                    for i in range(count):
-                        y = form(x, w[i], s[i])
-                        total += y.sum()
-                        # each matmul depends on the previous one, so they run in sequence
-                        x = (x + y[:, :1] * 0).astype(x.dtype)
-                    return total
-
-                found[f"{rows} rows, {name}"] = attempt(
-                    timed, jax.jit(all_of_them), (x, w, scale), count, w[0].nbytes)
-        n, k, h = self.config.n_heads, self.config.n_kv_heads, self.config.head_dim
-        for name, sizes in (("q, k, v", (n * h, k * h, k * h)), ("gate, up", (f, f))):
-            apart = [tuple(w[:size] + 0 for size in sizes) for w in plain]
-            joined = [jnp.concatenate(parts) for parts in apart]
-            for rows in (1, 32):
-                x = jax.random.normal(jax.random.key(1), (rows, d), dtype)
-
-                def several(x: jax.Array, weights: Any, _: Any) -> jax.Array:
-                    total = jnp.zeros((), f32)
-                    for parts in weights:
-                        ys = [plain_form(x, w, w) for w in parts]
-                        total += sum(y.sum() for y in ys)
-                        x = (x + ys[0][:, :1] * 0).astype(x.dtype)
-                    return total
-
-                for form, weights in (("apart", apart), ("together", [(w,) for w in joined])):
-                    size = sum(w.nbytes for w in weights[0])
-                    found[f"{rows} rows, {name} {form}"] = attempt(
-                        timed, jax.jit(several), (x, weights, None), count, size)
-            del apart, joined
-        return {"shape": [f, d], "weights": count, "forms": found}
+        """Time a block's matmuls for 1 and 32 rows, in several weight layouts and dtypes."""
+        return products(self.config, self.args.dtype, self.small)
 
     def prefill(self) -> dict[str, Any]:
         """Time prefills that capture every layer's mean, with XLA attention and cuDNN attention.
@@ -305,6 +235,28 @@ class Bench:
                           for name in ("joined", "int8 joined")}
         return out
 
+    def _options(self, rows: int) -> dict[str, Any]:
+        steps = 8 if self.small else 64
+        names = ["default", *OPTIONS]
+        joined = prepared.with_joined(self.model.params)
+        made = Steps(self.model, rows, steps, dict.fromkeys(names, NOTHING),
+                     params=dict.fromkeys(names, joined), options=OPTIONS)
+        tokens = {name: np.asarray(made.run(name).tokens) for name in made.programs}
+        found = paired({name: made.timer(name) for name in made.programs}, "default",
+                       budget=self.args.budget)
+        for name, arm in found.items():
+            arm |= {"ms_per_step": round(1e3 * arm["seconds"] / steps, 4),
+                    "same_tokens": round(float((tokens[name] == tokens["default"]).mean()), 4)}
+        best = min(found, key=lambda name: found[name]["seconds"])
+        out = {"rows": rows, "steps": steps, "prompt": made.setting.prompt,
+               "compile_s": made.compile_s, "options": OPTIONS, "arms": found,
+               "failed": made.failed, "kernels": made.kernels, "best": best}
+        out |= self._bound(made.setting, found["default"]["seconds"] / steps)
+        fastest = self._bound(made.setting, found[best]["seconds"] / steps)
+        out["best_mbu"] = fastest.get("mbu")
+        out["profile"] = {best: attempt(self._profile, made, best)}
+        return out
+
     def _context(self, rows: int) -> dict[str, Any]:
         steps, prompt = (8, 64) if self.small else (64, 1856)
         made = Steps(self.model, rows, steps, {"uncapped": NOTHING}, prompt=prompt)
@@ -340,8 +292,20 @@ class Bench:
             return {"ms_per_step": round(1e3 * spent / steps, 4)} | busy(file, steps)
 
 
+# XLA compiler options by the name of their arm; options that this XLA does not know are left out
+OPTIONS: dict[str, dict[str, Any]] = {
+    "dependent launch": {"xla_gpu_enable_pdl": True, "xla_gpu_enable_pdl_launch": True},
+    "dependent launch only": {"xla_gpu_enable_pdl_launch": True},
+    "block fusions": {"xla_gpu_experimental_enable_fusion_block_level_rewriter": True},
+    "gemm fusion 2": {"xla_gpu_experimental_gemm_fusion_v2": True},
+    "fusion autotuner": {"xla_gpu_experimental_enable_fusion_autotuner": True},
+    "multi-output": {"xla_gpu_experimental_enable_same_shape_multi_output_fusion": True,
+                     "xla_gpu_unsupported_enable_triton_multi_output_fusion": True},
+    "unrolled graph": {"xla_gpu_enable_command_buffer": "+WHILE",
+                       "xla_gpu_command_buffer_unroll_loops": True},
+}
 PARTS = ("limits", "decode32", "decode1", "context32", "context1", "prefill", "decode256",
-         "products", "weights1", "weights32", "start")
+         "products", "weights1", "weights32", "options1", "options32", "start")
 
 
 def main() -> None:

@@ -6,24 +6,23 @@
     python bench/real_axis.py cap_judge --judge qwen2.5-coder.gguf --out runs/smollm2
     python bench/real_axis.py speed --model SmolLM2.gguf --out runs/smollm2
 
-Each stage writes `<stage>.json` to the folder, and the stages can run on different machines. The
-stage `axis` can be resumed after an interruption. `bench/real_page.py` writes a page with the
-results.
+A command may name several stages, which then share the loaded models. Each stage writes
+`<stage>.json` to the folder, and the stages can run on different machines. The stage `axis` can be
+resumed after an interruption. `bench/real_page.py` writes a page with the results.
 
 The model answers the package's first questions in the package's 275 roles and as the default
 persona, with one rollout per system prompt and question. The stage `axis` counts every answer as
 fully played (judge `none`). The stage `judge` scores some answers of a sample of roles by another
 model's digit probabilities (`judges.digits`) and computes the axis from the answers with score 3.
-The stage `cap` generates answers with and without a cap and measures perplexity and capability. The
-stage `cap_judge` scores these answers. The stage `speed` compares the speed of capped generation
-with that of transformers.
+The stages `cap` and `cap_judge` (`real_caps.py`) generate answers with and without caps, measure
+perplexity and capability, and score the answers. The stage `speed` compares the speed of capped
+generation with that of transformers.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import gzip
 import json
 import pathlib
 import time
@@ -31,23 +30,23 @@ from typing import Any
 
 import numpy as np
 from common import machine
-from real_questions import QUESTIONS, correct
+from real_answers import answers, cap_layers, export, loaded, read_scores, spaced
+from real_caps import cap_judge_stage, cap_stage
 from real_speed import compare
 from real_stats import auc, halves_of, reliability
 
 import jaxpersona as jp
 from jaxpersona.data import texts
-from jaxpersona.judges.digits import DigitJudge, Readings
+from jaxpersona.judges.digits import DigitJudge
 from jaxpersona.judges.judges import NoJudge
-from jaxpersona.judges.protocol import Item
 from jaxpersona.persona import axis as science
 from jaxpersona.persona.extract import extract_axis
 from jaxpersona.runs.rollouts import Settings, opening
 from jaxpersona.runs.run import Run
 
 EXTREMES = 15  # number of roles to list at each end of the axis
-FARTHEST = 20  # number of roles for which the cap is tested: those with the lowest projections
 COMPONENTS = 20
+EXAMPLES = 6  # number of judged answers in the result
 
 
 def cast(args: argparse.Namespace, name: str) -> list[texts.Role]:
@@ -69,7 +68,7 @@ def axis_stage(args: argparse.Namespace) -> dict[str, Any]:
 
     All answers count as fully played.
     """
-    model = jp.load(args.model, dtype=args.dtype)
+    model = loaded(args.model, args.dtype)
     roles, questions = cast(args, args.name), texts.load_questions(None)[: args.questions]
     settings = Settings(max_new_tokens=args.new, batch_size=args.batch, seed=args.seed)
     begun, last = time.perf_counter(), [0.0]
@@ -107,44 +106,6 @@ def axis_stage(args: argparse.Namespace) -> dict[str, Any]:
     return out
 
 
-def export(args: argparse.Namespace, records: dict[str, list[dict[str, Any]]],
-           means: dict[str, np.ndarray]) -> None:
-    """Write all answers and a sample of each role's response means for the other stages.
-
-    The means are converted to float16. All means of the default persona are written.
-
-    Raises:
-      ValueError: a mean overflows float16.
-    """
-    with gzip.open(args.out / "answers.jsonl.gz", "wt", encoding="utf-8") as file:
-        for name, held in records.items():
-            for i, record in enumerate(held):
-                file.write(json.dumps({"role": name, "index": i, **record}) + "\n")
-    chosen: dict[str, Any] = {}
-    for name, value in means.items():
-        each = len(value) if name == "default" else args.judged_each
-        kept = value[spaced(len(value), each)]
-        chosen[name] = kept.astype(np.float16)
-        if np.isinf(chosen[name]).any():
-            raise ValueError(f"a response mean of {name} overflows float16")
-    np.savez(args.out / "means.npz", **chosen)
-
-
-def spaced(count: int, wanted: int) -> np.ndarray:
-    """Return up to `wanted` evenly spaced indices of a role's `count` answers."""
-    return np.unique(np.linspace(0, count - 1, wanted).astype(int))
-
-
-def answers(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Return role → answers, as written by the stage `axis`."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    with gzip.open(args.out / "answers.jsonl.gz", "rt", encoding="utf-8") as file:
-        for line in file:
-            record = json.loads(line)
-            found.setdefault(record["role"], []).append(record)
-    return found
-
-
 def analysis(default: np.ndarray, found: science.Analysis) -> dict[str, Any]:
     """Return cos(PC1, axis), the norm of the axis and statistics of the PCA at every layer.
 
@@ -175,58 +136,65 @@ def ranking(found: Any, layer: int) -> dict[str, Any]:
         "order": [name for name, _ in listed]}
 
 
-def read_scores(judge: DigitJudge, role: texts.Role, records: list[dict[str, Any]]) -> Readings:
-    """Return the judge's probabilities of each score for a role's answers."""
-    items = [Item(str(i), role, record["question"], record["conversation"][-1]["content"])
-             for i, record in enumerate(records)]
-    return judge.read([judge.rubric.prompt(item) for item in items])
-
-
 def judge_stage(args: argparse.Namespace) -> dict[str, Any]:
     """Judge answers of a random sample of roles; compute an axis from the answers with score 3.
 
-    This axis is compared with the axis of all judged answers of the same roles and with the axis of
-    the whole run.
+    This axis is computed from the roles with at least `--least` such answers. It is compared with
+    the axis of all judged answers of the same roles and with the axis of the whole run.
     """
     held, means = answers(args), np.load(args.out / "means.npz")
     names = [name for name in held if name != "default"]
     roles = {role.name: role for role in texts.load_roles(None)}
     order = np.random.default_rng(args.seed).permutation(len(names))
-    sample = [names[i] for i in order[: args.judged]]
-    judge = DigitJudge(jp.load(args.judge, dtype=args.judge_dtype))
-    begun, counts, played, masses, examples = time.perf_counter(), {}, 0, [], []
+    sample = sorted(names[i] for i in order[: args.judged])
+    judge = DigitJudge(loaded(args.judge, args.judge_dtype))
+    begun, masses, examples = time.perf_counter(), [], []
+    counts: dict[str, dict[str, int]] = {}
     vectors: dict[str, np.ndarray] = {}  # role → mean over answers with score 3
     unjudged: dict[str, np.ndarray] = {}  # role → mean over all judged answers
-    total = 0
-    for name in sample:
-        records = [held[name][i] for i in spaced(len(held[name]), args.judged_each)]
-        verdicts = read_scores(judge, roles[name], records)
-        total += len(records)
-        counts[name] = [s if s is not None else -1 for s in verdicts.scores]
+    together = max(1, 256 // args.judged_each)  # number of roles per call of the judge
+    for first in range(0, len(sample), together):
+        part = sample[first: first + together]
+        records = {name: [held[name][i] for i in spaced(len(held[name]), args.judged_each)]
+                   for name in part}
+        verdicts = read_scores(judge, [
+            (roles[name], record["question"], record["conversation"][-1]["content"])
+            for name in part for record in records[name]])
         masses += verdicts.mass.tolist()
-        full = np.array([s == 3 for s in verdicts.scores])
-        played += int(full.sum())
-        own = means[name].astype(np.float32)
-        there = np.isfinite(own).all((1, 2))
-        for chosen, by_role in ((full & there, vectors), (there, unjudged)):
-            if chosen.any():
-                by_role[name] = own[chosen].mean(0, dtype=np.float64).astype(np.float32)
-        examples.append({"role": name, "score": verdicts.scores[0],
-                         "expected": round(float(verdicts.expected[0]), 2),
-                         "conversation": records[0]["conversation"]})
-        print(f"{name}: {counts[name]}, {time.perf_counter() - begun:.0f} s", flush=True)
+        scores, expected = iter(verdicts.scores), iter(verdicts.expected)
+        for name in part:
+            given = [next(scores) for _ in records[name]]
+            mean = [float(next(expected)) for _ in records[name]]
+            counts[name] = {str(s): given.count(s) for s in (0, 1, 2, 3, None)}
+            full = np.array([s == 3 for s in given])
+            own = means[name].astype(np.float32)
+            there = np.isfinite(own).all((1, 2))
+            for chosen, least, by_role in ((full & there, args.least, vectors),
+                                           (there, 1, unjudged)):
+                if chosen.sum() >= least:
+                    by_role[name] = own[chosen].mean(0, dtype=np.float64).astype(np.float32)
+            examples.append({"role": name, "score": given[0], "expected": round(mean[0], 2),
+                             "conversation": records[name][0]["conversation"]})
+        print(f"judged {first + len(part)} of {len(sample)} roles, "
+              f"{time.perf_counter() - begun:.0f} s", flush=True)
     plain = means["default"].astype(np.float32)
     default = plain[np.isfinite(plain).all((1, 2))].mean(0, dtype=np.float64).astype(np.float32)
     everyone = jp.load_axis(args.out / "axis.safetensors").values
     same = science.analyse(default, {name: unjudged[name] for name in vectors}).axis if (
         len(vectors) >= 2) else everyone
+    total = sum(sum(each.values()) for each in counts.values())
+    by_score = {s: sum(each[s] for each in counts.values()) for s in ("0", "1", "2", "3", "None")}
+    played = sorted(((each["3"] / sum(each.values()), name) for name, each in counts.items()),
+                    reverse=True)
+    draw = np.random.default_rng(args.seed).permutation(len(examples))[:EXAMPLES]
     out: dict[str, Any] = {
         "judge": args.judge_name, "roles": len(sample), "answers": total,
-        "seconds": round(time.perf_counter() - begun, 1),
-        "scores": {str(s): sum(c.count(s) for c in counts.values()) for s in (0, 1, 2, 3, -1)},
-        "share_played": round(played / max(total, 1), 4),
-        "mass": round(float(np.mean(masses)), 4), "roles_with_3": len(vectors),
-        "by_role": counts, "examples": examples,
+        "seconds": round(time.perf_counter() - begun, 1), "scores": by_score,
+        "share_played": round(by_score["3"] / max(total, 1), 4),
+        "mass": round(float(np.mean(masses)), 4), "least": args.least,
+        "roles_with_3": len(vectors),
+        "played": [[name, round(share, 4)] for share, name in played],
+        "examples": [examples[i] for i in draw],
     }
     if len(vectors) >= 2:
         found = science.analyse(default, vectors)
@@ -242,83 +210,9 @@ def cosines(a: np.ndarray, b: np.ndarray) -> list[float]:
     return [round(science.cosine(x, y), 4) for x, y in zip(a, b, strict=True)]
 
 
-def cap_stage(args: argparse.Namespace) -> dict[str, Any]:
-    """Compare answers, perplexity and capability without a cap, with a cap, and with a control.
-
-    The cap is a floor at the 25th percentile of all answers' projections. The control moves each
-    activation as far as the cap would move it, but along one random direction per layer.
-    """
-    model = jp.load(args.model, dtype=args.dtype)
-    axis = jp.load_axis(args.out / "axis.safetensors")
-    order = json.loads((args.out / "axis.json").read_text())["ranking"]["order"]
-    layers = cap_layers(model)
-    roles = {role.name: role for role in texts.load_roles(None)}
-    named = [name for name in order[::-1] if name in roles][:FARTHEST]
-    asked = texts.load_questions(None)[args.questions: args.questions + args.cap_questions]
-    floors = axis.thresholds("p25", of="all")[list(layers)]
-    random = np.random.default_rng(args.seed).normal(size=(1, len(layers), axis.values.shape[1]))
-    arms = {"none": None, "cap": jp.cap(axis, layers=layers, floor=floors),
-            "control": jp.cap(axis, layers=layers, floor=floors, push=random)}
-    prompts = [(name, q.text, opening(roles[name].prompts[0], q.text))
-               for name in named for q in asked]
-    ordinary = answers(args)["default"]
-    talks = [r["conversation"] for r in ordinary if r["conversation"][-1]["content"]]
-    talks = talks[: args.ordinary]
-    out: dict[str, Any] = {"layers": [layers.start, layers.stop], "percentile": "p25 of all",
-                           "roles": named, "questions": len(asked), "answers": len(prompts),
-                           "ordinary": len(talks), "capability_questions": len(QUESTIONS),
-                           "arms": {}}
-    options: dict[str, Any] = {"max_new_tokens": args.new, "batch_size": args.batch,
-                               "seed": args.seed}
-    replies = {}
-    for name, edit in arms.items():
-        begun = time.perf_counter()
-        made = jp.generate(model, [talk for *_, talk in prompts], interventions=edit,
-                           temperature=0.7, top_p=0.9, **options)
-        replies[name] = made.text
-        bound = jp.logprobs(model, talks, interventions=edit).perplexity(jp.response)
-        short: dict[str, Any] = options | {"max_new_tokens": 24}
-        given = jp.generate(model, [q for q, _ in QUESTIONS], interventions=edit, **short).text
-        right = [correct(answer, wanted)
-                 for answer, (_, wanted) in zip(given, QUESTIONS, strict=True)]
-        changed = 0.0  # the share of (capped layer, token) pairs whose activation was changed
-        if made.applied:
-            counts = made.applied[0]
-            changed = float(counts.changed.sum() / (len(counts.changed) * counts.seen.sum()))
-        out["arms"][name] = {"perplexity": round(bound, 4), "correct": int(sum(right)),
-                             "changed_share": round(changed, 4),
-                             "seconds": round(time.perf_counter() - begun, 1)}
-        print(name, out["arms"][name], flush=True)
-    out["replies"] = [{"role": name, "question": q,
-                       **{arm: texts_[i] for arm, texts_ in replies.items()}}
-                      for i, (name, q, _) in enumerate(prompts)]
-    return out
-
-
-def cap_judge_stage(args: argparse.Namespace) -> dict[str, Any]:
-    """Score the answers of the stage `cap`, at most `--judged-each` per arm and role."""
-    made = json.loads((args.out / "cap.json").read_text())
-    roles = {role.name: role for role in texts.load_roles(None)}
-    judge = DigitJudge(jp.load(args.judge, dtype=args.judge_dtype))
-    out: dict[str, Any] = {"judge": args.judge_name, "each": args.judged_each, "arms": {}}
-    for arm in made["arms"]:
-        scores, expected = [], []
-        for name in made["roles"]:
-            records = [{"question": r["question"], "conversation": [{"content": r[arm]}]}
-                       for r in made["replies"] if r["role"] == name][: args.judged_each]
-            verdicts = read_scores(judge, roles[name], records)
-            scores += verdicts.scores
-            expected += verdicts.expected.tolist()
-        out["arms"][arm] = {"share_played": round(float(np.mean([s == 3 for s in scores])), 4),
-                            "expected_score": round(float(np.mean(expected)), 4),
-                            "scores": {str(s): scores.count(s) for s in (0, 1, 2, 3, None)}}
-        print(arm, out["arms"][arm], flush=True)
-    return out
-
-
 def speed_stage(args: argparse.Namespace) -> dict[str, Any]:
     """Compare the speed of capped generation with that of transformers on random role prompts."""
-    model, axis = jp.load(args.model, dtype=args.dtype), jp.load_axis(args.out / "axis.safetensors")
+    model, axis = loaded(args.model, args.dtype), jp.load_axis(args.out / "axis.safetensors")
     roles, questions = cast(args, args.name)[1:], texts.load_questions(None)[: args.questions]
     draw = np.random.default_rng(args.seed)
     talks = []
@@ -329,11 +223,6 @@ def speed_stage(args: argparse.Namespace) -> dict[str, Any]:
     return compare(model, axis, cap_layers(model), talks, args)
 
 
-def cap_layers(model: jp.Model) -> range:
-    """Return the layers to cap: 70 to 85 % of the depth, similar to the caps of Lu et al. 2026."""
-    return range(int(0.7 * model.config.n_layers), int(0.85 * model.config.n_layers))
-
-
 STAGES = {"axis": axis_stage, "judge": judge_stage, "cap": cap_stage, "cap_judge": cap_judge_stage,
           "speed": speed_stage}
 
@@ -341,7 +230,7 @@ STAGES = {"axis": axis_stage, "judge": judge_stage, "cap": cap_stage, "cap_judge
 def main() -> None:
     """Run one stage and write its result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("stage", choices=list(STAGES))
+    parser.add_argument("stages", nargs="+", choices=list(STAGES))
     parser.add_argument("--model", help="a folder, a .gguf file or a Hugging Face Hub model")
     parser.add_argument("--name", default="SmolLM2", help="name of the model in prompts")
     parser.add_argument("--judge", help="the judge model")
@@ -357,6 +246,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--judged", type=int, default=40, help="number of judged roles")
     parser.add_argument("--judged-each", type=int, default=4, help="judged answers per role")
+    parser.add_argument("--least", type=int, default=1,
+                        help="number of answers with score 3 that a role needs for the judged axis")
     parser.add_argument("--cap-questions", type=int, default=2)
     parser.add_argument("--ordinary", type=int, default=40)
     parser.add_argument("--speed-prompts", type=int, default=64)
@@ -364,15 +255,16 @@ def main() -> None:
                         help="time limit of `speed` in seconds")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    begun = time.perf_counter()
-    found = STAGES[args.stage](args)
     given = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(args).items()
-             if k not in ("model", "judge", "out")}
-    result = {"stage": args.stage, **machine(), "date": time.strftime("%Y-%m-%d"),
-              "arguments": given, "wall_s": round(time.perf_counter() - begun, 1), **found}
-    (args.out / f"{args.stage}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({k: v for k, v in result.items()
-                      if isinstance(v, (int, float, str))}), flush=True)
+             if k not in ("stages", "model", "judge", "out")}
+    for stage in args.stages:
+        begun = time.perf_counter()
+        found = STAGES[stage](args)
+        result = {"stage": stage, **machine(), "date": time.strftime("%Y-%m-%d"),
+                  "arguments": given, "wall_s": round(time.perf_counter() - begun, 1), **found}
+        (args.out / f"{stage}.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(json.dumps({k: v for k, v in result.items()
+                          if isinstance(v, (int, float, str))}), flush=True)
 
 
 if __name__ == "__main__":
