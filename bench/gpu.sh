@@ -28,10 +28,14 @@ fi
 out=${out:-bench/results}
 mkdir -p "$out"
 
-# link the package's folders, which are separate in the repository, into one package
+# link the package's folders, which are separate in the repository, into one package, and write its
+# metadata, which contain the version
 package=$(mktemp -d)
 trap 'rm -rf "$package"' EXIT
-mkdir "$package/jaxpersona"
+version=$(grep -m1 '^version' pyproject.toml | cut -d'"' -f2)
+mkdir "$package/jaxpersona" "$package/jaxpersona-$version.dist-info"
+printf 'Metadata-Version: 2.1\nName: jaxpersona\nVersion: %s\n' "$version" \
+    > "$package/jaxpersona-$version.dist-info/METADATA"
 ln -s "$PWD"/jaxpersona/* "$package/jaxpersona/"
 ln -s "$PWD/kernels" "$PWD/ckpts" "$package/jaxpersona/"
 export PYTHONPATH="$package${PYTHONPATH:+:$PYTHONPATH}" TF_CPP_MIN_LOG_LEVEL=3 PYTHONUNBUFFERED=1

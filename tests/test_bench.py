@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import itertools
 import json
 import os
@@ -209,6 +210,24 @@ def test_a_rehearsal_does_not_write_over_the_results_of_a_gpu(tmp_path, named):
     chosen = words[words.index("--out") + 1]
     assert chosen == folder if folder else chosen.startswith(str(tmp_path))
     assert "--small" in words and "--hlo" not in words
+
+
+def test_the_gpu_script_needs_no_installed_package(tmp_path):
+    """The script gives Python the package and its version, which is read from metadata."""
+    stub = tmp_path / "python"
+    stub.write_text(f"""#!/bin/sh
+exec {sys.executable} -S -c 'import os, sys, importlib.metadata as m, importlib.util as u
+sys.path[:0] = os.environ["PYTHONPATH"].split(":")
+print(m.version("jaxpersona"), u.find_spec("jaxpersona").origin)'
+""")
+    stub.chmod(0o755)
+    out = subprocess.run(
+        ["bash", str(BENCH / "gpu.sh"), "1"], text=True, capture_output=True, check=True,
+        env={**os.environ, "SMALL": "1", "PYTHON": str(stub), "PYTHONPATH": "", "OUT": "",
+             "TMPDIR": str(tmp_path)})
+    version, origin = out.stdout.split()[-2:]
+    assert version == importlib.metadata.version("jaxpersona")
+    assert origin.startswith(str(tmp_path)) and origin.endswith("jaxpersona/__init__.py")
 
 
 def test_an_arm_that_is_not_judged_does_not_prolong_the_pairs():
