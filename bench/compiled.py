@@ -31,8 +31,10 @@ class Steps:
 
     def __init__(self, model: Any, rows: int, steps: int, edits: dict[str, Any], *,
                  prompt: int = 32, params: dict[str, Any] | None = None,
-                 options: dict[str, dict[str, Any]] | None = None) -> None:
-        self.setting = Decoding(model, rows, steps, prompt=prompt)
+                 options: dict[str, dict[str, Any]] | None = None, temperature: float = 0.0,
+                 top_p: float = 1.0) -> None:
+        self.setting = Decoding(model, rows, steps, prompt=prompt, temperature=temperature,
+                                top_p=top_p)
         self.edits, read = edits, Capture()
         base = jax.block_until_ready(self.setting.start(NOTHING, read))
         self.given = {}
@@ -47,7 +49,7 @@ class Steps:
 
         def build(name: str) -> Any:
             own = (options or {}).get(name)
-            lowered = decode.lower(*self.given[name], greedy=True)
+            lowered = decode.lower(*self.given[name], greedy=temperature == 0)
             return attempt(lowered.compile, own) if own else lowered.compile()
 
         built, self.compile_s = compile_all(

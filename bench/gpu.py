@@ -93,6 +93,14 @@ class Bench:
         """Measure the overhead of a shared cap and of per-row caps when decoding 256 rows."""
         return self._decoding(256)
 
+    def sampled32(self) -> dict[str, Any]:
+        """Time decoding of 32 rows at temperature 0.7 and top-p 0.9."""
+        return self._sampled(32)
+
+    def sampled256(self) -> dict[str, Any]:
+        """Time decoding of 256 rows at temperature 0.7 and top-p 0.9."""
+        return self._sampled(256)
+
     def weights1(self) -> dict[str, Any]:
         """Time decoding of 1 row with separate and joined weights, unquantized and in int8."""
         return self._weights(1)
@@ -266,6 +274,19 @@ class Bench:
         return {"rows": rows, "prompt": prompt, "steps": steps, "compile_s": made.compile_s,
                 "kernels": made.kernels} | self._bound(made.setting, step)
 
+    def _sampled(self, rows: int) -> dict[str, Any]:
+        steps = 8 if self.small else 64
+        found: dict[str, Any] = {"rows": rows, "steps": steps}
+        for name, how in (("greedy", {}), ("sampled", {"temperature": 0.7, "top_p": 0.9})):
+            made = Steps(self.model, rows, steps, {name: NOTHING}, **how)
+            once = made.timer(name)
+            once()
+            step = min(once() for _ in range(5)) / steps
+            found[name] = {"compile_s": made.compile_s, "kernels": made.kernels[name],
+                           **self._bound(made.setting, step),
+                           "profile": attempt(self._profile, made, name)}
+        return found
+
     def _bound(self, setting: Decoding, step: float) -> dict[str, Any]:
         moved = setting.bytes
         out = {"ms_per_step": round(1e3 * step, 4), "bytes_per_step": moved,
@@ -305,7 +326,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
                        "xla_gpu_command_buffer_unroll_loops": True},
 }
 PARTS = ("limits", "decode32", "decode1", "context32", "context1", "prefill", "decode256",
-         "products", "weights1", "weights32", "options1", "options32", "start")
+         "products", "weights1", "weights32", "options1", "options32", "sampled32",
+         "sampled256", "start")
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ CANDIDATES = 256
 _BISECTIONS = 30
 _BLOCK = 512
 _LANES = 128
+_TOP_BLOCK = 32
 PRNG = "threefry2x32"  # the PRNG of `uniforms`; this name is recorded with every run
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
@@ -141,7 +142,7 @@ def choose(logits: jax.Array, settings: Sampling, row_id: jax.Array,
     seed = place(jnp.asarray(settings.seed), ("batch",), logits)
     draw = uniforms(seed, row_id, position)
     count = min(CANDIDATES, logits.shape[-1])
-    top, tokens = jax.lax.top_k(probability, count)
+    top, tokens = most_probable(probability, count)
     rank = jnp.arange(count, dtype=jnp.int32)
     limited = (settings.top_k[:, None] == 0) | (rank[None] < settings.top_k[:, None])
     top = jnp.where(limited, top, 0.0)
@@ -169,6 +170,45 @@ def most_likely(logits: jax.Array) -> jax.Array:
     block = jnp.argmax(blocks.max(-1), -1)
     inner = jnp.argmax(of_each(blocks, block), -1)
     return (block * _LANES + inner).astype(jnp.int32)
+
+
+def most_probable(probability: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Return the `count` largest values per row and their indices, as `lax.top_k` does.
+
+    On a CPU, `lax.top_k` is used. On a GPU, XLA compiles it to a sort of the whole row, so
+    `top_in_blocks` is used.
+
+    Args:
+      probability: [B, V] float32.
+      count: the number of values k, at most V.
+
+    Returns:
+      The values in descending order, [B, k], and their indices, [B, k] int32.
+    """
+    if on_cpu(probability) or probability.shape[-1] <= 2 * count * _TOP_BLOCK:
+        return jax.lax.top_k(probability, count)
+    return top_in_blocks(probability, count)
+
+
+def top_in_blocks(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Return the result of `lax.top_k(values, count)`, without sorting all values of a row.
+
+    The values are divided into blocks of 32. The k blocks with the largest maxima contain the
+    result, so the maxima and the values of these blocks are sorted: 1/32 of the values, and 32·k.
+    Of equal values, `lax.top_k` returns the first. This also holds here, because it selects the
+    first of the blocks with equal maxima, and the selected blocks keep their order.
+
+    Args:
+      values: [B, V] float32, with V > 32·k.
+      count: the number of values k.
+    """
+    padded = jnp.pad(values, ((0, 0), (0, -values.shape[-1] % _TOP_BLOCK)),
+                     constant_values=-jnp.inf)
+    blocks = spread_rows(padded.reshape(len(padded), -1, _TOP_BLOCK), 0, values)
+    chosen = jnp.sort(jax.lax.top_k(blocks.max(-1), count)[1], -1)
+    part = of_each(blocks, chosen).reshape(len(padded), -1)
+    top, at = jax.lax.top_k(spread_rows(part, 0, values), count)
+    return top, of_each(chosen, at // _TOP_BLOCK) * _TOP_BLOCK + at % _TOP_BLOCK
 
 
 def finite(logits: jax.Array, token: jax.Array | None = None) -> jax.Array:

@@ -9,8 +9,16 @@ import pytest
 import support as s
 from scipy import stats
 
+from jaxpersona.distributed.sharding import make_mesh, place
 from jaxpersona.engine import sampling as module
-from jaxpersona.engine.sampling import CANDIDATES, choose, most_likely, sampling, uniforms
+from jaxpersona.engine.sampling import (
+    CANDIDATES,
+    choose,
+    most_likely,
+        sampling,
+    top_in_blocks,
+    uniforms,
+)
 
 DRAWS, V = 4096, 1024
 EARLIER = np.array([0x3E90C0AC, 0x3F605DE0, 0x3D9EE620], np.uint32)
@@ -86,6 +94,38 @@ def test_the_greatest_is_found_in_blocks_as_it_is_one_by_one(vocabulary):
     logits[2, -1] = logits[3, 0] = 9
     logits[5, [vocabulary // 3, vocabulary // 3 + 1, -1]] = np.inf
     np.testing.assert_array_equal(jax.jit(most_likely)(logits), np.argmax(logits, -1))
+
+
+@pytest.mark.parametrize("vocabulary", [8_193, 16_384, 20_001, 49_152])
+def test_the_most_probable_are_found_in_blocks_as_top_k_finds_them(vocabulary):
+    """The values and indices are those of `lax.top_k`, for all ties at the last place too."""
+    rng = np.random.default_rng(vocabulary)
+    values = rng.random((9, vocabulary)).astype(np.float32)
+    values[1] = np.round(values[1], 2)  # about a hundred distinct values
+    values[2] = 0.5  # only ties
+    values[3] = 0.0
+    values[3, rng.permutation(vocabulary)[:255]] = 1.0  # the last place is one of many zeros
+    values[4, :200], values[4, 200:] = 1.0, 0.25  # adjacent tokens
+    values[5], values[5, -1] = 0.0, 1.0
+    values[6, -300:] = 2.0
+    values[7, ::64] = 3.0  # at most one token of a block, more than `CANDIDATES` in large ones
+    top, tokens = jax.jit(top_in_blocks, static_argnums=1)(values, CANDIDATES)
+    want, at = jax.lax.top_k(values, CANDIDATES)
+    np.testing.assert_array_equal(top, want)
+    np.testing.assert_array_equal(tokens, at)
+    order = np.argsort(-values, axis=-1, kind="stable")[:, :CANDIDATES]
+    np.testing.assert_array_equal(tokens, order)
+
+
+@pytest.mark.parametrize("rows", [8, 16])
+def test_the_most_probable_on_a_mesh(rows):
+    values = np.random.default_rng(0).integers(0, 90, (rows, 20_001)).astype(np.float32)
+    with jax.set_mesh(make_mesh(data=8)):
+        placed = place(jnp.asarray(values), ("batch", None))
+        top, tokens = jax.jit(top_in_blocks, static_argnums=1)(placed, CANDIDATES)
+    want, at = jax.lax.top_k(values, CANDIDATES)
+    np.testing.assert_array_equal(top, want)
+    np.testing.assert_array_equal(tokens, at)
 
 
 @pytest.mark.parametrize("kept", [1, 2, 3, 4])
