@@ -139,7 +139,11 @@ def test_min_count_and_held_out_roles_take_no_generation(run, played):
 
 
 def test_another_rubric_is_another_verdict(run):
-    """A role whose `eval_prompt` changed is judged again; others are not."""
+    """A role whose `eval_prompt` changed is judged again; others are not.
+
+    Its sums are then those of the new scores.
+    """
+    before = Run.read(run).sums("pirate", "test")
     asked = []
     judge = s.Scored(lambda role, key: asked.append(role) or 3)
     roles = [ROLES[0], dataclasses.replace(ROLES[1], eval_prompt="{question} {answer}!"),
@@ -147,6 +151,11 @@ def test_another_rubric_is_another_verdict(run):
     found, _ = extend(run, roles=roles, judge=judge)
     assert set(asked) == {"ghost"} and found.counts["ghost"]["3"] == 4
     assert found.counts["pirate"] == {"0": 0, "1": 0, "2": 1, "3": 3, "None": 0}
+    kept = Run.read(run)
+    assert set(kept.sums("ghost", "test").groups.values()) == {"3"}
+    assert kept.sums("pirate", "test").groups == before.groups
+    # the vector of score 3 includes the reply that had score 2; bfloat16 differences
+    assert s.relative(found.role_means["ghost"], kept.sample("ghost").means.mean(0)) <= 2e-3
 
 
 def test_failed_verdicts_are_counted_and_asked_for_again(tmp_path):
