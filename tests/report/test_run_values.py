@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import types
 
+import made_runs
 import ml_dtypes
 import numpy as np
 import pytest
+import support as s
 
 import jaxpersona as jp
 from jaxpersona.data.texts import Role
+from jaxpersona.errors import UserError
 from jaxpersona.judges.protocol import Item
 from jaxpersona.report import run_about, run_page
 from jaxpersona.report.run_drift import Drift
 from jaxpersona.report.run_halves import Halves
-from jaxpersona.report.run_read import Analysis, Contents, Measured, _pick, _read_role
+from jaxpersona.report.run_read import Analysis, Contents, Measured, _pick, _read_role, read
 from jaxpersona.report.run_values import Notes, _cut, order, unplaced, values
 from jaxpersona.runs.sums import Sample
 
@@ -88,6 +91,28 @@ def test_failed_verdicts_are_not_scores_and_costs_are_added():
         assert len({item.key for item, _ in _pick(items, None, [seed])}) == 3
     assert [run_about._dialogue(items[i])["place"] for i in (0, 3)] == [
         "prompt 0, question 0", "prompt 1, question 3, sample 3"]
+
+
+def test_the_judge_of_a_page_is_that_of_its_axis(tmp_path):
+    """After a call with another judge that was stopped, the axis and its scores are as before."""
+    def stops(role, key):
+        raise UserError("the budget is used")
+
+    rng = np.random.default_rng(0)
+    place = {name: rng.normal(size=(3, 32)) for name in ("default", "a", "b")}
+    given = (["a", "b"], lambda role, key: place[role], lambda role, key: "Ahoy.")
+    folder = made_runs.make(tmp_path / "run", *given, judge=s.Scored(lambda role, key: 3))
+    before = read(folder)
+    with pytest.raises(UserError, match="the budget is used"):
+        made_runs.make(folder, *given, judge=s.Scored(stops, "another"))
+    found = read(folder)
+    assert found.manifest["last"]["judge"] == "another" and found.judge == before.judge == "test"
+    assert found.closed == {"default", "a", "b"} and found.counts == before.counts
+    assert found.counts["a"]["3"] == 2 and found.halves.agreement().roles == 2
+    for name in ("axis.safetensors", "analysis.json"):
+        (folder / name).unlink()
+    found = read(folder)  # without an axis, it is the judge of the last call
+    assert found.judge == "another" and not found.counts
 
 
 @pytest.mark.parametrize(("status", "closed", "axis", "complete", "wanted"), [
