@@ -6,6 +6,8 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import support as s
@@ -23,6 +25,7 @@ from test_damages import (  # noqa: F401
 from jaxpersona.data.texts import Question, Role
 from jaxpersona.engine import stream
 from jaxpersona.errors import UserError
+from jaxpersona.models.model import release
 from jaxpersona.persona.extract import extract_axis
 from jaxpersona.runs.compare import sealed
 from jaxpersona.runs.run import Run
@@ -156,6 +159,38 @@ def test_another_rubric_is_another_verdict(run):
     assert kept.sums("pirate", "test").groups == before.groups
     # the vector of score 3 includes the reply that had score 2; bfloat16 differences
     assert s.relative(found.role_means["ghost"], kept.sample("ghost").means.mean(0)) <= 2e-3
+
+
+class Last(s.Scored):
+    """A judge whose model is loaded in place of the evaluated one, as with `--judge-after`."""
+
+    after = together = True
+
+    def __init__(self, model, *given):
+        super().__init__(*given)
+        self._model = model
+
+    def score(self, items):
+        release(self._model)
+        yield from super().score(items)
+
+
+def own_model():
+    """Return `MODEL` with arrays of its own, which may be deleted."""
+    return dataclasses.replace(MODEL, params=jax.tree.map(jnp.copy, MODEL.params))
+
+
+@pytest.mark.parametrize("name", ["test", "another"])
+def test_means_are_read_again_before_the_model_is_released(run, played, name):
+    """All means of a role are needed if its rubric changed, or if it had another judge."""
+    model = own_model()
+    roles = [ROLES[0], dataclasses.replace(ROLES[1], eval_prompt="{question} {answer}!"),
+             *ROLES[2:]]
+    found = extract_axis(model, roles, QUESTIONS, run, settings=SETTINGS, min_count=2,
+                         judge=Last(model, lambda role, key: 3, name))
+    assert model.params.like.is_deleted() and not played
+    assert found.counts["ghost"]["3"] == 4
+    assert set(Run.read(run).sums("ghost", name).groups.values()) == {"3"}
 
 
 def test_failed_verdicts_are_counted_and_asked_for_again(tmp_path):
