@@ -169,7 +169,10 @@ class Collection:
         """Copy the missing rollouts of all roles from an older run."""
         for name in list(self._have):
             self._take_over(name, older)
-            if not self._left[name]:
+            if not self._left[name] and judging.after:  # the missing rollouts need the model first
+                self._ready.append(name)
+                self._states.pop(name, None)
+            elif not self._left[name]:
                 self._played_all(judging, name)
             while len(self._awaited) > AWAITED:
                 self._judged(judging.take(0.2))
@@ -239,9 +242,8 @@ class Collection:
     def _recover(self, name: str) -> None:
         """Recompute and store a role's missing response means, before the judge loads its model."""
         state = self._state(name) if self._owned[name] else None
-        lost: Any = processes.merge({} if state is None else {"lost": [
-            record for key, record in state.records.items() if not state.live.has_mean(key)
-            and (state.sums is None or key not in state.sums.groups)]})["lost"]
+        lost: Any = processes.merge({} if state is None else {
+            "lost": needed(state, name, unjudged=True)})["lost"]
         for record, mean in zip(lost, reread(self.model, lost), strict=True):
             if state is not None:
                 state.live.add(record, mean)

@@ -152,7 +152,6 @@ def axis_of(model: Model, run: Run, roles: Sequence[Role], judge: Judge, min_cou
     for name in owned:
         sums = _sums(run, name, judge.name)
         vectors[name] = sums.vectors(science.LABELS)
-        run.save_vectors(name, vectors[name])
         verdicts = run.verdicts(name, judge.name)
         whole = len(sums.groups) if verdicts is None else len(verdicts["scores"])
         sizes[name] = whole, len(sums.groups) - sums.count(EMPTY)
@@ -176,6 +175,8 @@ def axis_of(model: Model, run: Run, roles: Sequence[Role], judge: Judge, min_cou
             f"least {min_count} rollouts with score 3 from the judge {judge.name}; the axis needs "
             f"at least two such roles. {run.folder} keeps all rollouts and verdicts: use the same "
             "folder with more questions, a lower min_count, or another judge")
+    for name in owned:  # only now: without an axis, the files of an earlier axis remain
+        run.save_vectors(name, vectors[name])
     analysis = science.analyse(default, used)
     projections = _in_order({name: science.project(run.sample(name).means, analysis.axis)
                              for name in owned}, names)

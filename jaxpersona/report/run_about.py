@@ -175,6 +175,11 @@ def provenance(found: Contents, version: str) -> list[dict[str, Any]]:
     model, last, numerics = (manifest.get(key, {}) for key in ("model", "last", "numerics"))
     status = found.status or {}
     arguments = {name: value for name, value in manifest.get("arguments", {}).items()}
+    of_axis = {name: last[name] for name in ("min_count", "held_out", "keep_means")
+               if name in last}
+    if found.axis is not None and found.analysis is not None:  # a stopped call may have others
+        of_axis |= {k: v for k, v in found.axis.notes.items() if k == "min_count"}
+        of_axis["held_out"] = sorted(n for n, role in found.analysis.roles.items() if role.held_out)
     texts = digest([manifest.get("roles"), manifest.get("questions")])
     flags = {name: value for name, value in numerics.get("jax", {}).items()
              if value not in (None, False)}
@@ -199,8 +204,7 @@ def provenance(found: Contents, version: str) -> list[dict[str, Any]]:
                        for score, number in sorted(totals.items())]),
                    ("cost of the verdicts", "unknown: no verdict states a cost"
                     if found.cost is None else f"${found.cost:,.4f}")]),
-        ("Axis", [(name.replace("_", " "), _text(last.get(name))) for name in (
-            "min_count", "held_out", "keep_means") if name in last]),
+        ("Axis", [(name.replace("_", " "), _text(value)) for name, value in of_axis.items()]),
         ("Device", [(name, _text(numerics.get(name))) for name in (
             "platform", "device", "devices", "mesh", "processes", "prng") if name in numerics]
          + [("JAX settings", _text(flags or "default")),

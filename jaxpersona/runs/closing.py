@@ -146,18 +146,23 @@ def close(run: Run, role: str, state: State, *, judge: str, rubric: str, keep: i
     return sums
 
 
-def needed(state: State, role: str) -> list[dict[str, Any]]:
+def needed(state: State, role: str, *, unjudged: bool = False) -> list[dict[str, Any]]:
     """Return the rollouts whose response means `close` has to recompute.
 
     These are the rollouts, sorted by question, prompt and sample, whose means are neither in the
     live files nor in the sums. Sums that do not agree with the verdicts are treated as empty.
-    Rollouts without a valid verdict are omitted, except those of the default persona.
+
+    Args:
+      state: the role's state.
+      role: the name of the role.
+      unjudged: whether to include rollouts without a valid verdict, as if they were judged. Those
+        of the default persona are always included.
     """
     scores = dict.fromkeys(state.records) if role == DEFAULT else _scores(state.verdicts)
     sums = _usable(state.sums, scores)
     records = sorted(state.records.items(), key=lambda item: place_of(item[1]))
-    return [record for key, record in records
-            if key in scores and key not in sums.groups and not state.live.has_mean(key)]
+    return [record for key, record in records if (unjudged or key in scores)
+            and key not in sums.groups and not state.live.has_mean(key)]
 
 
 def _usable(sums: Sums | None, scores: Mapping[str, int | None]) -> Sums:

@@ -70,16 +70,19 @@ def test_roofline_is_the_formula():
 @pytest.mark.parametrize(("sizes", "rows", "model"), [
     ({"data": 2, "model": 4}, 16, 4), ({"data": 8, "model": 1}, 4, 1), ({"data": 1, "model": 8},
                                                                         32, 8),
-    ({"data": 2, "fsdp": 2, "model": 2}, 8, 2),
+    ({"data": 2, "fsdp": 2, "model": 2}, 8, 2), ({"data": 1, "model": 16}, 32, 16),
 ])
 def test_roofline_of_a_mesh_is_the_formula(sizes, rows, model):
-    """Data and fsdp shard rows; model shards weights, heads and matmuls."""
+    """Data and fsdp shard rows; model shards weights, heads and matmuls.
+
+    The model has eight key/value heads; 16 chips hold each of them twice.
+    """
     config, chip = preset("llama-3.1-8b"), chips.CHIPS["h200"]
     shapes = plan.Shapes(batch=32, width=1536, slots=2048)
     found = plan.seconds(config, plan._mesh(sizes, None, config), shapes, chip)
     # two ring all-reduces per layer, each moving 2 (n - 1) / n of 4,096 bfloat16 per row
     sums = 2 * 32 * 2 * (model - 1) / model * rows * 4096 * 2 / 450e9
-    step = (15_009_849_344 / model + rows * 1792 * 131_072 / model) / 4800e9
+    step = (15_009_849_344 / model + rows * 1792 * 131_072 / min(model, 8)) / 4800e9
     prefill = rows * (2 * 6_979_588_096 * 1536 + 262_144 * 1536**2) / model / 989e12
     assert found["decode_sums"] == pytest.approx(sums)
     assert found["prefill_sums"] == pytest.approx(1536 * sums)
@@ -137,13 +140,18 @@ def test_a_prefill_s_temporaries_are_near_what_a_gpu_s_compiler_takes(model, bat
     assert found["temporaries"] == pytest.approx(compiled, rel=0.1)
 
 
-def test_a_mesh_of_gpus_needs_room_for_the_scores_of_a_chunk():
+@pytest.mark.parametrize(("sizes", "wanted"), [
+    # two bfloat16 copies of the queries, and the scores of 512 queries
+    ({"data": 8, "model": 1}, 4 * 1536 * 16_384 + 6 * 4 * 32 * 512 * 2048),
+    ({"data": 1, "model": 2}, 32 * 1536 * 8_192 + 6 * 32 * 16 * 512 * 2048),
+    # with two query heads a chip, the MLP needs more: gate and up of 14,336 / 16, three residuals
+    ({"data": 1, "model": 16}, 32 * 1536 * 2 * (2 * 896 + 3 * 4096)),
+], ids=str)
+def test_a_mesh_of_gpus_needs_room_for_the_scores_of_a_chunk(sizes, wanted):
     """cuDNN attention does not support meshes."""
     config, shapes = preset("llama-3.1-8b"), plan.Shapes(batch=32, width=1536, slots=2048)
-    mesh = plan._mesh({"data": 8, "model": 1}, None, config)
-    queries = 4 * 1536 * 2 * 2 * 32 * 128  # queries of four rows, two bfloat16 copies
-    assert plan.activation_bytes(config, mesh, shapes, chips.CHIPS["h200"]) == (
-        queries + 6 * 4 * 32 * 512 * 2048)
+    mesh = plan._mesh(sizes, None, config)
+    assert plan.activation_bytes(config, mesh, shapes, chips.CHIPS["h200"]) == wanted
 
 
 def test_what_cannot_be_planned_is_refused(monkeypatch):

@@ -42,6 +42,7 @@ def test_a_plan_of_int8_weights_reads_a_byte_per_number():
 @pytest.mark.parametrize(("sizes", "width", "scores"), [
     ({"data": 1, "model": 1}, 96, 8 * 8 * 96 * 128),
     ({"data": 2, "model": 4}, 96, 4 * 2 * 96 * 128),
+    ({"data": 1, "model": 8}, 96, 8 * 1 * 96 * 128),  # four key/value heads, each held twice
     ({"data": 2, "model": 1}, 1024, 4 * 8 * 512 * 1056),  # of one chunk of 512 queries
     ({"data": 1, "model": 1}, 4096, 0),  # splash attention keeps no scores
 ])

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import types
 
+import made_runs
 import ml_dtypes
 import numpy as np
 import pytest
+import support as s
 
 import jaxpersona as jp
 from jaxpersona.data.texts import Role
+from jaxpersona.errors import UserError
 from jaxpersona.judges.protocol import Item
 from jaxpersona.report import run_about, run_page
 from jaxpersona.report.run_drift import Drift
 from jaxpersona.report.run_halves import Halves
-from jaxpersona.report.run_read import Analysis, Contents, Measured, _pick, _read_role
+from jaxpersona.report.run_read import Analysis, Contents, Measured, _pick, _read_role, read
 from jaxpersona.report.run_values import Notes, _cut, order, unplaced, values
 from jaxpersona.runs.sums import Sample
 
@@ -88,6 +91,41 @@ def test_failed_verdicts_are_not_scores_and_costs_are_added():
         assert len({item.key for item, _ in _pick(items, None, [seed])}) == 3
     assert [run_about._dialogue(items[i])["place"] for i in (0, 3)] == [
         "prompt 0, question 0", "prompt 1, question 3, sample 3"]
+
+
+def stops(role, key):
+    raise UserError("the budget is used")
+
+
+@pytest.mark.parametrize(("score", "words"), [
+    (stops, "^the budget is used$"),
+    (lambda role, key: 3 if key.endswith("q1") else 2,
+     r"^too few roles .* \(0 of 3 roles\) have at least 2 rollouts with score 3 from the judge an"),
+], ids=["stopped", "too few roles"])
+def test_after_a_call_without_an_axis_a_page_is_that_of_the_earlier_axis(tmp_path, score, words):
+    """Its judge, scores, vectors, held-out roles and min_count are those of the axis."""
+    rng = np.random.default_rng(0)
+    place = {(role, key): rng.normal(size=(3, 32)) for role in ("default", "a", "b", "c")
+             for key in ("q0", "q1")}
+    given = (["a", "b", "c"], lambda role, key: place[role, key[-2:]], lambda role, key: "Ahoy.")
+    folder = made_runs.make(tmp_path / "run", *given, judge=s.Scored(lambda role, key: 3),
+                            min_count=1)
+    before = read(folder)
+    with pytest.raises(UserError, match=words):
+        made_runs.make(folder, *given, judge=s.Scored(score, "another"), held_out=["c"])
+    found = read(folder)
+    assert found.manifest["last"]["judge"] == "another" and found.judge == before.judge == "test"
+    assert found.closed == {"default", "a", "b", "c"} and found.counts == before.counts
+    assert found.counts["a"]["3"] == 2 and found.halves.agreement().roles == 3
+    for name, vector in before.vectors.items():
+        np.testing.assert_array_equal(found.vectors[name], vector, err_msg=name)
+    rows = {group["title"]: dict(group["rows"]) for group in run_about.provenance(found, "")}
+    assert rows["Axis"] == {"min count": "1", "held out": "none", "keep means": "16"}
+    assert rows["Judge"]["judge of this page"] == "test"
+    for name in ("axis.safetensors", "analysis.json"):
+        (folder / name).unlink()
+    found = read(folder)  # without an axis, it is the judge of the last call
+    assert found.judge == "another" and ("a" in found.counts) == (score is not stops)
 
 
 @pytest.mark.parametrize(("status", "closed", "axis", "complete", "wanted"), [

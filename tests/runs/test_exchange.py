@@ -319,6 +319,9 @@ def test_failed_verdicts_held_out_roles_and_samples_are_exported_as_they_are(tmp
     scores = json.loads((tmp_path / "out" / "scores" / f"{NAMES[0]}.json").read_text())
     held = torch.load(tmp_path / "out" / "activations" / f"{NAMES[0]}.pt", weights_only=True)
     assert first not in scores and set(held) == {first, *scores}
+    # the mean of a reply without a verdict is stored exactly, not as a difference
+    live = Run.read(tmp_path / "run").live(NAMES[0], found.axis.values.shape, repair=False)
+    assert np.array_equal(held[first], live.mean(first))
     assert not (tmp_path / "out" / "vectors" / f"{NAMES[2]}.pt").exists()
     for part in ("activations/{}.pt", "scores/{}.json", "responses/{}.jsonl"):
         (tmp_path / "out" / part.format(NAMES[2])).unlink()
@@ -336,6 +339,35 @@ def test_an_incomplete_run_and_several_samples_are_refused(made, tmp_path):
     extract(tmp_path / "two", QUESTIONS[:1], settings=dataclasses.replace(SETTINGS, samples=2))
     with pytest.raises(UserError, match="has several samples per prompt and question"):
         export_reference(tmp_path / "two", tmp_path / "no")
+
+
+def test_verdicts_of_another_judge_do_not_make_a_role_incomplete(made, tmp_path):
+    run, given = shutil.copytree(made[0] / "run", tmp_path / "run"), []
+
+    def stops(role, key):
+        given.append(role)
+        if len(given) == 2:
+            raise UserError("the budget is used")
+        return 3
+
+    with pytest.raises(UserError, match="the budget is used"):
+        extract(run, judge=s.Scored(stops, "other"), keep_means=None)
+    with pytest.raises(UserError, match=f"role {given[0]!r} is not complete"):
+        export_reference(run, tmp_path / "no", judge="other")
+    found = export_reference(run, tmp_path / "out", judge="judge")
+    assert found.roles == sorted(NAMES)
+    for part in ("scores", "vectors", "activations"):
+        assert sorted(path.name for path in (tmp_path / "out" / part).iterdir()) == sorted(
+            path.name for path in (made[0] / "export" / part).iterdir())
+
+
+def test_a_default_persona_needs_no_min_count_in_an_export(tmp_path):
+    roles = [dataclasses.replace(ROLES[0], prompts=ROLES[0].prompts[:1]), *ROLES[1:]]
+    found = extract_axis(MODEL, roles, QUESTIONS, tmp_path / "run", judge=JUDGE, min_count=8,
+                         settings=SETTINGS, keep_means=None)
+    assert found.counts[NAMES[0]]["3"] == 8
+    assert export_reference(tmp_path / "run", tmp_path / "out").roles == sorted(NAMES)
+    assert near(steps_4_and_5(tmp_path / "out", 8)[1], found.axis.values)
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", "C:x", ".x", "a\nb", "x" * 201, ""])

@@ -6,6 +6,8 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import support as s
@@ -23,7 +25,10 @@ from test_damages import (  # noqa: F401
 from jaxpersona.data.texts import Question, Role
 from jaxpersona.engine import stream
 from jaxpersona.errors import UserError
+from jaxpersona.models.model import release
 from jaxpersona.persona.extract import extract_axis
+from jaxpersona.persona.rejudge import judge_run
+from jaxpersona.persona.thresholds import percentiles_of
 from jaxpersona.runs.compare import sealed
 from jaxpersona.runs.run import Run
 
@@ -118,6 +123,17 @@ def test_what_is_read_again_is_what_generation_read(tmp_path):
             assert s.relative(two.totals[group], total) <= 1e-5
 
 
+def test_the_percentiles_count_replies_that_are_not_empty(run):
+    found, _ = extend(run)
+    groups = {role.name: Run.read(run).sums(role.name, "test").groups for role in ROLES}
+    sizes = {name: len(of) - list(of.values()).count("empty") for name, of in groups.items()}
+    assert min(sizes.values()) < 4 and max(sizes.values()) == 4
+    wanted, between = percentiles_of(found.projections, sizes)
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(found.axis.percentiles["all"][name], value)
+        np.testing.assert_array_equal(found.intervals["all"][name], between[name])
+
+
 def like_the_first(name):
     return s.Scored(lambda role, key: 2 if key == "pos_p1_q1" else 3, name)
 
@@ -139,7 +155,11 @@ def test_min_count_and_held_out_roles_take_no_generation(run, played):
 
 
 def test_another_rubric_is_another_verdict(run):
-    """A role whose `eval_prompt` changed is judged again; others are not."""
+    """A role whose `eval_prompt` changed is judged again; others are not.
+
+    Its sums are then those of the new scores.
+    """
+    before = Run.read(run).sums("pirate", "test")
     asked = []
     judge = s.Scored(lambda role, key: asked.append(role) or 3)
     roles = [ROLES[0], dataclasses.replace(ROLES[1], eval_prompt="{question} {answer}!"),
@@ -147,6 +167,65 @@ def test_another_rubric_is_another_verdict(run):
     found, _ = extend(run, roles=roles, judge=judge)
     assert set(asked) == {"ghost"} and found.counts["ghost"]["3"] == 4
     assert found.counts["pirate"] == {"0": 0, "1": 0, "2": 1, "3": 3, "None": 0}
+    kept = Run.read(run)
+    assert set(kept.sums("ghost", "test").groups.values()) == {"3"}
+    assert kept.sums("pirate", "test").groups == before.groups
+    # the vector of score 3 includes the reply that had score 2; bfloat16 differences
+    assert s.relative(found.role_means["ghost"], kept.sample("ghost").means.mean(0)) <= 2e-3
+
+
+def test_a_role_that_is_being_extended_keeps_the_verdicts_of_another_judge(run):
+    """Its scores file is written when the new rollouts have the verdicts of this judge too."""
+    def stops(role, key):
+        raise UserError("the budget is used")
+
+    with pytest.raises(UserError, match="the budget is used"):
+        extend(run, questions=MORE, judge=s.Scored(stops))
+    found = Run.read(run)
+    shape = MODEL.config.n_layers, MODEL.config.d_model
+    new = {role.name: set(found.live(role.name, shape, repair=False).records)
+           for role in ROLES[1:]}
+    assert any(new.values())
+    counts, _ = judge_run(run, ROLES, OTHER)
+    assert {role: sum(count.values()) for role, count in counts.items()} == {
+        role: 0 if keys else 4 for role, keys in new.items()}
+    asked = []
+    result, _ = extend(run, questions=MORE, judge=s.Scored(
+        lambda role, key: asked.append((role, key)) or OTHER._score(role, key), "another"))
+    assert result.counts["ghost"]["3"] == result.counts["ghost"]["None"] == 4
+    assert len(asked) == 12 - sum(map(len, new.values()))
+
+
+class Last(s.Scored):
+    """A judge whose model is loaded in place of the evaluated one, as with `--judge-after`."""
+
+    after = together = True
+
+    def __init__(self, model, *given):
+        super().__init__(*given)
+        self._model = model
+
+    def score(self, items):
+        release(self._model)
+        yield from super().score(items)
+
+
+def own_model():
+    """Return `MODEL` with arrays of its own, which may be deleted."""
+    return dataclasses.replace(MODEL, params=jax.tree.map(jnp.copy, MODEL.params))
+
+
+@pytest.mark.parametrize("name", ["test", "another"])
+def test_means_are_read_again_before_the_model_is_released(run, played, name):
+    """All means of a role are needed if its rubric changed, or if it had another judge."""
+    model = own_model()
+    roles = [ROLES[0], dataclasses.replace(ROLES[1], eval_prompt="{question} {answer}!"),
+             *ROLES[2:]]
+    found = extract_axis(model, roles, QUESTIONS, run, settings=SETTINGS, min_count=2,
+                         judge=Last(model, lambda role, key: 3, name))
+    assert model.params.like.is_deleted() and not played
+    assert found.counts["ghost"]["3"] == 4
+    assert set(Run.read(run).sums("ghost", name).groups.values()) == {"3"}
 
 
 def test_failed_verdicts_are_counted_and_asked_for_again(tmp_path):

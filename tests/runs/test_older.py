@@ -11,6 +11,7 @@ import pytest
 import support as s
 from jaxpersona.ckpts.files import write_tensors
 from test_damages import MODEL, QUESTIONS, ROLES, SETTINGS, contents
+from test_extend import Last, own_model
 
 from jaxpersona.engine import stream
 from jaxpersona.errors import UserError
@@ -93,6 +94,20 @@ def test_another_judge_scores_the_old_rollouts(both, tmp_path):
     judge = s.Scored(lambda role, key: asked.append(role) or 3, "other")
     found = run(tmp_path / "run", judge=judge, take_from=both[1])
     assert len(asked) == 12 and found.counts["ghost"]["3"] == 4
+
+
+def test_a_judge_that_is_loaded_last_waits_for_the_rollouts_that_are_missing(both, tmp_path):
+    """It takes the place of the evaluated model, so it judges nothing before they are generated."""
+    model = own_model()
+    judge = Last(model, lambda role, key: 3, "other")
+    found = extract_axis(model, ROLES, QUESTIONS, tmp_path / "run", judge=judge, min_count=2,
+                         settings=SETTINGS, take_from=both[1])
+    assert model.params.like.is_deleted()
+    assert all(found.counts[role]["3"] == 4 for role in ("ghost", "pirate", "tutor"))
+    for role in ("ghost", "tutor"):  # old rollouts have no token ids
+        one, two = ([record["conversation"] for record in Run.read(folder).rollouts(role)]
+                    for folder in (tmp_path / "run", both[0]))
+        assert one == two
 
 
 def test_what_does_not_fit_is_refused(both, tmp_path):
