@@ -343,6 +343,20 @@ def test_a_conversation_that_is_not_finite_leaves_nothing_to_the_next_one():
                for at, i in enumerate(kept) for name in alone.captured)
 
 
+def test_a_conversation_with_replaced_values_leaves_nothing_to_the_next_one():
+    """A custom edit makes the last layer finite again, so the row counts as finite."""
+    hidden = custom(lambda _, h: jnp.where(jnp.isfinite(h), h, 0.0), layers=[2])
+    edits = jp.chain(infinite(rows=[0 if i % 3 == 0 else -1 for i in range(len(TALKS))]), hidden)
+    read = capture.mean(layers=[2])
+    mixed = jp.extract(MODEL, TALKS, capture=read, interventions=edits)
+    assert not mixed.nonfinite.any()
+    kept = [i for i in range(len(TALKS)) if i % 3]
+    alone = jp.extract(MODEL, [TALKS[i] for i in kept], capture=read,
+                       interventions=edits.take(kept))
+    assert all(s.same_bits(alone.captured["mean"][at], mixed.captured["mean"][i])
+               for at, i in enumerate(kept))
+
+
 def test_scores_in_pieces_have_the_bits_of_scores_alone():
     talks = TALKS[:-1]  # one size of the cache
     found = jp.logprobs(MODEL, talks).logprobs

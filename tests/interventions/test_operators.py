@@ -291,6 +291,16 @@ def test_push_displaces_as_far_as_the_cap_elsewhere():
         cap(v, layers=1, floor=1.0, push=np.ones(9))
 
 
+def test_a_push_may_differ_between_layers():
+    v = Axis(np.eye(3, 8))
+    pushed = cap(v, layers=[0, 2], floor=2.0, push=Axis(np.eye(8)[5:]))
+    h = jnp.zeros((1, 1, 8), jnp.float32)
+    ready = pushed.prepare(1, h).edits[0]
+    for layer, moved in ((0, 5), (2, 7)):
+        out, _ = ready.apply(layer, h, jnp.ones((1, 1), bool), h)
+        np.testing.assert_array_equal(out[0, 0], 2 * np.eye(8)[moved])
+
+
 def test_values_that_could_belong_to_directions_or_to_layers_are_refused():
     axis = Axis(np.ones((4, 8)))
     with pytest.raises(ValueError, match="4 numbers, but there are 4 directions and 4 layers"):

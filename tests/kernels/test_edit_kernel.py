@@ -124,20 +124,24 @@ def test_nan_passes_through():
 
 
 def interventions(model, rows):
-    """Steering per row, a cap with a gate, an ablation, and a push at another site."""
+    """Steering and a cap with a push per row, a gate, an ablation, and an edit of the MLP."""
     rng = np.random.default_rng(5)
     v = rng.normal(size=(4, model.config.d_model)).astype(np.float32)
-    gated = jp.gate(jp.cap(v[1], layers=[1, 2], floor=0.5), v[3], layer=0, over="token",
+    gated = jp.gate(jp.cap(v[1], layers=[1, 2], floor=0.5), v[0], layer=0, over="token",
                     above=-0.5)
+    pushed = jp.cap(v[:2], layers=[1, 2], floor=1.0, push=v[2:], rows=[0, 1, -1, 1][:rows])
     return jp.chain(jp.steer(v[:2], layers=[0, 1], scale=0.7, rows=[1, -1, 0, 1][:rows]), gated,
-                    jp.ablate(v[2], layers=2), jp.steer(v[3], layers=1, scale=0.3, site="mlp"))
+                    pushed, jp.ablate(v[2], layers=2),
+                    jp.steer(v[3], layers=1, scale=0.3, site="mlp"))
 
 
 def readings(model):
     v = np.random.default_rng(6).normal(size=(3, model.config.d_model))
     return (jp.capture.projections(v) | jp.capture.projections(
         v[:1], layers=[1, 2], name="early").before_edits() | jp.capture.moments(v[1:])
-        | jp.capture.histogram(v[:1], [-1.0, 0.0, 1.0], "everywhere") | s.READ)
+        | jp.capture.histogram(v[:1], [-1.0, 0.0, 1.0], "everywhere")
+        | jp.capture.histogram(v[:2, None], [[[-0.5, 0.5]], [[0.0, 9.0]]], "everywhere",
+                               layers=[0, 2], name="of each layer") | s.READ)
 
 
 def both(model, params, batch, step):

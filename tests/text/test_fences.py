@@ -60,6 +60,26 @@ def test_a_tab_indents_by_four_spaces_so_it_opens_no_block():
     assert fences.walk(["\t```\n", "x"]).tolist() == [False, False]
 
 
+@pytest.mark.parametrize("blanks", range(10))
+def test_a_line_with_four_or_more_blanks_is_no_fence(blanks):
+    """Also if all blanks are one token, whose text is shortened."""
+    line, known = " " * blanks + "```\n", blanks < 4
+    assert fences.walk([line, "x"]).tolist() == [known, known]
+    assert fences.walk(["```\n", line, "x"]).tolist() == [True, True, not known]
+
+
+@pytest.mark.parametrize("mark", "`~\n x\t\r")
+def test_a_run_in_one_token_is_walked_as_its_characters(mark):
+    for before in ("", "``", "~", "say `", "```\n", "```\nx", "```\n``", "~~~\n~", "~~~\n  "):
+        for count in range(1, 10):
+            run = [*before, mark * count, *"```\nx\n~~~\nx"]
+            each = [*before, *mark * count, *"```\nx\n~~~\nx"]
+            found, wanted = fences.walk(run), fences.walk(each)
+            at = len(before)
+            assert found[at] == wanted[at : at + count].any(), (before, count)
+            np.testing.assert_array_equal(found[at + 1 :], wanted[at + count :])
+
+
 def test_a_longer_fence_closes_a_block():
     for mark in "`~":
         pieces = [3 * mark + "\n", "a\n", 5 * mark + "\n", "b"]
@@ -81,18 +101,43 @@ def test_code_is_followed_where_a_test_may_ask_for_it():
         assert asks_for_code(edits, read)
 
 
-def test_table_follows_a_tokenizer(model):
-    table = fences.table(model.tokenizer, 300)
-    assert table.shape == (300, fences.STATES)
-    text = "a\n```py\r\nx = 1\n```\t\r\nb ~~~\n~~~\nc"
-    ids = model.tokenizer.encode(text, add_special_tokens=False)
+def followed(table, ids):
+    """Return for each token whether it contains code."""
     state, found = 0, []
     for token in ids:
         entry = int(table[token, state])
         found.append(bool(entry & fences.CODE_BIT))
         state = entry & ~fences.CODE_BIT
+    return found
+
+
+def test_table_follows_a_tokenizer(model):
+    table = fences.table(model.tokenizer, 300)
+    assert table.shape == (300, fences.STATES)
+    text = "a\n```py\r\nx = 1\n```\t\r\nb ~~~\n~~~\nc"
+    ids = model.tokenizer.encode(text, add_special_tokens=False)
+    found = followed(table, ids)
     np.testing.assert_array_equal(found, fences.walk(list(text)))
     assert 0 < sum(found) < len(found)
+
+
+def test_a_table_follows_sentencepiece_tokens():
+    """Spaces and bytes have names of their own; ids beyond the vocabulary are plain text."""
+    names = ["```", "<0x0A>", "▁▁▁▁```", "▁```", "x", "<0x09>", "<0x0D>"]
+    texts = ["```", "\n", "    ```", " ```", "x", "\t", "\r"]
+
+    class Tokenizer:
+        def __len__(self):
+            return len(names)
+
+        def convert_ids_to_tokens(self, ids):
+            return [names[i] for i in ids]
+
+    table = fences.table(Tokenizer(), 9)
+    for ids in ([3, 1, 4, 1, 2, 1, 4, 1, 0, 6, 1, 4], [0, 1, 0, 5, 1, 4], [2, 1, 5, 0, 1, 4]):
+        np.testing.assert_array_equal(followed(table, ids), fences.walk([texts[i] for i in ids]))
+    for beyond in (7, 8):
+        np.testing.assert_array_equal(table[beyond], table[4])
 
 
 def test_code_that_is_being_generated_can_be_left_out(model, monkeypatch):
