@@ -56,8 +56,15 @@ def axis(
     questions: Annotated[str | None, typer.Option(show_default=_OWN_QUESTIONS, help=(
         "A .jsonl file of questions (format: `jaxpersona data format`), or `data` for the 240 "
         "questions of the package."))] = None,
-    limit: Annotated[int | None, typer.Option(
-        show_default="all", help="Maximum number of roles besides the default persona.")] = None,
+    roles_named: Annotated[str | None, typer.Option(show_default="all", help=(
+        "Comma-separated names of the roles to use, besides the default persona."))] = None,
+    limit_roles: Annotated[int | None, typer.Option(
+        "--limit-roles", "--limit", show_default="all", help=(
+            "Maximum number of roles besides the default persona. The roles are a mixed sample, "
+            "and a larger number adds roles to the same run."))] = None,
+    model_name: Annotated[str | None, typer.Option(
+        show_default="the last part of --model", help=(
+            "The model's name in prompts such as \"You are Llama.\""))] = None,
     limit_questions: Annotated[int | None, typer.Option(
         show_default="all", help="Maximum number of questions.")] = None,
     samples: Annotated[int, typer.Option(
@@ -152,7 +159,8 @@ def axis(
     length = max_new_tokens if max_new_tokens is not None else 64 if model == "mini" else 512
     settings = Settings(temperature, top_p, length, samples, batch_size, seed, share_prefix)
     kept = support.kept_means(keep_means)
-    cast, asked, named = _texts(model, roles, questions, limit, limit_questions, held_out, own)
+    cast, asked, named = _texts(model, roles, questions, limit_roles, limit_questions, held_out,
+                                own, roles_named, model_name)
     prepare.check_texts(cast, asked, settings, min_count=min_count, held_out=named, judge=choice)
     if joining.many() and mesh is None:
         raise UserError("several processes need one mesh; give --mesh for the devices of all "
@@ -212,24 +220,28 @@ def axis(
     say(*summary.summary(found, out, middle, held_out=named, options=options))
 
 
-def _texts(model: str, roles: str | None, questions: str | None, limit: int | None,
-           limit_questions: int | None, held_out: str, own: bool,
-           ) -> tuple[list[Role], list[Question], list[str]]:
+def _texts(model: str, roles: str | None, questions: str | None, limit_roles: int | None,
+           limit_questions: int | None, held_out: str, own: bool, roles_named: str | None = None,
+           model_name: str | None = None) -> tuple[list[Role], list[Question], list[str]]:
     """Load the roles and questions that the options select.
 
     Args:
       model: the value of `--model`.
       roles, questions: the values of `--roles` and `--questions`.
-      limit, limit_questions: the maximum numbers of roles (besides the default persona) and of
-        questions, or None for all.
+      limit_roles, limit_questions: the maximum numbers of roles (besides the default persona) and
+        of questions, or None for all.
       held_out: the value of `--held-out`; if it is empty and `own` is True, the standard held-out
         roles of `mini` are used.
       own: whether the roles are the built-in roles of `mini`.
+      roles_named, model_name: the values of `--roles-named` and `--model-name`.
 
     Returns:
       (roles, questions, names of the held-out roles).
+
+    Raises:
+      UserError: there is no role of a name in `roles_named`, or a text is invalid.
     """
-    from jaxpersona.data import texts
+    from jaxpersona.data import choosing, texts
     from jaxpersona.organism import method
 
     if own and questions is None:
@@ -239,15 +251,19 @@ def _texts(model: str, roles: str | None, questions: str | None, limit: int | No
                                      else pathlib.Path(questions))
     cast = method.roles() if own else texts.load_roles(
         None if roles in (None, "data") else pathlib.Path(roles),
-        model_name=model.rstrip("/").split("/")[-1].split(":")[-1])
+        model_name=model_name or model.rstrip("/").split("/")[-1].split(":")[-1])
     named = [name for name in held_out.split(",") if name]
     if own and not held_out:
         named = method.held_out()
-    if limit is not None:
-        kept = [role for role in cast if role.name != "default"][: max(limit, 0)]
-        cast = [role for role in cast if role.name == "default"] + kept
-        if own and not held_out:
-            named = [name for name in named if name in {role.name for role in kept}]
+    if roles_named is not None:
+        cast = choosing.roles_named(cast, [name.strip() for name in roles_named.split(",")])
+    if limit_roles is not None and own:
+        others = [role for role in cast if role.name != texts.DEFAULT][: max(limit_roles, 0)]
+        cast = [role for role in cast if role.name == texts.DEFAULT] + others
+    elif limit_roles is not None:
+        cast = choosing.some_roles(cast, max(limit_roles, 0))
+    if own and not held_out:
+        named = [name for name in named if name in {role.name for role in cast}]
     return cast, asked if limit_questions is None else asked[: max(limit_questions, 1)], named
 
 

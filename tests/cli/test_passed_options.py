@@ -13,6 +13,7 @@ import jaxpersona as jp
 from jaxpersona.cli import axis, judges, support
 from jaxpersona.data import texts
 from jaxpersona.data.texts import Question, Role
+from jaxpersona.errors import UserError
 from jaxpersona.judges.judges import NoJudge
 from jaxpersona.organism import method
 from jaxpersona.organism.method import RuleJudge
@@ -126,6 +127,30 @@ def test_the_texts_of_a_run_are_those_that_the_options_select(monkeypatch):
     assert of(limit=4, held="bard")[2] == ["bard"]
     assert [role.name for role in of(limit=-1)[0]] == ["default"]
     assert of(few=0)[1] == asked[:1]
+
+
+def test_limited_roles_are_a_mixed_sample_that_a_larger_one_contains():
+    def of(limit=None, named=None, name=None):
+        cast = axis._texts("owner/Some-7B", None, None, limit, 1, "", False, named, name)[0]
+        assert sum(role.name == "default" for role in cast) == 1
+        return [role.name for role in cast if role.name != "default"], cast
+
+    everyone = of()[0]
+    few, more = of(12)[0], of(40)[0]
+    assert len(few) == 12 and len(more) == 40 and set(few) < set(more)
+    assert more == sorted(more) and of(10**6)[0] == everyone and of(0)[0] == of(-3)[0] == []
+    # not the alphabet's first: the sample has names from each half of the list
+    assert 10 < sum(everyone.index(name) < len(everyone) / 2 for name in more) < 30
+    assert of(named="pirate, analyst")[0] == ["analyst", "pirate"]
+    assert of(limit=1, named="pirate,analyst,ghost")[0][0] in ("pirate", "analyst", "ghost")
+    for unknown in ("pirat", "zzzz", ""):
+        with pytest.raises(UserError, match=f"'{unknown}' is not the name of a role"):
+            of(named=unknown)
+    with pytest.raises(UserError, match="similar names: pirate"):
+        of(named="pirat")
+    prompts = {p for role in of(0, name="SmolLM2")[1] for p in role.prompts}
+    assert any("SmolLM2" in prompt for prompt in prompts)
+    assert any("Some-7B" in prompt for role in of(0)[1] for prompt in role.prompts)
 
 
 def test_a_judging_model_is_opened_like_the_evaluated_one(folder, opened, called, monkeypatch):

@@ -1,0 +1,48 @@
+"""Selection of roles: by name, or a mixed sample that a larger sample contains."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Sequence
+
+from jaxpersona.data.texts import DEFAULT, Role
+from jaxpersona.errors import UserError
+
+
+def roles_named(roles: Sequence[Role], names: Sequence[str]) -> list[Role]:
+    """Return the default persona and the roles with these names, in the given order.
+
+    Raises:
+      UserError: a name is not that of a role.
+    """
+    known = {role.name for role in roles}
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), 3)
+            raise UserError(f"{name!r} is not the name of a role" + (
+                f"; similar names: {', '.join(near)}" if near else
+                "; `jaxpersona data show role` lists the roles of the package"))
+    return _default_first(roles, names)
+
+
+def some_roles(roles: Sequence[Role], count: int) -> list[Role]:
+    """Return the default persona and a mixed sample of `count` other roles, in the given order.
+
+    Roles are selected in the order of a hash of their names. A larger sample therefore contains a
+    smaller one, and a run can be extended by more roles.
+
+    Examples:
+      >>> from jaxpersona.data.choosing import some_roles
+      >>> from jaxpersona.data.texts import load_roles
+      >>> [role.name for role in some_roles(load_roles(), 3)]
+      ['default', 'mirror', 'trickster_god', 'werewolf']
+    """
+    others = sorted((role.name for role in roles if role.name != DEFAULT),
+                    key=lambda name: hashlib.sha256(name.encode()).digest())[:count]
+    return _default_first(roles, others)
+
+
+def _default_first(roles: Sequence[Role], names: Sequence[str]) -> list[Role]:
+    chosen = [role for role in roles if role.name in names and role.name != DEFAULT]
+    return [role for role in roles if role.name == DEFAULT] + chosen
