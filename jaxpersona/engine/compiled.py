@@ -108,10 +108,10 @@ class Program:
     """A jitted function with one `jax.jit` object per combination of argument shapes.
 
     Besides shapes, the key of an object contains the arguments' dtypes and pytree structure, the
-    static arguments, and the platform of the first argument's first array, so that CPU and GPU
-    arrays of the same shape do not share a trace. The key omits other properties, such as the
-    sharding and the other arrays of the first argument (usually the parameters), because `jax.jit`
-    and `stored.Stored` already distinguish them.
+    static arguments, and the platform and sharding of the first argument's first array, so that
+    arrays of the same shape on a CPU, on a GPU and on a mesh do not share a trace. The key omits
+    the other arrays of the first argument (usually the parameters), because `jax.jit` and
+    `stored.Stored` already distinguish them.
     """
 
     __wrapped__: Callable[..., Any]
@@ -142,7 +142,8 @@ class Program:
             (head, others, {k: v for k, v in named.items() if k not in static}))
         shapes = tuple((getattr(x, "shape", ()), getattr(x, "dtype", type(x))) for x in leaves)
         target = platform(*head)
-        key = (self._function, target, structure, shapes, tuple(sorted(static.items())))
+        placed = getattr(head[0], "sharding", None) if head else None
+        key = (self._function, target, placed, structure, shapes, tuple(sorted(static.items())))
         return KEPT.get(key, self._jit), target
 
     def _jit(self) -> Any:

@@ -62,19 +62,36 @@ class Stored:
         self._signature = inspect.signature(function)
         self._static, self._donate, self._result = set(static), set(donate), result
         self._folder, self._lock = folder, threading.Lock()
-        # Pairs (key, program). A key contains the argument types and JAX's settings. A program is a
-        # compiled function with the structure of its result, or None if it cannot be stored.
+        # Pairs (key, trace). A key contains the argument types and JAX's settings. A trace is a
+        # function of the leaves with the structure of its result, or None if it cannot be stored.
         self._made: list[tuple[Any, tuple[Callable, Any] | None]] = []
+        # calls the stored trace in `chosen.made`; JAX's fast dispatch handles repeated calls
+        self._chosen = _Chosen()
+        self._quick: Any = _quick(self._chosen, function, self._bound, static=self._static,
+                                  donate=self._donate)
+        self._never = False  # whether the program cannot be stored
 
     def __call__(self, *args: Any, **named: Any) -> Any:
+        if self._never or setting("jax_disable_jit"):
+            return self._jitted(*args, **named)
+        if self._made:
+            try:
+                return self._quick(*args, **named)
+            except _Untraced:  # the arguments or JAX's settings differ from those of earlier calls
+                pass
         arrays, static = self._bound(args, named)
-        (leaves, tree), made = jax.tree.flatten(arrays), None
-        if not setting("jax_disable_jit") and _on_one(default_device(), leaves):
+        leaves, tree = jax.tree.flatten(arrays)
+        made = None
+        if _on_one(default_device(), leaves):
             made = self._get(arrays, static, tree, leaves)
+            self._never = made is None
         if made is None:
             return self._jitted(*args, **named)
-        call, structure = made
-        return jax.tree.unflatten(structure, call(*leaves))
+        self._chosen.made = made
+        try:
+            return self._quick(*args, **named)
+        finally:
+            self._chosen.made = None
 
     def lower(self, *args: Any, **named: Any) -> Any:
         """Trace and lower the function, like `jax.jit(…).lower`."""
@@ -89,14 +106,14 @@ class Stored:
 
     def _get(self, arrays: dict[str, Any], static: dict, tree: Any,
              leaves: list[Any]) -> tuple[Callable, Any] | None:
-        """Return the compiled program for the arguments.
+        """Return the trace for the arguments.
 
         A `Stored` object may be called with arguments of different structures, such as states with
         different captures, so the key contains everything that `jax.jit` distinguishes.
 
         Returns:
-          A compiled function of the arguments' leaves and the structure of its result, or None if
-          the program cannot be stored.
+          A function of the arguments' leaves and the structure of its result, or None if the
+          program cannot be stored.
         """
         kinds = [(x.shape, x.dtype, getattr(x, "weak_type", False)) for x in leaves]
         asked = tree, kinds, static, thread_settings()
@@ -123,18 +140,7 @@ class Stored:
             if exported is None:
                 return None
             self._folder.write(name, bytes(exported.serialize()))
-        donated = self._donated(arrays)
-
-        def call(*leaves: Any) -> Any:
-            return exported.call(*leaves)
-
-        call.__name__ = self._function.__name__  # gives the compiled program its name
-        return jax.jit(call, donate_argnums=donated).lower(*shapes).compile(), structure
-
-    def _donated(self, arrays: dict[str, Any]) -> tuple[int, ...]:
-        """Return the indices of the leaves that belong to donated arguments."""
-        names = [name for name, value in sorted(arrays.items()) for _ in jax.tree.leaves(value)]
-        return tuple(i for i, name in enumerate(names) if name in self._donate)
+        return exported.call, structure
 
     def _export(self, shapes: list, tree: Any, static: dict,
                 structure: Any) -> jax.export.Exported | None:
@@ -194,6 +200,33 @@ class Stored:
             tracing_settings(), f"{self._function.__module__}.{self._function.__qualname__}",
             described_value(arrays), described_value(static), sorted(self._donate))
         return hashlib.sha256(repr(described).encode()).hexdigest() + SUFFIX
+
+
+class _Chosen(threading.local):
+    """The stored trace that a call in this thread uses; None outside such a call."""
+
+    made: tuple[Callable, Any] | None = None
+
+
+class _Untraced(Exception):
+    """Raised while `jax.jit` traces a call for which no stored trace was chosen."""
+
+
+def _quick(chosen: _Chosen, function: Callable, bound: Callable, *, static: set[str],
+           donate: set[str]) -> Any:
+    """Return a jitted function that calls the stored trace in `chosen.made` when it is traced.
+
+    JAX traces the function again if the arguments' types or its settings change, but not for other
+    calls, which therefore need no check in Python.
+    """
+    @functools.wraps(function)  # gives the compiled program its name, and jit the argument names
+    def call(*args: Any, **named: Any) -> Any:
+        if chosen.made is None:
+            raise _Untraced
+        trace, structure = chosen.made
+        return jax.tree.unflatten(structure, trace(*jax.tree.leaves(bound(args, named)[0])))
+
+    return jax.jit(call, static_argnames=static, donate_argnames=donate)
 
 
 class Unknown(Exception):

@@ -118,12 +118,18 @@ def counted(folder):
     return call
 
 
-def test_only_the_leaves_of_donated_arguments_are_donated():
-    made = object.__new__(stored.Stored)
-    made._donate = {"state", "b"}
-    arrays = {"state": [1, {"x": 2, "y": 3}], "a": (4, 5), "b": 6, "c": None}
-    leaves = jax.tree.leaves(arrays)
-    assert [leaves[i] for i in made._donated(arrays)] == [6, 1, 2, 3]
+def test_only_the_leaves_of_donated_arguments_are_donated(folder):
+    def move(state, a, b, c=None):
+        return jax.tree.map(lambda x: x + a[0] + a[1], (state, b))
+
+    call = program(donate=("state", "b"), result=lambda state, a, b, c=None: (state, b))(move)
+    for i in range(3):  # the first call reads the trace; later calls are dispatched by JAX
+        one, two, a, b = (jnp.full((64, i + 1), float(n)) for n in range(4))
+        state, moved = call({"x": one, "y": [two]}, (a, a), b)
+        assert [x.is_deleted() for x in (one, two, a, b)] == [True, True, False, True]
+        np.testing.assert_array_equal(state["y"][0], 5.0)
+        np.testing.assert_array_equal(moved, 7.0)
+    assert len(list(folder.path.glob("*.trace"))) == 3
 
 
 def test_shapes_and_static_values_have_their_own_traces(counted):
@@ -197,6 +203,28 @@ def test_traced_arguments_and_other_devices_use_jit(counted, folder):
     there = jax.device_put(jnp.ones(3), jax.devices()[1])
     assert plus(there).devices() == {jax.devices()[1]} and not folder.path.exists()
     assert plus.lower(jnp.ones(3)).as_text()
+
+
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_arrays_elsewhere_do_not_use_the_trace_of_an_earlier_call(kind, folder):
+    """After calls that JAX dispatches, arrays of the same shapes on other devices use `jit`."""
+    @program(result=lambda x, y: x)
+    def plus(x, y):
+        return x + y
+
+    here, plain = jnp.ones(8), np.ones(8, np.float32)
+    for y in (here, here, plain):
+        assert plus(here, y).devices() == {jax.devices()[0]}
+    assert len(list(folder.path.glob("*.trace"))) == 1
+    spread = jax.device_put(here, jax.NamedSharding(
+        jax.make_mesh((4,), ("a",), axis_types=(kind,)), jax.P("a")))
+    there = jax.device_put(here, jax.devices()[3])
+    for x, y in ((spread, spread), (here, spread), (there, there), (here, there)):
+        out = plus(x, y)
+        np.testing.assert_array_equal(out, 2.0)
+        assert out.devices() == y.devices()
+    assert plus(here, here).devices() == {jax.devices()[0]}
+    assert len(list(folder.path.glob("*.trace"))) == 1
 
 
 def test_a_result_of_another_structure_is_not_stored(folder):
