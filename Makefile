@@ -15,7 +15,8 @@ EXTRAS ?= $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),test$(comma)
 comma := ,
 # unless JAX_PLATFORMS names another platform: with libtpu installed, JAX looks for a TPU first
 ON_CPU = JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu}
-PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile -q
+# the tests fail if a package of these extras is missing, instead of skipping what needs it
+PYTEST = JAXPERSONA_TEST_EXTRAS=$(EXTRAS) $(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 .PHONY: install demo test test-all test-real test-notebooks notebooks docs bench lint clean
 

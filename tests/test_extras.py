@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import pathlib
+import platform
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -145,3 +148,23 @@ def test_transformers_does_not_advise_to_install_pytorch():
     env = {k: v for k, v in os.environ.items() if not k.startswith("TRANSFORMERS_")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def test_the_tpu_compiler_is_there_if_make_has_installed_it():
+    """`make test` names its extras; without libtpu, the tests that need it would be skipped."""
+    if "tpu" in os.environ.get("JAXPERSONA_TEST_EXTRAS", "").split(","):
+        assert importlib.util.find_spec("libtpu"), (
+            "make test has the extra tpu, but libtpu is not installed; delete "
+            ".venv/.installed-test and run make test again, or run make test EXTRAS=test")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("target", ["test", "test-all"])
+def test_make_names_the_extras_of_the_platform(target):
+    command = ["make", "--dry-run", "--always-make", target]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "EXTRAS"}
+    said = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    linux = (platform.system(), platform.machine()) == ("Linux", "x86_64")
+    extras_of = "test,tpu" if linux else "test"
+    assert f"JAXPERSONA_TEST_EXTRAS={extras_of} " in said.stdout
+    assert f"'.[{extras_of}]'" in said.stdout

@@ -7,8 +7,9 @@
 The first line of a JSONL file contains the role and its binding (`Run.binding`). Each new rollout
 or verdict is appended as one line with a checksum. The checksum of a rollout also covers its
 response mean. If a process is killed at any time, all complete lines stay valid, and an incomplete
-line is ignored or, if `repair` is true, removed when the files are opened again. Symbolic links
-are refused, because a repair would change or create files outside the run.
+line is ignored or, if `repair` is true, removed when the files are opened again. The same holds for
+a line with a correct checksum that contains no rollout or verdict. Symbolic links are refused,
+because a repair would change or create files outside the run.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ import numpy as np
 
 from jaxpersona.ckpts.files import atomic
 from jaxpersona.errors import UserError
-from jaxpersona.inputs import require_file
+from jaxpersona.inputs import is_finite, parse_json, require_file
 from jaxpersona.runs.names import file_stem
-from jaxpersona.runs.rollouts import rollout_key
+from jaxpersona.runs.rollouts import is_rollout, rollout_key
 
 FOLDER = "live"
 SUFFIXES = (".jsonl", ".means", ".verdicts.jsonl")
@@ -135,7 +136,7 @@ class Live:
             with (open(self._lines, "rb", opener=_no_link) as lines,
                   open(means, "rb", opener=_no_link) as file):
                 for line, value in _values(lines, file, self._bytes):
-                    if row < 0 and value != self._head:
+                    if value != self._head if row < 0 else not is_rollout(value):
                         break
                     if row >= 0:
                         key = rollout_key(value)
@@ -153,7 +154,7 @@ class Live:
             valid, first = 0, True
             with open(self._judged, "rb", opener=_no_link) as lines:
                 for line, value in _values(lines):
-                    if first and value != self._head:
+                    if value != self._head if first else not _is_verdict(value):
                         break
                     if not first:
                         by_key = self.verdicts.setdefault(value["judge"], {})
@@ -215,4 +216,26 @@ def _values(lines: BinaryIO, means: BinaryIO | None = None,
         text, data = line[9:-1], means.read(size) if means is not None and i else b""
         if not line.endswith(b"\n") or line[:9] != b"%08x " % zlib.crc32(data, zlib.crc32(text)):
             return
-        yield line, json.loads(text.decode("utf-8", "surrogatepass"))
+        try:
+            value = parse_json(text.decode("utf-8", "surrogatepass"))
+        except ValueError:
+            return
+        yield line, value
+
+
+def _is_verdict(value: Any) -> bool:
+    """Return whether a JSON value is {"judge", "key", "verdict"}, with a valid verdict.
+
+    See `closing.PLAIN` for the fields of a verdict.
+    """
+    if not isinstance(value, dict) or set(value) != {"judge", "key", "verdict"}:
+        return False
+    verdict = value["verdict"]
+    if not isinstance(verdict, dict) or "score" not in verdict:
+        return False
+    score, refused = verdict["score"], verdict.get("refused", False)
+    numbers = [verdict[name] for name in ("expected", "mass") if verdict.get(name) is not None]
+    texts = [value["judge"], value["key"], verdict.get("raw", ""), verdict.get("error") or ""]
+    return ((score is None or (type(score) is int and abs(score) < 2**53))
+            and isinstance(refused, bool) and all(isinstance(text, str) for text in texts)
+            and all(is_finite(x) for x in numbers))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -12,13 +11,18 @@ import numpy as np
 
 from jaxpersona.ckpts.files import read_tensors
 from jaxpersona.errors import UserError
-from jaxpersona.inputs import read_bytes, read_json
+from jaxpersona.inputs import parse_json, read_bytes, read_json
 from jaxpersona.runs.compare import OLDER
 from jaxpersona.runs.files import MANIFEST
 from jaxpersona.runs.names import file_stem
+from jaxpersona.runs.rollouts import is_rollout, rollout_key
 from jaxpersona.runs.seal import sha256
 
 _LIMIT = 16 << 30  # maximum size of a role's rollouts file in bytes
+_PARTS = ("model", "arguments", "numerics")
+# fields of `_PARTS` that manifests of format 2 lack
+_ADDED = frozenset({"model.layers", "model.width", "arguments.share_prefix"})
+_REMEDY = "delete both files, so that the role is generated again"
 
 
 class Older:
@@ -35,12 +39,17 @@ class Older:
         if not isinstance(found, dict) or found.get("format") != OLDER:
             raise UserError(f"{self.folder}: is not a run folder of format 2; run folders of this "
                             "version need no --take-from")
+        for part in _PARTS:
+            if not isinstance(found.get(part), dict):
+                raise UserError(f"{self.folder / MANIFEST}: damaged ({part} is not an object); "
+                                "restore the file, or omit --take-from")
         self.manifest: dict[str, Any] = found
+        self._shape: tuple[int, int] | None = None
 
     @property
     def judge(self) -> str:
         """The name of the run's judge; "" if the manifest contains none."""
-        return str(self.manifest.get("arguments", {}).get("judge", ""))
+        return str(self.manifest["arguments"].get("judge", ""))
 
     def check(self, manifest: Mapping[str, Any]) -> None:
         """Check that this run used the same model, settings and device as the given manifest.
@@ -48,19 +57,22 @@ class Older:
         Prompts and questions are not checked; `same` compares them for each rollout.
 
         Raises:
-          UserError: a field of the model, the settings or the device differs.
+          UserError: a field of the model, the settings or the device differs or is missing.
         """
         differ = []
-        for part in ("model", "arguments", "numerics"):
-            old, new = self.manifest.get(part, {}), manifest[part]
-            # format 2 lacks some fields, such as share_prefix, which is compared below
-            differ += [f"{part}.{key} was {old[key]!r}, now {new[key]!r}"
-                       for key in sorted(set(old) & set(new)) if old[key] != new[key]]
+        for part in _PARTS:
+            old, new = self.manifest[part], manifest[part]
+            for key in sorted(new):
+                name = f"{part}.{key}"
+                if old.get(key) != new[key] and (key in old or name not in _ADDED):
+                    was = repr(old[key]) if key in old else "absent"
+                    differ.append(f"{name} was {was:.80}, now {new[key]!r:.80}")
         if manifest["arguments"].get("share_prefix"):
             differ.append("arguments.share_prefix was False, now True")
         if differ:
             raise UserError(f"{self.folder}: its rollouts are from another run ({'; '.join(differ)}"
                             "); use the same model, settings and device, or omit --take-from")
+        self._shape = manifest["model"]["layers"], manifest["model"]["width"]
 
     def rollouts(self, role: str) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
         """Yield each rollout of a role with its response mean [L, D], if the folder contains any.
@@ -75,13 +87,24 @@ class Older:
         means = self.folder / "means" / f"{stem}.safetensors"
         data = read_bytes(text, _LIMIT)
         tensors, about = read_tensors(means)
-        values, records = tensors.get("response"), None
-        if about.get("rollouts") == sha256(data):  # so `data` is valid JSON
-            records = [json.loads(line) for line in data.decode().split("\n") if line]
-        if records is None or values is None or about.get("role") != role or (
-                len(values) != len(records)):
-            raise UserError(f"{means}: damaged (does not belong to {text}); delete both files, so "
-                            "that the role is generated again")
+        values = tensors.get("response")
+        if about.get("rollouts") != sha256(data) or about.get("role") != role or values is None:
+            raise UserError(f"{means}: damaged (does not belong to {text}); {_REMEDY}")
+        try:
+            records = [parse_json(line) for line in data.decode().split("\n") if line]
+        except ValueError as error:
+            raise UserError(f"{text}: invalid JSON ({error}); {_REMEDY}") from None
+        if not all(is_rollout(record) for record in records):
+            raise UserError(f"{text}: damaged (a line is not a rollout); {_REMEDY}")
+        wanted = (len(records), *(self._shape or values.shape[1:]))
+        if values.shape != wanted or values.dtype.kind != "f":
+            raise UserError(f"{means}: damaged (the response means are {values.dtype} "
+                            f"{list(values.shape)}; expected floating-point values "
+                            f"{list(wanted)}); {_REMEDY}")
+        for record, mean in zip(records, values, strict=True):
+            if not np.isfinite(mean).all() and not np.isnan(mean).all():  # NaN: an empty reply
+                raise UserError(f"{means}: damaged (the response mean of rollout "
+                                f"{rollout_key(record)} has non-finite values); {_REMEDY}")
         yield from zip(records, values, strict=True)
 
     def scores(self, role: str) -> dict[str, int | None]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MAX_SAMPLES = 100_000  # per prompt and question, because all texts of a role must fit in memory
 MAX_ROWS = 65_536
+_MAX_INDEX = 1 << 63  # exclusive upper bound of the indices in a stored rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +108,25 @@ def place_of_key(key: str) -> tuple[int, int, int]:
     assert found is not None, key
     prompt, question, sample = (int(x or 0) for x in found.groups())
     return question, prompt, sample
+
+
+def is_rollout(value: Any) -> bool:
+    """Return whether a JSON value has the form of a stored rollout with its reply.
+
+    `system_prompt` and `question` must be strings, the indices and the token ids `reply_ids` must
+    be integers, and `conversation` must be a list of messages that ends with a reply.
+    """
+    if not isinstance(value, dict) or value.get("label") not in (DEFAULT, "pos"):
+        return False
+    numbers = [value.get("prompt_index"), value.get("question_index"), value.get("sample", 0)]
+    ids, talk = value.get("reply_ids", []), value.get("conversation")
+    return (all(isinstance(value.get(field), str) for field in ("system_prompt", "question"))
+            and all(type(n) is int and 0 <= n < _MAX_INDEX for n in numbers)
+            and isinstance(ids, list) and all(type(n) is int and 0 <= n < 1 << 31 for n in ids)
+            and isinstance(talk, list) and len(talk) > 0
+            and all(isinstance(m, dict) and set(m) == {"role", "content"}
+                    and all(isinstance(x, str) for x in m.values()) for m in talk)
+            and talk[-1]["role"] == "assistant")
 
 
 def draw_id(model: Model, role: str, record: Mapping[str, Any]) -> int:

@@ -15,6 +15,7 @@ import contextvars
 import json
 import os
 import pathlib
+import re
 import selectors
 import signal
 import subprocess
@@ -68,7 +69,8 @@ def render(template: str, variables: Mapping[str, Any], source: str = "") -> str
 
     Raises:
       Refused: the template raises an error.
-      UserError: a limit is exceeded, a variable is not a JSON value, or the worker cannot start.
+      UserError: a limit is exceeded, a variable is not a JSON value, the text contains a lone
+        surrogate, or the worker cannot start.
     """
     request = _encoded({"template": template, "variables": dict(variables)})
     left = _budget.get()
@@ -80,10 +82,11 @@ def render(template: str, variables: Mapping[str, Any], source: str = "") -> str
             reply = _answer(request)
     if left is not None:
         left[0] -= reply.get("seconds", 0.0)
-    if "text" in reply:
+    if "text" in reply and not re.search("[\ud800-\udfff]", reply["text"]):
         return reply["text"]
-    reason = " ".join(str(reply["error"]).split()) + (f" ({source})" if source else "")
-    if reply["refused"]:
+    error = reply.get("error", "its text contains a lone surrogate, which is invalid Unicode")
+    reason = " ".join(str(error).split()) + (f" ({source})" if source else "")
+    if reply.get("refused"):
         raise Refused(f"the chat template rejects the conversation: {reason}")
     raise UserError(f"the chat template cannot be rendered: {reason}; use another template "
                     "(`tokenizer.chat_template`)")

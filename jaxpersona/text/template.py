@@ -51,10 +51,12 @@ class Template:
       lead: the token ids that a base model's tokenizer prepends (such as BOS). Empty if there is a
         template, because the template adds these tokens.
       lead_text: the text of `lead`.
+      name: the path or name of the tokenizer, for error messages.
     """
 
     def __init__(self, tokenizer: Any, thinking: bool, variables: Mapping[str, Any] | None) -> None:
         self.tokenizer, self.base = tokenizer, not getattr(tokenizer, "chat_template", None)
+        self.name = str(getattr(tokenizer, "name_or_path", "")) or "tokenizer.chat_template"
         if not isinstance(variables, Mapping | None):
             raise UserError(f"variables is {variables!r:.60}; give a dict of template variables")
         self.options = {"enable_thinking": thinking, **(variables or {})}
@@ -72,8 +74,7 @@ class Template:
           UserError: the rendering exceeds a limit (see `sandbox`).
         """
         if self.base:
-            joined = BLANK_LINE.join(m["content"] for m in messages if m["content"])
-            return self.lead_text + joined
+            return self.lead_text + BLANK_LINE.join(m["content"] for m in messages if m["content"])
         if self.own:
             try:
                 return self.tokenizer.apply_chat_template(
@@ -86,8 +87,7 @@ class Template:
                                                   options.get("tools"))
         return sandbox.render(source, {
             "tools": None, "documents": None, **self.tokenizer.special_tokens_map, **options,
-            "messages": messages, "add_generation_prompt": reply},
-            str(getattr(self.tokenizer, "name_or_path", "")))
+            "messages": messages, "add_generation_prompt": reply}, self.name)
 
     def takes_system(self) -> bool:
         """Return whether the template renders a system message."""
@@ -140,8 +140,8 @@ def locate(template: Template, messages: list[dict[str, str]], reply: bool,
             break
     else:
         where = ", ".join(f"{i} ({m['role']})" for i, m in enumerate(messages))
-        raise UserError(f"the contents of messages {where} could not be located in the rendered "
-                        "text: the chat template changes them in an unsupported way")
+        raise UserError(f"messages {where} could not be located in the rendered text: the chat "
+                        f"template ({template.name}) changes their contents; use another template")
     kind = np.full(len(text), TEMPLATE, np.int32)
     parts: list[list[_Piece]] = [[] for _ in messages]
     for _, pieces in plan:
@@ -154,8 +154,8 @@ def locate(template: Template, messages: list[dict[str, str]], reply: bool,
     places: dict[int, list[tuple[int, int]]] = {}
     for i, message in enumerate(messages):
         if not by_message[i] and message["content"].strip():
-            raise UserError(f"the chat template omits the content of message {i} "
-                            f"({message['role']})")
+            raise UserError(f"the chat template ({template.name}) omits the content of message {i} "
+                            f"({message['role']}); use another template")
         places[i] = _mark_content(text, kind, ROLES[message["role"]], parts[i], by_message[i])
     turn = _turns(template, twin, marks, skeleton, text, spans, reply, len(messages))
     _mark_thinking(text, kind, turn, messages, places)

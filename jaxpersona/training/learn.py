@@ -252,11 +252,18 @@ class _Checkpoints:
             if shapes != {name: x.shape for name, x in wanted.items()}:
                 raise UserError("it was written with a different optimizer")
             arrays = self.manager.restore(step, args=ocp.args.StandardRestore(wanted))
+            if not all(np.isfinite(x).all() for x in jax.device_get(list(arrays.values()))):
+                raise UserError("it contains values that are not finite")
         except Exception as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(f"{self.folder}: the checkpoint cannot be used ({reason}); use "
-                            "another folder, or delete this folder to start over") from error
+            raise _unusable(self.folder, error) from error
         return jax.tree.unflatten(tree, [arrays[f"{i:04d}"] for i in range(len(leaves))])
+
+
+def _unusable(folder: pathlib.Path, error: Exception) -> UserError:
+    """Return an error about a checkpoint that Orbax cannot read, or that does not match."""
+    reason = " ".join(str(error).split())[:160]
+    return UserError(f"{folder}: the checkpoint cannot be used ({reason}); use another folder, or "
+                     "delete this folder to start over")
 
 
 def _check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
@@ -280,7 +287,8 @@ def _check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
     for field, value in settings.items():
         if stored.get(field) != value:
             raise UserError(f"{folder}: the checkpoint does not match this direction, because "
-                            f"its {field} is {stored.get(field)}, not {value}; use another folder")
+                            f"its {field} is {stored.get(field)!r:.80}, not {value!r:.80}; use "
+                            "another folder")
 
 
 def _numbered(state: Any) -> dict[str, Any]:
@@ -308,5 +316,9 @@ def _checkpoints(folder: str | pathlib.Path | None, direction: Direction,
     orbax.check_files(path)
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
     handler = ocp.StandardCheckpointHandler()
-    with ocp.CheckpointManager(path, options=options, item_handlers=handler) as manager:
+    try:  # reads the metadata of the last checkpoint
+        opened = ocp.CheckpointManager(path, options=options, item_handlers=handler)
+    except Exception as error:
+        raise _unusable(path, error) from error
+    with opened as manager:
         yield _Checkpoints(manager, path)

@@ -1,17 +1,10 @@
-"""Damaged input files cause a one-line error of the command, or no harm.
-
-Each case damages one file (`fuzz`) and runs a command in this process. The exit code must be 0, or
-2 with one line that names the file or its folder. The output must not contain control characters.
-"""
+"""Damaged input files cause a one-line error of the command, or no harm (see `fuzz.check`)."""
 
 from __future__ import annotations
 
-import io
 import json
 import pathlib
-import random
 import shutil
-import signal
 import sys
 from typing import Any
 
@@ -33,7 +26,6 @@ from jaxpersona.text import chat
 from jaxpersona.vectors.vector import Axis, Vector
 
 LAYERS, WIDTH = 3, 32  # of the model from the fixture `checkpoint`
-SECONDS = 60  # time limit for one command
 VALUES = np.random.default_rng(0).normal(size=(LAYERS, WIDTH)).astype(np.float32)
 TALK = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"},
         {"role": "assistant", "content": "So."}]
@@ -105,28 +97,6 @@ def place(tmp_path_factory, checkpoint):
     ghosts = verdicts.replies_of(Run.read(folder / "run")).values()
     human.write_rows(folder / "mine.csv", [{**human.row_of(one), "score": "3"} for one in ghosts])
     return folder, model
-
-
-def _pickle(change: Any) -> bytes:
-    import torch
-
-    kept = io.BytesIO()
-    torch.save(change, kept)
-    return kept.getvalue()
-
-
-def _damaged_pickle(value: Any):
-    """Damage a .pt file, by the values in it or by its bytes."""
-    def make(data: bytes, draw: random.Random) -> bytes:
-        if draw.random() < 0.4:
-            return fuzz.damage(data, draw)
-        import torch
-
-        others = (torch.ones(3), torch.ones(2, 2, dtype=torch.int32), torch.ones(1).expand(9, 9),
-                  torch.tensor(float("nan")), torch.zeros(0, 4), torch.ones(4, 4).to_sparse(),
-                  torch.ones(2, 3, dtype=torch.float8_e4m3fn), {"q": torch.ones(3)})
-        return _pickle(fuzz.replaced(value, draw, others))
-    return make
 
 
 def _show(folder: pathlib.Path, path: pathlib.Path, _: Any) -> list[str]:
@@ -237,45 +207,10 @@ PICKLES = {
 }
 
 
-def _guarded(arguments: list[str]) -> Any:
-    """Run the command; if it exceeds the time limit, fail the test."""
-    def late(*_: Any) -> None:
-        raise AssertionError(f"{arguments} ran for {SECONDS} seconds")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
-    try:
-        return s.run_command(arguments)
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def _judge(code: Any, out: str, err: str, path: pathlib.Path) -> str | None:
-    """Return what is wrong with the result of a command, or None."""
-    # count only errors; progress, warnings and self-tests have their own lines
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    marks = [c for c in out + err if ord(c) < 32 and c not in "\n\t\r" or 126 < ord(c) < 160]
-    if code not in (0, 2):
-        return f"exit code {code}"
-    if marks:
-        return f"control characters {set(marks)}"
-    if code == 0:
-        return "an error with exit code 0" if lines else None
-    if len(lines) != 1 or "Traceback" in err:
-        return f"{len(lines)} lines of error"
-    # folders of models and runs
-    folders = [str(p) for p in path.parents if "fuzz0" in p.parent.name]
-    if path.name not in lines[0] and not any(folder in lines[0] for folder in folders):
-        return f"the file is not named: {lines[0][:400]}"
-    return None
-
-
 def run(place: Any, name: str, make: Any, command: Any, count: int, capsys: Any,
         monkeypatch: Any) -> None:
     folder, model = place
     path, kept = folder / name, folder / "kept"
-    data = path.read_bytes()
     # the damaged file is not part of the model
     if command in (_spec, _project, _axis, _prompts, _rubric):
         monkeypatch.setattr("jaxpersona.cli.support.open_model", lambda *_: model)
@@ -291,53 +226,37 @@ def run(place: Any, name: str, make: Any, command: Any, count: int, capsys: Any,
         monkeypatch.setattr("jaxpersona.persona.rejudge.judge_run", lambda _, __, judge, **___: (
             getattr(judge, "journal", None), sys.exit(0)))
     monkeypatch.setattr("jaxpersona.cli.support.draw_run", lambda *_: None)
-    faults, codes = [], {}
-    draw = random.Random(name)
+
+    def restore():
+        shutil.rmtree(folder / "run")
+        shutil.copytree(kept, folder / "run")
+
     if command is _axis:
         shutil.copytree(folder / "run", kept)
-    for i in range(count):
-        made = make(data, draw)
-        path.write_bytes(made)
-        capsys.readouterr()
-        try:
-            code = _guarded(command(folder, path, model))
-        except BaseException as error:  # noqa: BLE001 - any exception is a finding
-            code = f"{type(error).__name__}: {str(error)[:300]}"
-        codes[code] = codes.get(code, 0) + 1
-        fault = _judge(code, *capsys.readouterr(), path)
-        if fault is not None:
-            faults.append((i, fault, made[:200]))
-        if command is _axis:
-            shutil.rmtree(folder / "run")
-            shutil.copytree(kept, folder / "run")
-    path.write_bytes(data)
+    fuzz.check(path, folder, make, lambda: s.run_command(command(folder, path, model)), count,
+               capsys, after=restore if command is _axis else lambda: None)
     shutil.rmtree(kept, ignore_errors=True)
-    assert not faults, "\n".join(map(str, [len(faults), *faults[:12]]))
-    assert codes.get(2, 0) > count // 5, codes
-
-
-COUNTS = [pytest.param(12, id="few"), pytest.param(1000, id="many", marks=pytest.mark.slow)]
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("count", fuzz.COUNTS)
 @pytest.mark.parametrize("name", READERS)
 def test_damage_is_named_or_does_no_harm(place, name, count, capsys, monkeypatch):
     run(place, name, *READERS[name], count, capsys, monkeypatch)
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("count", fuzz.COUNTS)
 @pytest.mark.parametrize("name", PICKLES)
 def test_damage_to_a_pickle(place, name, count, capsys, monkeypatch):
     torch = pytest.importorskip("torch")
     value = PICKLES[name](torch)
-    (place[0] / name).write_bytes(_pickle(value))
-    run(place, name, _damaged_pickle(value), _show, count, capsys, monkeypatch)
+    (place[0] / name).write_bytes(fuzz.pickled(value))
+    run(place, name, fuzz.damaged_pickle(value), _show, count, capsys, monkeypatch)
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("count", fuzz.COUNTS)
 def test_damage_to_a_control_vector(place, count, capsys, monkeypatch):
     pytest.importorskip("gguf")
     save_vector(place[0] / "v.gguf", Vector(VALUES, notes={"n": 1}))

@@ -228,6 +228,17 @@ def test_float16_is_refused_for_families_that_exceed_it(argument, options):
         jp.load("random:gemma-2-2b", **options)
 
 
+def test_float16_is_refused_for_gemma_3(tmp_path):
+    torch = pytest.importorskip("torch")
+    import hf
+
+    model, folder = hf.model("gemma3"), tmp_path / "model"
+    model.to(torch.float16).save_pretrained(folder)
+    with pytest.raises(ValueError, match="^dtype is 'float16', .*gemma3.*65504.*'bfloat16'"):
+        jp.load(folder, dtype="float16")
+    assert jp.load(folder, dtype="bfloat16").params.like.dtype == jnp.bfloat16
+
+
 def test_means_that_are_not_finite_are_no_empty_replies():
     means = np.ones((4, 2, 3), np.float32)
     means[1] = np.nan  # an empty reply

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pathlib
 import subprocess
 import sys
 import weakref
@@ -103,6 +104,28 @@ def test_the_limit_is_read_from_the_environment(monkeypatch):
         monkeypatch.setenv(compiled.SWITCH, said)
         with pytest.raises(ValueError, match=f"{compiled.SWITCH} is '{said}'; it must be"):
             compiled._limit()
+
+
+def test_the_default_limit_drops_programs_and_says_so(monkeypatch, caplog):
+    """Without the environment variable, the limit is that of docs/limits.md."""
+    monkeypatch.delenv(compiled.SWITCH, raising=False)
+    kept, limit = compiled.Kept(), compiled.LIMIT
+    assert kept.limit is None and 0 < limit <= 100  # a program takes about 20 MB
+    with caplog.at_level("INFO", logger="jaxpersona"):
+        for key in range(limit):
+            kept.get(key, lambda key=key: [key])
+        assert kept.limit == len(kept) == limit and not caplog.records
+        kept.get(0, list)  # used again, so 1 is now the least recently used
+        for key in (limit, limit + 1):
+            kept.get(key, lambda key=key: [key])
+    assert len(kept) == limit and list(kept._held)[:2] == [3, 4]
+    assert kept.get(0, list) == [0]
+    assert [record.getMessage() for record in caplog.records] == 2 * [
+        f"more than {limit} compiled programs are in memory; the least recently used one is freed "
+        f"and recompiled on its next use ({compiled.SWITCH} sets the limit)"]
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "limits.md").read_text()
+    assert f"The {limit} most recently used compiled programs are kept in memory" in page
+    assert f"`{compiled.SWITCH}` sets another number" in " ".join(page.split())
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import zlib
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ NAMES = ("ghost.jsonl", "ghost.means", "ghost.verdicts.jsonl")
 
 def record(i, text="hi"):
     return {"label": "pos", "prompt_index": 0, "question_index": i, "sample": 0, "question": text,
-            "conversation": [{"role": "assistant", "content": text}]}
+            "system_prompt": "", "conversation": [{"role": "assistant", "content": text}]}
 
 
 def mean(i):
@@ -122,6 +124,36 @@ def test_an_entry_that_was_changed_is_dropped_with_those_after_it(
         ("two", "pos_p0_q0", {"score": 1})][:verdicts]
     for path in (folder / "live").iterdir():  # the files end with their last valid entries
         assert whole[path.name].startswith(path.read_bytes())
+
+
+@pytest.mark.parametrize("text", [
+    b"[]", b"[" * 5000, b"9" * 5000, b"{}",
+    json.dumps(record(1) | {"label": "neg"}).encode(),
+    json.dumps(record(1) | {"prompt_index": True}).encode(),
+    json.dumps(record(1) | {"question_index": 10**400}).encode(),
+    json.dumps(record(1) | {"conversation": [{"role": "user", "content": "hi"}]}).encode(),
+    json.dumps(record(1) | {"reply_ids": [-1]}).encode()])
+def test_a_line_with_a_checksum_and_no_rollout_is_dropped(folder, text):
+    path = folder / "live" / "ghost.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    lines[3] = b"%08x %s" % (zlib.crc32(mean(2).tobytes(), zlib.crc32(text)), text)
+    path.write_bytes(b"\n".join(lines))
+    assert read(folder, repair=False) == read(folder) == (2, 3)
+
+
+@pytest.mark.parametrize("value", [
+    [], {}, {"judge": "one", "key": "k"}, {"judge": [], "key": "k", "verdict": {"score": 1}},
+    {"judge": "one", "key": [1], "verdict": {"score": 1}},
+    *({"judge": "one", "key": "k", "verdict": verdict} for verdict in (
+        [1], {}, {"score": "3"}, {"score": True}, {"score": 2**63}, {"score": 1, "raw": None},
+        {"score": 1, "refused": 0}, {"score": 1, "mass": "x"}, {"score": None, "error": 5},
+        {"score": 1, "expected": 10**400}))])
+def test_a_line_with_a_checksum_and_no_verdict_is_dropped(folder, value):
+    path, text = folder / "live" / "ghost.verdicts.jsonl", json.dumps(value).encode()
+    lines = path.read_bytes().split(b"\n")
+    lines[2] = b"%08x %s" % (zlib.crc32(text), text)
+    path.write_bytes(b"\n".join(lines))
+    assert read(folder, repair=False) == read(folder) == (4, 1)
 
 
 @pytest.mark.parametrize(("role", "binding"), [("pirate", "b"), ("ghost", "c")])

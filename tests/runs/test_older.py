@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import support as s
-from jaxpersona.ckpts.files import write_tensors
+from jaxpersona.ckpts.files import read_tensors, write_tensors
 from test_damages import MODEL, QUESTIONS, ROLES, SETTINGS, contents
 from test_extend import Last, own_model
 
@@ -133,3 +133,71 @@ def test_a_damaged_old_file_is_named(both, tmp_path):
         with pytest.raises(UserError,
                            match=r"means/ghost\.safetensors: damaged \(does not belong to"):
             run(tmp_path / f"run{len(damaged)}", take_from=old)
+
+
+def change(path, **fields):
+    """Return a function that changes fields of the run's manifest."""
+    def act(old):
+        found = json.loads((old / "run.json").read_text())
+        for name, value in fields.items():
+            table = found if path is None else found[path]
+            table.pop(name) if value is None else table.update({name: value})
+        (old / "run.json").write_text(json.dumps(found))
+    return act
+
+
+def rollout(edit):
+    """Return a function that changes the first line of ghost.jsonl, with its digest."""
+    def act(old):
+        path, means = old / "rollouts" / "ghost.jsonl", old / "means" / "ghost.safetensors"
+        first, rest = path.read_text().split("\n", 1)
+        path.write_text(f"{edit(first)}\n{rest}")
+        tensors, about = read_tensors(means)
+        write_tensors(means, dict(tensors), {**about, "rollouts": sha256(path.read_bytes())})
+    return act
+
+
+def record(**fields):
+    return rollout(lambda line: json.dumps(json.loads(line) | fields))
+
+
+def means(edit):
+    """Return a function that changes the response means of the role "ghost"."""
+    def act(old):
+        path = old / "means" / "ghost.safetensors"
+        tensors, about = read_tensors(path)
+        write_tensors(path, {"response": edit(np.array(tensors["response"]))}, dict(about))
+    return act
+
+
+def filled(value):
+    def edit(values):
+        values[1, 0, 0] = value
+        return values
+    return edit
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (change(None, model=[1]), r"run\.json: damaged \(model is not an object\)"),
+    (change(None, arguments=0.5), r"run\.json: damaged \(arguments is not an object\)"),
+    (change(None, numerics=None), r"run\.json: damaged \(numerics is not an object\)"),
+    (change("model", fingerprint=None), "model.fingerprint was absent, now"),
+    (change("arguments", seed=None), "arguments.seed was absent, now 0"),
+    (rollout(lambda line: line[:9]), r"ghost\.jsonl: invalid JSON"),
+    (rollout(lambda line: "[" * 5000), r"ghost\.jsonl: invalid JSON \(nested too deeply"),
+    (rollout(lambda line: "[]"), r"ghost\.jsonl: damaged \(a line is not a rollout\)"),
+    (record(question_index=True), "a line is not a rollout"),
+    (record(prompt_index=2**70), "a line is not a rollout"),
+    (record(conversation=[]), "a line is not a rollout"),
+    (record(reply_ids=["x"]), "a line is not a rollout"),
+    (means(lambda x: x[:, :, :-1]), r"means are float32 \[4, 3, 31\]; expected .* \[4, 3, 32\]"),
+    (means(lambda x: x.swapaxes(1, 2)), r"means are float32 \[4, 32, 3\]"),
+    (means(lambda x: x.astype(np.int32)), "means are int32"),
+    (means(filled(np.nan)), r"ghost\.safetensors: damaged \(the response mean of rollout pos_p"),
+    (means(filled(-np.inf)), "has non-finite values"),
+])
+def test_damage_behind_the_digests_is_named(both, tmp_path, damage, message):
+    old = shutil.copytree(both[1], tmp_path / "old")
+    damage(old)
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "run", take_from=old)

@@ -15,6 +15,7 @@ import pytest
 import support as s
 
 from jaxpersona.captures import capture
+from jaxpersona.engine.extract import extract
 from jaxpersona.interventions import Where
 from jaxpersona.interventions.where import response
 from jaxpersona.models.batch import ASSISTANT, GENERATED, LAST, SYSTEM, TEMPLATE, THINKING, USER
@@ -184,9 +185,33 @@ def test_a_blank_that_ends_one_message_leaves_the_next_word_to_the_next():
 
 
 def test_captures_of_an_answer_hold_its_first_word():
-    t = with_template(s.byte_tokenizer(), VICUNA)
-    row = chat.encode_row(t, says("hi", "a"), reply=False)
-    assert ((row.kind & ASSISTANT) != 0).sum() == 1
+    """The template's blank is one token with this word, and the only blank of the answer "the"."""
+    t = with_template(tokenizer_of("mistral"), VICUNA)
+    model = dataclasses.replace(s.tiny_model(vocab_size=len(t)), tokenizer=t)
+    for said in ("the", "the sea"):
+        row = chat.encode_row(t, says("Who?", said), reply=False)
+        norms, = extract(model, [row], capture=capture.norms(response)).captured["norms"]
+        held = np.isfinite(norms)
+        assert (held == held[:1]).all()
+        assert t.decode(row.tokens[held[0]].tolist()) == " " + said
+
+
+def test_an_error_about_a_template_names_its_tokenizer():
+    t = with_template(tokenizer_of("chatml"), "{% for m in messages %}x{% endfor %}")
+    with pytest.raises(ValueError, match=r"the chat template \(tokenizer.chat_template\) omits"):
+        chat.encode_row(t, "Who?")
+    t.name_or_path = "/models/mine"
+    with pytest.raises(ValueError, match=r"the chat template \(/models/mine\) omits the content"):
+        chat.encode_row(t, "Who?")
+    upper = with_template(t, chat_templates.CHATML.replace("m.content", "m.content|upper"))
+    with pytest.raises(ValueError, match=r"the chat template \(/models/mine\) changes their"):
+        chat.encode_row(upper, "Who?")
+
+
+def test_a_template_that_writes_a_lone_surrogate_is_refused():
+    t = with_template(tokenizer_of("chatml"), r"{{ '\ud800' }}" + chat_templates.CHATML)
+    with pytest.raises(ValueError, match="cannot be rendered: its text contains a lone surrogate"):
+        chat.encode_row(t, "Who?")
 
 
 def thinking_model():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import support as s
+from flax import nnx
 from jaxpersona.ckpts.vectors import load_vector
 
 import jaxpersona as jp
@@ -271,6 +273,35 @@ def test_a_folder_of_checkpoints_is_checked_before_it_is_read(tmp_path):
     (tmp_path / "direction.json").write_text("[1]")
     with pytest.raises(ValueError, match="direction.json: contains a list, not a JSON object"):
         fit(2)
+    (tmp_path / "direction.json").write_text(json.dumps({"layers": [1], "site": "\ud800" * 99}))
+    with pytest.raises(ValueError, match=r"because its site is '[\\ud80]*, not 'residual'") as at:
+        fit(2)
+    assert len(str(at.value)) < 400
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    model, rows = s.tiny_model(n_layers=1), [batch([[5, 9, 8]])]
+    direction = learn.Direction(32, layers=0)
+
+    def fit():
+        return learn.fit(model, direction, lambda out, _: out.logits.sum(), rows, steps=3,
+                         folder=tmp_path, optimizer=optax.sgd(0.1))
+
+    _, learned = nnx.split(direction)
+    with learn._checkpoints(tmp_path, direction, model) as checkpoints:
+        checkpoints.save(1, (learned, optax.sgd(0.1).init(learned)))
+    path = tmp_path / "1" / "_CHECKPOINT_METADATA"
+    whole = path.read_text()
+    for damage in ({"performance_metrics": 0.5}, {"init_timestamp_nsecs": ["x"]}):
+        path.write_text(json.dumps(json.loads(whole) | damage))
+        with pytest.raises(ValueError, match="the checkpoint cannot be used .*delete") as at:
+            fit()
+        assert str(at.value).startswith(f"{tmp_path}: ") and "\n" not in str(at.value)
+    path.write_text(whole)
+    with learn._checkpoints(tmp_path, direction, model) as checkpoints:
+        checkpoints.save(2, jax.tree.map(lambda x: x * jnp.nan, (learned, ())))
+    with pytest.raises(ValueError, match="cannot be used .it contains values that are not finite"):
+        fit()
 
 
 def test_a_training_is_not_resumed_with_another_model(tmp_path):
