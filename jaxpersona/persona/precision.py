@@ -46,7 +46,7 @@ _LEAST, _MOST = 1e-6, 1 - 1e-12  # limits of a reliability before the logarithm
 class Reliability:
     """The split-half reliability of a vector, and its interval at the confidence level `LEVEL`.
 
-    All fields are NaN if the vector has no replies in fewer than two questions of a half.
+    All fields are NaN if fewer than two questions of a half have replies.
 
     Attributes:
       value: the estimate ρ, from 0 to 1.
