@@ -313,7 +313,8 @@ class Collection:
         if state is not None:
             close(self.run, name, state, judge=self.judge.name,
                   rubric=rubric_of(self.roles[name]), keep=self.keep, seed=self.settings.seed,
-                  layer=self.layer, reread=lambda records: reread(self.model, records) if means is None else means)
+                  layer=self.layer,
+                  reread=lambda records: reread(self.model, records) if means is None else means)
             del self._states[name]
         self.status.closed += 1
 

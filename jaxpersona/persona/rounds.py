@@ -103,6 +103,13 @@ class Rounds:
                         "roles": {name: _listed(own) for name, own in one.roles.items()}}
                        for one in self.rounds]}
 
+    def brief_value(self) -> dict[str, Any]:
+        """Return the result without the single rounds as a JSON object."""
+        return {"target": self.target, "layer": self.layer,
+                "axis": _listed(self.rounds[-1].axis), "rounds": len(self.rounds),
+                "settled": len(self.settled), "roles": len(self.asked) - 1,
+                "rollouts_saved": self.saved, "quota": self.quota}
+
     def lines(self) -> list[str]:
         """Return the result as lines of text for the user."""
         axis, roles = self.rounds[-1].axis, len(self.asked) - 1

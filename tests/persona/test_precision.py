@@ -93,7 +93,7 @@ def test_a_question_effect_on_all_replies_changes_nothing():
             for name, n in (("a", 8), ("b", 4), ("c", 8))}
     own = rng.normal(size=(8, 4))
     found = [p.measure(cells(own + by * effects), {
-        name: cells(value + by * effects[: len(value)]) for name, value in rows.items()}, list(rows))
+        name: cells(value + by * effects[: len(value)]) for name, value in rows.items()}, [*rows])
         for by in (0, 1)]
     for plain, moved in zip([found[0][0], *found[0][1].values()],
                             [found[1][0], *found[1][1].values()], strict=True):
