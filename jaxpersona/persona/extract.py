@@ -167,7 +167,7 @@ def axis_of(model: Model, run: Run, roles: Sequence[Role], judge: Judge, min_cou
     sizes: dict[str, tuple[int, int]] = {}  # role → (rollouts, rollouts with a non-empty reply)
     counts: dict[str, dict[str, int]] = {}
     stored = {name: _sums(run, name, judge.name) for name in owned}
-    shifts = {} if rounds is None else question_shifts(run, stored)
+    shifts = {} if rounds is None else question_shifts(run, stored, rounds.slope)
     for name, sums in stored.items():
         vectors[name] = sums.vectors(science.LABELS)
         if name in shifts:

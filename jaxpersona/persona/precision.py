@@ -4,11 +4,15 @@ All functions are pure NumPy. D is the width of the model; all values belong to 
 questions of a run are numbered from 0 in the order in which they are asked. Half 0 contains the
 even questions and half 1 the odd ones.
 
-**Centred vectors.** v(r, h) is the mean of role r's response means over the questions of half h,
-and v(default, h) is that of the default persona over the same questions. The difference
-d(r, h) = v(r, h) − v(default, h) does not contain the effect that a question has on all replies,
-so roles with different questions can be compared. With R roles, the centred vector is
-d(r, h) − Σₛ d(s, h) / R, and the axis is −Σₛ d(s, h) / R.
+**Centred vectors.** v(r, h) is the mean of role r's response means over the questions of half h.
+With R roles, the centred vector is v(r, h) − Σₛ v(s, h) / R, and the axis is v(default, h) −
+Σₛ v(s, h) / R.
+
+**Unequal questions.** A question changes the response means of all personas. If role r was asked
+fewer questions than the default persona, b · (v(default, h) − u(r, h)) is therefore added to
+v(r, h), where u(r, h) is the mean of the default persona over the questions of role r, and b is the
+slope of the least-squares regression of the roles' means per question on those of the default
+persona (`question_slope`).
 
 **Reliability.** c is the cosine of the two halves of a vector. With the model v = μ + e, where the
 errors e of single questions are independent, c estimates |μ|² / (|μ|² + 2σ²/n). The reliability of
@@ -103,6 +107,10 @@ class _Means:
     def __sub__(self, other: _Means) -> _Means:
         return _Means(self.halves - other.halves, self.without - other.without)
 
+    def plus(self, other: _Means, factor: float) -> _Means:
+        """Return the sum of these means and of other means multiplied by `factor`."""
+        return _Means(self.halves + factor * other.halves, self.without + factor * other.without)
+
     def padded(self, questions: int) -> _Means:
         """Extend `without` to more questions, which the role was not asked."""
         more = np.arange(len(self.without), questions) % 2
@@ -127,14 +135,49 @@ def spearman_brown(cosine: np.ndarray | float) -> np.ndarray:
     return 2 * cosine / (1 + cosine)
 
 
+def question_slope(default: Cells, roles: Mapping[str, Cells]) -> float:
+    """Return the share of a question's effect on the default persona that the roles share.
+
+    x(q) is the default persona's mean over its replies to question q, minus the mean of x over the
+    questions of the role, and y(r, q) is the same for role r. The share is the slope of the
+    regression of y on x, Σ ⟨x(q), y(r, q)⟩ / Σ |x(q)|² over all roles and their questions.
+
+    Args:
+      default: the cells of the default persona, [n, D].
+      roles: role → cells [n(r), D] of the first n(r) ≤ n questions.
+
+    Returns:
+      The slope, limited to 0 … 1; 0 if no question has replies of the default persona and a role.
+
+    Examples:
+      >>> import numpy as np
+      >>> from jaxpersona.persona.precision import Cells, question_slope
+      >>> own = Cells(np.array([[1.0, 0.0], [3.0, 2.0]]), np.ones(2))
+      >>> question_slope(own, {"ghost": Cells(0.5 * own.totals + 7, np.ones(2))})
+      0.5
+    """
+    shared = total = 0.0
+    for cells in roles.values():
+        n = len(cells.counts)
+        both = (cells.counts > 0) & (default.counts[:n] > 0)
+        if both.sum() >= 2:
+            x, y = (one.totals[:n][both].astype(np.float64) / one.counts[:n][both, None]
+                    for one in (default, cells))
+            x = x - x.mean(0)
+            shared, total = shared + float((x * y).sum()), total + float((x * x).sum())
+    return min(max(shared / total, 0.0), 1.0) if total else 0.0
+
+
 def measure(default: Cells, roles: Mapping[str, Cells], used: Sequence[str],
-            ) -> tuple[Reliability, dict[str, Reliability]]:
+            slope: float | None = None) -> tuple[Reliability, dict[str, Reliability]]:
     """Return the reliabilities of the axis and of the roles' centred vectors.
 
     Args:
       default: the cells of the default persona, [n, D].
       roles: role → cells [n(r), D] of the first n(r) ≤ n questions.
-      used: the names of the roles that define the axis and the mean of all roles.
+      used: the names of the roles that define the axis and the mean of all roles. Those with
+        replies to fewer than two questions of a half are ignored.
+      slope: the share of a question's effect that all personas have; default: `question_slope`.
 
     Returns:
       (reliability of the axis, role → reliability of its centred vector). With fewer than two used
@@ -164,21 +207,22 @@ def measure(default: Cells, roles: Mapping[str, Cells], used: Sequence[str],
         raise UserError(f"used names {unknown[0]!r}, which is not in roles; name only roles with "
                         "cells")
     nothing = Reliability(math.nan, math.nan, math.nan)
+    used = [name for name in used if min(_answered(roles[name].counts)) >= 2]
     if len(used) < 2:
         return nothing, dict.fromkeys(roles, nothing)
-    own = {size: _means(default.first(size))
-           for size in sorted({len(cells.counts) for cells in roles.values()})}
+    slope = question_slope(default, roles) if slope is None else slope
+    own = {size: _means(default.first(size)).padded(n)
+           for size in sorted({n, *(len(cells.counts) for cells in roles.values())})}
 
-    def difference(name: str) -> _Means:
+    def corrected(name: str) -> _Means:
         cells = roles[name]
-        return (_means(cells) - own[len(cells.counts)]).padded(n)
+        return _means(cells).padded(n).plus(own[n] - own[len(cells.counts)], slope)
 
     mean = _Means(np.zeros((2, default.totals.shape[1])), np.zeros(default.totals.shape))
     for name in used:
-        one = difference(name)
-        mean = _Means(mean.halves + one.halves / len(used), mean.without + one.without / len(used))
-    return _reliability(mean, np.ones(n, bool)), {
-        name: _reliability(difference(name) - mean, cells.counts > 0)
+        mean = mean.plus(corrected(name), 1 / len(used))
+    return _reliability(own[n] - mean, np.ones(n, bool)), {
+        name: _reliability(corrected(name) - mean, cells.counts > 0)
         for name, cells in roles.items()}
 
 
@@ -204,7 +248,7 @@ def _reliability(means: _Means, asked: np.ndarray) -> Reliability:
 
     half = np.arange(len(means.without)) % 2
     asked = np.pad(asked, (0, len(half) - len(asked)))
-    sizes = [int(asked[h::2].sum()) for h in (0, 1)]
+    sizes = _answered(asked)
     whole = float(spearman_brown(_cosines(means.halves[:1], means.halves[1:])[0]))
     left = spearman_brown(_cosines(means.without[asked], means.halves[1 - half[asked]]))
     if min(sizes) < 2 or not np.isfinite(whole) or not np.isfinite(left).all():
@@ -217,6 +261,11 @@ def _reliability(means: _Means, asked: np.ndarray) -> Reliability:
     radius = float(student.ppf((100 + LEVEL) / 200, sum(sizes) - 2)) * math.sqrt(square)
     middle = float(_logit(np.array(whole)))
     return Reliability(max(whole, 0.0), _logistic(middle - radius), _logistic(middle + radius))
+
+
+def _answered(counts: np.ndarray) -> list[int]:
+    """Return the number of questions with replies in each half, from the numbers of replies [n]."""
+    return [int((counts[h::2] > 0).sum()) for h in (0, 1)]
 
 
 def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -25,7 +25,14 @@ from jaxpersona.data.texts import DEFAULT, Question, Role
 from jaxpersona.distributed import processes
 from jaxpersona.errors import UserError
 from jaxpersona.persona.collect import Collection, Report
-from jaxpersona.persona.precision import Cells, Reliability, check_precision, measure, ordered
+from jaxpersona.persona.precision import (
+    Cells,
+    Reliability,
+    check_precision,
+    measure,
+    ordered,
+    question_slope,
+)
 from jaxpersona.runs.older import Older
 from jaxpersona.runs.rollouts import Settings, place_of_key
 from jaxpersona.runs.run import Run
@@ -69,6 +76,7 @@ class Rounds:
       settled: the names of the settled roles, sorted.
       rollouts: the number of rollouts of all roles in these rounds.
       quota: the number of rollouts if all roles were asked all questions.
+      slope: the share of a question's effect that all personas have (`precision.question_slope`).
     """
 
     __repr__ = brief
@@ -80,6 +88,7 @@ class Rounds:
     settled: list[str]
     rollouts: int
     quota: int
+    slope: float
 
     @property
     def saved(self) -> int:
@@ -97,7 +106,8 @@ class Rounds:
         """Return the rounds as a JSON object; a reliability is [value, low, high] or null."""
         return {
             "target": self.target, "layer": self.layer, "rollouts": self.rollouts,
-            "quota": self.quota, "asked": self.asked, "settled": self.settled,
+            "quota": self.quota, "slope": round(self.slope, 6), "asked": self.asked,
+            "settled": self.settled,
             "rounds": [{"questions": one.questions, "axis": _listed(one.axis),
                         "settled": one.settled,
                         "roles": {name: _listed(own) for name, own in one.roles.items()}}
@@ -180,6 +190,7 @@ def collect(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[Q
     order, layer = ordered(questions, settings.seed), model.config.n_layers // 2
     asked, active, done = dict.fromkeys([DEFAULT, *names], 0), set(names), []
     work: Collection | None = None
+    cells: dict[str, Cells] = {}
     for size in rounds:
         asked |= dict.fromkeys([DEFAULT, *active], size)
         work = Collection(model, run, roles, {name: order[:n] for name, n in asked.items()}, judge,
@@ -203,7 +214,8 @@ def collect(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[Q
     each = {role.name: len(role.prompts) * settings.samples for role in roles}
     return work, Rounds(
         float(precision), layer, done, dict(sorted(asked.items())), sorted(set(names) - active),
-        sum(each[name] * n for name, n in asked.items()), sum(each.values()) * len(questions))
+        sum(each[name] * n for name, n in asked.items()), sum(each.values()) * len(questions),
+        question_slope(cells[DEFAULT], {name: cells[name] for name in names}))
 
 
 def _cells(run: Run, roles: Sequence[Role], judge: str, asked: Mapping[str, Sequence[int]],
@@ -223,20 +235,20 @@ def _cells(run: Run, roles: Sequence[Role], judge: str, asked: Mapping[str, Sequ
             for name, found in cells.items()}
 
 
-def question_shifts(run: Run, sums: Mapping[str, Sums]) -> dict[str, np.ndarray]:
-    """Return the effect of the questions that each role was not asked on its mean activation.
+def question_shifts(run: Run, sums: Mapping[str, Sums], slope: float) -> dict[str, np.ndarray]:
+    """Return the corrections of role vectors for questions that the roles were not asked.
 
-    A question changes the mean activation of all roles. For a role that was asked other questions
-    than the default persona, the effect is the default persona's mean over all its replies minus
-    its mean over the replies to the role's questions. It is added to the role's vectors, so that
-    they can be compared with those of roles that were asked more questions.
+    For a role that was asked other questions than the default persona, the correction is `slope`
+    times the difference between the default persona's mean over all its replies and its mean over
+    the replies to the role's questions ("Unequal questions" in `persona.precision`).
 
     Args:
       run: the open run.
       sums: role → sums, of the roles that this process owns.
+      slope: the share of a question's effect that all personas have.
 
     Returns:
-      role → effect [L, D] float64, without the roles whose questions are those of the default
+      role → correction [L, D] float64, without the roles whose questions are those of the default
       persona.
     """
     asked = processes.merge({name: tuple(sorted({place_of_key(key)[0] for key in one.groups}))
@@ -250,7 +262,7 @@ def question_shifts(run: Run, sums: Mapping[str, Sums]) -> dict[str, np.ndarray]
         of = np.array([place_of_key(sample.keys[i])[0] for i in finite])
         for some in set(asked.values()) - {asked[DEFAULT]}:
             if (inside := np.isin(of, some)).any():
-                own[some] = means.mean(0) - means[inside].mean(0)
+                own[some] = slope * (means.mean(0) - means[inside].mean(0))
     shifts = processes.merge(own)
     return {name: shifts[some] for name, some in asked.items() if some in shifts}
 

@@ -93,7 +93,8 @@ def test_a_question_effect_on_all_replies_changes_nothing():
             for name, n in (("a", 8), ("b", 4), ("c", 8))}
     own = rng.normal(size=(8, 4))
     found = [p.measure(cells(own + by * effects), {
-        name: cells(value + by * effects[: len(value)]) for name, value in rows.items()}, [*rows])
+        name: cells(value + by * effects[: len(value)]) for name, value in rows.items()}, [*rows],
+        slope=1.0)
         for by in (0, 1)]
     for plain, moved in zip([found[0][0], *found[0][1].values()],
                             [found[1][0], *found[1][1].values()], strict=True):
@@ -101,11 +102,26 @@ def test_a_question_effect_on_all_replies_changes_nothing():
             [moved.value, moved.low, moved.high], [plain.value, plain.low, plain.high], rtol=1e-4)
 
 
+def test_the_slope_is_that_of_a_regression_over_all_roles():
+    """Small numbers, computed by hand."""
+    own = cells([[0, 0], [4, 0], [12, 4], [4, 0]], [1, 2, 2, 1])
+    one = cells([[5, 5], [7, 5]])  # x = (−1, 0), (1, 0); y = x
+    assert p.question_slope(own, {"one": one}) == pytest.approx(1.0)
+    assert p.question_slope(own, {"one": cells([[5, 5], [6, 5]])}) == pytest.approx(0.5)
+    both = {"one": one, "two": cells([[9, 0], [0, 0], [3, 1], [0, 0]], [1, 0, 1, 0])}
+    # role two: x = ∓(3, 1), y = ±(3, −0.5): ⟨x, y⟩ = 2 · (−9 + 0.5), |x|² = 2 · 10
+    assert p.question_slope(own, both) == 0.0  # (2 − 17) / 22 is limited to 0
+    assert p.question_slope(own, {"one": cells([[5, 5], [9, 5]])}) == 1.0  # 2 is limited to 1
+    assert p.question_slope(own, {"one": cells([[5, 5]])}) == 0.0
+
+
 def test_too_few_replies_have_no_reliability():
     full = cells([[1, 2], [2, 1], [1, 3], [2, 2]])
     few = cells([[1, 2], [0, 0], [1, 3], [0, 0]], [1, 0, 1, 0])
-    axis, roles = p.measure(nothing(4), {"a": full, "b": full, "few": few}, ["a", "b"])
+    cast = {"a": full, "b": full, "few": few}
+    axis, roles = p.measure(nothing(4), cast, ["a", "b"])
     assert math.isnan(roles["few"].value) and not roles["few"].reached(0.01)
+    assert p.measure(nothing(4), cast, list(cast))[0] == axis
     assert math.isfinite(axis.value)
     axis, roles = p.measure(nothing(4), {"a": full}, ["a"])
     assert math.isnan(axis.low) and math.isnan(roles["a"].low)
