@@ -24,6 +24,7 @@ from jaxpersona.cli.judges import (
     rubric_of,
 )
 from jaxpersona.cli.output import say
+from jaxpersona.cli.quota import QuotaOptions, of_paper
 from jaxpersona.cli.support import (
     AdapterOption,
     DtypeOption,
@@ -44,6 +45,10 @@ if TYPE_CHECKING:
 
 _OWN = "the built-in ones for mini, otherwise `data`"
 _OWN_QUESTIONS = "the built-in ones for mini without --roles, otherwise `data`"
+# the defaults of the options that --paper sets
+_DEFAULTS = {"roles": None, "questions": None, "roles_named": None, "limit_roles": None,
+             "limit_questions": None, "samples": 1, "max_new_tokens": None, "temperature": 0.7,
+             "top_p": 0.9, "min_count": 10, "precision": None}
 
 
 @grouped
@@ -78,6 +83,7 @@ def axis(
         help="Batch size: the number of replies that are generated in parallel.")] = 32,
     seed: SeedOption = 0,
     min_count: MinCountOption = 10,
+    quota: QuotaOptions = QuotaOptions(),
     held_out: Annotated[str, typer.Option(
         show_default="nine for the built-in roles of mini, otherwise none",
         help="Comma-separated names of roles to exclude from the axis.")] = "",
@@ -143,6 +149,7 @@ def axis(
     from jaxpersona.judges.judges import SelfJudge
     from jaxpersona.persona import forecast, prepare, summary
     from jaxpersona.persona.extract import extract_axis
+    from jaxpersona.persona.rounds import rounds_and_quota
     from jaxpersona.runs.rollouts import Settings
 
     place = (coordinator, processes, process)
@@ -154,6 +161,14 @@ def axis(
     if judge_cost is not None and not (dry_run and 0 <= judge_cost < math.inf):
         raise UserError(f"--judge-cost is {judge_cost}; give the cost in USD of judging one reply "
                         "(finite and at least 0), together with --dry-run")
+    if quota.paper:
+        given = {"roles": roles, "questions": questions, "roles_named": roles_named,
+                 "limit_roles": limit_roles, "limit_questions": limit_questions, "samples": samples,
+                 "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
+                 "min_count": min_count, "precision": quota.precision}
+        set_ = of_paper(given, _DEFAULTS)
+        roles, questions, max_new_tokens, min_count = (
+            set_[name] for name in ("roles", "questions", "max_new_tokens", "min_count"))
     own = model == "mini" and roles is None
     choice = choose(judge or ("rules" if own else "none"), judging, own=own, after=judge_after)
     length = max_new_tokens if max_new_tokens is not None else 64 if model == "mini" else 512
@@ -161,6 +176,8 @@ def axis(
     kept = support.kept_means(keep_means)
     cast, asked, named = _texts(model, roles, questions, limit_roles, limit_questions, held_out,
                                 own, roles_named, model_name)
+    sizes = quota.sizes()
+    rounds_and_quota(quota.precision, sizes, asked, choice)
     prepare.check_texts(cast, asked, settings, min_count=min_count, held_out=named, judge=choice)
     if joining.many() and mesh is None:
         raise UserError("several processes need one mesh; give --mesh for the devices of all "
@@ -186,6 +203,7 @@ def axis(
         cost = forecast.forecast(loaded, cast, asked, out, judge=judged, settings=settings,
                                  min_count=min_count, held_out=named, keep_means=kept,
                                  redo=redo or [], overwrite=overwrite,
+                                 precision=quota.precision, rounds=sizes,
                                  sample_seconds=sample_seconds)
         if as_json:
             print(json.dumps(_of_forecast(cost, judge_cost)))
@@ -200,7 +218,8 @@ def axis(
             found = extract_axis(loaded, cast, asked, out, judge=judged, settings=settings,
                                  min_count=min_count, held_out=named, keep_means=kept,
                                  redo=redo or [], overwrite=overwrite,
-                                 take_from=take_from, report=report,
+                                 take_from=take_from, precision=quota.precision,
+                                 rounds=sizes, report=report,
                                  notice=lambda line: say(line, error=True))
         if not joining.first():
             return
@@ -213,10 +232,11 @@ def axis(
             "cos_pc1_axis_middle": round(float(found.analysis.cos_pc1[middle]), 4),
             "distances": {k: round(v, 4) for k, v in summary.distances(found, middle).items()},
             "axis": str(out / "axis.safetensors"),
+            **({} if found.rounds is None else {"precision": found.rounds.brief_value()}),
         }))
         return
-    given = {"--model": None if model == "mini" else model, "--adapter": adapter, "--dtype": dtype}
-    options = [str(part) for pair in given.items() if pair[1] is not None for part in pair]
+    shown = {"--model": None if model == "mini" else model, "--adapter": adapter, "--dtype": dtype}
+    options = [str(part) for pair in shown.items() if pair[1] is not None for part in pair]
     say(*summary.summary(found, out, middle, held_out=named, options=options))
 
 

@@ -21,7 +21,7 @@ from jaxpersona.judges.protocol import Item, Judge
 from jaxpersona.persona.judging import Found, Judging
 from jaxpersona.persona.reread import reply_ids, reread
 from jaxpersona.persona.verdicts import items_of
-from jaxpersona.runs.closing import PLAIN, State, close, needed, state_of
+from jaxpersona.runs.closing import PLAIN, State, close, needed, state_of, summed
 from jaxpersona.runs.damage import Damaged, remedy
 from jaxpersona.runs.older import Older, same
 from jaxpersona.runs.rollouts import Settings, draw_id, generation, planned, rollout_key
@@ -45,7 +45,8 @@ class _Found(NamedTuple):
 
     Attributes:
       have: the keys of the planned rollouts that the folder contains.
-      closed: whether the role is closed and all rollouts in the folder have a verdict.
+      closed: whether the role is closed and all rollouts in the folder have a verdict; if sums per
+        question are kept, whether the sums contain all planned rollouts.
       more: the number of rollouts in the folder that are not planned, such as those of questions
         from an earlier call.
       judged: the number of rollouts with a verdict; 0 for the default persona.
@@ -66,27 +67,31 @@ class Collection:
     """
 
     def __init__(self, model: Model, run: Run, roles: Sequence[Role],
-                 questions: Sequence[Question], judge: Judge, settings: Settings, *,
-                 keep: int | None, older: Older | None = None,
-                 report: Report | None = None) -> None:
+                 questions: Mapping[str, Sequence[Question]], judge: Judge, settings: Settings, *,
+                 keep: int | None, older: Older | None = None, report: Report | None = None,
+                 layer: int | None = None, before: Status | None = None) -> None:
         """Verify the run folder and count the missing rollouts.
 
         Args:
-          model, roles, questions, settings: as for `extract_axis`.
+          model, roles, settings: as for `extract_axis`.
           run: the open run.
+          questions: role → the questions that the role is asked.
           judge: the judge.
           keep: the number of rollouts per role whose response means are stored; None: all.
           older: a run in an older format from which rollouts are copied, or None.
           report: a function that is called with ("rollouts", number of finished rollouts, total
             number of rollouts, number of generated tokens) and with ("judging", number of judged
             replies, total number of replies to judge, 0).
+          layer: the layer at which sums per question are kept, or None. If it is not None, a role
+            whose rollouts of `questions` are summed is not closed again, even if it has others.
+          before: the progress of an earlier round of the same call, or None.
 
         Raises:
           UserError: files are damaged; the message lists all damaged files of all processes.
         """
         self._older = older
         self.model, self.run, self.questions, self.settings = model, run, questions, settings
-        self.judge, self.keep, self.failures = judge, keep, ""
+        self.judge, self.keep, self.failures, self.layer = judge, keep, "", layer
         self.roles = {role.name: role for role in roles}
         self._shape = (model.config.n_layers, model.config.d_model)
         self._owned = {role.name: processes.owns(i) for i, role in enumerate(roles)}
@@ -94,7 +99,7 @@ class Collection:
         self._awaited: dict[str, int] = {}  # role → number of items sent but not judged yet
         self._fresh: dict[str, list[str]] = {}  # role → keys of rollouts not yet sent to the judge
         self._report = report
-        size = {role.name: len(role.prompts) * len(questions) * settings.samples
+        size = {role.name: len(role.prompts) * len(questions[role.name]) * settings.samples
                 for role in roles}
         found = self._scan()
         self._left = {name: size[name] - len(found[name].have) for name in self.roles}
@@ -104,7 +109,7 @@ class Collection:
         every = {name: size[name] + found[name].more for name in self.roles}
         self.status = Status(run.folder, total=sum(every.values()), roles=len(every),
                              to_judge=sum(n for name, n in every.items() if name != DEFAULT),
-                             write=processes.first())
+                             write=processes.first(), before=before)
         self.status.done = self.status.total - sum(self._left.values())
         self.status.judged = sum(one.judged for one in found.values())
         self.status.closed = sum(found[name].closed and not left
@@ -135,6 +140,7 @@ class Collection:
         if self._older is not None:
             self._take_over_all(judging, self._older)
         stream = Stream(self.model, self._asked(), **generation(self.settings))
+        tokens = self.status.tokens
         begun = [name for name, have in self._have.items() if have and self._left[name]]
         for name in () if judging.whole else begun:  # send unjudged rollouts of earlier calls
             if self._owned[name]:
@@ -150,7 +156,7 @@ class Collection:
             idle = stream.done or waiting > AWAITED
             if not idle:
                 finished = stream.step()
-                self.status.tokens = stream.tokens
+                self.status.tokens = tokens + stream.tokens
                 for (name, record), reply in finished:
                     self._played(judging, name, record, reply)
                 for name in dict.fromkeys(name for (name, _), _ in finished):
@@ -186,7 +192,7 @@ class Collection:
         role, taken = self.roles[name], frozenset()
         if self._owned[name]:
             state, scores = self._state(name), older.scores(name)
-            wanted = {rollout_key(r): r for r in planned(role, self.questions, self.settings)}
+            wanted = {rollout_key(r): r for r in self._planned(role)}
             for record, mean in older.rollouts(name):
                 key = rollout_key(record)
                 if key in state.records or not same(record, wanted.get(key, {})):
@@ -207,7 +213,7 @@ class Collection:
             have = self._have.get(name)  # None if no rollout is missing
             if have is None:
                 continue
-            for record in planned(role, self.questions, self.settings):
+            for record in self._planned(role):
                 if rollout_key(record) not in have:
                     yield (name, record), record["conversation"], draw_id(self.model, name, record)
 
@@ -243,7 +249,7 @@ class Collection:
         """Recompute and store a role's missing response means, before the judge loads its model."""
         state = self._state(name) if self._owned[name] else None
         lost: Any = processes.merge({} if state is None else {
-            "lost": needed(state, name, unjudged=True)})["lost"]
+            "lost": needed(state, name, self.layer, unjudged=True)})["lost"]
         for record, mean in zip(lost, reread(self.model, lost), strict=True):
             if state is not None:
                 state.live.add(record, mean)
@@ -304,11 +310,12 @@ class Collection:
         means: Iterator[Any] | None = None
         if processes.many():  # each forward pass needs all processes
             again: Any = processes.merge(
-                {} if state is None else {"again": needed(state, name)})["again"]
+                {} if state is None else {"again": needed(state, name, self.layer)})["again"]
             means = iter(list(reread(self.model, again)))
         if state is not None:
             close(self.run, name, state, judge=self.judge.name,
                   rubric=rubric_of(self.roles[name]), keep=self.keep, seed=self.settings.seed,
+                  layer=self.layer,
                   reread=lambda records: reread(self.model, records) if means is None else means)
             del self._states[name]
         self.status.closed += 1
@@ -321,6 +328,9 @@ class Collection:
     def _read(self, name: str, texts: bool = True) -> State:
         return state_of(self.run, name, self.judge.name, rubric_of(self.roles[name]), self._shape,
                         texts=texts)
+
+    def _planned(self, role: Role) -> Iterator[dict[str, Any]]:
+        return planned(role, self.questions[role.name], self.settings)
 
     def _scan(self) -> dict[str, _Found]:
         """Verify the files of all roles, and return role → `_Found`.
@@ -337,12 +347,13 @@ class Collection:
             except Damaged as error:
                 found[name] = error.fault
                 continue
-            keys = {rollout_key(r) for r in planned(role, self.questions, self.settings)}
+            keys = {rollout_key(r) for r in self._planned(role)}
             missing = state.unjudged(name)
             judged = 0 if name == DEFAULT else len(state.records) - len(missing)
-            found[name] = _Found(frozenset(keys & set(state.records)),
-                                 state.closed and not missing, len(set(state.records) - keys),
-                                 judged)
+            closed = (state.closed and not missing if self.layer is None else
+                      summed(state, name, keys, self.layer))
+            found[name] = _Found(frozenset(keys & set(state.records)), closed,
+                                 len(set(state.records) - keys), judged)
         found = processes.merge(found)
         faults = {name: fault for name, fault in found.items() if isinstance(fault, str)}
         if faults:

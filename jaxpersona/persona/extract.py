@@ -26,6 +26,7 @@ from jaxpersona.persona import axis as science
 from jaxpersona.persona.collect import Collection, Report, verdict_counts
 from jaxpersona.persona.extraction import Extraction, save_analysis
 from jaxpersona.persona.prepare import check_prompts, check_redo, check_texts
+from jaxpersona.persona.rounds import Rounds, collect, question_shifts, rounds_and_quota
 from jaxpersona.persona.thresholds import percentiles_of
 from jaxpersona.runs.manifest import manifest
 from jaxpersona.runs.older import Older
@@ -57,6 +58,8 @@ def extract_axis(
     redo: Sequence[str] = (),
     overwrite: bool = False,
     take_from: str | os.PathLike[str] | None = None,
+    precision: float | None = None,
+    rounds: Sequence[int] | None = None,
     report: Report | None = None,
     notice: Notice | None = None,
 ) -> Extraction:
@@ -87,10 +90,16 @@ def extract_axis(
       overwrite: whether to delete any existing run in the folder and start a new one.
       take_from: the folder of a run in the older format 2 with the same model, settings and device.
         Its rollouts are copied instead of being generated again; this folder is not changed.
+      precision: the reliability, between 0 and 1, at which the axis or a role's vector is settled
+        (`persona.precision`). The rollouts are generated in rounds; settled roles get no further
+        questions. The vectors of such roles are corrected for the questions that they were not
+        asked (`persona.rounds`). Default: all roles are asked all questions.
+      rounds: the number of questions after each round, such as [8, 16, 32], in ascending order;
+        with `precision` only. Default: `precision.rounds_of`.
       report: a function that is called with (step, done, total, tokens) as progress is made. The
-        step is "rollouts" or "judging".
+        step is "rollouts" or "judging". With `precision`, the total is that of the current round.
       notice: a function that is called with a line of text for each difference in roles, questions
-        or arguments from the previous call.
+        or arguments from the previous call, and after each round.
 
     Returns:
       The axis and its thresholds, with the role vectors, projections and scores.
@@ -110,11 +119,12 @@ def extract_axis(
                         "score(items), such as NoJudge()")
     check_redo(redo, roles)
     check_keep(keep_means)
+    sizes, quota = rounds_and_quota(precision, rounds, questions, judge)
     # raise an error about a missing package before hours of generation, not after
     require("sklearn", "the axis's principal components need scikit-learn")
     expected = manifest(model, roles, questions, judge.name, settings,
                         check_prompts(model, roles, questions), min_count=min_count,
-                        held_out=sorted(held_out), keep_means=keep_means)
+                        held_out=sorted(held_out), keep_means=keep_means, **quota)
     older = None if take_from is None else Older(take_from)
     if older is not None:
         older.check(expected)
@@ -129,29 +139,40 @@ def extract_axis(
         for i, role in enumerate(roles):
             if role.name in redo and processes.owns(i):
                 run.discard(role.name)
-        work = Collection(model, run, roles, questions, judge, settings, keep=keep_means,
-                          older=older, report=report)
-        work.work()
+        given: dict[str, Any] = {"keep": keep_means, "older": older, "report": report}
+        if precision is None:
+            found = None
+            work = Collection(model, run, roles, {role.name: questions for role in roles}, judge,
+                              settings, **given)
+            work.work()
+        else:
+            work, found = collect(model, run, roles, questions, judge, settings,
+                                  precision=precision, rounds=sizes, min_count=min_count,
+                                  held_out=held_out, notice=tell, **given)
         if work.status.failed and processes.first():
             text = (f"replies on which the judge failed: {work.status.failed:,} "
                     f"({work.failures[:120]}); no vector includes these replies; run the same "
                     "command again to judge them")
             warnings.warn(text, stacklevel=2)
         work.status.write("complete")
-        return axis_of(model, run, roles, judge, min_count, held_out, work.status.tokens)
+        return axis_of(model, run, roles, judge, min_count, held_out, work.status.tokens, found)
 
 
 def axis_of(model: Model, run: Run, roles: Sequence[Role], judge: Judge, min_count: int,
-            held_out: Sequence[str], tokens: int) -> Extraction:
+            held_out: Sequence[str], tokens: int, rounds: Rounds | None = None) -> Extraction:
     """Compute the axis from the sums of response means in a run folder, and write the results."""
     names = [role.name for role in roles]
     owned = [name for i, name in enumerate(names) if processes.owns(i)]
     vectors: dict[str, dict[str, tuple[np.ndarray, int]]] = {}
     sizes: dict[str, tuple[int, int]] = {}  # role → (rollouts, rollouts with a non-empty reply)
     counts: dict[str, dict[str, int]] = {}
-    for name in owned:
-        sums = _sums(run, name, judge.name)
+    stored = {name: _sums(run, name, judge.name) for name in owned}
+    shifts = {} if rounds is None else question_shifts(run, stored, rounds.slope)
+    for name, sums in stored.items():
         vectors[name] = sums.vectors(science.LABELS)
+        if name in shifts:
+            vectors[name] = {label: ((vector + shifts[name]).astype(np.float32), n)
+                             for label, (vector, n) in vectors[name].items()}
         verdicts = run.verdicts(name, judge.name)
         whole = len(sums.groups) if verdicts is None else len(verdicts["scores"])
         sizes[name] = whole, len(sums.groups) - sums.count(EMPTY)
@@ -197,7 +218,7 @@ def axis_of(model: Model, run: Run, roles: Sequence[Role], judge: Judge, min_cou
                **weights_note(model.params)},
     )
     found = Extraction(axis, analysis, default, role_means, projections, counts, rollouts, tokens,
-                       means, {name: n for name, (n, _) in sizes.items()}, intervals)
+                       means, {name: n for name, (n, _) in sizes.items()}, intervals, rounds)
     if processes.first():
         save_vector(run.folder / "axis.safetensors", axis)
         save_analysis(run.folder, found, held_out)

@@ -13,6 +13,7 @@ from jaxpersona.brief import brief
 from jaxpersona.ckpts.files import write_json
 from jaxpersona.export import Table
 from jaxpersona.persona import axis as science
+from jaxpersona.persona.rounds import Rounds
 from jaxpersona.persona.thresholds import Intervals
 from jaxpersona.vectors.vector import Axis
 
@@ -38,6 +39,7 @@ class Extraction(Table):
       sizes: role or "default" → number of rollouts.
       intervals: "default" or "all" → a dictionary such as {"p25": (low [L], high [L])} with the
         ends of the 95 % bootstrap interval of each threshold.
+      rounds: the rounds of a run with a precision, or None.
     """
 
     __repr__ = brief
@@ -53,6 +55,7 @@ class Extraction(Table):
     mean_projections: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
     intervals: dict[str, Intervals] = dataclasses.field(default_factory=dict)
+    rounds: Rounds | None = None
 
     def mean_projection(self, name: str) -> np.ndarray:
         """Return the mean projection [L] of a role's replies; NaN if all replies are empty."""
@@ -97,7 +100,8 @@ def save_analysis(folder: pathlib.Path, found: Extraction, held_out: Sequence[st
     For each layer, the file contains |cos(PC1, axis)|, the explained variance ratios of the first
     20 components, and the thresholds with their bootstrap intervals. For each role, it contains the
     mean projection and quartiles at each layer, the numbers of rollouts (in total, per score, and
-    with a stored response mean), and whether the role is held out or included in the axis.
+    with a stored response mean), and whether the role is held out or included in the axis. A run
+    with a precision adds its rounds (`Rounds.value`).
     """
     analysis = found.analysis
     write_json(folder / "analysis.json", {
@@ -118,6 +122,7 @@ def save_analysis(folder: pathlib.Path, found: Extraction, held_out: Sequence[st
                    "scores": found.counts.get(name)}
             for name, value in found.projections.items()
         },
+        **({} if found.rounds is None else {"precision": found.rounds.value()}),
     })
 
 

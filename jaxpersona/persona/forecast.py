@@ -22,6 +22,7 @@ from jaxpersona.extras import require
 from jaxpersona.persona.axis import LABELS
 from jaxpersona.persona.collect import AWAITED, rubric_of
 from jaxpersona.persona.prepare import check_prompts, check_redo, check_texts, rollouts_of
+from jaxpersona.persona.rounds import rounds_and_quota
 from jaxpersona.runs.closing import state_of
 from jaxpersona.runs.manifest import manifest
 from jaxpersona.runs.rollouts import Settings, draw_id, generation, planned, rollout_key
@@ -62,6 +63,8 @@ class Forecast:
       disk_bytes: the expected size of the files that the run will add to the folder.
       live_bytes: the largest size of the response means that the run stores temporarily.
       free_bytes: the free space on the disk of the folder.
+      precision: the target of a run with a precision, for which all numbers are upper bounds; None
+        for a run of all questions.
     """
 
     __repr__ = brief
@@ -82,6 +85,7 @@ class Forecast:
     disk_bytes: int
     live_bytes: int
     free_bytes: int
+    precision: float | None = None
 
     @property
     def to_pay(self) -> int:
@@ -105,13 +109,17 @@ def forecast(
     keep_means: int | None = KEEP,
     redo: Sequence[str] = (),
     overwrite: bool = False,
+    precision: float | None = None,
+    rounds: Sequence[int] | None = None,
     sample_seconds: float = 30.0,
 ) -> Forecast:
     """Run the checks of `extract_axis` and estimate the cost of a run, without writing files.
 
+    With `precision`, the estimate is an upper bound: that of a run that needs all questions.
+
     Args:
       model, roles, questions, folder, judge, settings, min_count, held_out, keep_means, redo,
-        overwrite: as for `extract_axis`.
+        overwrite, precision, rounds: as for `extract_axis`.
       sample_seconds: the time in seconds, without compilation, for which missing rollouts are
         generated to measure the speed; 0: nothing is generated.
 
@@ -143,6 +151,7 @@ def forecast(
                         held_out=sorted(held_out), keep_means=keep_means)
     check_redo(redo, roles)
     check_keep(keep_means)
+    rounds_and_quota(precision, rounds, questions, judge)
     have, judged_now = _done(Run(folder, expected), [r for r in roles if r.name not in redo],
                              judge.name, (model.config.n_layers, model.config.d_model), overwrite)
     sizes = rollouts_of(roles, questions, settings)
@@ -174,9 +183,10 @@ def forecast(
         seconds=None if pace is None else pace.seconds_for(count, count), pace=pace,
         judged=judged, judge_calls=max(judged - judged_now, 0) if reads else 0, llm_judge=reads,
         disk_bytes=_disk_bytes(model, more, keep_means,
-                               count * (_mean(texts) + _BYTES_PER_TOKEN * reply)),
+                               count * (_mean(texts) + _BYTES_PER_TOKEN * reply),
+                               0 if precision is None else len(questions)),
         live_bytes=_live_bytes(model, more, judge),
-        free_bytes=shutil.disk_usage(_existing(pathlib.Path(folder))).free,
+        free_bytes=shutil.disk_usage(_existing(pathlib.Path(folder))).free, precision=precision,
     )
 
 
@@ -213,7 +223,8 @@ def _mean(values: Any) -> float:
     return float(np.mean(values)) if len(values) else 0.0
 
 
-def _disk_bytes(model: Model, more: Mapping[str, int], keep: int | None, text: float) -> int:
+def _disk_bytes(model: Model, more: Mapping[str, int], keep: int | None, text: float,
+                questions: int = 0) -> int:
     """Return the expected size in bytes of the files that the missing rollouts will add.
 
     The files contain the texts, sums, samples and vectors of the roles, and the axis.
@@ -223,6 +234,7 @@ def _disk_bytes(model: Model, more: Mapping[str, int], keep: int | None, text: f
       more: role → number of missing rollouts.
       keep: the number of rollouts per role whose response means are stored; None: all.
       text: the expected size of the texts in bytes.
+      questions: the number of questions of a run that keeps sums per question, otherwise 0.
     """
     state = model.config.n_layers * model.config.d_model
     size = text + 4 * state  # texts and the axis (float32)
@@ -231,6 +243,7 @@ def _disk_bytes(model: Model, more: Mapping[str, int], keep: int | None, text: f
         groups = 1 if name == DEFAULT else min(_GROUPS, count)
         vectors = 1 if name == DEFAULT else 1 + len(LABELS)
         size += state * (2 * kept + 4 + 8 * groups + 4 * vectors)
+        size += 4 * model.config.d_model * groups * questions
     return round(size)
 
 
@@ -266,6 +279,9 @@ def describe(found: Forecast, *, judge: str, cost: float | None = None) -> list[
     lines = [
         f"roles: {found.roles:,} besides the default persona, system prompts: {found.prompts:,}",
         f"questions: {found.questions:,}, samples: {found.samples:,}",
+        *([] if found.precision is None else [
+            f"precision {found.precision:g}: the following numbers are those of all questions; the "
+            "run stops earlier for roles that are settled"]),
         f"rollouts: {found.rollouts:,}" + (
             "" if found.missing == found.rollouts else
             f", of which the folder contains {found.rollouts - found.missing:,}; the following "

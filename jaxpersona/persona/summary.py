@@ -67,6 +67,7 @@ def summary(found: Extraction, folder: str | os.PathLike[str], layer: int, *,
     least, kept = int(axis.notes["min_count"]), len(found.analysis.names)
     few = sorted(set(found.counts) - set(found.role_means))
     own = found.projections[DEFAULT][:, layer]
+    precise = [] if found.rounds is None else found.rounds.lines()
     lines = [
         f"Assistant Axis of {axis.model}: {kept} of {len(found.counts)} roles, "
         f"{found.rollouts:,} rollouts, {axis.n_layers} layers",
@@ -78,6 +79,7 @@ def summary(found: Extraction, folder: str | os.PathLike[str], layer: int, *,
                      f"{_names(few)}")
     if held_out:
         lines.append(f"held out: {_names(sorted(held_out))}")
+    lines += precise
     pc1 = found.analysis.components[layer].ratio[0]
     lines += [
         f"|cos(PC1, axis)| at layer {layer}: {found.analysis.cos_pc1[layer]:.3f}; PC1 "

@@ -33,13 +33,15 @@ def context(found: Contents, data: dict[str, Any], notes: Sequence[str], version
       version: the version of plotly.js.
     """
     last = found.manifest.get("last", {})
+    curve = None if found.analysis is None else found.analysis.rounds
     return {
         "title": f"Assistant Axis of {last.get('model') or 'a model'}",
         "state": state(found), "facts": facts(found, data), "gaps": gaps(found, data),
         "notes": list(notes), "layers": data["layers"], "middle": data["middle"],
         "shown": {key: data[key] is not None for key in (
-            "pca", "order", "byLayer", "thresholds", "reliability", "drift")},
+            "pca", "order", "byLayer", "thresholds", "reliability", "rounds", "drift")},
         "scored": bool(found.counts) and found.judge != "none",
+        "rounds": "" if curve is None else curve.caption(),
         "halves": halves(found), "drift": data["drift"], "intervals": _intervals(data),
         "dialogues": dialogues(found), "provenance": provenance(found, version),
         "many": len(data["roles"]) > 40,
@@ -82,6 +84,8 @@ def facts(found: Contents, data: dict[str, Any]) -> Rows:
                      + (f"; {held:,} held out" if held else "")))
     rollouts = sum(found.rollouts.values()) or (found.status or {}).get("rollouts", 0)
     rows += [("rollouts", f"{rollouts:,}"), ("judge", found.judge or "unknown")]
+    if found.analysis is not None and found.analysis.rounds is not None:
+        rows += found.analysis.rounds.facts()
     middle = data["middle"]
     if data["byLayer"] is not None:
         rows += [(f"|cos(PC1, axis)| at layer {middle}", _number(data["byLayer"]["cos"][middle])),
@@ -121,6 +125,9 @@ def gaps(found: Contents, data: dict[str, Any]) -> Rows:
     waiting = [name for name in [DEFAULT, *found.roles] if name not in found.closed]
     if waiting:
         rows.append(("Roles that are not complete yet", _names(waiting)))
+    if found.analysis is not None and (curve := found.analysis.rounds) is not None and curve.open:
+        rows.append((f"Roles that are not settled at the precision {curve.target:g}",
+                     f"all questions were asked: {_names(curve.open)}"))
     if found.analysis is not None:
         known = found.analysis.roles
         few = [name for name in found.roles if name in known and not known[name].in_axis
@@ -175,8 +182,8 @@ def provenance(found: Contents, version: str) -> list[dict[str, Any]]:
     model, last, numerics = (manifest.get(key, {}) for key in ("model", "last", "numerics"))
     status = found.status or {}
     arguments = {name: value for name, value in manifest.get("arguments", {}).items()}
-    of_axis = {name: last[name] for name in ("min_count", "held_out", "keep_means")
-               if name in last}
+    of_axis = {name: last[name] for name in (
+        "min_count", "held_out", "keep_means", "precision", "rounds") if name in last}
     if found.axis is not None and found.analysis is not None:  # a stopped call may have others
         of_axis |= {k: v for k, v in found.axis.notes.items() if k == "min_count"}
         of_axis["held_out"] = sorted(n for n, role in found.analysis.roles.items() if role.held_out)

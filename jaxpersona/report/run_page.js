@@ -366,6 +366,25 @@
     }), layout({ title: { text: "projection" } }, floor, false));
   }
 
+  // ---- precision by round
+  function rounds() {
+    if (!data.rounds) return;
+    const xs = data.rounds.questions, names = ["axis", "roles"], titles = ["axis", "roles, median"];
+    const band = (ys, more) => ({ x: xs, y: ys, mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false, connectgaps: false, ...more });
+    const traces = names.flatMap((name, i) => {
+      const [, low, high] = data.rounds[name];
+      return [band(low, {}), band(high, { fill: "tonexty", fillcolor: faded(colour(`c${i + 1}`), 0.18) }),
+        { x: xs, y: data.rounds[name][0], name: titles[i], mode: "lines+markers", connectgaps: false, line: { color: colour(`c${i + 1}`), width: 2 },
+          marker: { size: 7, symbol: SYMBOLS[i] }, hovertemplate: `${titles[i]}, %{x} questions: %{y:.4f}<extra></extra>` }];
+    });
+    traces.push({ x: xs, y: data.rounds.settled, name: "settled roles", mode: "lines+markers", line: { color: colour("c3"), width: 2, dash: "dot" },
+      marker: { size: 7, symbol: SYMBOLS[2] }, hovertemplate: "settled, %{x} questions: %{y:.0%}<extra></extra>" });
+    draw("plot-rounds", traces, { margin: { l: 52, r: 12, t: 46, b: 48 }, showlegend: true,
+      shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: data.rounds.target, y1: data.rounds.target,
+        line: { color: colour("muted"), width: 1.5, dash: "dash" } }],
+      xaxis: axisOf("questions", { type: "log", tickvals: xs, zeroline: false }), yaxis: axisOf("", { range: [-0.03, 1.03] }) });
+  }
+
   // ---- the marked role, the chosen layer
   function detail() {
     const box = at("detail"), role = roles[state.role];
@@ -409,7 +428,7 @@
     update();
     scoreBars();
   }
-  function all() { update(); scoreBars(); drift(); }
+  function all() { update(); scoreBars(); rounds(); drift(); }
 
   if (at("layer")) {
     at("layer").addEventListener("input", () => setLayer(at("layer").value));

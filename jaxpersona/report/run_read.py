@@ -23,6 +23,7 @@ from jaxpersona.judges.protocol import Item
 from jaxpersona.persona import verdicts
 from jaxpersona.persona.collect import verdict_counts
 from jaxpersona.report.run_halves import Halves
+from jaxpersona.report.run_rounds import Curve
 from jaxpersona.runs.compare import roles_of
 from jaxpersona.runs.files import MANIFEST, STATUS
 from jaxpersona.runs.run import Run
@@ -66,6 +67,7 @@ class Analysis:
       intervals: population → percentile, such as "p25" → [2, L], the ends of its bootstrap
         confidence interval.
       roles: role or "default" → its values.
+      rounds: the rounds of a run with a precision, or None.
     """
 
     __repr__ = brief
@@ -74,6 +76,7 @@ class Analysis:
     variance: list[np.ndarray]
     intervals: dict[str, dict[str, np.ndarray]]
     roles: dict[str, Measured]
+    rounds: Curve | None = None
 
 
 @dataclasses.dataclass
@@ -255,4 +258,5 @@ def _analysis(about: Any, layers: int) -> Analysis:
     if any(row.ndim != 1 for row in variance):
         raise ValueError("variance_ratio must have a list of numbers for each layer")
     return Analysis(np.array(about["cos_pc1_axis"], np.float64).reshape(layers), variance,
-                    intervals, roles)
+                    intervals, roles,
+                    Curve.read(about["precision"]) if "precision" in about else None)

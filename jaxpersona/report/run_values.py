@@ -81,7 +81,8 @@ def values(found: Contents, notes: Notes, drift: Drift | None,
     out: Values = {
         "layers": layers, "middle": layers // 2, "scores": list(SCORES),
         "unread": found.judge == "none", "pca": None, "byLayer": None, "thresholds": None,
-        "reliability": None, "order": None, "drift": None if drift is None else drift.value(notes)}
+        "reliability": None, "order": None, "rounds": None,
+        "drift": None if drift is None else drift.value(notes)}
     measured = {} if found.analysis is None else found.analysis.roles
     names = [name for name in found.roles if name in found.closed or name in measured]
     out["roles"] = [_role(found, name, notes) for name in names]
@@ -110,6 +111,8 @@ def values(found: Contents, notes: Notes, drift: Drift | None,
                 one["x"], one["y"] = (
                     notes.series(f"{one['name']!r:.60}, PC{i + 1}", row)
                     for i, row in enumerate(points[one["name"]]))
+    if found.analysis.rounds is not None:
+        out["rounds"] = found.analysis.rounds.value(notes)
     agreement = None if found.halves is None else found.halves.agreement()
     if agreement is not None:
         out["reliability"] = {

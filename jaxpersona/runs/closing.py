@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -96,7 +96,7 @@ def state_of(run: Run, role: str, judge: str, rubric: str, shape: tuple[int, int
 
 
 def close(run: Run, role: str, state: State, *, judge: str, rubric: str, keep: int | None,
-          seed: int, reread: Reread) -> Sums:
+          seed: int, reread: Reread, layer: int | None = None) -> Sums:
     """Write the final files of a role whose rollouts have all been judged; clear its live files.
 
     Rollouts whose verdict failed remain in the live files, so that a later call can judge them.
@@ -109,6 +109,7 @@ def close(run: Run, role: str, state: State, *, judge: str, rubric: str, keep: i
       seed: the seed of the sample.
       reread: a function that recomputes the response means of the given rollouts and yields them
         in the same order.
+      layer: the layer at which sums per question are needed, or None if they are not needed.
 
     Returns:
       The sums of the response means by score.
@@ -125,7 +126,7 @@ def close(run: Run, role: str, state: State, *, judge: str, rubric: str, keep: i
                    for record in records.values())
     before = run.sample(role) if run.path("samples", role).exists() else None
     if before is not None and not len(before):  # an imported role without response means
-        before, lost = None, needed(state, role)
+        before, lost = None, needed(state, role, layer)
         for record, mean in zip(lost, reread(lost), strict=True):
             live.add(record, mean)
     wanted = chosen({key: record["prompt_index"] for key, record in records.items()},
@@ -137,8 +138,8 @@ def close(run: Run, role: str, state: State, *, judge: str, rubric: str, keep: i
     scores: dict[str, int | None] = dict.fromkeys(records)
     if role != DEFAULT:
         scores = save_verdicts(run, role, state, judge, rubric)
-    sums = _usable(state.sums, scores)
-    again = reread(needed(state, role))
+    sums = _usable(state.sums, scores, layer)
+    again = reread(needed(state, role, layer))
     for key in [key for key in records if key in scores and key not in sums.groups]:
         sums.add(key, scores[key], live.mean(key) if live.has_mean(key) else next(again))
     run.save_sums(role, judge, sums)
@@ -146,28 +147,45 @@ def close(run: Run, role: str, state: State, *, judge: str, rubric: str, keep: i
     return sums
 
 
-def needed(state: State, role: str, *, unjudged: bool = False) -> list[dict[str, Any]]:
+def needed(state: State, role: str, layer: int | None = None, *,
+           unjudged: bool = False) -> list[dict[str, Any]]:
     """Return the rollouts whose response means `close` has to recompute.
 
     These are the rollouts, sorted by question, prompt and sample, whose means are neither in the
-    live files nor in the sums. Sums that do not agree with the verdicts are treated as empty.
+    live files nor in the sums. Sums that do not agree with the verdicts, or lack the sums
+    per question at `layer` (if it is not None), are treated as empty.
 
     Args:
       state: the role's state.
       role: the name of the role.
+      layer: the layer at which sums per question are needed, or None.
       unjudged: whether to include rollouts without a valid verdict, as if they were judged. Those
         of the default persona are always included.
     """
     scores = dict.fromkeys(state.records) if role == DEFAULT else _scores(state.verdicts)
-    sums = _usable(state.sums, scores)
+    sums = _usable(state.sums, scores, layer)
     records = sorted(state.records.items(), key=lambda item: place_of(item[1]))
     return [record for key, record in records if (unjudged or key in scores)
             and key not in sums.groups and not state.live.has_mean(key)]
 
 
-def _usable(sums: Sums | None, scores: Mapping[str, int | None]) -> Sums:
-    """Return `sums`, or empty sums if `sums` is None or was computed from other scores."""
-    return sums if sums is not None and sums.agrees(scores) else Sums({}, {})
+def summed(state: State, role: str, keys: Set[str], layer: int) -> bool:
+    """Return whether the sums include the given rollouts, and the live files none of them.
+
+    Args:
+      state, role: as in `close`.
+      keys: the keys of the rollouts. The live files may contain other rollouts.
+      layer: the layer at which sums per question are needed.
+    """
+    scores = dict.fromkeys(state.records) if role == DEFAULT else _scores(state.verdicts)
+    live = set(state.live.records).union(*state.live.verdicts.values())
+    return keys <= set(_usable(state.sums, scores, layer).groups) and not keys & live
+
+
+def _usable(sums: Sums | None, scores: Mapping[str, int | None], layer: int | None) -> Sums:
+    """Return `sums`, or empty sums if `sums` is None, or has other scores or another layer."""
+    usable = sums is not None and sums.agrees(scores) and layer in (None, sums.layer)
+    return sums if sums is not None and usable else Sums({}, {}, layer)
 
 
 def save_verdicts(run: Run, role: str, state: State, judge: str, rubric: str) -> dict[str, Any]:

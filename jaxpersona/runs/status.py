@@ -35,14 +35,20 @@ class Status:
     """
 
     def __init__(self, folder: pathlib.Path, *, total: int, to_judge: int, roles: int,
-                 write: bool = True) -> None:
-        """Start the clock; if `write` is False, status.json is never written."""
+                 write: bool = True, before: Status | None = None) -> None:
+        """Start the clock; if `write` is False, status.json is never written.
+
+        `before` is the progress of an earlier round of the same call, whose start, tokens and cost
+        are carried on.
+        """
         self.folder, self.total, self.to_judge, self.roles = folder, total, to_judge, roles
         self.done = self.judged = self.failed = self.tokens = self.closed = 0
         self.cost = 0.0
         self._write = write
         self._begun, self._last = time.time(), 0.0
         self._first: tuple[float, int, int, int] | None = None
+        if before is not None:
+            self._begun, self.tokens, self.cost = before._begun, before.tokens, before.cost
 
     def begin(self) -> None:
         """Write the progress to status.json, and measure all rates from this call on."""

@@ -1,10 +1,13 @@
-"""The stored forms of a role's response means: their sums by score, and a sample of the means."""
+"""The stored forms of a role's response means: their sums by score, and a sample of the means.
+
+A run with a precision (`persona.rounds`) also keeps sums per question at one layer.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -12,6 +15,7 @@ import numpy as np
 
 from jaxpersona.brief import brief
 from jaxpersona.errors import UserError
+from jaxpersona.runs.rollouts import place_of_key
 
 EMPTY, UNDECIDED = "empty", "none"
 
@@ -26,12 +30,17 @@ class Sums:
         judge was undecided.
       groups: rollout key → group, for each rollout that was added. The group of an empty reply,
         which has no response mean, is "empty".
+      layer: the layer of `cells`, or None if sums per question are not kept.
+      cells: (group, question id) → sum of the response means of the group's replies to the
+        question at `layer`, [D] float32.
     """
 
     __repr__ = brief
 
     totals: dict[str, np.ndarray]
     groups: dict[str, str]
+    layer: int | None = None
+    cells: dict[tuple[str, int], np.ndarray] = dataclasses.field(default_factory=dict)
 
     def count(self, group: str) -> int:
         """Return the number of rollouts in a group."""
@@ -55,6 +64,10 @@ class Sums:
             self.totals[group] = np.zeros(mean.shape, np.float64)
         self.totals[group] += mean
         self.groups[key] = group
+        if self.layer is not None:
+            cell = group, place_of_key(key)[0]
+            before = self.cells.get(cell, np.float32(0))
+            self.cells[cell] = (before + mean[self.layer]).astype(np.float32)
 
     def agrees(self, scores: Mapping[str, int | None]) -> bool:
         """Return whether the group of each added rollout matches its score in `scores`.
@@ -86,14 +99,52 @@ class Sums:
                 out[label] = ((self.totals[str(score)] / count).astype(np.float32), count)
         return out
 
+    def by_question(self, group: str | None, questions: Sequence[int],
+                    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the sums at `layer` for each question, and the number of their replies.
+
+        Args:
+          group: the group, or None for all non-empty replies.
+          questions: the ids of n questions; one without replies has the sum 0.
+
+        Returns:
+          (sums [n, D] float32, numbers of replies [n]), in the order of `questions`.
+        """
+        place = {question: i for i, question in enumerate(questions)}
+        counts = np.zeros(len(place), int)
+        for key, found in self.groups.items():
+            question = place_of_key(key)[0]
+            if question in place and found != EMPTY and group in (None, found):
+                counts[place[question]] += 1
+        width = next((len(value) for value in self.cells.values()), 0)
+        sums = np.zeros((len(place), width), np.float32)
+        for (found, question), value in sorted(self.cells.items()):
+            if question in place and group in (None, found):
+                sums[place[question]] += value
+        return sums, counts
+
     def stored(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         """Return the tensors and the metadata from which `read` restores the sums."""
-        return dict(self.totals), {"groups": json.dumps(self.groups)}
+        about = {"groups": json.dumps(self.groups)}
+        if self.layer is None:
+            return dict(self.totals), about
+        cells = {f"{group}/{question}": value for (group, question), value in self.cells.items()}
+        return self.totals | cells, about | {"layer": str(self.layer)}
 
     @classmethod
     def read(cls, tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) -> Sums:
         """Restore the sums from the tensors and the metadata that `stored` returned."""
-        return cls(dict(tensors), json.loads(about["groups"]))
+        groups = json.loads(about["groups"])
+        if "layer" not in about:
+            return cls(dict(tensors), groups)
+        totals, cells = {}, {}
+        for name, value in tensors.items():
+            group, _, question = name.partition("/")
+            if question:
+                cells[group, int(question)] = value
+            else:
+                totals[group] = value
+        return cls(totals, groups, int(about["layer"]), cells)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,7 +55,8 @@ def called(monkeypatch):
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return s.write_texts(tmp_path, [Role(name, (f"Be {name}, {{model_name}}.",), "")
-                                    for name in NAMES], [Question(i, f"Who {i}?") for i in (0, 1)])
+                                    for name in NAMES],
+                         [Question(i, f"Who {i}?") for i in range(9)])
 
 
 @pytest.mark.parametrize(("more", "name"), [
@@ -65,22 +66,23 @@ def test_the_options_of_axis_reach_the_run_and_its_forecast(folder, opened, call
     seen = called(name)
     assert s.run_command([
         "axis", "--model", "models/Some-7B/", "--roles", "roles", "--questions", "questions.jsonl",
-        "--limit", "3", "--limit-questions", "1", "--samples", "3", "--max-new-tokens", "7",
+        "--limit", "3", "--limit-questions", "8", "--samples", "3", "--max-new-tokens", "7",
         "--temperature", "0.5", "--top-p", "0.6", "--batch-size", "4", "--seed", "11",
         "--min-count", "2", "--held-out", "bee", "--keep-means", "5", "--share-prefix", "--redo",
         "cat", "--redo", "ant", "--overwrite", "--judge", "none", "--dtype", "float16",
-        "--adapter", "lora", "--mesh", "data=2", "--out", "out", "--json", *more]) == 2
+        "--adapter", "lora", "--mesh", "data=2", "--out", "out", "--json", "--precision", "0.9",
+        "--rounds", "6, 8", *more]) == 2
     assert opened == [("models/Some-7B/", "float16", "data=2", pathlib.Path("lora"))]
     ((model, roles, questions, out), named), = seen
     assert model is LOADED and out == pathlib.Path("out")
     assert [role.name for role in roles] == ["default", "ant", "bee", "cat"]
     assert {role.name: role.prompts for role in roles}["ant"] == ("Be ant, Some-7B.",)
-    assert [question.text for question in questions] == ["Who 0?"]
+    assert [question.text for question in questions] == [f"Who {i}?" for i in range(8)]
     assert isinstance(named.pop("judge"), NoJudge)
     wanted = {"settings": Settings(temperature=0.5, top_p=0.6, max_new_tokens=7, samples=3,
                                    batch_size=4, seed=11, share_prefix=True),
               "min_count": 2, "held_out": ["bee"], "keep_means": 5, "redo": ["cat", "ant"],
-              "overwrite": True}
+              "overwrite": True, "precision": 0.9, "rounds": [6, 8]}
     wanted |= {"sample_seconds": 2} if "forecast" in name else {"take_from": pathlib.Path("old")}
     assert {key: named[key] for key in wanted} == wanted
 
@@ -96,6 +98,35 @@ def test_the_defaults_of_axis_are_those_of_its_help(folder, opened, called, more
                                          samples=1, batch_size=32, seed=0)
     assert type(named["judge"]) is judge
     assert (named["min_count"], named["keep_means"], named["redo"]) == (10, 16, [])
+    assert (named["precision"], named["rounds"]) == (None, None)
+
+
+def test_the_numbers_of_the_paper(folder, opened, called):
+    seen = called("jaxpersona.persona.extract.extract_axis")
+    assert s.run_command(["axis", "--model", "other", "--paper", "--min-count", "50"]) == 2
+    ((_, roles, questions, _), named), = seen
+    assert (len(roles), len(questions)) == (276, 240)
+    assert {len(role.prompts) for role in roles} == {5}
+    assert named["settings"] == Settings(temperature=0.7, top_p=0.9, max_new_tokens=512, samples=1)
+    assert (named["min_count"], named["precision"]) == (50, None)
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    (["--paper", "--samples", "2"], "--samples is 2, but --paper sets it to 1; omit one"),
+    (["--paper", "--precision", "0.9"], "--precision is 0.9, but --paper omits it"),
+    (["--paper", "--limit-questions", "9"], "--limit-questions is 9, but --paper omits it"),
+    (["--precision", "1"], "precision is 1.0; give a reliability between 0 and 1"),
+    (["--rounds", "8"], "rounds is [8], but there is no precision"),
+    (["--precision", "0.9", "--rounds", "8,x"], "--rounds is '8,x'; give numbers of questions"),
+    (["--precision", "0.9", "--rounds", "5"], "rounds contains 5; give even numbers"),
+    (["--precision", "0.9", "--limit-questions", "3"], "precision needs at least 4 questions"),
+    (["--precision", "0.9", "--judge", "model:j", "--judge-after"],
+     "judge scores only after all rollouts (--judge-after), but precision needs scores")])
+def test_mistakes_about_the_number_of_rollouts_are_found_before_a_model_is_loaded(
+        folder, opened, capsys, more, said):
+    assert s.run_command(["axis", "--out", "out", *more]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and not opened
 
 
 def test_the_texts_of_a_run_are_those_that_the_options_select(monkeypatch):

@@ -1,0 +1,77 @@
+"""Options of `jaxpersona axis` that set the number of rollouts: a precision, or fixed quotas."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from jaxpersona.errors import UserError
+
+# the numbers of Lu et al. 2026 (arXiv 2601.10387): option → value
+PAPER: Mapping[str, Any] = {
+    "roles": "data", "questions": "data", "roles_named": None, "limit_roles": None,
+    "limit_questions": None, "samples": 1, "max_new_tokens": 512, "temperature": 0.7, "top_p": 0.9,
+    "min_count": 50, "precision": None}
+
+
+@dataclasses.dataclass(frozen=True)
+class QuotaOptions:
+    """The options that set the number of rollouts."""
+
+    precision: Annotated[float | None, typer.Option(
+        "--precision", show_default="all questions", help=(
+            "Generate in rounds over the questions, and stop as soon as the axis and the role "
+            "vectors have this split-half reliability, e.g. 0.99: the lower end of its 95 % "
+            "interval must reach it."))] = None
+    rounds: Annotated[str | None, typer.Option(
+        "--rounds", show_default="4,6,8,12,16,24,…", help=(
+            "Numbers of questions after each round of --precision, ascending, e.g. 8,16,32. The "
+            "last round has all questions."))] = None
+    paper: Annotated[bool, typer.Option("--paper", help=(
+        "Use the numbers of Lu et al. 2026: the 275 roles and 240 questions of the package, one "
+        "reply of up to 512 tokens for each prompt and question, and --min-count 50."))] = False
+
+    def sizes(self) -> list[int] | None:
+        """Return the value of `--rounds` as numbers, or None if it is not given.
+
+        Raises:
+          UserError: a part is not a number.
+
+        Examples:
+          >>> from jaxpersona.cli.quota import QuotaOptions
+          >>> QuotaOptions(0.99, "8,16").sizes()
+          [8, 16]
+        """
+        if self.rounds is None:
+            return None
+        parts = [part.strip() for part in self.rounds.split(",")]
+        if not all(part.isascii() and part.isdecimal() for part in parts):
+            raise UserError(f"--rounds is {self.rounds!r:.60}; give numbers of questions, such as "
+                            "8,16,32")
+        return [int(part) for part in parts]
+
+
+def of_paper(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that `--paper` sets.
+
+    Args:
+      given: the values of the options in `PAPER`.
+      defaults: the values of these options if they are not given.
+
+    Raises:
+      UserError: an option is given with another value than the paper's.
+
+    Examples:
+      >>> from jaxpersona.cli.quota import PAPER, of_paper
+      >>> of_paper(PAPER, PAPER)["min_count"]
+      50
+    """
+    for name, value in PAPER.items():
+        if given[name] not in (value, defaults[name]):
+            option = f"--{name.replace('_', '-')}"
+            means = "omits it" if value is None else f"sets it to {value}"
+            raise UserError(f"{option} is {given[name]}, but --paper {means}; omit one of the two")
+    return dict(PAPER)

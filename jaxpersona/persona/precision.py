@@ -1,0 +1,361 @@
+"""Split-half reliability of an axis and of role vectors, with jackknife intervals over questions.
+
+All functions are pure NumPy. D is the width of the model; all values belong to one layer. The n
+questions of a run are numbered from 0 in the order in which they are asked. Half 0 contains the
+even questions and half 1 the odd ones.
+
+**Centred vectors.** v(r, h) is the mean of role r's response means over the questions of half h.
+With R roles, the centred vector is v(r, h) − Σₛ v(s, h) / R, and the axis is v(default, h) −
+Σₛ v(s, h) / R.
+
+**Unequal questions.** A question changes the response means of all personas. If role r was asked
+fewer questions than the default persona, b · (v(default, h) − u(r, h)) is therefore added to
+v(r, h), where u(r, h) is the mean of the default persona over the questions of role r, and b is the
+slope of the least-squares regression of the roles' means per question on those of the default
+persona (`question_slope`).
+
+**Reliability.** c is the cosine of the two halves of a vector. With the model v = μ + e, where the
+errors e of single questions are independent, c estimates |μ|² / (|μ|² + 2σ²/n). The reliability of
+the vector of all n questions, ρ = |μ|² / (|μ|² + σ²/n), is therefore 2c / (1 + c) (Spearman 1910,
+Brown 1910). ρ is the expected cosine of the vectors of two independent runs with n questions each.
+The expected cosine of the vector with that of a run with infinitely many questions is √ρ.
+
+**Interval.** The jackknife (Tukey 1958) leaves out one question at a time from its half, for all
+roles together, and computes t = log(ρ / (1 − ρ)) again. With m(h) questions in half h, the squared
+standard error of t is Σₕ (m(h) − 1) / m(h) · Σⱼ (tⱼ − t̄(h))². The interval has the quantiles of
+Student's t distribution with m(0) + m(1) − 2 degrees of freedom. A percentile bootstrap over
+questions is not used: drawing with replacement doubles the error of each half, so that the interval
+is too low (`tests/persona/test_precision.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxpersona.brief import brief
+from jaxpersona.data.texts import Question
+from jaxpersona.errors import UserError
+
+LEVEL = 95  # confidence level of the intervals in percent
+FIRST = 4  # number of questions of the first round: two in each half
+_LEAST, _MOST = 1e-6, 1 - 1e-12  # limits of a reliability before the logarithm
+
+
+@dataclasses.dataclass(frozen=True)
+class Reliability:
+    """The split-half reliability of a vector, and its interval at the confidence level `LEVEL`.
+
+    All fields are NaN if fewer than two questions of a half have replies.
+
+    Attributes:
+      value: the estimate ρ, from 0 to 1.
+      low, high: the ends of the interval, from 0 to 1.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def reached(self, target: float) -> bool:
+        """Return whether the lower end of the interval is at least `target`.
+
+        Examples:
+          >>> from jaxpersona.persona.precision import Reliability
+          >>> Reliability(0.97, 0.93, 0.99).reached(0.95)
+          False
+        """
+        return self.low >= target
+
+
+@dataclasses.dataclass(frozen=True)
+class Cells:
+    """The response means of one role at one layer, summed per question.
+
+    Attributes:
+      totals: [n, D], the sum over the role's replies to each question, in the order of the
+        questions, in units of the residual stream.
+      counts: [n], the number of added replies.
+    """
+
+    __repr__ = brief
+
+    totals: np.ndarray
+    counts: np.ndarray
+
+    def first(self, questions: int) -> Cells:
+        """Return the cells of the first questions only."""
+        return Cells(self.totals[:questions], self.counts[:questions])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Means:
+    """Means of a role over its replies.
+
+    Attributes:
+      halves: [2, D], the mean of each half; NaN without a reply.
+      without: [n, D], the mean of question j's half without question j.
+    """
+
+    halves: np.ndarray
+    without: np.ndarray
+
+    def __sub__(self, other: _Means) -> _Means:
+        return _Means(self.halves - other.halves, self.without - other.without)
+
+    def plus(self, other: _Means, factor: float) -> _Means:
+        """Return the sum of these means and of other means multiplied by `factor`."""
+        return _Means(self.halves + factor * other.halves, self.without + factor * other.without)
+
+    def padded(self, questions: int) -> _Means:
+        """Extend `without` to more questions, which the role was not asked."""
+        more = np.arange(len(self.without), questions) % 2
+        return _Means(self.halves, np.concatenate([self.without, self.halves[more]]))
+
+
+def spearman_brown(cosine: np.ndarray | float) -> np.ndarray:
+    """Return the reliability 2c / (1 + c) of a whole, for the agreement c of its halves.
+
+    Args:
+      cosine: c, of any shape, greater than -1.
+
+    Returns:
+      The reliabilities, float64, of the same shape.
+
+    Examples:
+      >>> from jaxpersona.persona.precision import spearman_brown
+      >>> spearman_brown([0.0, 0.5, 0.98]).round(4).tolist()
+      [0.0, 0.6667, 0.9899]
+    """
+    cosine = np.asarray(cosine, np.float64)
+    return 2 * cosine / (1 + cosine)
+
+
+def question_slope(default: Cells, roles: Mapping[str, Cells]) -> float:
+    """Return the share of a question's effect on the default persona that the roles share.
+
+    x(q) is the default persona's mean over its replies to question q, minus the mean of x over the
+    questions of the role, and y(r, q) is the same for role r. The share is the slope of the
+    regression of y on x, Σ ⟨x(q), y(r, q)⟩ / Σ |x(q)|² over all roles and their questions.
+
+    Args:
+      default: the cells of the default persona, [n, D].
+      roles: role → cells [n(r), D] of the first n(r) ≤ n questions.
+
+    Returns:
+      The slope, limited to 0 … 1; 0 if no question has replies of the default persona and a role.
+
+    Examples:
+      >>> import numpy as np
+      >>> from jaxpersona.persona.precision import Cells, question_slope
+      >>> own = Cells(np.array([[1.0, 0.0], [3.0, 2.0]]), np.ones(2))
+      >>> question_slope(own, {"ghost": Cells(0.5 * own.totals + 7, np.ones(2))})
+      0.5
+    """
+    shared = total = 0.0
+    for cells in roles.values():
+        n = len(cells.counts)
+        both = (cells.counts > 0) & (default.counts[:n] > 0)
+        if both.sum() >= 2:
+            x, y = (one.totals[:n][both].astype(np.float64) / one.counts[:n][both, None]
+                    for one in (default, cells))
+            x = x - x.mean(0)
+            shared, total = shared + float((x * y).sum()), total + float((x * x).sum())
+    return min(max(shared / total, 0.0), 1.0) if total else 0.0
+
+
+def measure(default: Cells, roles: Mapping[str, Cells], used: Sequence[str],
+            slope: float | None = None) -> tuple[Reliability, dict[str, Reliability]]:
+    """Return the reliabilities of the axis and of the roles' centred vectors.
+
+    Args:
+      default: the cells of the default persona, [n, D].
+      roles: role → cells [n(r), D] of the first n(r) ≤ n questions.
+      used: the names of the roles that define the axis and the mean of all roles. Those with
+        replies to fewer than two questions of a half are ignored.
+      slope: the share of a question's effect that all personas have; default: `question_slope`.
+
+    Returns:
+      (reliability of the axis, role → reliability of its centred vector). With fewer than two used
+      roles, all are NaN.
+
+    Raises:
+      UserError: a role has more questions than the default persona, or `used` names a role that is
+        not in `roles`.
+
+    Examples:
+      >>> import numpy as np
+      >>> from jaxpersona.persona.precision import Cells, measure
+      >>> rng, ones = np.random.default_rng(0), np.ones(8)
+      >>> def cells(mean):  # eight questions, each with one reply
+      ...     return Cells(mean + 0.1 * rng.normal(size=(8, 50)), ones)
+      >>> roles = {name: cells(rng.normal(size=50)) for name in ("ghost", "pirate", "sage")}
+      >>> axis, by_role = measure(cells(np.zeros(50)), roles, list(roles))
+      >>> axis.value > 0.99, by_role["ghost"].reached(0.9)
+      (True, True)
+    """
+    n = len(default.counts)
+    for name, cells in roles.items():
+        if len(cells.counts) > n:
+            raise UserError(f"roles[{name!r}] has {len(cells.counts)} questions, but the default "
+                            f"persona has {n}; give the cells of at most {n} questions")
+    if unknown := sorted(set(used) - set(roles)):
+        raise UserError(f"used names {unknown[0]!r}, which is not in roles; name only roles with "
+                        "cells")
+    nothing = Reliability(math.nan, math.nan, math.nan)
+    used = [name for name in used if min(_answered(roles[name].counts)) >= 2]
+    if len(used) < 2:
+        return nothing, dict.fromkeys(roles, nothing)
+    slope = question_slope(default, roles) if slope is None else slope
+    own = {size: _means(default.first(size)).padded(n)
+           for size in sorted({n, *(len(cells.counts) for cells in roles.values())})}
+
+    def corrected(name: str) -> _Means:
+        cells = roles[name]
+        return _means(cells).padded(n).plus(own[n] - own[len(cells.counts)], slope)
+
+    mean = _Means(np.zeros((2, default.totals.shape[1])), np.zeros(default.totals.shape))
+    for name in used:
+        mean = mean.plus(corrected(name), 1 / len(used))
+    return _reliability(own[n] - mean, np.ones(n, bool)), {
+        name: _reliability(corrected(name) - mean, cells.counts > 0)
+        for name, cells in roles.items()}
+
+
+def _means(cells: Cells) -> _Means:
+    """Return the means of the two halves, and the means without single questions."""
+    totals, counts = cells.totals.astype(np.float64), cells.counts.astype(np.float64)
+    half = np.arange(len(counts)) % 2
+    sums = np.stack([totals[h::2].sum(0) for h in (0, 1)])
+    sizes = np.array([counts[h::2].sum() for h in (0, 1)])
+    with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 is NaN: no reply
+        return _Means(sums / sizes[:, None],
+                      (sums[half] - totals) / (sizes[half] - counts)[:, None])
+
+
+def _reliability(means: _Means, asked: np.ndarray) -> Reliability:
+    """Return the reliability of a vector.
+
+    Args:
+      means: the means of the vector.
+      asked: [n] bool, the questions that have replies.
+    """
+    from scipy.stats import t as student
+
+    half = np.arange(len(means.without)) % 2
+    asked = np.pad(asked, (0, len(half) - len(asked)))
+    sizes = _answered(asked)
+    whole = float(spearman_brown(_cosines(means.halves[:1], means.halves[1:])[0]))
+    left = spearman_brown(_cosines(means.without[asked], means.halves[1 - half[asked]]))
+    if min(sizes) < 2 or not np.isfinite(whole) or not np.isfinite(left).all():
+        return Reliability(math.nan, math.nan, math.nan)
+    left = _logit(left)
+    square = 0.0
+    for h, m in enumerate(sizes):
+        one = left[half[asked] == h]
+        square += (m - 1) / m * float(((one - one.mean()) ** 2).sum())
+    radius = float(student.ppf((100 + LEVEL) / 200, sum(sizes) - 2)) * math.sqrt(square)
+    middle = float(_logit(np.array(whole)))
+    return Reliability(max(whole, 0.0), _logistic(middle - radius), _logistic(middle + radius))
+
+
+def _answered(counts: np.ndarray) -> list[int]:
+    """Return the number of questions with replies in each half, from the numbers of replies [n]."""
+    return [int((counts[h::2] > 0).sum()) for h in (0, 1)]
+
+
+def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the cosines [k] of the rows of two arrays [k, D]; NaN for a vector of length 0."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+
+
+def _logit(values: np.ndarray) -> np.ndarray:
+    kept = np.clip(values, _LEAST, _MOST)
+    return np.log(kept / (1 - kept))
+
+
+def _logistic(value: float) -> float:
+    return 1 / (1 + math.exp(-value)) if value > -700 else 0.0
+
+
+def ordered(questions: Sequence[Question], seed: int) -> list[Question]:
+    """Return the questions in the order in which a run with a precision asks them.
+
+    The order is random but depends only on the seed and the ids, so that the questions of a round
+    are a random sample of all questions.
+
+    Args:
+      questions: the questions, with unique ids.
+      seed: the seed of the run.
+
+    Examples:
+      >>> from jaxpersona.data.texts import Question
+      >>> from jaxpersona.persona.precision import ordered
+      >>> [one.id for one in ordered([Question(i, "Why?") for i in range(6)], 0)]
+      [1, 0, 4, 3, 5, 2]
+    """
+    return sorted(questions, key=lambda question: hashlib.sha256(
+        f"{seed}/question {question.id}".encode()).digest())
+
+
+def rounds_of(questions: int) -> list[int]:
+    """Return the default rounds: the number of questions after each round, in ascending order.
+
+    The first round has `FIRST` questions, and each further round has 1.5 or 4/3 times as many as
+    the one before. The last round has all questions.
+
+    Args:
+      questions: the number of questions.
+
+    Examples:
+      >>> from jaxpersona.persona.precision import rounds_of
+      >>> rounds_of(40), rounds_of(3)
+      ([4, 6, 8, 12, 16, 24, 32, 40], [3])
+    """
+    steps = sorted(base * 2**i for base in (FIRST, FIRST + FIRST // 2)
+                   for i in range(questions.bit_length()))
+    return [*[step for step in steps if step < questions], questions]
+
+
+def check_precision(precision: float, rounds: Sequence[int] | None, questions: int) -> list[int]:
+    """Check a target and its rounds, and return the rounds.
+
+    Args:
+      precision: the reliability at which a vector is settled.
+      rounds: the number of questions after each round, or None for `rounds_of`.
+      questions: the number of questions of the run, which is added as the last round.
+
+    Raises:
+      UserError: `precision` is not between 0 and 1, there are fewer than `FIRST` questions, or
+        `rounds` is not ascending, or contains a number that is odd, below `FIRST` or greater than
+        `questions`.
+
+    Examples:
+      >>> from jaxpersona.persona.precision import check_precision
+      >>> check_precision(0.9, [8, 16], 20)
+      [8, 16, 20]
+    """
+    if isinstance(precision, bool) or not isinstance(precision, (int, float)) or not (
+            0 < precision < 1):
+        raise UserError(f"precision is {precision!r:.40}; give a reliability between 0 and 1, such "
+                        "as 0.99")
+    if questions < FIRST:
+        raise UserError(f"precision needs at least {FIRST} questions, two in each half, but the "
+                        f"run has {questions}; add questions or omit precision")
+    if rounds is None:
+        return rounds_of(questions)
+    sizes = list(rounds)
+    for before, size in zip([0, *sizes], sizes, strict=False):
+        if isinstance(size, bool) or not isinstance(size, int) or not (
+                FIRST <= size <= questions) or (size % 2 and size < questions):
+            raise UserError(f"rounds contains {size!r:.40}; give even numbers of questions from "
+                            f"{FIRST} to {questions}")
+        if size <= before:
+            raise UserError(f"rounds contains {size} after {before}; give the numbers of questions "
+                            "in ascending order")
+    return sizes if sizes and sizes[-1] == questions else [*sizes, questions]

@@ -1,0 +1,96 @@
+"""The rounds of a run with a precision, for the page of the run (`run_page`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxpersona.brief import brief
+from jaxpersona.persona.precision import Reliability
+from jaxpersona.persona.rounds import shown
+
+if TYPE_CHECKING:
+    from jaxpersona.report.run_values import Notes
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """The reliabilities after each of K rounds, as stored in `analysis.json`.
+
+    Attributes:
+      target: the reliability at which a vector is settled.
+      layer: the layer of the measurements.
+      questions: the number of questions after each round.
+      axis: [3, K], the reliability of the axis and the ends of its interval; NaN if unknown.
+      roles: [3, K], median, 25th and 75th percentile of the last known reliabilities of the roles;
+        NaN if none is known.
+      settled: [K], the share of settled roles.
+      open: the names of the roles that are not settled after the last round.
+      rollouts, quota: the number of rollouts, and that of all questions.
+    """
+
+    __repr__ = brief
+
+    target: float
+    layer: int
+    questions: list[int]
+    axis: np.ndarray
+    roles: np.ndarray
+    settled: np.ndarray
+    open: list[str]
+    rollouts: int
+    quota: int
+
+    @classmethod
+    def read(cls, about: Any) -> Curve:
+        """Convert the field "precision" of `analysis.json`; a wrong type or shape is an error."""
+        names = sorted(str(name) for name in about["asked"] if name != "default")
+        if not names:
+            raise ValueError("asked names no role")
+        known: dict[str, float] = {}
+        axis, roles, questions, settled = [], [], [], []
+        for one in about["rounds"]:
+            axis.append(_three(one["axis"]))
+            known |= {name: _three(value)[0] for name, value in one["roles"].items()
+                      if value is not None}
+            values = [value for value in known.values() if np.isfinite(value)]
+            roles.append(np.percentile(values, [50, 25, 75]) if values else np.full(3, np.nan))
+            questions.append(int(one["questions"]))
+            settled.append(int(one["settled"]) / len(names))
+        rollouts, quota = int(about["rollouts"]), int(about["quota"])
+        if not axis or not 0 < rollouts <= quota:
+            raise ValueError("precision must have a round, and rollouts up to its quota")
+        done = {str(name) for name in about["settled"]}
+        return cls(float(about["target"]), int(about["layer"]), questions, np.transpose(axis),
+                   np.transpose(roles), np.array(settled),
+                   [name for name in names if name not in done], rollouts, quota)
+
+    def value(self, notes: Notes) -> dict[str, Any]:
+        """Return the numbers of the figure as a JSON object."""
+        more = {"unit": "round", "first": 1}
+        return {
+            "target": notes.number("target of the precision", self.target), "layer": self.layer,
+            "questions": self.questions,
+            "axis": [notes.series("reliability of the axis", row, **more) for row in self.axis],
+            "roles": [notes.series("reliability of the roles", row, **more) for row in self.roles],
+            "settled": notes.series("share of settled roles", self.settled, **more)}
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Return the results as pairs (name, value)."""
+        saved = self.quota - self.rollouts
+        return [(f"reliability of the axis at layer {self.layer}",
+                 shown(Reliability(*map(float, self.axis[:, -1])))),
+                ("rollouts saved", f"{saved:,} of {self.quota:,} ({saved / self.quota:.0%})")]
+
+    def caption(self) -> str:
+        """Return the sentences of the figure's caption that contain numbers."""
+        return (f"The target is {self.target:g}, at layer {self.layer}. The run needed "
+                f"{self.rollouts:,} of {self.quota:,} rollouts.")
+
+
+def _three(value: Any) -> np.ndarray:
+    if value is None:
+        return np.full(3, np.nan)
+    return np.array(value, np.float64).reshape(3)
