@@ -307,6 +307,7 @@ class Batches:
                           f"{f', {state.problems}' if state.problems else ''})",
                           maybe_paid=unread or state.status == "completed")
         answers, unsent, last = 0, 0, ""
+        failures: dict[str, str] = {}
         for key, bound in list(held.open.items()):
             outcome = found.get(key, missing)
             if isinstance(outcome, Reply):
@@ -320,8 +321,8 @@ class Batches:
             unsent += outcome is missing and state.status == "failed" and not unread
             if other and isinstance(outcome, OtherLength):
                 self._repeat = True
-            elif state.status != "failed" or _QUEUE not in state.problems:
-                self.failures[key] = last
+            else:
+                failures[key] = last
         journal.ended(held.name, state.status, unsent)
         if state.status == "failed" and _QUEUE in state.problems:
             self._late = (f"the batch {state.id} failed ({state.problems}); run the same command "
@@ -329,9 +330,11 @@ class Batches:
         elif state.status == "failed":
             self.why = (f"the batch {state.id} failed ({state.problems or 'no reason given'}); fix "
                         "this, then run the same command again")
-        elif not answers and len(held.members) >= IN_A_ROW and not self._repeat:
+        elif not answers and len(failures) >= IN_A_ROW:
             self.why = (f"all requests of the batch {state.id} failed (last error: {last}); check "
                         "the endpoint, then run the same command again")
+        else:
+            self.failures |= failures
         return answers
 
     def _release(self, journal: Journal, name: str, error: str, *, bound: bool = False) -> None:

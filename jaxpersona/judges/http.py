@@ -194,7 +194,7 @@ class HttpJudge:
         Raises:
           UserError: as for `score`. If the judge cannot continue, `score` raises `JudgeStopped`.
         """
-        if self._batches is not None:
+        if self._batches is not None and next(iter(items()), None) is not None:
             self._batches.failures.clear()
             self._batches.run(self.journal, lambda: (
                 (key_of(self._identity, prompt), prompt)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxpersona.judges.endpoint import Reply
 
 ATTEMPTS = 6  # maximum number of times that a request is sent in one call
+MOST = 1_000_000  # maximum of `Batch.size`
 IN_A_ROW = 20  # number of consecutive failures after which a judge stops
 LONGEST_WAIT = 600.0  # seconds; if the endpoint requests a longer delay, the judge stops
 _AROUND = 64  # assumed number of chat template tokens, for the upper bound of a request's cost
@@ -161,9 +162,9 @@ class Batch:
     poll: float = 60.0
 
     def __post_init__(self) -> None:
-        if type(self.size) is not int or not 1 <= self.size <= 1_000_000:
+        if type(self.size) is not int or not 1 <= self.size <= MOST:
             raise UserError(f"size is {self.size!r:.40}; give the maximum number of requests in a "
-                            "batch, an integer from 1 to 1000000")
+                            f"batch, an integer from 1 to {MOST}")
         _check_price(self.price)
         if not 0 < self.poll <= 3600:
             raise UserError(f"poll is {self.poll}; give a number of seconds above 0, at most 3600")

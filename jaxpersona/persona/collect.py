@@ -144,6 +144,7 @@ class Collection:
                 for name in self._ready:
                     self._recover(name)
                 judging.after = False
+                judging.prepare(self._unjudged, self._tick)
             while self._ready and judging.left < _AHEAD and not judging.after:
                 self._played_all(judging, self._ready.popleft())
             waiting = sum(not self._left[name] for name in self._awaited)
@@ -169,7 +170,10 @@ class Collection:
         """Copy the missing rollouts of all roles from an older run."""
         for name in list(self._have):
             self._take_over(name, older)
-            if not self._left[name]:
+            if not self._left[name] and judging.after:
+                self._states.pop(name, None)
+                self._ready.append(name)
+            elif not self._left[name]:
                 self._played_all(judging, name)
             while len(self._awaited) > AWAITED:
                 self._judged(judging.take(0.2))
@@ -235,6 +239,13 @@ class Collection:
     def _items(self, name: str, keys: Sequence[str]) -> list[Item]:
         records = self._state(name).records
         return items_of(self.roles[name], [records[key] for key in keys])
+
+    def _unjudged(self) -> Iterator[Item]:
+        """Yield the unjudged items of this process in all roles that wait for the judge."""
+        for name in self._ready:
+            if self._owned[name]:
+                yield from self._items(name, self._state(name).unjudged(name))
+                self._states.pop(name, None)
 
     def _recover(self, name: str) -> None:
         """Recompute and store a role's missing response means, before the judge loads its model."""
@@ -346,6 +357,10 @@ class Collection:
         if faults:
             raise UserError(f"{'; '.join(faults.values())}; {remedy(sorted(faults))}")
         return {name: found[name] for name in self.roles}
+
+    def _tick(self) -> None:
+        self._tell()
+        self.status.update()
 
     def _tell(self) -> None:
         if self._report is None:
