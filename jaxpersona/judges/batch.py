@@ -118,6 +118,8 @@ class Batches:
                 self._states.clear()
 
     def _run(self, journal: Journal, wanted: Wanted) -> None:
+        for one in [one for one in journal.batches.values() if not one.open]:
+            journal.ended(one.name, "completed")  # killed before this was recorded
         if journal.batches:
             held = [journal.batch_of(key) for key, _ in wanted()]
             self._resume(journal, {one.name: one for one in held if one is not None})
@@ -253,10 +255,6 @@ class Batches:
             for name in list(left):
                 held = journal.batches[name]
                 try:
-                    if not held.open:  # killed after all outcomes were recorded
-                        journal.ended(name, "completed")
-                        left.remove(name)
-                        continue
                     state = self._states[name] = self._endpoint.batch(held.id)
                     if state.ended:
                         answered += self._record(journal, held, state)
