@@ -23,6 +23,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.extras import require
 from jaxpersona.models.int8 import weights_note
 from jaxpersona.persona import axis as science
+from jaxpersona.persona.bootstrap import averaged_rows, pca_intervals
 from jaxpersona.persona.collect import Collection, Report, verdict_counts
 from jaxpersona.persona.extraction import Extraction, save_analysis
 from jaxpersona.persona.prepare import check_prompts, check_redo, check_texts
@@ -177,8 +178,21 @@ def axis_of(model: Model, run: Run, roles: Sequence[Role], judge: Judge, min_cou
             f"at least two such roles. {run.folder} keeps all rollouts and verdicts: use the same "
             "folder with more questions, a lower min_count, or another judge")
     analysis = science.analyse(default, used)
-    projections = _in_order({name: science.project(run.sample(name).means, analysis.axis)
-                             for name in owned}, names)
+    projections, stored = {}, {}
+    middle = len(analysis.axis) // 2
+    for name in owned:
+        sample = run.sample(name)
+        every = sample.means
+        projections[name] = science.project(every, analysis.axis)
+        if name in used or name == DEFAULT:
+            rows = averaged_rows(sample, run.scores(name, judge.name))
+            stored[name] = every[rows, middle : middle + 1]
+    projections = _in_order(projections, names)
+    bars = None if processes.many() else pca_intervals(
+        default[middle : middle + 1], {n: v[middle : middle + 1] for n, v in used.items()},
+        {name: len(means) for name, means in stored.items()},
+        {name: vectors[name]["mean" if name == DEFAULT else "pos_3"][1] for name in stored},
+        lambda name, _: stored[name])
     means = {name: science.project(by_label["mean"][0][None], analysis.axis)[0]
              if "mean" in by_label else np.full(len(analysis.axis), np.nan, np.float32)
              for name, by_label in vectors.items()}
@@ -196,7 +210,7 @@ def axis_of(model: Model, run: Run, roles: Sequence[Role], judge: Judge, min_cou
                **weights_note(model.params)},
     )
     found = Extraction(axis, analysis, default, role_means, projections, counts, rollouts, tokens,
-                       means, {name: n for name, (n, _) in sizes.items()}, intervals)
+                       means, {name: n for name, (n, _) in sizes.items()}, intervals, bars)
     if processes.first():
         save_vector(run.folder / "axis.safetensors", axis)
         save_analysis(run.folder, found, held_out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+import signal
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ import support as s
 from jaxpersona.cli import judges, support
 from jaxpersona.data.texts import Question, Role
 from jaxpersona.errors import UserError
+from jaxpersona.interrupt import Stopped
 from jaxpersona.runs.run import Run
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "judges"))
@@ -46,7 +48,7 @@ def check(run):
 def test_a_run_is_judged_in_one_batch_also_after_an_interruption(checkpoint, texts, tmp_path,
                                                                  capsys, monkeypatch):
     """The first command is stopped while it waits; the same command gets the same batch."""
-    monkeypatch.setattr(support, "LOG_SECONDS", 0.02)
+    monkeypatch.setattr(support, "LOG_SECONDS", 0.1)
     with fake.serving() as server:
         command = s.axis_command(checkpoint, texts, tmp_path / "run", "--judge", "http:judge-1",
                                  "--judge-url", server.url, "--judge-batch")
@@ -55,16 +57,14 @@ def test_a_run_is_judged_in_one_batch_also_after_an_interruption(checkpoint, tex
 
         def stop(*_):
             ticks.append(1)
-            if len(ticks) > 40:
-                raise KeyboardInterrupt
+            if len(ticks) > 12:
+                raise Stopped(signal.SIGINT)
 
         monkeypatch.setattr("jaxpersona.interrupt.check", lambda: server.batches.batches and stop())
         monkeypatch.setattr("jaxpersona.judges.batch._FIRST_POLL", 0.01)
-        with pytest.raises(KeyboardInterrupt):
-            from jaxpersona.cli.main import app
-
-            app(command, standalone_mode=False)
+        assert s.run_command(command) == 130
         said = capsys.readouterr().err
+        assert "run the same command to resume" in said
         assert re.search(r"judging 0/24, calls: \d+, batch batch_0: 0 of \d+ \(", said), said
         monkeypatch.undo()
         monkeypatch.setenv("OPENAI_API_KEY", KEY)
