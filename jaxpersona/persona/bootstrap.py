@@ -5,12 +5,20 @@ bootstrap sample, the vector of each role is moved by
 
     m / √((m − 1)·N) · Σᵢ (tᵢ/m − 1/m)·(xᵢ − x̄),    t ~ multinomial(m; 1/m, …, 1/m),
 
-where x₁ … xₘ are the stored response means and x̄ is their mean. The variance of this displacement is
-S²/N with the unbiased sample variance S², so that the intervals are those of vectors from N
+where x₁ … xₘ are the stored response means and x̄ is their mean. The variance of this displacement
+is S²/N with the unbiased sample variance S², so that the intervals are those of vectors from N
 rollouts although only m response means are stored (the rescaled bootstrap of Rao and Wu 1988,
 Journal of the American Statistical Association 83, 231–241, for stratified samples: the strata are
 the roles). The mean activation of the default persona is moved in the same way. Roles, prompts and
 questions are fixed: the intervals describe only the randomness of the replies.
+
+The ends are those of the basic bootstrap interval, 2θ − θ* for the upper and the lower percentile
+of the bootstrap values θ* (Davison and Hinkley 1997, Bootstrap Methods and their Application,
+section 5.2). Noise in the vectors lowers the explained variance of the first components, in the
+bootstrap samples as in the run; unlike the percentiles of θ*, these ends correct for that. For an
+explained variance ratio λ/T, where T is the total variance, θ is its inverse T/λ, because noise
+adds a constant to T. In simulations, the intervals of the ratios are wider than needed if a large
+part of T is noise, and an interval of a cosine near 0 then covers less than 95 %.
 
 All quantities are computed from the Gram matrix [R + 1, R + 1] of the R role vectors and the
 default persona, one layer at a time.
@@ -168,7 +176,10 @@ def _intervals(vectors: np.ndarray, moves: Mapping[int, tuple[np.ndarray, np.nda
         for i, (weights, centered) in moves.items():
             moved[:, i] += weights[block] @ centered
         found_cos[block], found_variance[block], _ = _measured(moved, count, first)
-    return _interval(cos[0], found_cos), _interval(variance[0], found_variance)
+    with np.errstate(all="ignore"):
+        inverse = _interval(1 / variance[0], 1 / found_variance)[::-1]
+        return (np.clip(_interval(cos[0], found_cos), 0.0, 1.0),
+                1 / np.maximum(inverse, 1.0))  # T / λ is at least 1
 
 
 def _measured(vectors: np.ndarray, count: int, first: np.ndarray | None,
@@ -208,17 +219,11 @@ def _measured(vectors: np.ndarray, count: int, first: np.ndarray | None,
 
 
 def _interval(value: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """Return the ends [2, …] of the basic bootstrap interval, limited to 0…1.
-
-    The ends are 2θ − θ* for the upper and the lower percentile of the bootstrap values θ*. Noise in
-    the vectors moves the values in one direction (for example, it lowers the explained variance of
-    the first components), in the bootstrap samples as in the run. Unlike the percentiles of θ*,
-    these ends correct for that (Davison and Hinkley 1997, Bootstrap Methods and their Application,
-    section 5.2).
+    """Return the ends [2, …] of the basic bootstrap interval.
 
     Args:
       value: […], θ.
       drawn: [draws, …], θ*.
     """
     low, high = np.percentile(drawn, [(100 - LEVEL) / 2, (100 + LEVEL) / 2], axis=0)
-    return np.clip(np.stack([2 * value - high, 2 * value - low]), 0.0, 1.0)
+    return np.stack([2 * value - high, 2 * value - low])

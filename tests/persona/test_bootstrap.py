@@ -56,19 +56,21 @@ def test_a_displacement_has_the_variance_of_a_mean_of_all_replies():
 
 
 def coverage(runs, *, roles, width, replies, stored, noise, draws=200):
-    """The share of runs whose intervals contain the values of the true means.
+    """The share of runs whose intervals contain the values of the true means, and their width.
 
     Returns:
-      [4]: for |cos(PC1, axis)|, and for the explained variance of 1, 2 and 3 components.
+      [4]: for |cos(PC1, axis)|, and for the explained variance of 1, 2 and 3 components; and [4],
+      the mean width, relative to 2 · 1.96 standard deviations of the values over the runs.
     """
     rng = np.random.default_rng(0)
     places = rng.normal(size=(roles, 1)) * 9 * rng.normal(size=(1, width)) / np.sqrt(width)
     true = places + 0.5 * rng.normal(size=(roles, width))
-    default = true.mean(0) + 1.5 * rng.normal(size=width) + 0.6 * (true[0] - true[1])
+    first = np.linalg.svd(true - true.mean(0))[2][0]
+    default = true.mean(0) + rng.normal(size=width) + 8 * first
     scale = noise * np.linspace(0.3, 1.5, width)  # the covariance of replies, the same for all
     every = np.concatenate([true, default[None]])
     cos, variance, _ = bootstrap._measured((every - true.mean(0))[None], 3, None)
-    wanted, inside = np.r_[cos, variance[0]], np.zeros(4)
+    wanted, inside, values, widths = np.r_[cos, variance[0]], np.zeros(4), [], []
     names = [f"r{i}" for i in range(roles)] + ["default"]
     for run in range(runs):
         drawn = every[:, None] + scale * rng.normal(size=(roles + 1, replies, width))
@@ -81,13 +83,18 @@ def coverage(runs, *, roles, width, replies, stored, noise, draws=200):
             seed=run)
         ends = np.concatenate([found.cos, found.variance[:, 0, :3]], axis=1)
         inside += (ends[0] <= wanted) & (wanted <= ends[1])
-    return inside / runs
+        widths.append(ends[1] - ends[0])
+        means = drawn.mean(1)
+        cos, variance, _ = bootstrap._measured((means - means[:-1].mean(0))[None], 3, None)
+        values.append(np.r_[cos, variance[0]])
+    return inside / runs, np.mean(widths, 0) / (3.92 * np.std(values, 0))
 
 
 def test_the_intervals_cover_the_true_values():
-    """Of 95 % intervals of 150 runs, 137 or fewer cover the value with a probability of 3 %."""
-    found = coverage(150, roles=10, width=16, replies=60, stored=16, noise=1.0, draws=100)
-    assert ((found >= 0.88) & (found <= 0.995)).all(), found
+    """Of 95 % intervals of 150 runs, 135 or fewer cover the value with a probability of 1 %."""
+    found, width = coverage(150, roles=10, width=16, replies=60, stored=16, noise=1.0, draws=100)
+    assert (found >= 0.9).all() and found[0] <= 0.99, found
+    assert ((width > 0.8) & (width < 1.5)).all(), width
 
 
 @pytest.mark.slow
@@ -97,8 +104,10 @@ def test_the_intervals_cover_the_true_values():
     dict(roles=40, width=64, replies=200, stored=16, noise=3.0),
     dict(roles=12, width=24, replies=16, stored=16, noise=1.0)])
 def test_the_intervals_cover_the_true_values_in_several_settings(about):
-    found = coverage(300, **about)
-    assert ((found >= 0.9) & (found <= 0.99)).all(), found
+    """Also if a third of the variance is noise; the intervals are then wider than needed."""
+    found, width = coverage(100, **about)
+    assert (found >= 0.87).all(), found
+    assert ((width > 0.8) & (width < 3)).all(), width
 
 
 def test_a_seed_gives_the_same_bits_for_all_groups_and_orders(monkeypatch):
