@@ -62,6 +62,14 @@ CacheOption = Annotated[pathlib.Path | None, typer.Option(
     "--judge-cache", show_default="verdicts.jsonl in the run folder",
     help="File that records all requests to the endpoint of `http:MODEL` and its answers; recorded "
          "answers are reused.")]
+BatchOption = Annotated[bool, typer.Option("--judge-batch", help=(
+    "Send the requests to the endpoint of `http:MODEL` in batches, which take up to 24 hours and "
+    "may cost less. If the command is interrupted, the same command waits for the same batches."))]
+BatchSizeOption = Annotated[int, typer.Option(
+    "--judge-batch-size", help="Maximum number of requests in a batch (--judge-batch).")]
+BatchPriceOption = Annotated[str | None, typer.Option(
+    "--judge-batch-price", show_default="that of --judge-price",
+    help="Prices in a batch, in USD per million prompt tokens and per million answer tokens.")]
 
 KINDS = ("rules", "none", "self")
 WITH_ARGUMENT = ("model", "http", "human")
@@ -83,6 +91,9 @@ class JudgeOptions:
     temperature: TemperatureOption = 0.0
     max_tokens: TokensOption = 10
     cache: CacheOption = None
+    batch: BatchOption = False
+    batch_size: BatchSizeOption = 50_000
+    batch_price: BatchPriceOption = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +145,12 @@ def choose(judge: str, options: JudgeOptions, *, own: bool, after: bool = False)
             option = "--budget" if name == "budget" else f"--judge-{name.replace('_', '-')}"
             raise UserError(f"{option} is given, but the judge is {judge}; use it only with "
                             + " or ".join(f"{one}{'' if one == 'self' else ':…'}" for one in fits))
+    apart = ("concurrency", "rpm", "tpm") if options.batch else ("batch_size", "batch_price")
+    for name in given:
+        if name in apart:
+            raise UserError(f"--judge-{name.replace('_', '-')} is given "
+                            + ("together with --judge-batch, which does not use it; omit one of "
+                               "them" if options.batch else "without --judge-batch; add it"))
     return Choice(**vars(options), judge=judge, kind=kind, argument=argument, after=after)
 
 
@@ -192,7 +209,7 @@ def opened(choice: Choice, folder: pathlib.Path) -> Judge | None:
         return None
     from jaxpersona.judges.endpoint import Endpoint
     from jaxpersona.judges.http import HttpJudge
-    from jaxpersona.judges.limits import Budget
+    from jaxpersona.judges.limits import MOST, Batch, Budget
 
     for name in ("timeout", "max_tokens"):
         if not 0 < getattr(choice, name) < math.inf:
@@ -200,7 +217,14 @@ def opened(choice: Choice, folder: pathlib.Path) -> Judge | None:
                             "be positive and finite")
     if not 0 <= choice.temperature <= 2:
         raise UserError(f"--judge-temperature is {choice.temperature}; give 0 to 2")
-    share, index = 1, 0
+    share, index, batch = 1, 0, None
+    if choice.batch:
+        if processes.joined():
+            raise UserError("--judge-batch is given, but the run has several processes; use "
+                            "--judge none, then `jaxpersona judge` with --judge-batch")
+        if not 1 <= choice.batch_size <= MOST:
+            raise UserError(f"--judge-batch-size is {choice.batch_size}; give 1 to {MOST}")
+        batch = Batch(choice.batch_size, _price(choice.batch_price, "--judge-batch-price"))
     if processes.joined():  # one journal per process; rates and budget are divided equally
         import jax
 
@@ -212,7 +236,7 @@ def opened(choice: Choice, folder: pathlib.Path) -> Judge | None:
                  max_tokens=choice.max_tokens, temperature=choice.temperature),
         file if not index else file.with_name(f"{file.stem}.{index}{file.suffix}"), rubric=rubric,
         concurrency=choice.concurrency, rpm=_part(choice.rpm, share), tpm=_part(choice.tpm, share),
-        budget=budget, price=_price(choice.price))
+        budget=budget, price=_price(choice.price), batch=batch)
 
 
 def of_model(choice: Choice, load: Callable[[], Model], target: Callable[[], Model],
@@ -264,8 +288,8 @@ def _part(rate: float | None, share: int) -> float | None:
     return None if rate is None else rate / share
 
 
-def _price(text: str | None) -> tuple[float, float] | None:
-    """Parse the value of `--judge-price`, such as "0.4,1.6".
+def _price(text: str | None, option: str = "--judge-price") -> tuple[float, float] | None:
+    """Parse the value of `--judge-price` or of another option, such as "0.4,1.6".
 
     Raises:
       UserError: the text does not have this form.
@@ -277,6 +301,6 @@ def _price(text: str | None) -> tuple[float, float] | None:
     except ValueError:
         before = after = math.nan
     if not (0 <= before < math.inf and 0 <= after < math.inf):
-        raise UserError(f"--judge-price is {text!r:.40}; give the prices in USD per million prompt "
+        raise UserError(f"{option} is {text!r:.40}; give the prices in USD per million prompt "
                         "tokens and per million answer tokens, such as 0.4,1.6")
     return before, after

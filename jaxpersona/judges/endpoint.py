@@ -1,4 +1,4 @@
-"""A client that sends single requests to an OpenAI-compatible endpoint and classifies errors.
+"""A client that sends requests to an OpenAI-compatible endpoint and classifies errors.
 
 The client reads the API key from an environment variable and removes the key from every text that
 the endpoint returns.
@@ -6,12 +6,16 @@ the endpoint returns.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import email.utils
+import itertools
+import json
 import math
 import os
 import time
 import urllib.parse
+from collections.abc import Iterator
 from typing import Any
 
 from jaxpersona.errors import UserError
@@ -25,6 +29,10 @@ _NEVER = {401: "the endpoint rejects the API key", 402: "the endpoint requires p
 _TOKENS = 10**9  # larger numbers of tokens from the endpoint are ignored
 _USD = 1e6  # a larger cost of one answer is ignored
 _SHOWN = 160  # maximum number of characters that are kept of each text from the endpoint
+_CHAT = "/v1/chat/completions"  # the URL in a batch file, which does not depend on the base URL
+_FILE_SECONDS = 600.0  # timeout of the upload and the download of a file
+_LISTED = 1000  # number of recent batches among which `Endpoint.find_batch` searches
+_NAME = "jaxpersona"  # the field of a batch's metadata that contains its name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +53,44 @@ class Failure(Exception):
       fatal: whether all other requests will fail too, for example because the API key is wrong.
       after: the time in seconds to wait before the next request, or None.
       maybe_paid: whether the endpoint may charge for the request.
+      status: the HTTP status code of the endpoint's error, or None.
     """
 
     def __init__(self, message: str, *, again: bool = False, fatal: bool = False,
-                 after: float | None = None, maybe_paid: bool = False) -> None:
+                 after: float | None = None, maybe_paid: bool = False,
+                 status: int | None = None) -> None:
         super().__init__(message)
         self.again, self.fatal, self.after, self.maybe_paid = again, fatal, after, maybe_paid
+        self.status = status
+
+
+class OtherLength(Failure):
+    """Raised if the model requires the field `max_completion_tokens` instead of `max_tokens`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchState:
+    """The state of a batch at the endpoint.
+
+    Attributes:
+      id: the endpoint's identifier of the batch.
+      status: the status, such as "in_progress"; `ended` tells whether it is final.
+      done, total: the numbers of processed requests and of all requests; 0 if not stated.
+      files: the identifiers of the files with the results: answers, then errors.
+      problems: the endpoint's reasons why the batch failed, or "".
+    """
+
+    id: str
+    status: str
+    done: int = 0
+    total: int = 0
+    files: tuple[str, ...] = ()
+    problems: str = ""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the endpoint will not change the batch any more."""
+        return self.status in ("completed", "failed", "expired", "cancelled", "canceled")
 
 
 class Endpoint:
@@ -65,6 +105,9 @@ class Endpoint:
       timeout: the time in seconds after which a request without an answer fails.
       max_tokens: the maximum length of an answer in tokens.
       temperature: the sampling temperature.
+
+    Attributes:
+      length: the name of the request's field for the maximum length of the answer.
 
     Raises:
       UserError: the URL is invalid or contains a user, a password, a query or a fragment; the key
@@ -81,7 +124,7 @@ class Endpoint:
                             "key, or give the URL of another endpoint (--judge-url)")
         self._api: Any = require("openai", "a judge at an endpoint needs openai")
         self._key, self.model, self.url = key, model, url
-        self._length = "max_tokens"  # newer OpenAI models require max_completion_tokens
+        self.length = "max_tokens"  # newer OpenAI models require max_completion_tokens
         self.max_tokens, self.temperature = max_tokens, temperature
         self._client = self._api.OpenAI(
             api_key=key or "none", base_url=url, timeout=timeout, max_retries=0)
@@ -95,27 +138,155 @@ class Endpoint:
         Raises:
           Failure: the request got no usable answer.
         """
-        api, length = self._api, self._length
-        try:
+        length = self.length
+        with self._translated("a chat completion", length):
             return self._reply(self._client.chat.completions.create(
-                model=self.model, messages=[{"role": "user", "content": prompt}],
-                temperature=self.temperature, **{length: self.max_tokens}))
+                **self._fields(prompt, length)))
+
+    def request(self, key: str, prompt: str) -> bytes:
+        """Return a prompt's line of a batch file, with `key` as its custom_id."""
+        value = {"custom_id": key, "method": "POST", "url": _CHAT,
+                 "body": self._fields(prompt, self.length)}
+        return json.dumps(value).encode() + b"\n"
+
+    def upload(self, name: str, lines: bytes) -> str:
+        """Upload a batch file; return its identifier at the endpoint.
+
+        Raises:
+          Failure: the endpoint did not accept the file.
+        """
+        with self._translated("a file"):
+            found = self._client.with_options(timeout=_FILE_SECONDS).files.create(
+                file=(f"{_NAME}-{name}.jsonl", lines, "application/jsonl"), purpose="batch")
+            return self._identifier(found.id)
+
+    def submit(self, name: str, file: str) -> BatchState:
+        """Submit an uploaded batch file as a batch with a name, to be processed in 24 hours.
+
+        Raises:
+          Failure: the endpoint did not accept the batch; with `maybe_paid`, it may have.
+        """
+        with self._translated("a batch"):
+            return self._state(self._client.batches.create(
+                input_file_id=file, endpoint=_CHAT, completion_window="24h",
+                metadata={_NAME: name}))
+
+    def batch(self, identifier: str) -> BatchState:
+        """Return the state of a batch.
+
+        Raises:
+          Failure: the endpoint did not return it.
+        """
+        with self._translated("a batch"):
+            return self._state(self._client.batches.retrieve(identifier))
+
+    def find_batch(self, name: str) -> BatchState | None:
+        """Return the state of the batch that `submit` gave this name, or None if there is none.
+
+        Raises:
+          Failure: the endpoint did not list its batches.
+        """
+        with self._translated("a list of batches"):
+            for found in itertools.islice(self._client.batches.list(limit=100), _LISTED):
+                if (getattr(found, "metadata", None) or {}).get(_NAME) == name:
+                    return self._state(found)
+        return None
+
+    def download(self, file: str) -> bytes:
+        """Return the content of a file with results.
+
+        Raises:
+          Failure: the endpoint did not return it.
+        """
+        with self._translated("a file"):
+            return bytes(self._client.with_options(timeout=_FILE_SECONDS).files.content(
+                file).content)
+
+    def outcome(self, line: bytes) -> tuple[str, Reply | Failure] | None:
+        """Return the custom_id and the outcome in one line of a file with results.
+
+        If the line has no custom_id or is not a JSON object, return None.
+        """
+        try:
+            value = json.loads(line)
+            key, response, error = value["custom_id"], value.get("response"), value.get("error")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None
+        if not isinstance(key, str):
+            return None
+        try:
+            with self._translated("a chat completion"):
+                if not error and response["status_code"] == 200:
+                    return key, self._reply(
+                        self._api.types.chat.ChatCompletion.construct(**response["body"]))
+                if not error and type(response["status_code"]) is int:
+                    problem = response["body"]["error"]
+                    raise self._refused(response["status_code"], str(problem.get("message")),
+                                        problem.get("code"), "max_tokens")
+                raise Failure(self._clean(f"{error['code']}: {error['message']}"))
+        except Failure as failure:
+            return key, failure
+
+    def close(self) -> None:
+        """Close the connections to the endpoint."""
+        self._client.close()
+
+    @contextlib.contextmanager
+    def _translated(self, wanted: str, length: str = "") -> Iterator[None]:
+        """Raise an error of the client, or of a response with another form, as a `Failure`.
+
+        Args:
+          wanted: the form of the response, for the message.
+          length: the name of the request's field for the maximum length of the answer.
+        """
+        api = self._api
+        try:
+            yield
         except api.APITimeoutError:
             raise Failure("no answer before the timeout", again=True, maybe_paid=True) from None
         except api.APIStatusError as error:
-            raise self._refused(error, length) from None
+            raise self._refused(error.status_code, str(error.message), error.code, length,
+                                retry_after(error.response.headers)) from None
         except api.APIConnectionError as error:
             cause = error.__cause__
             raise Failure(self._clean(f"the connection failed ({cause or error})"), again=True,
                           maybe_paid=not _unconnected(cause)) from None
         except (api.OpenAIError, ValueError, TypeError, KeyError, AttributeError,
                 IndexError) as error:
-            raise Failure(self._clean(f"the answer is not a chat completion ({error})"), again=True,
+            raise Failure(self._clean(f"the answer is not {wanted} ({error})"), again=True,
                           maybe_paid=True) from None
 
-    def close(self) -> None:
-        """Close the connections to the endpoint."""
-        self._client.close()
+    def _fields(self, prompt: str, length: str) -> dict[str, Any]:
+        """Return the fields of a request; `length` is the field of the answer's length."""
+        return {"model": self.model, "messages": [{"role": "user", "content": prompt}],
+                "temperature": self.temperature, length: self.max_tokens}
+
+    def _identifier(self, value: Any) -> str:
+        """Return an identifier from the endpoint.
+
+        Raises:
+          TypeError: it is not a text of one line without the API key.
+        """
+        if not isinstance(value, str) or not value or self._clean(value) != value:
+            raise TypeError("an identifier is missing")
+        return value
+
+    def _state(self, found: Any) -> BatchState:
+        """Convert a batch of the client to a `BatchState`.
+
+        Raises:
+          TypeError, AttributeError: a field is missing or has the wrong type.
+        """
+        counts = [getattr(getattr(found, "request_counts", None), name, None)
+                  for name in ("completed", "failed", "total")]
+        done, failed, total = (n if isinstance(n, int) and 0 <= n <= _TOKENS else 0 for n in counts)
+        files = (getattr(found, name, None) for name in ("output_file_id", "error_file_id"))
+        faults = list(getattr(getattr(found, "errors", None), "data", None) or [])[:3]
+        return BatchState(
+            self._identifier(found.id), self._clean(found.status.lower()), done + failed, total,
+            tuple(self._identifier(file) for file in files if file),
+            self._clean("; ".join(f"{getattr(fault, 'code', '')}: {getattr(fault, 'message', '')}"
+                                  for fault in faults)))
 
     def _reply(self, found: Any) -> Reply:
         """Convert a response of the client to a `Reply`.
@@ -141,25 +312,28 @@ class Endpoint:
             usd = None
         return Reply(self._clean(text), before, after, usd)
 
-    def _refused(self, error: Any, length: str) -> Failure:
+    def _refused(self, status: int, message: str, code: Any, length: str,
+                 after: float | None = None) -> Failure:
         """Return the `Failure` for an HTTP error.
 
         If the error shows that the model requires the field `max_completion_tokens`, later requests
         use this field instead of `max_tokens`.
 
         Args:
-          error: the exception that the client raised.
+          status: the HTTP status code.
+          message, code: the message and the code of the endpoint's error.
           length: the name of the request's field for the maximum length of the answer.
+          after: the delay in seconds that the endpoint requests, or None.
         """
-        status, message = error.status_code, self._clean(str(error.message))
+        message = self._clean(message)
         if status == 400 and length == "max_tokens" and "max_completion_tokens" in message:
-            self._length = "max_completion_tokens"
-            return Failure("the model requires max_completion_tokens", again=True, after=0.0)
+            self.length = "max_completion_tokens"
+            return OtherLength("the model requires max_completion_tokens", again=True, after=0.0)
         what = f"HTTP {status}: {message}"
-        if status in _NEVER or error.code == "insufficient_quota":
-            return Failure(f"{_NEVER.get(status, 'the quota is used up')} ({what})", fatal=True)
-        return Failure(what, again=status in _AGAIN or status >= 500,
-                       after=retry_after(error.response.headers))
+        if status in _NEVER or code == "insufficient_quota":
+            return Failure(f"{_NEVER.get(status, 'the quota is used up')} ({what})", fatal=True,
+                           status=status)
+        return Failure(what, again=status in _AGAIN or status >= 500, after=after, status=status)
 
     def _clean(self, text: str) -> str:
         """Return a text from the endpoint as one line of limited length, without the API key."""

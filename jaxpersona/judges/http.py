@@ -11,24 +11,19 @@ import os
 import queue
 import random
 import threading
-import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NoReturn
 
 from jaxpersona.errors import UserError
-from jaxpersona.judges.endpoint import Endpoint, Failure, Reply
+from jaxpersona.judges.batch import Batches
+from jaxpersona.judges.endpoint import Endpoint, Failure
 from jaxpersona.judges.journal import Journal, key_of
-from jaxpersona.judges.limits import Budget, Pace
+from jaxpersona.judges.limits import ATTEMPTS, IN_A_ROW, LONGEST_WAIT, Batch, Budget, Pace, Tariff
 from jaxpersona.judges.protocol import Item, JudgeStopped, Verdict
 from jaxpersona.judges.rubric import ROLES, Rubric
+from jaxpersona.judges.waiting import join, pause
 
-ATTEMPTS = 6  # maximum number of requests per prompt in one call of `score`
-IN_A_ROW = 20  # number of consecutive failed prompts after which the judge stops
-LONGEST_WAIT = 600.0  # seconds; if the endpoint requests a longer delay, the judge stops
-_BACKOFF = 0.5  # seconds before the first retry; doubled each time, up to _LONGEST_BACKOFF
-_LONGEST_BACKOFF = 30.0
-_GRACE = 10.0  # seconds to wait for answers to requests in progress when the judge stops
-_AROUND = 64  # assumed number of chat template tokens, for the upper bound of a request's cost
+_BACKOFF = 0.5  # seconds before the first retry
 
 
 class HttpJudge:
@@ -48,6 +43,9 @@ class HttpJudge:
       backoff: the delay in seconds before the first retry of a failed request; default: 0.5. The
         delay doubles with each further retry, up to 30 seconds, and is shortened by a random
         fraction of up to 25 %.
+      batch: settings of the batch interface, with which requests are sent in batches that take up
+        to 24 hours; None: single requests. Verdicts and journal are the same in both cases.
+        `concurrency`, `rpm` and `tpm` apply only to single requests.
 
     Raises:
       UserError: a setting is out of range, or `budget` is in USD and `price` is None.
@@ -63,14 +61,14 @@ class HttpJudge:
     def __init__(self, endpoint: Endpoint, journal: str | os.PathLike[str], *,
                  rubric: Rubric = ROLES, concurrency: int = 8, rpm: float | None = None,
                  tpm: float | None = None, budget: Budget | None = None,
-                 price: tuple[float, float] | None = None, backoff: float | None = None) -> None:
+                 price: tuple[float, float] | None = None, backoff: float | None = None,
+                 batch: Batch | None = None) -> None:
         if concurrency < 1 or concurrency > 1024:
             raise UserError(f"concurrency is {concurrency}; give an integer from 1 to 1024")
         if backoff is not None and not 0 <= backoff < math.inf:
             raise UserError(f"backoff is {backoff}; give a finite number of seconds, at least 0")
-        if price is not None and not all(0 <= x < math.inf for x in price):
-            raise UserError(f"price is {price}; give two finite prices in USD per million "
-                            "tokens, at least 0")
+        if batch is not None and batch.price is not None:
+            price = batch.price
         if budget is not None and budget.usd is not None and price is None:
             raise UserError("budget is in USD, which needs the price of tokens; give "
                             "--judge-price, or a budget in calls such as 500calls")
@@ -78,11 +76,16 @@ class HttpJudge:
         self.reads_eval_prompt = rubric.template is None
         self.name = (f"http {endpoint.model} rubric {rubric.digest} temperature "
                      f"{endpoint.temperature:g} tokens {endpoint.max_tokens}")
+        self._identity = f"{endpoint.model} {endpoint.temperature:g} {endpoint.max_tokens}"
         self.failed = 0  # number of items that could not be scored
         self._path, self._journal = journal, None
-        self._concurrency, self._budget, self._price = concurrency, budget or Budget(), price
+        self._concurrency, self._budget = concurrency, budget or Budget()
+        self._price, self._tariff = price, Tariff(price, endpoint.max_tokens)
         self._pace = Pace(rpm, tpm)
         self._backoff = _BACKOFF if backoff is None else backoff
+        self.after = batch is not None  # score all replies of a run after they are generated
+        self._batches = None if batch is None else Batches(
+            batch, endpoint, self._tariff, self._budget, self._backoff)
         self._turn = threading.Condition()  # reentrant lock that guards writes to the fields below
         self._under_way: dict[threading.Event, list[threading.Thread]] = {}
         self._closed = False
@@ -117,6 +120,8 @@ class HttpJudge:
         parts = [f"calls: {self._journal.calls:,}"]
         if self._price is not None or self._journal.spent:
             parts.append(f"cost: ${self._journal.spent:,.4g}")
+        if self._batches is not None and (about := self._batches.note()):
+            parts.append(about)
         if self.failed:
             parts.append(f"failed: {self.failed:,}")
         return ", ".join(parts)
@@ -130,9 +135,11 @@ class HttpJudge:
             under_way = list(self._under_way.items())
         for stopped, _ in under_way:
             stopped.set()
+        if self._batches is not None:
+            self._batches.stop()
         with self._turn:
             self._turn.notify_all()
-        _wait([thread for _, threads in under_way for thread in threads])
+        join([thread for _, threads in under_way for thread in threads])
         with self._turn:
             self._closed = True
             if self._journal is not None:
@@ -155,9 +162,10 @@ class HttpJudge:
         groups: dict[str, tuple[str, list[Item]]] = {}
         for item in items:
             prompt = self.rubric.prompt(item)
-            key = key_of(f"{self.endpoint.model} {self.endpoint.temperature:g} "
-                         f"{self.endpoint.max_tokens}", prompt)
-            groups.setdefault(key, (prompt, []))[1].append(item)
+            groups.setdefault(key_of(self._identity, prompt), (prompt, []))[1].append(item)
+        if self._batches is not None:
+            yield from self._in_batches(self._batches, groups)
+            return
         open_: queue.SimpleQueue[str] = queue.SimpleQueue()
         left = 0
         for key, (_, members) in groups.items():
@@ -166,8 +174,49 @@ class HttpJudge:
             else:
                 open_.put(key)
                 left += 1
+                if (held := self.journal.batch_of(key)) is not None:
+                    self._halt(f"requests are in the unfinished batch {held.id or held.name}; add "
+                               "--judge-batch to get its results")
         if left:
             yield from self._send(groups, open_, left)
+
+    def prepare(self, items: Callable[[], Iterable[Item]],
+                tick: Callable[[], None] = lambda: None) -> None:
+        """Get the answers to all items in batches, so that `score` takes them from the journal.
+
+        The method returns when all batches have ended; without the argument `batch`, at once.
+
+        Args:
+          items: a function that returns the items, of any number of roles. It is called again if
+            not all items fit into the budget.
+          tick: a function that is called at least once per second.
+
+        Raises:
+          UserError: as for `score`. If the judge cannot continue, `score` raises `JudgeStopped`.
+        """
+        if self._batches is not None and next(iter(items()), None) is not None:
+            self._batches.failures.clear()
+            self._batches.run(self.journal, lambda: (
+                (key_of(self._identity, prompt), prompt)
+                for prompt in map(self.rubric.prompt, items())), tick)
+
+    def _in_batches(self, batches: Batches, groups: dict[str, tuple[str, list[Item]]],
+                    ) -> Iterator[Verdict]:
+        """Yield the verdicts on items whose requests are sent in batches.
+
+        Raises:
+          JudgeStopped: as for `score`.
+        """
+        found = batches.outcomes(self.journal, groups)
+        for key, outcome in found.items():
+            yield from self._outcome(groups[key][1], outcome)
+        if len(found) < len(groups):
+            self._stop(batches.why)
+
+    def _stop(self, why: str) -> NoReturn:
+        why = why or "it was closed before all items were judged"
+        raise JudgeStopped(f"the judge {self.endpoint.model} stopped: {why}; all verdicts are kept "
+                           f"in {self._path}")
 
     def _send(self, groups: dict[str, tuple[str, list[Item]]], open_: queue.SimpleQueue[str],
               left: int) -> Iterator[Verdict]:
@@ -219,13 +268,11 @@ class HttpJudge:
             stopped.set()
             with self._turn:
                 self._turn.notify_all()
-            _wait(threads)
+            join(threads)
             with self._turn:
                 self._under_way.pop(stopped, None)
         if self._why or judged < left:
-            why = self._why or "it was closed before all items were judged"
-            raise JudgeStopped(f"the judge {self.endpoint.model} stopped: {why}; all verdicts are "
-                               f"kept in {self._path}")
+            self._stop(self._why)
 
     def _outcome(self, members: list[Item], outcome: tuple[str, float] | str) -> Iterator[Verdict]:
         if isinstance(outcome, str):
@@ -248,13 +295,13 @@ class HttpJudge:
         failure = Failure("")
         for attempt in range(ATTEMPTS):
             if attempt:
-                pause = min(self._backoff * 2 ** (attempt - 1), _LONGEST_BACKOFF)
-                if stopped.wait(max(pause * random.uniform(0.75, 1.0), failure.after or 0.0)):
+                delay = pause(self._backoff, attempt) * random.uniform(0.75, 1.0)
+                if stopped.wait(max(delay, failure.after or 0.0)):
                     raise _Halt
             tokens = size * self._per_byte + self.endpoint.max_tokens
             if not self._pace.wait(tokens, stopped):
                 raise _Halt
-            bound = self._usd(size + _AROUND, self.endpoint.max_tokens)
+            bound = self._tariff.bound(prompt)
             self._reserve(key, bound, stopped)
             try:
                 reply = self.endpoint.ask(prompt)
@@ -268,7 +315,7 @@ class HttpJudge:
                 if not error.again:
                     break
             else:
-                cost = self._cost(reply, bound)
+                cost = self._tariff.cost(reply, bound)
                 with self._turn:
                     self.journal.answered(key, reply.text, cost, prompt_tokens=reply.prompt_tokens,
                                           reply_tokens=reply.reply_tokens)
@@ -325,14 +372,7 @@ class HttpJudge:
                     self._flying += 1
                     return
                 if not self._flying or not self._budget.allows(held.calls + 1, 0.0):
-                    why = (f"the next request, which may cost up to ${bound:,.4g}, does not fit "
-                           f"into the budget of {self._budget}"
-                           if self._budget.allows(held.calls + 1, held.spent)
-                           else f"the budget of {self._budget} is used up")
-                    self._halt(f"{why} (calls: {held.calls:,}"
-                               + (f", cost: ${held.spent:,.4f}" if held.spent else "")
-                               + "); to continue, give a larger --budget and run the same command "
-                                 "again")
+                    self._halt(self._budget.excess(held.calls, held.spent, bound))
                     break
                 self._turn.wait(0.5)
         raise _Halt
@@ -344,30 +384,6 @@ class HttpJudge:
 
     def _halt(self, why: str) -> None:
         self._why = self._why or why
-
-    def _usd(self, before: float, after: float) -> float:
-        if self._price is None:
-            return 0.0
-        return (before * self._price[0] + after * self._price[1]) / 1e6
-
-    def _cost(self, reply: Reply, bound: float) -> float:
-        """Return the cost of an answer in USD.
-
-        If the endpoint returned no cost, the cost is computed from the token counts and the price.
-        If the endpoint returned only one of the token counts or none, the cost is `bound`.
-        """
-        if reply.usd is not None:
-            return reply.usd
-        if reply.prompt_tokens is None or reply.reply_tokens is None:
-            return bound
-        return self._usd(reply.prompt_tokens, reply.reply_tokens)
-
-
-def _wait(threads: Sequence[threading.Thread]) -> None:
-    """Wait for threads to end, for at most `_GRACE` seconds in total."""
-    end = time.monotonic() + _GRACE
-    for thread in threads:
-        thread.join(max(0.0, end - time.monotonic()))
 
 
 class _Halt(Exception):

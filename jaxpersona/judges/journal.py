@@ -2,11 +2,19 @@
 
 Answers in the journal are reused, so no answer is paid for twice.
 
-The first line identifies the file format. Each further line is a JSON object of one of three kinds:
+The first line identifies the file format. Each further line is a JSON object of one of these kinds:
 
     {"sent": key, "cost": c}                     a request before it is sent, and its maximum cost
     {"key": key, "said": text, "cost": c, …}     an answer and its cost
     {"failed": key, "error": text, "cost": c}    a failed request and its possible cost
+    {"batch": name, "id": "", "url": url}        a batch before it is submitted
+    {"batch": name, "id": id, "url": url}        a batch that the endpoint accepted
+    {"batch": name, "ended": status, "unsent": n}    the end of a batch
+
+A request of a batch also has the batch's name, {"sent": key, "cost": c, "batch": name}. These lines
+are written before the batch is submitted, so that no request is submitted in two batches. After the
+end of a batch, each of its requests has an outcome; the `unsent` requests were not processed and do
+not count as calls.
 
 All costs are in USD. If the outcome of a request is not recorded, its maximum cost is counted. A
 key is a digest of the judge's model, its settings and the prompt. If a process is killed, the last
@@ -16,6 +24,7 @@ line may be incomplete; it is removed when the journal is opened again. No line 
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -25,12 +34,34 @@ import stat
 import threading
 from typing import Any
 
+from jaxpersona.brief import brief
 from jaxpersona.errors import UserError
 from jaxpersona.inputs import is_finite
 
 FORMAT = {"format": "jaxpersona-verdicts 1"}
 LINE_BYTES = 1 << 20  # maximum size of a line; the client keeps 160 characters of an answer
 _FIRST = json.dumps(FORMAT).encode() + b"\n"
+
+
+@dataclasses.dataclass
+class Outstanding:
+    """A batch that has not ended.
+
+    Attributes:
+      name: the name that the judge gave to the batch.
+      id: the endpoint's identifier; "" if no acceptance by the endpoint is recorded.
+      url: the base URL of the endpoint.
+      members: the keys of the requests.
+      open: key → maximum cost in USD, for the requests without an outcome.
+    """
+
+    __repr__ = brief
+
+    name: str
+    id: str = ""
+    url: str = ""
+    members: set[str] = dataclasses.field(default_factory=set)
+    open: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def key_of(identity: str, prompt: str) -> str:
@@ -53,6 +84,7 @@ class Journal:
     Attributes:
       calls: the number of requests in the journal.
       spent: the total cost of these requests in USD.
+      batches: name → batch that has not ended.
 
     Raises:
       UserError: the file is not a regular file, cannot be written, is used by another process, or
@@ -65,6 +97,8 @@ class Journal:
         self._lock = threading.Lock()
         self._said: dict[str, tuple[str, float]] = {}
         self._open: dict[str, list[float]] = {}  # key → cost bounds of requests without an outcome
+        self.batches: dict[str, Outstanding] = {}
+        self._within: dict[str, str] = {}  # key → name of the outstanding batch that contains it
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # O_NOFOLLOW: the code below must not truncate the target of a symbolic link
@@ -93,10 +127,41 @@ class Journal:
         with self._lock:
             return self._said.get(key)
 
-    def sent(self, key: str, bound: float) -> None:
-        """Record a request that costs at most `bound` USD, before it is sent."""
+    def batch_of(self, key: str) -> Outstanding | None:
+        """Return the outstanding batch that contains a request without an outcome, or None."""
         with self._lock:
-            self._append({"sent": key, "cost": bound})
+            return self.batches.get(self._within.get(key, ""))
+
+    def sent(self, key: str, bound: float, batch: str = "") -> None:
+        """Record a request that costs at most `bound` USD, before it is sent.
+
+        Args:
+          key: the key of the request.
+          bound: the maximum cost.
+          batch: the name of the batch that contains the request; "" for a single request.
+        """
+        with self._lock:
+            self._append({"sent": key, "cost": bound, **({"batch": batch} if batch else {})})
+
+    def intended(self, batch: str, url: str) -> None:
+        """Record that a batch will be submitted to the endpoint at `url`."""
+        with self._lock:
+            self._append({"batch": batch, "id": "", "url": url})
+
+    def accepted(self, batch: str, identifier: str, url: str) -> None:
+        """Record that the endpoint at `url` accepted a batch, and its identifier there."""
+        with self._lock:
+            self._append({"batch": batch, "id": identifier, "url": url})
+
+    def ended(self, batch: str, status: str, unsent: int = 0) -> None:
+        """Record the end of a batch; `unsent` of its requests do not count as calls."""
+        with self._lock:
+            self._append({"batch": batch, "ended": status, "unsent": unsent})
+
+    def flush(self) -> None:
+        """Write the file to disk."""
+        with self._lock:
+            os.fsync(self._file)
 
     def answered(self, key: str, said: str, cost: float, **about: Any) -> None:
         """Record the answer to a request, its cost in USD, and any further fields in `about`."""
@@ -132,7 +197,8 @@ class Journal:
         """
         line = json.dumps(value, ensure_ascii=True).encode() + b"\n"
         try:
-            _cost(value)  # before the line is written, because `_read` refuses an invalid cost
+            if _is_request(value):  # before writing, because `_read` refuses an invalid cost
+                _cost(value)
         except UserError as error:
             raise UserError(f"{self.path}: cannot be written ({error})") from None
         if len(line) > LINE_BYTES:
@@ -146,17 +212,49 @@ class Journal:
         self._count(value)
 
     def _count(self, value: dict[str, Any]) -> None:
+        if not _is_request(value):
+            self._count_batch(value)
+            return
         cost = _cost(value)
         if "sent" in value:
             self.calls += 1
-            self._open.setdefault(value["sent"], []).append(cost)
+            key = value["sent"]
+            self._open.setdefault(key, []).append(cost)
+            if "batch" in value:
+                held = self._batch(value)
+                held.members.add(key)
+                held.open[key], self._within[key] = cost, held.name
         else:
             key = value["key"] if "key" in value else value["failed"]
             if bounds := self._open.get(key):
                 self.spent -= bounds.pop()
+            if (name := self._within.pop(key, None)) is not None:
+                self.batches[name].open.pop(key, None)
             if "key" in value:
                 self._said[key] = str(value["said"]), cost
         self.spent += cost
+
+    def _count_batch(self, value: dict[str, Any]) -> None:
+        """Count a line about a batch.
+
+        Raises:
+          KeyError, ValueError, TypeError: the line is damaged.
+        """
+        if "ended" not in value:
+            held = self._batch(value)
+            held.id, held.url = value["id"] and _text(value["id"]), _text(value["url"])
+            return
+        unsent = value["unsent"]
+        if type(unsent) is not int or not 0 <= unsent <= self.calls:
+            raise ValueError
+        self.calls -= unsent
+        held = self.batches.pop(_text(value["batch"]), None)
+        for key in () if held is None else held.open:
+            self._within.pop(key, None)
+
+    def _batch(self, value: dict[str, Any]) -> Outstanding:
+        name = _text(value["batch"])
+        return self.batches.setdefault(name, Outstanding(name))
 
     def _read(self) -> None:
         """Read the file and remove an incomplete last line; in a new file, write the first line.
@@ -197,6 +295,22 @@ class Journal:
         return UserError(f"{self.path}: line {number} is damaged; "
                          + ("the file is not a journal of a judge: choose another file"
                             if number == 1 else "delete this line"))
+
+
+def _is_request(value: dict[str, Any]) -> bool:
+    """Return whether a line is about one request, which has a cost, and not about a batch."""
+    return "sent" in value or "key" in value or "failed" in value
+
+
+def _text(value: Any) -> str:
+    """Return a value if it is non-empty text.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if not isinstance(value, str) or not value:
+        raise ValueError
+    return value
 
 
 def _cost(value: dict[str, Any]) -> float:

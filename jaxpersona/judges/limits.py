@@ -8,8 +8,29 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from jaxpersona.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxpersona.judges.endpoint import Reply
+
+ATTEMPTS = 6  # maximum number of times that a request is sent in one call
+MOST = 1_000_000  # maximum of `Batch.size`
+IN_A_ROW = 20  # number of consecutive failures after which a judge stops
+LONGEST_WAIT = 600.0  # seconds; if the endpoint requests a longer delay, the judge stops
+_AROUND = 64  # assumed number of chat template tokens, for the upper bound of a request's cost
+
+
+def _check_price(price: tuple[float, float] | None) -> None:
+    """Check a pair of prices.
+
+    Raises:
+      UserError: a price is negative or not finite.
+    """
+    if price is not None and not all(0 <= x < math.inf for x in price):
+        raise UserError(f"price is {price}; give two finite prices in USD per million tokens, at "
+                        "least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +77,97 @@ class Budget:
         return ((self.calls is None or calls <= self.calls)
                 and (self.usd is None or usd <= self.usd + 1e-12))
 
+    def excess(self, calls: int, usd: float, bound: float) -> str:
+        """Return a message that says why the next request is not allowed.
+
+        Args:
+          calls, usd: the number of requests so far, and their total cost in USD.
+          bound: the maximum cost of the next request in USD.
+        """
+        why = (f"the next request, which may cost up to ${bound:,.4g}, does not fit into the "
+               f"budget of {self}" if self.allows(calls + 1, usd)
+               else f"the budget of {self} is used up")
+        return (f"{why} (calls: {calls:,}" + (f", cost: ${usd:,.4f}" if usd else "")
+                + "); to continue, give a larger --budget and run the same command again")
+
     def __str__(self) -> str:
         return f"{self.calls:,} calls" if self.calls is not None else f"${self.usd:,.2f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tariff:
+    """The costs of requests.
+
+    Attributes:
+      price: (price of prompts, price of answers) in USD per million tokens; None: unknown, and
+        counted as 0.
+      max_tokens: the maximum length of an answer in tokens.
+
+    Raises:
+      UserError: a price is negative or not finite.
+    """
+
+    price: tuple[float, float] | None
+    max_tokens: int
+
+    def __post_init__(self) -> None:
+        _check_price(self.price)
+
+    def bound(self, prompt: str) -> float:
+        """Return the maximum cost of a request in USD; a prompt has at most one token per byte."""
+        return self.usd(len(prompt.encode("utf-8", "surrogatepass")) + _AROUND, self.max_tokens)
+
+    def usd(self, before: float, after: float) -> float:
+        """Return the price in USD of `before` prompt tokens and `after` answer tokens."""
+        if self.price is None:
+            return 0.0
+        return (before * self.price[0] + after * self.price[1]) / 1e6
+
+    def cost(self, reply: Reply, bound: float) -> float:
+        """Return the cost of an answer in USD.
+
+        If the endpoint returned no cost, the cost is computed from the token counts and the price.
+        If the endpoint returned only one of the token counts or none, the cost is `bound`.
+        """
+        if reply.usd is not None:
+            return reply.usd
+        if reply.prompt_tokens is None or reply.reply_tokens is None:
+            return bound
+        return self.usd(reply.prompt_tokens, reply.reply_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Settings of the batch interface.
+
+    Attributes:
+      size: the maximum number of requests in one batch, from 1 to 1,000,000. Independently of it,
+        a batch file has at most 100 MB.
+      price: (price of prompts, price of answers) in USD per million tokens in a batch; None: the
+        prices of the judge.
+      poll: the longest delay between two requests for the state of a batch, in seconds. The first
+        delay is 5 seconds or shorter.
+
+    Raises:
+      UserError: a setting is out of range.
+
+    Examples:
+      >>> from jaxpersona.judges.limits import Batch
+      >>> Batch(size=1000, price=(0.2, 0.8))
+      Batch(size=1000, price=(0.2, 0.8), poll=60.0)
+    """
+
+    size: int = 50_000
+    price: tuple[float, float] | None = None
+    poll: float = 60.0
+
+    def __post_init__(self) -> None:
+        if type(self.size) is not int or not 1 <= self.size <= MOST:
+            raise UserError(f"size is {self.size!r:.40}; give the maximum number of requests in a "
+                            f"batch, an integer from 1 to {MOST}")
+        _check_price(self.price)
+        if not 0 < self.poll <= 3600:
+            raise UserError(f"poll is {self.poll}; give a number of seconds above 0, at most 3600")
 
 
 class Pace:

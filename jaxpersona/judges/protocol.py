@@ -73,7 +73,12 @@ class Judge(Protocol):
     - `reads_eval_prompt`: whether the judge needs the `eval_prompt` of every role.
     - `together`: whether the judge runs a model on the devices of the run. If true, all processes
       must call the judge for every role; if false, only the process that owns the role does.
-    - `after`: whether the judge loads its model only after the rollouts are generated.
+    - `after`: whether the judge scores only after all rollouts are generated, for example because
+      its model does not fit into memory together with the evaluated model.
+
+    A judge may also have a method `prepare(items, tick)`, which is called before `score` is called
+    for the first role: `items` is a function that returns the items of all roles, and `tick` a
+    function to be called at least once per second.
 
     Attributes:
       name: the identity of the judge in a run. Judges that can give different verdicts on the same

@@ -150,6 +150,7 @@ class Collection:
                 for name in self._ready:
                     self._recover(name)
                 judging.after = False
+                judging.prepare(self._unjudged, self._tick)
             while self._ready and judging.left < _AHEAD and not judging.after:
                 self._played_all(judging, self._ready.popleft())
             waiting = sum(not self._left[name] for name in self._awaited)
@@ -244,6 +245,13 @@ class Collection:
     def _items(self, name: str, keys: Sequence[str]) -> list[Item]:
         records = self._state(name).records
         return items_of(self.roles[name], [records[key] for key in keys])
+
+    def _unjudged(self) -> Iterator[Item]:
+        """Yield the unjudged items of this process in all roles that wait for the judge."""
+        for name in self._ready:
+            if self._owned[name]:
+                yield from self._items(name, self._state(name).unjudged(name))
+                self._states.pop(name, None)
 
     def _recover(self, name: str) -> None:
         """Recompute and store a role's missing response means, before the judge loads its model."""
@@ -360,6 +368,10 @@ class Collection:
             raise UserError(f"{'; '.join(faults.values())}; {remedy(sorted(faults))}")
         return {name: found[name] for name in self.roles}
 
+    def _tick(self) -> None:
+        self._tell()
+        self.status.update()
+
     def _tell(self) -> None:
         if self._report is None:
             return
@@ -372,21 +384,3 @@ class Collection:
 def rubric_of(role: Role) -> str:
     """Return the digest of a role's `eval_prompt`, which is stored with the role's verdicts."""
     return digest([role.eval_prompt])
-
-
-def verdict_counts(verdicts: Mapping[str, Any] | None) -> dict[str, int]:
-    """Return the number of replies with each score.
-
-    Args:
-      verdicts: the content of a scores file (`Run.verdicts`), or None.
-
-    Returns:
-      A dictionary that maps each score, as text, to its number of replies. The key "None" counts
-      undecided replies, and "failed" counts replies on which the judge failed.
-    """
-    out = {str(score): 0 for score in (0, 1, 2, 3, None)}
-    for key, score in ({} if verdicts is None else verdicts["scores"]).items():
-        failed = "error" in verdicts["details"].get(key, {})  # type: ignore[index]
-        name = "failed" if failed else str(score)
-        out[name] = out.get(name, 0) + 1
-    return out

@@ -23,11 +23,13 @@ from jaxpersona.errors import UserError
 from jaxpersona.extras import require
 from jaxpersona.models.int8 import weights_note
 from jaxpersona.persona import axis as science
-from jaxpersona.persona.collect import Collection, Report, verdict_counts
+from jaxpersona.persona.bootstrap import averaged_rows, pca_intervals
+from jaxpersona.persona.collect import Collection, Report
 from jaxpersona.persona.extraction import Extraction, save_analysis
 from jaxpersona.persona.prepare import check_prompts, check_redo, check_texts
 from jaxpersona.persona.rounds import Rounds, collect, question_shifts, rounds_and_quota
 from jaxpersona.persona.thresholds import percentiles_of
+from jaxpersona.persona.verdicts import verdict_counts
 from jaxpersona.runs.manifest import manifest
 from jaxpersona.runs.older import Older
 from jaxpersona.runs.rollouts import Settings
@@ -166,9 +168,9 @@ def axis_of(model: Model, run: Run, roles: Sequence[Role], judge: Judge, min_cou
     vectors: dict[str, dict[str, tuple[np.ndarray, int]]] = {}
     sizes: dict[str, tuple[int, int]] = {}  # role → (rollouts, rollouts with a non-empty reply)
     counts: dict[str, dict[str, int]] = {}
-    stored = {name: _sums(run, name, judge.name) for name in owned}
-    shifts = {} if rounds is None else question_shifts(run, stored, rounds.slope)
-    for name, sums in stored.items():
+    summed = {name: _sums(run, name, judge.name) for name in owned}
+    shifts = {} if rounds is None else question_shifts(run, summed, rounds.slope)
+    for name, sums in summed.items():
         vectors[name] = sums.vectors(science.LABELS)
         if name in shifts:
             vectors[name] = {label: ((vector + shifts[name]).astype(np.float32), n)
@@ -199,8 +201,21 @@ def axis_of(model: Model, run: Run, roles: Sequence[Role], judge: Judge, min_cou
     for name in owned:  # only now: without an axis, the files of an earlier axis remain
         run.save_vectors(name, vectors[name])
     analysis = science.analyse(default, used)
-    projections = _in_order({name: science.project(run.sample(name).means, analysis.axis)
-                             for name in owned}, names)
+    projections, stored = {}, {}
+    middle = len(analysis.axis) // 2
+    for name in owned:
+        sample = run.sample(name)
+        every = sample.means
+        projections[name] = science.project(every, analysis.axis)
+        if name in used or name == DEFAULT:
+            rows = averaged_rows(sample, run.scores(name, judge.name))
+            stored[name] = every[rows, middle : middle + 1]
+    projections = _in_order(projections, names)
+    bars = None if processes.many() else pca_intervals(
+        default[middle : middle + 1], {n: v[middle : middle + 1] for n, v in used.items()},
+        {name: len(means) for name, means in stored.items()},
+        {name: vectors[name]["mean" if name == DEFAULT else "pos_3"][1] for name in stored},
+        lambda name, _: stored[name])
     means = {name: science.project(by_label["mean"][0][None], analysis.axis)[0]
              if "mean" in by_label else np.full(len(analysis.axis), np.nan, np.float32)
              for name, by_label in vectors.items()}
@@ -218,7 +233,7 @@ def axis_of(model: Model, run: Run, roles: Sequence[Role], judge: Judge, min_cou
                **weights_note(model.params)},
     )
     found = Extraction(axis, analysis, default, role_means, projections, counts, rollouts, tokens,
-                       means, {name: n for name, (n, _) in sizes.items()}, intervals, rounds)
+                       means, {name: n for name, (n, _) in sizes.items()}, intervals, rounds, bars)
     if processes.first():
         save_vector(run.folder / "axis.safetensors", axis)
         save_analysis(run.folder, found, held_out)

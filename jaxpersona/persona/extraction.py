@@ -13,6 +13,7 @@ from jaxpersona.brief import brief
 from jaxpersona.ckpts.files import write_json
 from jaxpersona.export import Table
 from jaxpersona.persona import axis as science
+from jaxpersona.persona.bootstrap import PcaIntervals
 from jaxpersona.persona.rounds import Rounds
 from jaxpersona.persona.thresholds import Intervals
 from jaxpersona.vectors.vector import Axis
@@ -40,6 +41,9 @@ class Extraction(Table):
       intervals: "default" or "all" → a dictionary such as {"p25": (low [L], high [L])} with the
         ends of the 95 % bootstrap interval of each threshold.
       rounds: the rounds of a run with a precision, or None.
+      pca: the bootstrap intervals of the principal components at the middle layer, `n_layers // 2`
+        (the only one); None for a run with several processes, or if no role and not the default
+        persona has two stored response means.
     """
 
     __repr__ = brief
@@ -56,6 +60,7 @@ class Extraction(Table):
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
     intervals: dict[str, Intervals] = dataclasses.field(default_factory=dict)
     rounds: Rounds | None = None
+    pca: PcaIntervals | None = None
 
     def mean_projection(self, name: str) -> np.ndarray:
         """Return the mean projection [L] of a role's replies; NaN if all replies are empty."""

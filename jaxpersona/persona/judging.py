@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from jaxpersona.errors import UserError
@@ -18,8 +18,9 @@ class Judging:
     """Runs a judge on the rollouts of a run.
 
     A judge whose attribute `together` is True runs a model on the devices of the run, so it scores
-    one role at a time in the caller's thread. So does every judge if the run has several processes.
-    Otherwise the judge scores in its own thread while the caller generates.
+    one role at a time in the caller's thread. So does a judge whose attribute `after` is True, and
+    every judge if the run has several processes. Otherwise the judge scores in its own thread while
+    the caller generates.
 
     Attributes:
       whole: whether the judge scores in the caller's thread, one role at a time (`now`).
@@ -34,8 +35,8 @@ class Judging:
           alone: whether the run has only this process.
         """
         self.judge = judge
-        self.whole = not alone or bool(getattr(judge, "together", False))
         self.after = bool(getattr(judge, "after", False))
+        self.whole = not alone or self.after or bool(getattr(judge, "together", False))
         self._waiting: queue.SimpleQueue[list[Item]] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Found | BaseException] = queue.SimpleQueue()
         self._left, self._stopped = 0, threading.Event()
@@ -46,6 +47,16 @@ class Judging:
     def left(self) -> int:
         """The number of items sent with `put` whose verdicts `take` has not returned yet."""
         return self._left
+
+    def prepare(self, items: Callable[[], Iterable[Item]], tick: Callable[[], None]) -> None:
+        """Call the judge's method `prepare`, if it has one, with the items of all roles.
+
+        Args:
+          items: a function that returns the items.
+          tick: a function that the judge calls at least once per second.
+        """
+        if (prepare := getattr(self.judge, "prepare", None)) is not None:
+            prepare(items, tick)
 
     def put(self, items: Sequence[Item]) -> None:
         """Send items of one role to the judge's thread."""

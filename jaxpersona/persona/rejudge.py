@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from jaxpersona.data.texts import DEFAULT, Role
 from jaxpersona.errors import UserError
-from jaxpersona.persona.collect import rubric_of, verdict_counts
+from jaxpersona.judges.protocol import Item
+from jaxpersona.persona.collect import rubric_of
 from jaxpersona.persona.judging import Judging
-from jaxpersona.persona.verdicts import items_of
+from jaxpersona.persona.verdicts import items_of, verdict_counts
 from jaxpersona.runs.closing import State, save_verdicts, state_of
 from jaxpersona.runs.run import Run
 
@@ -67,6 +68,14 @@ def judge_run(folder: str | os.PathLike[str], roles: Sequence[Role], judge: Judg
                 for name in names]
         judging = Judging(judge, alone=False)
         done, total, cost = 0, sum(left), 0.0
+
+        def unjudged() -> Iterator[Item]:
+            for name in names:
+                state = _state(run, known[name], judge, shape)
+                yield from items_of(known[name], [state.records[key]
+                                                  for key in state.unjudged(name)])
+
+        judging.prepare(unjudged, lambda: report and report("judging", done, total, 0))
         for name in names:
             role, state = known[name], _state(run, known[name], judge, shape)
             keys, rubric = state.unjudged(name), rubric_of(role)

@@ -81,9 +81,14 @@ def summary(found: Extraction, folder: str | os.PathLike[str], layer: int, *,
         lines.append(f"held out: {_names(sorted(held_out))}")
     lines += precise
     pc1 = found.analysis.components[layer].ratio[0]
+    ends = ["", ""]
+    if found.pca is not None and layer == axis.n_layers // 2:
+        cos, share = found.pca.cos[:, 0], found.pca.variance[:, 0, 0]
+        ends = [f" (95 % interval {cos[0]:.3f} to {cos[1]:.3f})",
+                f" ({share[0]:.0%} to {share[1]:.0%})"]
     lines += [
-        f"|cos(PC1, axis)| at layer {layer}: {found.analysis.cos_pc1[layer]:.3f}; PC1 "
-        f"explains {pc1:.0%} of the role vectors' variance",
+        f"|cos(PC1, axis)| at layer {layer}: {found.analysis.cos_pc1[layer]:.3f}{ends[0]}; PC1 "
+        f"explains {pc1:.0%}{ends[1]} of the role vectors' variance",
         f"projections at layer {layer}: the default persona has mean "
         f"{found.mean_projection(DEFAULT)[layer]:.4g} and standard deviation "
         f"{np.nanstd(own):.3g}; distances of the roles from this mean in standard deviations:",

@@ -94,3 +94,21 @@ def sample(replies: Mapping[str, Item], scores: Mapping[str, int | None], count:
         order.sort(key=lambda key: rank[key])
         drawn += [(replies[key], score) for key in order[:count]]
     return drawn
+
+
+def verdict_counts(verdicts: Mapping[str, Any] | None) -> dict[str, int]:
+    """Return the number of replies with each score.
+
+    Args:
+      verdicts: the content of a scores file (`Run.verdicts`), or None.
+
+    Returns:
+      A dictionary that maps each score, as text, to its number of replies. The key "None" counts
+      undecided replies, and "failed" counts replies on which the judge failed.
+    """
+    out = {str(score): 0 for score in (0, 1, 2, 3, None)}
+    for key, score in ({} if verdicts is None else verdicts["scores"]).items():
+        failed = "error" in verdicts["details"].get(key, {})  # type: ignore[index]
+        name = "failed" if failed else str(score)
+        out[name] = out.get(name, 0) + 1
+    return out

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxpersona.brief import count
 from jaxpersona.data.texts import DEFAULT
 from jaxpersona.judges.protocol import Item
+from jaxpersona.persona.bootstrap import PcaIntervals
 from jaxpersona.persona.summary import UNREAD
 from jaxpersona.report.run_halves import SPLITS
 from jaxpersona.report.run_read import Contents
@@ -23,7 +24,7 @@ Rows = list[tuple[str, str]]
 
 
 def context(found: Contents, data: dict[str, Any], notes: Sequence[str], version: str,
-            ) -> dict[str, Any]:
+            bars: PcaIntervals | None = None) -> dict[str, Any]:
     """Return the variables for the HTML template of the page.
 
     Args:
@@ -31,12 +32,15 @@ def context(found: Contents, data: dict[str, Any], notes: Sequence[str], version
       data: the numbers of the page (`run_values.values`).
       notes: lines that list values that are not finite.
       version: the version of plotly.js.
+      bars: the intervals of the values by layer, or None.
     """
     last = found.manifest.get("last", {})
     curve = None if found.analysis is None else found.analysis.rounds
     return {
         "title": f"Assistant Axis of {last.get('model') or 'a model'}",
-        "state": state(found), "facts": facts(found, data), "gaps": gaps(found, data),
+        "state": state(found), "facts": facts(found, data), "gaps": gaps(found, data, bars),
+        "bars": "" if bars is None else (" Band: 95 % bootstrap interval over the replies. It "
+                                         "corrects for noise, so it may not contain the curve."),
         "notes": list(notes), "layers": data["layers"], "middle": data["middle"],
         "shown": {key: data[key] is not None for key in (
             "pca", "order", "byLayer", "thresholds", "reliability", "rounds", "drift")},
@@ -88,9 +92,11 @@ def facts(found: Contents, data: dict[str, Any]) -> Rows:
         rows += found.analysis.rounds.facts()
     middle = data["middle"]
     if data["byLayer"] is not None:
-        rows += [(f"|cos(PC1, axis)| at layer {middle}", _number(data["byLayer"]["cos"][middle])),
-                 (f"variance of PC1 at layer {middle}",
-                  _share(data["byLayer"]["variance"]["1"][middle]))]
+        one, bars = data["byLayer"], data["byLayer"]["bars"]
+        rows += [(f"|cos(PC1, axis)| at layer {middle}", _number(one["cos"][middle]) + (
+                     "" if bars is None else _ends(bars["cos"], middle, _number))),
+                 (f"variance of PC1 at layer {middle}", _share(one["variance"]["1"][middle]) + (
+                     "" if bars is None else _ends(bars["variance"]["1"], middle, _share)))]
     if data["reliability"] is not None:
         rows.append((f"split-half agreement at layer {middle}",
                      _number(data["reliability"]["mean"][middle])))
@@ -102,7 +108,7 @@ def facts(found: Contents, data: dict[str, Any]) -> Rows:
     return rows
 
 
-def gaps(found: Contents, data: dict[str, Any]) -> Rows:
+def gaps(found: Contents, data: dict[str, Any], bars: PcaIntervals | None = None) -> Rows:
     """Return pairs (part that is missing from the page, reason)."""
     rows: Rows = []
     if found.analysis is None:
@@ -118,6 +124,13 @@ def gaps(found: Contents, data: dict[str, Any]) -> Rows:
         rows.append(("Split-half agreement of the axis", (
             "the run stores the response means of too few replies: at least two roles need two "
             "replies each with score 3, and the default persona needs two replies")))
+    if bars is not None and bars.fixed:
+        rows.append(("Roles that do not move in the bootstrap of the values by layer, whose "
+                     "intervals are therefore too narrow", "fewer than two stored replies with "
+                     f"score 3: {_names(bars.fixed)}"))
+    elif found.analysis is not None and bars is None and data["pca"] is not None:
+        rows.append(("Intervals of the values by layer", "the run stores the response means of "
+                     "fewer than two replies with score 3 for every role"))
     if found.judge == "none":
         rows.append(("Scores by role", UNREAD))
     elif not found.counts:
@@ -248,6 +261,11 @@ def _number(value: float | None) -> str:
 
 def _share(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.0%}"
+
+
+def _ends(values: dict[str, Any], layer: int, text: Callable[[float | None], str]) -> str:
+    """Return the ends of an interval at a layer as text."""
+    return f" (95 % interval {text(values['low'][layer])} to {text(values['high'][layer])})"
 
 
 def _names(names: Sequence[str]) -> str:

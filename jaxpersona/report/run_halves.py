@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxpersona.brief import brief
 from jaxpersona.data.texts import DEFAULT
+from jaxpersona.persona.bootstrap import averaged_rows
 from jaxpersona.runs.sums import Sample
 
 SPLITS = 20
@@ -67,9 +68,7 @@ class Halves:
           sample: the stored response means.
           scores: key → score; only replies with score 3 are added. If None, all replies are added.
         """
-        rows = [i for i, key in enumerate(sample.keys)
-                if (scores is None or scores.get(key) == 3)
-                and np.isfinite(sample.differences[i].astype(np.float32)).all()]
+        rows = averaged_rows(sample, scores)
         if len(rows) < 2:
             self.left_out.append(name)
             return

@@ -72,15 +72,16 @@
   }
   const marker = () => ({ type: "line", x0: state.layer, x1: state.layer, y0: 0, y1: 1, yref: "paper", layer: "below",
     line: { color: colour("muted"), width: 1.5, dash: "dash" } });
-  function byLayer(id, curves, axis, band) {
+  function byLayer(id, curves, axis, bands = []) {
     if (!at(id)) return;
     const xs = Array.from({ length: layers }, (_, i) => i);
     const traces = [];
-    if (band) {
+    bands.forEach((band, i) => {
+      if (!band) return;
       const plain = { x: xs, mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false, connectgaps: false };
       traces.push({ ...plain, y: band.low });
-      traces.push({ ...plain, y: band.high, fill: "tonexty", fillcolor: faded(colour("c1"), 0.2) });
-    }
+      traces.push({ ...plain, y: band.high, fill: "tonexty", fillcolor: faded(colour(`c${i + 1}`), 0.2) });
+    });
     curves.forEach(([name, ys], i) => traces.push({
       x: xs, y: ys, name, mode: "lines+markers", connectgaps: false,
       line: { color: colour(`c${i + 1}`), width: 2 }, marker: { size: layers > 40 ? 4 : 6, symbol: SYMBOLS[i % 4] },
@@ -94,13 +95,14 @@
   }
   function curves() {
     if (!data.byLayer) return;
-    const share = data.byLayer.variance;
-    byLayer("plot-cos", [["|cos(PC1, axis)|", data.byLayer.cos]], { range: [0, 1.03] });
-    byLayer("plot-variance", Object.keys(share).sort((a, b) => a - b).map((n) => [n === "1" ? "PC1" : `PC1 to PC${n}`, share[n]]),
-      { range: [0, 1.03], tickformat: ".0%" });
+    const share = data.byLayer.variance, bars = data.byLayer.bars;
+    const counts = Object.keys(share).sort((a, b) => a - b);
+    byLayer("plot-cos", [["|cos(PC1, axis)|", data.byLayer.cos]], { range: [0, 1.03] }, bars ? [bars.cos] : []);
+    byLayer("plot-variance", counts.map((n) => [n === "1" ? "PC1" : `PC1 to PC${n}`, share[n]]),
+      { range: [0, 1.03], tickformat: ".0%" }, bars ? counts.map((n) => bars.variance[n]) : []);
     if (data.reliability) {
       const lowest = Math.min(0, ...data.reliability.low.filter(known));
-      byLayer("plot-reliability", [["mean of the splits", data.reliability.mean]], { range: [lowest * 1.05, 1.03] }, data.reliability);
+      byLayer("plot-reliability", [["mean of the splits", data.reliability.mean]], { range: [lowest * 1.05, 1.03] }, [data.reliability]);
     }
   }
 

@@ -21,6 +21,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.extras import require
 from jaxpersona.inputs import printable, read_bytes
 from jaxpersona.report import run_about
+from jaxpersona.report.run_bars import intervals
 from jaxpersona.report.run_drift import read_drift
 from jaxpersona.report.run_read import check_run, read
 from jaxpersona.report.run_values import Notes, values
@@ -61,8 +62,9 @@ def page(run: str | os.PathLike[str], *, report: Progress | None = None) -> str:
     library, version = plotly_js()
     found, notes = read(folder, report=report), Notes()
     drift = read_drift(folder, int(found.manifest.get("model", {}).get("layers", 1)))
-    data = values(found, notes, drift, report)
-    return _document(run_about.context(found, data, notes.lines, version), data, library)
+    bars = intervals(found, report)
+    data = values(found, notes, drift, report, bars)
+    return _document(run_about.context(found, data, notes.lines, version, bars), data, library)
 
 
 @checked_call

@@ -21,7 +21,8 @@ from jaxpersona.errors import UserError
 from jaxpersona.inputs import read_json
 from jaxpersona.judges.protocol import Item
 from jaxpersona.persona import verdicts
-from jaxpersona.persona.collect import verdict_counts
+from jaxpersona.persona.bootstrap import averaged_rows
+from jaxpersona.persona.verdicts import verdict_counts
 from jaxpersona.report.run_halves import Halves
 from jaxpersona.report.run_rounds import Curve
 from jaxpersona.runs.compare import roles_of
@@ -98,6 +99,9 @@ class Contents:
       plain: replies of the default persona, which is not judged.
       vectors: role → "pos_3" vector [L, D], and "default" → mean activation [L, D]; empty without
         an axis.
+      stored: role of the axis or "default" → the keys of its stored response means that its vector
+        averages; empty without an axis.
+      averaged: role of the axis or "default" → number of replies that its vector averages.
       halves: the halves of the stored response means, from which the split-half agreement of the
         axis is computed; None without an axis.
       cost: the cost of the judge's verdicts in USD; None if no verdict states a cost.
@@ -119,6 +123,8 @@ class Contents:
     samples: list[tuple[Item, int | None]] = dataclasses.field(default_factory=list)
     plain: list[Item] = dataclasses.field(default_factory=list)
     vectors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    stored: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    averaged: dict[str, int] = dataclasses.field(default_factory=dict)
     halves: Halves | None = None
     cost: float | None = None
 
@@ -199,7 +205,11 @@ def _read_role(run: Run, name: str, found: Contents) -> dict[str, int | None]:
         if (vector := run.vectors(name).get(label)) is not None:
             found.vectors[name] = vector
         if measured.in_axis or name == DEFAULT:
-            found.halves.add(name, run.sample(name), None if name == DEFAULT else scores)
+            sample, used = run.sample(name), None if name == DEFAULT else scores
+            found.halves.add(name, sample, used)
+            found.stored[name] = [sample.keys[i] for i in averaged_rows(sample, used)]
+            found.averaged[name] = len(found.stored[name]) if used is None else sum(
+                score == 3 for score in used.values())
     return scores
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxpersona.brief import count
 from jaxpersona.data.texts import DEFAULT
 from jaxpersona.persona import axis as science
+from jaxpersona.persona.bootstrap import PcaIntervals
 from jaxpersona.persona.check import normal_spread
 from jaxpersona.report.run_drift import Drift
 from jaxpersona.report.run_read import Contents
@@ -68,13 +69,15 @@ def _rounded(value: float) -> float | None:
 
 
 def values(found: Contents, notes: Notes, drift: Drift | None,
-           report: Callable[[str, int, int, int], None] | None = None) -> Values:
+           report: Callable[[str, int, int, int], None] | None = None,
+           bars: PcaIntervals | None = None) -> Values:
     """Return all numbers of the page.
 
     Args:
       found: the content of the run folder.
       notes: the object that records arrays with non-finite values.
       drift: the content of drift.json, or None.
+      bars: the intervals of the values by layer, or None.
       report: a progress function, called with ("components", done, total, 0) for each layer.
     """
     layers = int(found.manifest.get("model", {}).get("layers", 1))
@@ -95,7 +98,8 @@ def values(found: Contents, notes: Notes, drift: Drift | None,
         "cos": notes.series("|cos(PC1, axis)|", found.analysis.cos),
         "variance": {str(n): notes.series(
             f"explained variance of {count(n, 'component')}",
-            [row[:n].sum() for row in found.analysis.variance]) for n in COMPONENTS}}
+            [row[:n].sum() for row in found.analysis.variance]) for n in COMPONENTS},
+        "bars": None if bars is None else _bars(bars, notes)}
     out["thresholds"] = {
         of: {name: _threshold(f"{name} of {of}", value,
                               found.analysis.intervals.get(of, {}).get(name), notes)
@@ -119,6 +123,21 @@ def values(found: Contents, notes: Notes, drift: Drift | None,
             name: notes.series(f"split-half agreement ({name})", getattr(agreement, name))
             for name in ("mean", "low", "high")}
     return out
+
+
+def _bars(bars: PcaIntervals, notes: Notes) -> Values:
+    """Return the ends of the intervals of the values by layer.
+
+    Fewer components than in `COMPONENTS` explain the same share as all that there are.
+    """
+    def ends(name: str, values: np.ndarray) -> Values:
+        return {end: notes.series(f"interval of {name} ({end})", row)
+                for end, row in zip(("low", "high"), values, strict=True)}
+
+    most = bars.variance.shape[2]
+    return {"cos": ends("|cos(PC1, axis)|", bars.cos), "variance": {
+        str(n): ends(f"explained variance of {count(n, 'component')}",
+                     bars.variance[:, :, min(n, most) - 1]) for n in COMPONENTS}}
 
 
 def _role(found: Contents, name: str, notes: Notes) -> Values:

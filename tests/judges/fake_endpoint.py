@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Callable
 
+import fake_batches
+
 KINDS = ("429", "500", "slow", "cut", "garbage", "talk", "range", "shape")
 # (prompt, number of this prompt's request, from 0) → one of the kinds, or ""
 Fault = Callable[[str, int], str]
@@ -49,6 +51,7 @@ class Endpoint(http.server.ThreadingHTTPServer):
       asked: prompt → number of requests.
       sold: prompt → number of whole chat completions that were sent.
       spent: their cost.
+      batches: the batch interface.
     """
 
     daemon_threads = True
@@ -63,13 +66,28 @@ class Endpoint(http.server.ThreadingHTTPServer):
         self.sold: collections.Counter[str] = collections.Counter()
         self.spent, self.lock = 0.0, threading.Lock()
         self.keys: set[str] = set()
+        self.batches = fake_batches.Batches()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
+    def sell(self, prompt: str, factor: float = 1.0) -> None:
+        """Count a chat completion; `factor` multiplies its price."""
+        self.sold[prompt] += 1
+        self.spent += (len(prompt) // 4 * self.price[0] + self.price[1]) / 1e6 * factor
+
     def handle_error(self, *_: object) -> None:
         """Say nothing about clients that went away."""
+
+
+def completion(model: str, prompt: str, text: str) -> dict:
+    """A chat completion; its answer has one token."""
+    before = len(prompt) // 4
+    return {"id": "x", "object": "chat.completion", "created": 0, "model": model,
+            "choices": [{"index": 0, "finish_reason": "stop",
+                         "message": {"role": "assistant", "content": text}}],
+            "usage": {"prompt_tokens": before, "completion_tokens": 1, "total_tokens": before + 1}}
 
 
 @contextlib.contextmanager
@@ -91,8 +109,25 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Endpoint
 
+    def do_GET(self) -> None:
+        self._batches(b"")
+
+    def _batches(self, body: bytes) -> None:
+        server = self.server
+        key = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        with server.lock:
+            server.keys.add(key)
+            server.batches.key = key
+            status, data = server.batches.answer(server, self.command, self.path, self.headers,
+                                                 body)
+        self._send(status, data, {})
+
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        raw = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        if not self.path.endswith("/chat/completions"):
+            self._batches(raw)
+            return
+        body = json.loads(raw)
         prompt = body["messages"][-1]["content"]
         key = self.headers.get("Authorization", "").removeprefix("Bearer ")
         server = self.server
@@ -117,12 +152,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._send(200, b"<html>" + key.encode(), {"Content-Type": "text/html"})
             return
         text = {"talk": f"It is hard to say, {key}.", "range": "7"}.get(kind, str(score(prompt)))
-        before, after = len(prompt) // 4, 1
-        value = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"],
-                 "choices": [{"index": 0, "finish_reason": "stop",
-                              "message": {"role": "assistant", "content": text}}],
-                 "usage": {"prompt_tokens": before, "completion_tokens": after,
-                           "total_tokens": before + after}}
+        value = completion(body["model"], prompt, text)
         if kind == "shape":
             value["choices"] = []
         data = json.dumps(value).encode()
@@ -131,8 +161,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         with server.lock:
             if kind != "shape":
-                server.sold[prompt] += 1
-                server.spent += (before * server.price[0] + after * server.price[1]) / 1e6
+                server.sell(prompt)
         self._send(200, data, {})
 
     def _send(self, status: int, data: bytes, more: dict[str, str], most: int | None = None):

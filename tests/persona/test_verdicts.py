@@ -11,9 +11,8 @@ import support as s
 from jaxpersona.data.texts import Role
 from jaxpersona.errors import UserError
 from jaxpersona.judges.protocol import Item, Verdict
-from jaxpersona.persona.collect import verdict_counts
 from jaxpersona.persona.judging import Judging
-from jaxpersona.persona.verdicts import items_of, replies_of, sample, scores_of
+from jaxpersona.persona.verdicts import items_of, replies_of, sample, scores_of, verdict_counts
 
 GHOST = Role("ghost", ("Be a ghost.",), "", "lingers")
 

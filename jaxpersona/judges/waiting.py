@@ -1,0 +1,90 @@
+"""Wait between requests about a batch, and repeat those that fail."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from jaxpersona.judges.endpoint import Failure
+from jaxpersona.judges.limits import ATTEMPTS, LONGEST_WAIT
+
+ABSENT = (404, 405, 501)  # HTTP status codes of an endpoint without the batch interface
+GRACE = 10.0  # seconds to wait for requests in progress when a judge is closed
+_LONGEST_BACKOFF = 30.0  # seconds
+_Got = TypeVar("_Got")
+
+
+class Ended(Exception):
+    """Raised if no further requests are sent."""
+
+
+class Waiting:
+    """Waits, and calls a function at least once per second.
+
+    Attributes:
+      tick: the function.
+    """
+
+    def __init__(self, backoff: float, tick: Callable[[], None] = lambda: None,
+                 stopped: threading.Event | None = None) -> None:
+        """Prepare.
+
+        Args:
+          backoff: the delay in seconds before the first repetition of a failed request.
+          tick: the function.
+          stopped: an event that ends the wait.
+        """
+        self.tick, self._backoff = tick, backoff
+        self._stopped = stopped or threading.Event()
+
+    def wait(self, seconds: float) -> None:
+        """Wait.
+
+        Raises:
+          Ended: `stopped` was set.
+        """
+        end = time.monotonic() + seconds
+        while True:
+            self.tick()
+            left = end - time.monotonic()
+            if self._stopped.wait(min(max(left, 0.0), 1.0)):
+                raise Ended
+            if left <= 1.0:
+                return
+
+    def tried(self, ask: Callable[[], _Got]) -> _Got:
+        """Call `ask` up to `ATTEMPTS` times, as long as it fails in a way that may pass.
+
+        Raises:
+          Failure: the last failure.
+          Ended: `stopped` was set.
+        """
+        attempt = 0
+        while True:
+            try:
+                return ask()
+            except Failure as failure:
+                attempt, after = attempt + 1, failure.after or 0.0
+                if (not failure.again or attempt == ATTEMPTS or after > LONGEST_WAIT
+                        or failure.status in ABSENT):
+                    raise
+            self.wait(max(pause(self._backoff, attempt), after))
+
+
+def pause(backoff: float, attempt: int) -> float:
+    """Return the delay before a repetition: `backoff` seconds, doubled with each repetition.
+
+    Args:
+      backoff: the delay before the first repetition.
+      attempt: the number of the repetition, from 1.
+    """
+    return min(backoff * 2 ** (attempt - 1), _LONGEST_BACKOFF)
+
+
+def join(threads: Sequence[threading.Thread]) -> None:
+    """Wait for threads to end, for at most `GRACE` seconds in total."""
+    end = time.monotonic() + GRACE
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))

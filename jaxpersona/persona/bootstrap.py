@@ -1,0 +1,229 @@
+"""Bootstrap intervals of the principal components of role vectors.
+
+The vector of a role is the mean of its N response means; the run stores a sample of m of them. In a
+bootstrap sample, the vector of each role is moved by
+
+    m / √((m − 1)·N) · Σᵢ (tᵢ/m − 1/m)·(xᵢ − x̄),    t ~ multinomial(m; 1/m, …, 1/m),
+
+where x₁ … xₘ are the stored response means and x̄ is their mean. The variance of this displacement
+is S²/N with the unbiased sample variance S², so that the intervals are those of vectors from N
+rollouts although only m response means are stored (the rescaled bootstrap of Rao and Wu 1988,
+Journal of the American Statistical Association 83, 231–241, for stratified samples: the strata are
+the roles). The mean activation of the default persona is moved in the same way. Roles, prompts and
+questions are fixed: the intervals describe only the randomness of the replies.
+
+The ends are those of the basic bootstrap interval, 2θ − θ* for the upper and the lower percentile
+of the bootstrap values θ* (Davison and Hinkley 1997, Bootstrap Methods and their Application,
+section 5.2). Noise in the vectors lowers the explained variance of the first components, in the
+bootstrap samples as in the run; unlike the percentiles of θ*, these ends correct for that. For an
+explained variance ratio λ/T, where T is the total variance, θ is its inverse T/λ, because noise
+adds a constant to T. In simulations, the intervals of the ratios are wider than needed if a large
+part of T is noise, and an interval of a cosine near 0 then covers less than 95 %.
+
+All quantities are computed from the Gram matrix [R + 1, R + 1] of the R role vectors and the
+default persona, one layer at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from jaxpersona.brief import brief
+from jaxpersona.data.texts import DEFAULT
+from jaxpersona.errors import UserError
+from jaxpersona.runs.sums import Sample
+
+DRAWS = 200
+LEVEL = 95  # confidence level of the intervals in percent
+COMPONENTS = 10  # maximum number of components whose explained variance is computed
+_BYTES = 256 << 20  # approximate memory for response means, and for the vectors of several draws
+_SHIFT = 1e-9  # relative distance of the shift from the largest eigenvalue, in inverse iteration
+
+
+@dataclasses.dataclass(frozen=True)
+class PcaIntervals:
+    """Bootstrap intervals (`LEVEL` %) of the principal components of role vectors at L layers.
+
+    Attributes:
+      cos: [2, L], the lower and upper ends for |cos(PC1, axis)|.
+      variance: [2, L, C], the ends for the explained variance ratio of the first 1, 2, …, C
+        components together.
+      fixed: the names of the roles (or "default") with fewer than two stored response means. Their
+        vectors are the same in all bootstrap samples, so the intervals are too narrow.
+    """
+
+    __repr__ = brief
+
+    cos: np.ndarray
+    variance: np.ndarray
+    fixed: tuple[str, ...] = ()
+
+
+def averaged_rows(sample: Sample, scores: Mapping[str, int | None] | None) -> list[int]:
+    """Return the rows of a sample whose replies the vector of a role averages.
+
+    Args:
+      sample: the stored response means of a role.
+      scores: key → score; only replies with score 3 are averaged. If None, as for the default
+        persona, all replies are averaged. Empty replies, which have no response mean, never are.
+    """
+    return [i for i, key in enumerate(sample.keys)
+            if (scores is None or scores.get(key) == 3)
+            and np.isfinite(sample.differences[i].astype(np.float32)).all()]
+
+
+def pca_intervals(default: np.ndarray, roles: Mapping[str, np.ndarray],
+                  stored: Mapping[str, int], sizes: Mapping[str, int],
+                  means: Callable[[str, slice], np.ndarray], *, draws: int = DRAWS, seed: int = 0,
+                  report: Callable[[int, int], None] | None = None) -> PcaIntervals | None:
+    """Return bootstrap intervals of |cos(PC1, axis)| and of the explained variance ratios.
+
+    Args:
+      default: the mean activation [L, D] of the default persona.
+      roles: role → vector [L, D], for the R roles of the axis.
+      stored: role or "default" → number m of its stored response means, without those of empty
+        replies and of replies that its vector does not include.
+      sizes: role or "default" → number N of the replies that its vector averages.
+      means: a function (role or "default", slice of l layers) → these response means [m, l, D]. It
+        is called once per role for each of several groups of layers, to limit the memory.
+      draws: the number of bootstrap samples.
+      seed: the seed of the bootstrap. The result depends neither on the order of the roles nor on
+        the groups of layers.
+      report: a function that is called with (number of finished layers, L).
+
+    Returns:
+      The intervals; None if no role and not the default persona has two stored response means.
+
+    Raises:
+      UserError: there are fewer than two roles, `draws` is not positive, or a role lacks an entry
+        in `stored` or `sizes`.
+
+    Examples:
+      >>> import numpy as np
+      >>> from jaxpersona.persona.bootstrap import pca_intervals
+      >>> rng = np.random.default_rng(0)
+      >>> names = ["default", "ghost", "baker", "sage"]
+      >>> means = {name: rng.normal(5 * i, 1, (16, 2, 8)) for i, name in enumerate(names)}
+      >>> vectors = {name: mean.mean(0) for name, mean in means.items()}
+      >>> default, counts = vectors.pop("default"), dict.fromkeys(names, 16)
+      >>> found = pca_intervals(default, vectors, counts, counts, lambda n, at: means[n][:, at])
+      >>> found.cos.shape, found.variance.shape, bool((found.cos[0] > 0.9).all())
+      ((2, 2), (2, 2, 2), True)
+    """
+    names = sorted(roles)
+    if len(names) < 2:
+        raise UserError(f"roles has {len(names)} entries; PCA needs at least two roles")
+    if draws < 1:
+        raise UserError(f"draws is {draws}; give a positive integer")
+    every = [*names, DEFAULT]
+    for what, table in (("stored", stored), ("sizes", sizes)):
+        if missing := [name for name in every if name not in table]:
+            raise UserError(f"{what} lacks {missing[0]!r:.60}; give one number per role and for "
+                            "'default'")
+    weights = {i: _weights(name, stored[name], sizes[name], draws, seed)
+               for i, name in enumerate(every) if stored[name] > 1}
+    if not weights:
+        return None
+    layers, width = default.shape
+    total = sum(stored[every[i]] for i in weights)
+    step = max(1, _BYTES // (total * width * 4))
+    count = min(COMPONENTS, len(names) - 1, width)
+    cos, variance = np.empty((2, layers)), np.empty((2, layers, count))
+    for start in range(0, layers, step):
+        group = slice(start, min(start + step, layers))
+        known = {i: np.asarray(means(every[i], group), np.float32) for i in weights}
+        for layer in range(group.start, group.stop):
+            vectors = np.stack([*(roles[name][layer] for name in names), default[layer]])
+            moves = {i: (weights[i], one[:, layer - start] - one[:, layer - start].mean(0))
+                     for i, one in known.items()}
+            cos[:, layer], variance[:, layer] = _intervals(vectors.astype(np.float64), moves,
+                                                           draws, count)
+            if report is not None:
+                report(layer + 1, layers)
+    fixed = tuple(name for i, name in enumerate(every) if i not in weights)
+    return PcaIntervals(cos, variance, fixed)
+
+
+def _weights(name: str, stored: int, size: int, draws: int, seed: int) -> np.ndarray:
+    """Return the weights [draws, m] of a role's centered response means, float32."""
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode("utf-8", "surrogatepass"))])
+    times = rng.multinomial(stored, np.full(stored, 1 / stored), size=draws)
+    scale = stored / np.sqrt((stored - 1) * max(size, stored))
+    return (scale * (times - 1) / stored).astype(np.float32)
+
+
+def _intervals(vectors: np.ndarray, moves: Mapping[int, tuple[np.ndarray, np.ndarray]],
+               draws: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the intervals [2] of |cos(PC1, axis)| and [2, C] of the variance at one layer.
+
+    Args:
+      vectors: [R + 1, D], the role vectors and the default persona's mean activation.
+      moves: row of `vectors` → (weights [draws, m], centered response means [m, D]).
+      draws: the number of bootstrap samples.
+      count: C, the number of components.
+    """
+    vectors = vectors - vectors[:-1].mean(0)  # float32 below must not lose the differences
+    cos, variance, first = _measured(vectors[None], count, None)
+    found_cos, found_variance = np.empty(draws), np.empty((draws, count))
+    step = max(1, _BYTES // max(vectors.size * 4, 32 * len(vectors) ** 2))
+    for start in range(0, draws, step):
+        block = slice(start, min(start + step, draws))
+        moved = np.repeat(vectors[None].astype(np.float32), block.stop - start, 0)
+        for i, (weights, centered) in moves.items():
+            moved[:, i] += weights[block] @ centered
+        found_cos[block], found_variance[block], _ = _measured(moved, count, first)
+    with np.errstate(all="ignore"):
+        inverse = _interval(1 / variance[0], 1 / found_variance)[::-1]
+        return (np.clip(_interval(cos[0], found_cos), 0.0, 1.0),
+                1 / np.maximum(inverse, 1.0))  # T / λ is at least 1
+
+
+def _measured(vectors: np.ndarray, count: int, first: np.ndarray | None,
+              ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return |cos(PC1, axis)| and the cumulative explained variance ratios of B sets of vectors.
+
+    Args:
+      vectors: [B, R + 1, D].
+      count: C, the number of components.
+      first: [R], an approximation of the first eigenvector, or None.
+
+    Returns:
+      (cosines [B], ratios [B, C], the first eigenvector [R] of the first set).
+    """
+    gram = (vectors @ vectors.swapaxes(1, 2)).astype(np.float64)
+    total = gram.shape[1] - 1
+    center = np.eye(total + 1)[:total] - np.r_[np.full(total, 1 / total), 0.0]
+    centered = center @ gram @ center.T  # [B, R, R], the Gram matrix of the centered role vectors
+    to_axis = np.r_[np.full(total, -1 / total), 1.0]
+    along = gram @ to_axis  # [B, R + 1], ⟨vector, axis⟩
+    with np.errstate(all="ignore"):  # equal vectors have no components: 0 / 0 is NaN
+        if first is None:
+            values, eigenvectors = np.linalg.eigh(centered)
+            one = eigenvectors[:, :, -1]
+        else:  # without all eigenvectors, and the first one by one step of inverse iteration
+            values = np.linalg.eigvalsh(centered)
+            largest = np.maximum(values[:, -1], np.finfo(np.float64).tiny)
+            shifted = centered - (largest * (1 + _SHIFT))[:, None, None] * np.eye(total)
+            start = np.broadcast_to(first[:, None], (len(shifted), total, 1))
+            one = np.linalg.solve(shifted, start)[:, :, 0]
+            one = one / np.linalg.norm(one, axis=1, keepdims=True)
+        length = np.sqrt(along @ to_axis)
+        cosines = abs(np.einsum("br,br->b", one, along @ center.T)) / (
+            length * np.sqrt(values[:, -1]))
+        ratios = values[:, ::-1][:, :count].cumsum(1) / values.sum(1)[:, None]
+    return np.minimum(cosines, 1.0), np.clip(ratios, 0.0, 1.0), one[0]
+
+
+def _interval(value: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """Return the ends [2, …] of the basic bootstrap interval.
+
+    Args:
+      value: […], θ.
+      drawn: [draws, …], θ*.
+    """
+    low, high = np.percentile(drawn, [(100 - LEVEL) / 2, (100 + LEVEL) / 2], axis=0)
+    return np.stack([2 * value - high, 2 * value - low])
