@@ -15,7 +15,8 @@ REST = {"model": {}, "numerics": {}, "questions": {"0": "q"}, "judges": {"a/b": 
         "last": {"judge": "a/b"}}
 OLD = {"roles": {"default": "a", "ghost": "b"}, "arguments": {"seed": 0}, **REST}
 NEW = {"roles": {"default": "a", "pirate": "c"}, "arguments": {"seed": 1}, **REST}
-RECORD = {"label": "pos", "prompt_index": 0, "question_index": 0, "sample": 0}
+RECORD = {"label": "pos", "prompt_index": 0, "question_index": 0, "sample": 0, "system_prompt": "",
+          "question": "Why?", "conversation": [{"role": "assistant", "content": "So."}]}
 
 
 def play(run, role, closed=True):

@@ -62,13 +62,14 @@ def test_a_key_has_the_place_of_its_rollout():
 
 def older(folder, **fields):
     folder.mkdir()
-    (folder / "run.json").write_text(json.dumps({"format": "jaxpersona-run 2", **fields}))
+    (folder / "run.json").write_text(json.dumps({"format": "jaxpersona-run 2", "model": {},
+                                                 "arguments": {}, "numerics": {}, **fields}))
     return Older(folder)
 
 
 def test_a_run_of_format_2_must_have_the_model_settings_and_device(tmp_path):
-    manifest = {"model": {"fingerprint": "f", "layers": 3}, "numerics": {"platform": "cpu"},
-                "arguments": {"seed": 0, "share_prefix": False}}
+    manifest = {"model": {"fingerprint": "f", "layers": 3, "width": 4},
+                "numerics": {"platform": "cpu"}, "arguments": {"seed": 0, "share_prefix": False}}
     found = older(tmp_path / "old", model={"fingerprint": "f", "name": "tiny"},
                   arguments={"seed": 0, "judge": "rules"}, numerics={"platform": "cpu"})
     found.check(manifest)
