@@ -45,10 +45,6 @@ if TYPE_CHECKING:
 
 _OWN = "the built-in ones for mini, otherwise `data`"
 _OWN_QUESTIONS = "the built-in ones for mini without --roles, otherwise `data`"
-# the defaults of the options that --paper sets
-_DEFAULTS = {"roles": None, "questions": None, "roles_named": None, "limit_roles": None,
-             "limit_questions": None, "samples": 1, "max_new_tokens": None, "temperature": 0.7,
-             "top_p": 0.9, "min_count": 10, "precision": None}
 
 
 @grouped
@@ -166,9 +162,9 @@ def axis(
                  "limit_roles": limit_roles, "limit_questions": limit_questions, "samples": samples,
                  "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
                  "min_count": min_count, "precision": quota.precision}
-        set_ = of_paper(given, _DEFAULTS)
+        fixed = of_paper(given)
         roles, questions, max_new_tokens, min_count = (
-            set_[name] for name in ("roles", "questions", "max_new_tokens", "min_count"))
+            fixed[name] for name in ("roles", "questions", "max_new_tokens", "min_count"))
     own = model == "mini" and roles is None
     choice = choose(judge or ("rules" if own else "none"), judging, own=own, after=judge_after)
     length = max_new_tokens if max_new_tokens is not None else 64 if model == "mini" else 512

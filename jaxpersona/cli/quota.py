@@ -10,11 +10,12 @@ import typer
 
 from jaxpersona.errors import UserError
 
-# the numbers of Lu et al. 2026 (arXiv 2601.10387): option → value
-PAPER: Mapping[str, Any] = {
-    "roles": "data", "questions": "data", "roles_named": None, "limit_roles": None,
-    "limit_questions": None, "samples": 1, "max_new_tokens": 512, "temperature": 0.7, "top_p": 0.9,
-    "min_count": 50, "precision": None}
+# option → (value of Lu et al. 2026, arXiv 2601.10387; value if the option is not given)
+PAPER: Mapping[str, tuple[Any, Any]] = {
+    "roles": ("data", None), "questions": ("data", None), "roles_named": (None, None),
+    "limit_roles": (None, None), "limit_questions": (None, None), "samples": (1, 1), "max_new_tokens": (512, None),
+    "temperature": (0.7, 0.7), "top_p": (0.9, 0.9), "min_count": (50, 10),
+    "precision": (None, None)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,24 +55,23 @@ class QuotaOptions:
         return [int(part) for part in parts]
 
 
-def of_paper(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that `--paper` sets.
+def of_paper(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that `--paper` sets, by the names of the options.
 
     Args:
       given: the values of the options in `PAPER`.
-      defaults: the values of these options if they are not given.
 
     Raises:
       UserError: an option is given with another value than the paper's.
 
     Examples:
       >>> from jaxpersona.cli.quota import PAPER, of_paper
-      >>> of_paper(PAPER, PAPER)["min_count"]
+      >>> of_paper({name: default for name, (_, default) in PAPER.items()})["min_count"]
       50
     """
-    for name, value in PAPER.items():
-        if given[name] not in (value, defaults[name]):
+    for name, (value, default) in PAPER.items():
+        if given[name] not in (value, default):
             option = f"--{name.replace('_', '-')}"
             means = "omits it" if value is None else f"sets it to {value}"
             raise UserError(f"{option} is {given[name]}, but --paper {means}; omit one of the two")
-    return dict(PAPER)
+    return {name: value for name, (value, _) in PAPER.items()}

@@ -120,7 +120,7 @@ def test_the_numbers_of_the_paper(folder, opened, called):
     (["--precision", "0.9", "--rounds", "8,x"], "--rounds is '8,x'; give numbers of questions"),
     (["--precision", "0.9", "--rounds", "5"], "rounds contains 5; give even numbers"),
     (["--precision", "0.9", "--limit-questions", "3"], "precision needs at least 4 questions"),
-    (["--precision", "0.9", "--judge", "model:j", "--judge-after"],
+    (["--model", "m", "--precision", "0.9", "--judge", "model:j", "--judge-after"],
      "judge scores only after all rollouts (--judge-after), but precision needs scores")])
 def test_mistakes_about_the_number_of_rollouts_are_found_before_a_model_is_loaded(
         folder, opened, capsys, more, said):

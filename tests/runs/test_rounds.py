@@ -17,7 +17,9 @@ from test_interrupted import Ends
 from jaxpersona.data.texts import Question, Role
 from jaxpersona.errors import UserError
 from jaxpersona.persona.extract import extract_axis
+from jaxpersona.persona.forecast import describe, forecast
 from jaxpersona.persona.precision import Cells, measure, ordered
+from jaxpersona.persona.summary import summary
 from jaxpersona.runs.rollouts import place_of_key
 from jaxpersona.runs.run import Run
 
@@ -106,6 +108,26 @@ def test_vectors_are_corrected_for_questions_that_were_not_asked(done):
     assert s.relative(found.role_means["ghost"], full.role_means["ghost"]) <= 1e-6
     a, b = found.axis.values[1], full.axis.values[1]
     assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > TARGET - 0.01
+
+
+def test_the_summary_and_the_forecast_name_the_precision(done, tmp_path):
+    folder, found, full, _ = done
+    said = summary(found, folder / "stopped", 1)
+    assert "rollouts saved: 6 of 40 (15%)" in said
+    assert any(line.startswith("precision 0.85 at layer 1: the axis has reliability 0.99")
+               and line.endswith("after 3 rounds; 3 of 4 roles are settled") for line in said)
+    assert not any("precision" in line for line in summary(full, folder / "full", 1))
+    brief = found.rounds.brief_value()
+    assert (brief["settled"], brief["roles"], brief["rollouts_saved"]) == (3, 4, 6)
+    options = {"judge": JUDGE, "settings": SHORT, "min_count": 2, "sample_seconds": 0}
+    most = forecast(MODEL, ROLES, QUESTIONS, tmp_path / "new", precision=TARGET, **options)
+    plain = forecast(MODEL, ROLES, QUESTIONS, tmp_path / "new", **options)
+    assert most.rollouts == most.missing == 40 and most.disk_bytes > plain.disk_bytes
+    assert any("the run stops earlier for roles that are settled" in line
+               for line in describe(most, judge="test"))
+    assert not any("precision" in line for line in describe(plain, judge="test"))
+    with pytest.raises(UserError, match="rounds contains 3"):
+        forecast(MODEL, ROLES, QUESTIONS, tmp_path / "new", precision=TARGET, rounds=[3], **options)
 
 
 def test_a_complete_run_makes_the_same_decisions_without_generating(done, tmp_path, played):
