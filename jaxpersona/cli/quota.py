@@ -13,9 +13,9 @@ from jaxpersona.errors import UserError
 # option → (value of Lu et al. 2026, arXiv 2601.10387; value if the option is not given)
 PAPER: Mapping[str, tuple[Any, Any]] = {
     "roles": ("data", None), "questions": ("data", None), "roles_named": (None, None),
-    "limit_roles": (None, None), "limit_questions": (None, None), "samples": (1, 1), "max_new_tokens": (512, None),
-    "temperature": (0.7, 0.7), "top_p": (0.9, 0.9), "min_count": (50, 10),
-    "precision": (None, None)}
+    "limit_roles": (None, None), "limit_questions": (None, None), "samples": (1, 1),
+    "max_new_tokens": (512, None), "temperature": (0.7, 0.7), "top_p": (0.9, 0.9),
+    "min_count": (50, 10), "precision": (None, None)}
 
 
 @dataclasses.dataclass(frozen=True)
