@@ -17,14 +17,17 @@ import numpy as np
 from jaxpersona.errors import UserError
 from jaxpersona.extras import require
 
-_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # values of tokenizer.ggml.token_type
 _MAX_LENGTH = 1024  # maximum characters per token; `_derive_merges` is quadratic in this length
 _NAMED = {"bos_token": "bos_token_id", "eos_token": "eos_token_id",
           "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
 _STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
-# control tokens that llama.cpp always treats as stop tokens, even if the metadata omits them
+# Texts of tokens that are stop tokens and control tokens whatever the metadata say, as in llama.cpp.
+# Of llama.cpp's list, "</s>" and "<|call|>" are omitted: the first is also an HTML tag (in Gemma's
+# vocabulary), the second belongs to models that are not supported.
 _STOP_TEXTS = frozenset({"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>",
-                         "<|end_of_text|>", "<end_of_turn>"})
+                         "<|end_of_text|>", "<end_of_turn>", "<|return|>", "<EOT>", "_<EOT>",
+                         "<end_of_utterance>"})
 _GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",)
 _DIGITS = (r"\p{N}", *_GPT2)
 _LLAMA3 = (
@@ -92,13 +95,11 @@ def build(fields: Mapping[str, Any]) -> Any:
 
 
 def stop_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the stop token ids in the metadata, then those of control tokens in `_STOP_TEXTS`."""
+    """Return the stop token ids in the metadata, then those of the tokens in `_STOP_TEXTS`."""
     tokens = fields.get("tokenizer.ggml.tokens") or []
     found = [fields[f"tokenizer.ggml.{key}"] for key in _STOP_KEYS
              if _token(fields, key, tokens) is not None]
-    kinds = _kinds(fields, tokens)
-    found += [i for i, (text, kind) in enumerate(zip(tokens, kinds, strict=False))
-              if kind == _CONTROL and text in _STOP_TEXTS]
+    found += [i for i, text in enumerate(tokens) if text in _STOP_TEXTS]
     return tuple(dict.fromkeys(found))
 
 
@@ -114,12 +115,14 @@ def _token(fields: Mapping[str, Any], key: str, tokens: Sequence[str]) -> str | 
 
 
 def _kinds(fields: Mapping[str, Any], tokens: Sequence[str]) -> list[int]:
+    """Return each token's type; the tokens in `_STOP_TEXTS` are control tokens whatever is stored."""
     kinds = fields.get("tokenizer.ggml.token_type")
     if kinds is None:
-        return []
+        kinds = np.full(len(tokens), _NORMAL)
     if not isinstance(kinds, np.ndarray) or len(kinds) != len(tokens):
         raise UserError("tokenizer.ggml.token_type must contain one integer per token")
-    return kinds.tolist()
+    return [_CONTROL if text in _STOP_TEXTS else kind
+            for text, kind in zip(tokens, kinds.tolist(), strict=True)]
 
 
 def _merges(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -200,7 +203,7 @@ def _add_tokens(backend: Any, fields: Mapping[str, Any], tokens: list[str]) -> N
     kinds = _kinds(fields, tokens)
     for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
         chosen = [AddedToken(token, normalized=False, special=special)
-                  for token, one in zip(tokens, kinds, strict=False)
+                  for token, one in zip(tokens, kinds, strict=True)
                   if one == kind and token and backend.token_to_id(token) is not None]
         (backend.add_special_tokens if special else backend.add_tokens)(chosen)
 

@@ -31,12 +31,13 @@ def texts(made, text, **more):
 
 
 def test_known_ends_of_turn_are_stop_tokens_even_if_the_metadata_omits_them():
-    """Only control tokens are; the ids of the metadata come first."""
+    """Also those whose type is another one or missing; the ids of the metadata come first."""
     tokens = ["a", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<|im_end|>", "<|eom_id|>"]
     made = fields("gpt2", tokens, [1, 3, 3, 1, 3, 1], eos_token_id=2)
-    assert gguf_tokenizer.stop_ids(made) == (2, 1, 4)
+    assert gguf_tokenizer.stop_ids(made) == (2, 1, 3, 4, 5)
+    assert gguf_tokenizer.stop_ids(fields("gpt2", tokens)) == (1, 2, 3, 4, 5)
     made |= {"tokenizer.ggml.eom_token_id": 5, "tokenizer.ggml.eot_token_id": 0}
-    assert gguf_tokenizer.stop_ids(made) == (2, 0, 5, 1, 4)
+    assert gguf_tokenizer.stop_ids(made) == (2, 0, 5, 1, 3, 4)
     assert gguf_tokenizer.stop_ids({}) == ()
 
 
@@ -54,6 +55,17 @@ def test_added_tokens_are_matched_whole_and_only_control_tokens_are_special():
     ids = tokenizer("a<think>b<|im_end|>").input_ids
     assert tokenizer.convert_ids_to_tokens(ids) == ["a", "<think>", "b", "<|im_end|>"]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a<think>b"
+
+
+@pytest.mark.parametrize("kind", [1, 4, None])
+def test_a_known_end_of_turn_is_matched_whole_and_special_whatever_its_type(kind):
+    kinds = None if kind is None else [1] * len(LETTERS) + [kind]
+    made = fields("gpt2", [*LETTERS, "<|im_end|>"], kinds, merges=[], pre="smollm")
+    tokenizer = gguf_tokenizer.build(made)
+    ids = tokenizer("a<|im_end|>").input_ids
+    assert tokenizer.convert_ids_to_tokens(ids) == ["a", "<|im_end|>"]
+    assert ids[-1:] == list(gguf_tokenizer.stop_ids(made))
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a"
 
 
 @pytest.mark.parametrize(("pre", "want"), [("llama-bpe", ["abc"]), ("smollm", ["a", "b", "c"])])
