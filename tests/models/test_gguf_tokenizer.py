@@ -22,7 +22,7 @@ def fields(kind, tokens, kinds=None, architecture="llama", **more):
 def byte_level(extra, **more):
     """Return the fields of a byte-level vocabulary with control tokens after its letters."""
     kinds = [1] * len(LETTERS) + [3] * len(extra)
-    return fields("gpt2", [*LETTERS, *extra], **{"kinds": kinds, "merges": [], **more})
+    return fields("gpt2", [*LETTERS, *extra], **{"kinds": kinds, "merges": [], "pre": "gpt-2", **more})
 
 
 def texts(made, text, **more):
@@ -151,3 +151,33 @@ def digits(text):
 def test_digits_are_split_before_spaces_are_grouped():
     """llama.cpp and the released tokenizer split digits first; transformers' reader does not."""
     assert digits("a  12") == ["a", "ĠĠ", "1", "2"]
+
+
+@pytest.mark.parametrize(("pre", "words"), [
+    ({}, "tokenizer.ggml.pre of this GGUF file is missing; texts are split as for GPT-2"),
+    ({"pre": "default"}, "tokenizer.ggml.pre of this GGUF file is 'default'; texts are split as"),
+])
+def test_a_file_that_does_not_say_how_texts_are_split(pre, words):
+    made = fields("gpt2", [*LETTERS, "12"], merges=["1 2"], **pre)
+    with pytest.warns(UserWarning, match=words) as caught:
+        assert texts(made, "12a") == ["12", "a"]
+    assert len(caught) == 1
+
+
+def test_qwen_texts_are_normalized_as_in_the_released_tokenizer():
+    from transformers import Qwen2Tokenizer
+
+    tokens = [*LETTERS, "Ã©", "Ġa", "<|endoftext|>", "<|im_end|>"]
+    merges = ["Ã ©", "Ġ a"]
+    made = fields("gpt2", tokens, [1] * (len(tokens) - 2) + [3, 3], "qwen2", merges=merges,
+                  pre="qwen2")
+    ours = gguf_tokenizer.build(made)
+    theirs = Qwen2Tokenizer({token: i for i, token in enumerate(tokens)},
+                            [tuple(merge.split(" ")) for merge in merges],
+                            additional_special_tokens=["<|im_end|>"])
+    for text in ("e\u0301", "é", "caf\u0065\u0301 a1234<|im_end|>\ne\u0301",
+                 "\u1112\u1161\u11ab\u1100\u1173\u11af", "Vie\u0323\u0302t", "ﬁ  \u212b",
+                 "\u200b "):
+        assert ours(text).input_ids == theirs(text).input_ids, text
+    assert texts(made, "e\u0301") == ["Ã©"]
+    assert texts(made | {"tokenizer.ggml.pre": "gpt-2"}, "e\u0301") == ["e", "Ì", "ģ"]
