@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxpersona.ckpts import names, tensorfile
+from jaxpersona.ckpts import adapter_config, names, tensorfile
 from jaxpersona.ckpts.hf import ADAPTER
 from jaxpersona.ckpts.names import HEAD
 from jaxpersona.ckpts.tensorfile import DTYPES, Entry
@@ -32,21 +32,7 @@ from jaxpersona.models.prepared import PRODUCTS
 from jaxpersona.models.weight import LowRank, Weight
 
 WEIGHTS = "adapter_model.safetensors"
-# Regular expressions with nested or many repetitions are rejected, because matching could take
-# exponential or high-degree polynomial time.
-_NESTED, _REPEATED = re.compile(r"\)[*+{]"), re.compile(r"[*+{]")
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
-# PEFT settings that can change the computation, each with the values that leave it unchanged
-_INACTIVE: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None), "fan_in_fan_out": (False, None), "bias": ("none", None),
-    "lora_bias": (False, None), "modules_to_save": (None, []), "layer_replication": (None, []),
-    "target_parameters": (None, []), "trainable_token_indices": (None, [], {}),
-    "alora_invocation_tokens": (None, []), "use_qalora": (False, None),
-    "arrow_config": (None,), "use_bdlora": (None, False),
-}
-# prefixes of the `init_lora_weights` values with which PEFT also changes the base weights
-_CHANGED_BASE = ("pissa", "olora", "loftq", "corda")
-
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
@@ -59,6 +45,52 @@ class Pair:
 
     a: np.ndarray
     b: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class _Located:
+    """The factors of one weight in the file (not yet read), and the factor s of their product."""
+
+    a: Entry
+    b: Entry
+    scale: float
+
+
+def check_folder(folder: pathlib.Path) -> dict[str, Any]:
+    """Check that a folder is a supported LoRA adapter, without the model; return its settings.
+
+    Raises:
+      UserError: the folder is not a LoRA adapter, is damaged, or uses an unsupported feature.
+    """
+    require_folder(folder)
+    place = folder / ADAPTER
+    if not place.exists():
+        raise UserError(f"{folder}: not an adapter (no {ADAPTER})")
+    raw = read_json(place)
+    if not isinstance(raw, dict):
+        raise UserError(f"{place}: contains a {type(raw).__name__}, not a JSON object")
+    adapter_config.check_settings(raw, place)
+    _, _, faults = tensorfile.read_header(folder / WEIGHTS)
+    if faults:
+        raise UserError(f"{folder}: damaged adapter\n" + "\n".join(f"  - {x}" for x in faults))
+    return raw
+
+
+def check_adapter(folder: pathlib.Path, config: ModelConfig) -> None:
+    """Check that an adapter fits a model; warn about what its own settings do not explain.
+
+    No factor is read. One warning names the settings of `adapter_config.json` that are unknown;
+    another names the weights that `target_modules` selects and the file lacks.
+
+    Raises:
+      UserError: as for `read_adapter`.
+    """
+    raw, located = _locate(folder, config)
+    adapter_config.warn_unknown(raw, folder / ADAPTER)
+    modules = [t.name.removesuffix(".weight") for t in jax.tree.leaves(names.tensors(config))
+               if t.spec.inner]
+    adapter_config.warn_missing(
+        raw, {name.removesuffix(".weight") for name in located}, modules, folder, WEIGHTS)
 
 
 def read_adapter(folder: pathlib.Path, config: ModelConfig) -> dict[str, Pair]:
@@ -75,79 +107,35 @@ def read_adapter(folder: pathlib.Path, config: ModelConfig) -> dict[str, Pair]:
       UserError: the folder is not a LoRA adapter, or the adapter uses an unsupported feature or
         does not fit the model; the message names the file and the setting or tensor.
     """
-    require_folder(folder)
-    if not (folder / ADAPTER).exists():
-        raise UserError(f"{folder}: not an adapter (no {ADAPTER})")
-    raw = read_json(folder / ADAPTER)
-    place = folder / ADAPTER
-    if not isinstance(raw, dict):
-        raise UserError(f"{place}: contains a {type(raw).__name__}, not a JSON object")
-    _check_settings(raw, place)
-    entries, _, faults = tensorfile.read_header(folder / WEIGHTS)
+    wide = np.dtype(np.float32)
+    return {name: Pair(tensorfile.read_as(x.a, wide),
+                       np.float32(x.scale) * tensorfile.read_as(x.b, wide))
+            for name, x in _locate(folder, config)[1].items()}
+
+
+def _locate(folder: pathlib.Path,
+            config: ModelConfig) -> tuple[dict[str, Any], dict[str, _Located]]:
+    """Return the settings of an adapter, and the factors of each weight that it changes."""
+    raw, place = check_folder(folder), folder / ADAPTER
+    entries = tensorfile.read_header(folder / WEIGHTS)[0]
     expected = {t.name: t for t in jax.tree.leaves(names.tensors(config)) if t.spec.inner}
-    pairs, more = _paired(entries, expected, config)
-    if not faults and not pairs and not more:
-        more = [f"{WEIGHTS}: contains no LoRA weights"]
-    if faults + more:
-        listed = "\n".join(f"  - {fault}" for fault in faults + more)
+    pairs, faults = _paired(entries, expected, config)
+    if not pairs and not faults:
+        faults = [f"{WEIGHTS}: contains no LoRA weights"]
+    if faults:
+        listed = "\n".join(f"  - {fault}" for fault in faults)
         raise UserError(f"{folder}: the adapter does not fit the model\n{listed}")
-    updates = {}
+    located = {}
     for name, (a, b) in pairs.items():
         module = name.removesuffix(".weight")
-        rank = _setting(raw, "r", "rank_pattern", module, place)
+        rank = adapter_config.setting(raw, "r", "rank_pattern", module, place)
         if a.shape[0] != rank:
             raise UserError(f"{place}: r of {module} is {rank}, but its factors in {WEIGHTS} "
                             f"have rank {a.shape[0]}")
-        alpha = _setting(raw, "lora_alpha", "alpha_pattern", module, place)
+        alpha = adapter_config.setting(raw, "lora_alpha", "alpha_pattern", module, place)
         scale = alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
-        wide = np.dtype(np.float32)
-        updates[name] = Pair(tensorfile.read_as(a, wide),
-                             np.float32(scale) * tensorfile.read_as(b, wide))
-    return updates
-
-
-def _check_settings(raw: Mapping[str, Any], place: pathlib.Path) -> None:
-    if raw.get("peft_type", "LORA") != "LORA":
-        raise UserError(f"{place}: peft_type is {raw['peft_type']!r:.60}; only 'LORA' is supported")
-    for key, inactive in _INACTIVE.items():
-        value = raw.get(key)
-        if not any(value is x or (type(value) is type(x) and value == x) for x in inactive):
-            raise UserError(f"{place}: {key} is {value!r:.60}, which is not supported; merge the "
-                            "adapter into its base model with peft's merge_and_unload")
-    init = raw.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_CHANGED_BASE):
-        raise UserError(f"{place}: init_lora_weights is {init!r:.60}, which changes the base "
-                        "model's weights; convert the adapter to plain LoRA with peft's "
-                        "save_pretrained(path_initial_model_for_weight_conversion=…)")
-
-
-def _setting(raw: Mapping[str, Any], key: str, patterns: str, module: str,
-             place: pathlib.Path) -> float:
-    """Return the rank or α of a module: the value of the first matching pattern, or of `key`.
-
-    As in PEFT, the default is 8, and a pattern is a regular expression that must match the whole
-    name of the module or the part of the name after any of its dots.
-    """
-    value = raw.get(key, 8)
-    table = raw.get(patterns) or {}
-    if not isinstance(table, dict):
-        raise UserError(f"{place}: {patterns} is {table!r:.60}; it must be a JSON object")
-    for pattern, own in table.items():
-        if len(pattern) > 1000 or len(_REPEATED.findall(pattern)) > 4 or _NESTED.search(pattern):
-            raise UserError(f"{place}: {patterns} has {pattern!r:.60}, which may take too long to "
-                            "match; use module names as keys")
-        try:
-            matched = re.match(rf"(.*\.)?({pattern})$", module)
-        except (OverflowError, RecursionError, re.error):  # a huge count, nested groups
-            raise UserError(f"{place}: {patterns} has {pattern!r:.60}, which is not a valid "
-                            "regular expression") from None
-        if matched:
-            value = own
-            break
-    if type(value) not in (int, float) or not 0 < value < 1e6:
-        raise UserError(f"{place}: {key} of {module} is {value!r:.60}; it must be a positive "
-                        "number below a million")
-    return value
+        located[name] = _Located(a, b, scale)
+    return raw, located
 
 
 def _paired(entries: Mapping[str, Entry], expected: Mapping[str, names.Tensor],

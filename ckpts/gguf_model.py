@@ -134,9 +134,9 @@ def _read_parts(path: pathlib.Path, gguf: Any) -> tuple[dict[str, Any], dict[str
     """Read the headers of all parts; return the first part's fields and all tensors by name."""
     fields, tensors = _read_part(path, gguf)
     count = fields.get("split.count", 1)
-    if type(count) is not int or not 1 <= count <= _MAX_PARTS:
-        raise UserError(f"{path}: split.count is {count!r:.80}; it must be in 1…{_MAX_PARTS}")
-    if count == 1:
+    if type(count) is not int or not 0 <= count <= _MAX_PARTS:
+        raise UserError(f"{path}: split.count is {count!r:.80}; it must be in 0…{_MAX_PARTS}")
+    if count <= 1:  # `llama-gguf-split --merge` writes 0
         return fields, tensors
     matched = _PART.fullmatch(path.name)
     if matched is None or int(matched[3]) != count:

@@ -9,6 +9,7 @@ from the token scores, or for Gemma from the token ids).
 from __future__ import annotations
 
 import reprlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,14 +18,18 @@ import numpy as np
 from jaxpersona.errors import UserError
 from jaxpersona.extras import require
 
-_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # values of tokenizer.ggml.token_type
 _MAX_LENGTH = 1024  # maximum characters per token; `_derive_merges` is quadratic in this length
 _NAMED = {"bos_token": "bos_token_id", "eos_token": "eos_token_id",
           "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
 _STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
-# control tokens that llama.cpp always treats as stop tokens, even if the metadata omits them
+# Tokens with these texts are stop tokens and control tokens, also if the metadata omit it, as in
+# llama.cpp.
+# Of llama.cpp's list, "</s>" and "<|call|>" are omitted: the first is also an HTML tag (in Gemma's
+# vocabulary), the second belongs to models that are not supported.
 _STOP_TEXTS = frozenset({"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>",
-                         "<|end_of_text|>", "<end_of_turn>"})
+                         "<|end_of_text|>", "<end_of_turn>", "<|return|>", "<EOT>", "_<EOT>",
+                         "<end_of_utterance>"})
 _GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",)
 _DIGITS = (r"\p{N}", *_GPT2)
 _LLAMA3 = (
@@ -37,7 +42,8 @@ _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",)
-# regular expressions by tokenizer.ggml.pre, applied in order, as in llama.cpp
+# Regular expressions by tokenizer.ggml.pre, applied in order, as in llama.cpp. "default" stands for
+# an unknown tokenizer; `_byte_level` warns about it.
 _SPLITS = {
     "default": _GPT2, "gpt-2": _GPT2, "phi-2": _GPT2, "olmo": _GPT2,
     "smollm": _DIGITS, "starcoder": _DIGITS, "refact": _DIGITS, "command-r": _DIGITS,
@@ -48,6 +54,7 @@ _SPLITS = {
 # values of tokenizer.ggml.pre for tokenizers that keep a word whole if it is in the vocabulary, and
 # that prepend BOS by default
 _WHOLE_WORDS = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"})
+_NFC = frozenset({"qwen2"})  # values for tokenizers whose released form normalizes texts to NFC
 
 
 def build(fields: Mapping[str, Any]) -> Any:
@@ -92,13 +99,11 @@ def build(fields: Mapping[str, Any]) -> Any:
 
 
 def stop_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the stop token ids in the metadata, then those of control tokens in `_STOP_TEXTS`."""
+    """Return the stop token ids in the metadata, then those of the tokens in `_STOP_TEXTS`."""
     tokens = fields.get("tokenizer.ggml.tokens") or []
     found = [fields[f"tokenizer.ggml.{key}"] for key in _STOP_KEYS
              if _token(fields, key, tokens) is not None]
-    kinds = _kinds(fields, tokens)
-    found += [i for i, (text, kind) in enumerate(zip(tokens, kinds, strict=False))
-              if kind == _CONTROL and text in _STOP_TEXTS]
+    found += [i for i, text in enumerate(tokens) if text in _STOP_TEXTS]
     return tuple(dict.fromkeys(found))
 
 
@@ -114,12 +119,14 @@ def _token(fields: Mapping[str, Any], key: str, tokens: Sequence[str]) -> str | 
 
 
 def _kinds(fields: Mapping[str, Any], tokens: Sequence[str]) -> list[int]:
+    """Return each token's type, which is always "control" for the tokens in `_STOP_TEXTS`."""
     kinds = fields.get("tokenizer.ggml.token_type")
     if kinds is None:
-        return []
+        kinds = np.full(len(tokens), _NORMAL)
     if not isinstance(kinds, np.ndarray) or len(kinds) != len(tokens):
         raise UserError("tokenizer.ggml.token_type must contain one integer per token")
-    return kinds.tolist()
+    return [_CONTROL if text in _STOP_TEXTS else kind
+            for text, kind in zip(tokens, kinds.tolist(), strict=True)]
 
 
 def _merges(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -133,15 +140,23 @@ def _merges(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _byte_level(fields: Mapping[str, Any], tokens: list[str]) -> Any:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     name = fields.get("tokenizer.ggml.pre", "default")
+    if name == "default":
+        given = "'default'" if "tokenizer.ggml.pre" in fields else "missing"
+        warnings.warn(f"tokenizer.ggml.pre of this GGUF file is {given}; texts are split as for "
+                      "GPT-2, so their token ids may differ from those that the model was trained "
+                      "with. Convert the model again with a current version of llama.cpp",
+                      stacklevel=2)
     if name not in _SPLITS:
         raise UserError(f"tokenizer.ggml.pre is {name!r:.80}; it must be one of "
                         f"{', '.join(_SPLITS)}")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocabulary, _merges(fields),
                                    ignore_merges=name in _WHOLE_WORDS))
+    if name in _NFC:
+        backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence([
         *(pre_tokenizers.Split(Regex(split), behavior="isolated") for split in _SPLITS[name]),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -200,7 +215,7 @@ def _add_tokens(backend: Any, fields: Mapping[str, Any], tokens: list[str]) -> N
     kinds = _kinds(fields, tokens)
     for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
         chosen = [AddedToken(token, normalized=False, special=special)
-                  for token, one in zip(tokens, kinds, strict=False)
+                  for token, one in zip(tokens, kinds, strict=True)
                   if one == kind and token and backend.token_to_id(token) is not None]
         (backend.add_special_tokens if special else backend.add_tokens)(chosen)
 

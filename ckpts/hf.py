@@ -60,7 +60,8 @@ def read_config(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]
         config = from_hf(raw, place=str(folder / "config.json"))
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
-    if config.tied_embeddings and _has_other_head(read_entries(folder)[0]):
+    # `load` reads the entries again, and warns about two kinds of weights
+    if config.tied_embeddings and _has_other_head(read_entries(folder, warn=False)[0]):
         warnings.warn(f"{folder}: tie_word_embeddings is true, but {HEAD} differs from {EMBED}; "
                       "both are used, as in transformers. To silence this warning, set "
                       f"tie_word_embeddings to false in config.json; to tie them, remove {HEAD}",

@@ -22,11 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxpersona.ckpts import gguf_model, gguf_tokenizer, hf, orbax
-from jaxpersona.ckpts.adapter import attached, merged, read_adapter
+from jaxpersona.ckpts.adapter import attached, check_adapter, check_folder, merged, read_adapter
 from jaxpersona.ckpts.hub import download
 from jaxpersona.ckpts.quantize import Form, load_int8, parse_form
 from jaxpersona.ckpts.source import Progress, load_params
-from jaxpersona.ckpts.tokenizer import checked, encode_once, read_tokenizer
+from jaxpersona.ckpts.tokenizer import (
+    checked,
+    encode_once,
+    read_tokenizer,
+    warn_unused_template,
+)
 
 from jaxpersona.calls import checked_call
 from jaxpersona.distributed import sharding
@@ -125,10 +130,14 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
         raise UserError(f"adapter is {adapter!r:.60}; give a folder")
     form = parse_form(dtype, activations, tables, _default_dtype(mesh))
     folder = None if adapter is None else pathlib.Path(os.path.expanduser(os.fspath(adapter)))
-    model = _load(source, mesh, dataclasses.replace(form, merge=folder if merge else None),
+    if folder is not None:
+        check_folder(folder)  # before the base model is downloaded
+    model = _load(source, mesh, dataclasses.replace(form, adapter=folder,
+                                                    merge=folder if merge else None),
                   progress, revision)
     if folder is None:
         return model
+    warn_unused_template(folder, model.tokenizer)
     params = model.params
     if not (merge and form.int8):  # for int8, `_load` merges the adapter before quantization
         updates = read_adapter(folder, model.config)
@@ -193,18 +202,25 @@ def _default_dtype(mesh: Mesh | None) -> np.dtype:
     return np.dtype(np.float32 if where == "cpu" else jnp.bfloat16)
 
 
-def _check_range(config: ModelConfig, form: Form, name: str) -> None:
-    """Raise UserError if activations are float16 and those of the family exceed its range."""
+def _check_form(config: ModelConfig, form: Form, name: str) -> None:
+    """Check, before the weights are read, that the dtypes and the adapter fit the model.
+
+    Raises:
+      UserError: activations are float16 and those of the family exceed its range, or the adapter
+        does not fit the model.
+    """
     if form.dtype == np.float16 and not FAMILIES[config.family].float16:
         argument = "activations" if form.int8 else "dtype"
         raise UserError(f"{argument} is 'float16', but activations of {config.family} models such "
                         f"as {name} exceed float16's maximum of 65504; use 'bfloat16' or "
                         "'float32'")
+    if form.adapter is not None:
+        check_adapter(form.adapter, config)
 
 
 def _random(name: str, form: Form, mesh: Mesh | None) -> Model:
     config = preset(name.removeprefix("random:"))
-    _check_range(config, form, name)
+    _check_form(config, form, name)
 
     def draw() -> Params:
         return init_params(config, jax.random.key(0), form.dtype)
@@ -240,7 +256,7 @@ def _quantized(params: Params, config: ModelConfig, form: Form) -> Params:
 def _folder(folder: pathlib.Path, name: str, form: Form, mesh: Mesh | None,
             progress: Progress | None) -> Model:
     config, raw = hf.read_config(folder)
-    _check_range(config, form, name)
+    _check_form(config, form, name)
     mesh = None if mesh is None else sharding.fit(mesh, config)
     if orbax.holds_checkpoint(folder):
         if also := [name for name in (hf.SINGLE, hf.INDEX) if (folder / name).exists()]:
@@ -284,7 +300,7 @@ def _gguf(path: pathlib.Path, name: str, form: Form, mesh: Mesh | None,
           progress: Progress | None) -> Model:
     checkpoint = gguf_model.open_checkpoint(path)
     config, source = checkpoint.config, checkpoint.source
-    _check_range(config, form, name)
+    _check_form(config, form, name)
     mesh = None if mesh is None else sharding.fit(mesh, config)
 
     def build() -> tuple[Any, tuple[int, ...]]:

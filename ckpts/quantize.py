@@ -47,6 +47,7 @@ class Form:
       tables: whether the embedding and the output head are also quantized. None means that the
         caller did not specify it; both are then quantized.
       given: whether the caller chose the dtype of the weights.
+      adapter: the folder of the adapter to check before the weights are read, or None.
       merge: the folder of an adapter to add to the weights before they are quantized, or None.
     """
 
@@ -54,6 +55,7 @@ class Form:
     int8: bool = False
     tables: bool | None = None
     given: bool = False
+    adapter: pathlib.Path | None = None
     merge: pathlib.Path | None = None
 
 

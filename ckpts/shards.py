@@ -14,17 +14,18 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-def read_entries(folder: pathlib.Path) -> tuple[dict[str, Entry], list[str]]:
+def read_entries(folder: pathlib.Path, *,
+                 warn: bool = True) -> tuple[dict[str, Entry], list[str]]:
     """Locate every tensor of a folder.
 
     As in transformers, the index is ignored if the folder contains a `model.safetensors` that the
-    index does not list. A warning names any shards of the ignored index that exist.
+    index does not list. If `warn`, a warning names any shards of the ignored index that exist.
 
     Returns:
       The tensor entries by name, and a list of the errors in the index and the files.
     """
     index = folder / INDEX
-    if not index.exists() or _is_left_over(index):
+    if not index.exists() or _is_left_over(index, warn):
         if not (folder / SINGLE).exists():
             other = sorted(p.name for p in folder.glob("*.bin"))
             hint = f"; convert the PyTorch file {other[0]} to safetensors" if other else ""
@@ -58,10 +59,10 @@ def read_entries(folder: pathlib.Path) -> tuple[dict[str, Entry], list[str]]:
     return entries, faults
 
 
-def _is_left_over(index: pathlib.Path) -> bool:
+def _is_left_over(index: pathlib.Path, warn: bool) -> bool:
     """Return whether the folder has a `model.safetensors` that the index does not list.
 
-    If shards that the index lists also exist, issue a warning that names them.
+    If shards that the index lists also exist and `warn` is true, issue a warning that names them.
     """
     if not (index.parent / SINGLE).exists():
         return False
@@ -73,7 +74,7 @@ def _is_left_over(index: pathlib.Path) -> bool:
         return False
     present = {name for name in names if isinstance(name, str)
              and (index.parent / pathlib.PurePath(name).name).is_file()}
-    if present:
+    if present and warn:
         warnings.warn(f"{index.parent}: contains both {SINGLE} and the shards of {INDEX} "
                       f"({some(present)}); {SINGLE} is read, as in transformers. Remove the "
                       "outdated files", UserWarning, stacklevel=5)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import pathlib
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -51,6 +52,24 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
         raise UserError(f"{folder}: chat_template in tokenizer_config.json is {template!r:.60}; "
                         "it must be a string or a JSON object of strings")
     return tokenizer
+
+
+def warn_unused_template(folder: pathlib.Path, tokenizer: Any) -> None:
+    """Warn if an adapter's folder has a chat template that differs from the base model's."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        require_files(folder, (".jinja",))
+        own: Any = path.read_text(encoding="utf-8", errors="replace")
+    else:
+        path = folder / "tokenizer_config.json"
+        raw = read_json(path) if path.is_file() else None
+        own = raw.get("chat_template") if isinstance(raw, dict) else None
+    if isinstance(own, list) and all(isinstance(x, dict) for x in own):  # several named templates
+        own = {x.get("name"): x.get("template") for x in own}
+    if own and own != getattr(tokenizer, "chat_template", None):
+        warnings.warn(f"{path}: ignored the adapter's chat template, which differs from the base "
+                      "model's; to use it, save it in the base model's folder, or save the merged "
+                      "model with the adapter's tokenizer", stacklevel=2)
 
 
 def _named_class(folder: pathlib.Path) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def write(path: pathlib.Path, made: Any, encode: Encode = plain, *, name: str = 
     values = {f"{arch}.{k}": v for k, v in values.items() if k not in skip}
     values["general.name"] = name
     if tokens is not None:
-        values |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "default",
+        values |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
                    "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges,
                    "tokenizer.ggml.token_type": kinds, "tokenizer.chat_template": template}
     for key, value in (values | (fields or {})).items():

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 import support as s
 from jaxpersona.ckpts import adapter, hf, names
-from safetensors.numpy import save_file
+from jaxpersona.ckpts.tokenizer import warn_unused_template
+from safetensors.numpy import load_file, save_file
 
 import jaxpersona as jp
 from jaxpersona.distributed.sharding import make_mesh
@@ -211,6 +213,13 @@ REFUSED = {
     "bias": (dict(bias="all"), "bias is 'all', which is not supported"),
     "saved": (dict(modules_to_save=["lm_head"]), r"modules_to_save is \['lm_head'\]"),
     "type": (dict(peft_type="IA3"), "peft_type is 'IA3'; only 'LORA'"),
+    "kasa": (dict(kasa_config={"beta": 1e-4}), "kasa_config is {'beta': 0.0001}, which is not"),
+    "lora_ga": (dict(init_lora_weights="lora_ga"), "init_lora_weights is 'lora_ga', which changes"),
+    "olora": (dict(init_lora_weights="olora"), "init_lora_weights is 'olora', which changes"),
+    "corda": (dict(init_lora_weights="corda"), "init_lora_weights is 'corda', which changes"),
+    "targets": (dict(target_modules=7), "target_modules is 7; it must be a list of module names"),
+    "target": (dict(target_modules="("), "target_modules is '\\(', which is not a valid regular"),
+    "layers": (dict(layers_to_transform="1"), "layers_to_transform is '1'; it must be a layer or"),
     "pissa": (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights is 'pissa_niter_4'"),
     "alpha": (dict(lora_alpha="big"), "lora_alpha of model.layers.0.* is 'big'"),
     "zero": (dict(lora_alpha=0), "lora_alpha of model.layers.0.* is 0; it must be a positive"),
@@ -265,6 +274,90 @@ def test_other_folders_are_refused(base, tmp_path, make):
             (folder / "adapter_model.safetensors").write_bytes(b"\0" * 40)
     with pytest.raises(jp.UserError, match="no such folder|not an adapter|adapter_model"):
         jp.load(base, adapter=folder)
+
+
+@pytest.mark.parametrize("make", ["missing", "no config", "damaged", "dora", "other shapes"])
+@pytest.mark.parametrize("options", [{}, {"merge": False}, {"dtype": "int8"}], ids=str)
+def test_a_wrong_adapter_is_refused_before_the_base_is_read(base, tmp_path, make, options):
+    folder = tmp_path / "a"
+    if make != "missing":
+        write(folder, use_dora=make == "dora",
+              rename=lambda n: n.replace("layers.1", "layers.9") if "shapes" in make else n)
+    if make == "no config":
+        (folder / "adapter_config.json").unlink()
+    if make == "damaged":
+        (folder / "adapter_model.safetensors").write_bytes(b"\0" * 40)
+    read = []
+    with pytest.raises(jp.UserError, match=r"/a\b"):
+        jp.load(base, adapter=folder, progress=lambda *sizes: read.append(sizes), **options)
+    assert not read
+
+
+SELECTED = {  # settings that select what `write` writes
+    "list": {}, "regex": {"target_modules": r".*\.(self_attn|mlp)\..*_proj"},
+    "all": {"target_modules": "all-linear"}, "null": {"target_modules": None},
+    "whole names": {"target_modules": [
+        f"model.layers.{i}.self_attn.q_proj" for i in range(CONFIG.n_layers)]},
+}
+
+
+@pytest.mark.parametrize("case", SELECTED)
+def test_a_complete_adapter_is_read_without_a_word(tmp_path, case):
+    """Warnings are errors in this test suite."""
+    write(tmp_path / "a", **SELECTED[case])
+    adapter.check_adapter(tmp_path / "a", CONFIG)
+
+
+@pytest.mark.parametrize("settings", [
+    {"layers_to_transform": [0, 2]}, {"exclude_modules": r"model\.layers\.1\..*"},
+    {"target_modules": ["layers.0.mlp.up_proj"]}, {"layers_to_transform": 0}], ids=str)
+def test_layers_that_the_settings_leave_out_are_not_missed(tmp_path, settings):
+    write(tmp_path / "a", **settings)
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    kept = {n: x for n, x in load_file(path).items() if ".layers.1." not in n}
+    save_file(kept, path)
+    adapter.check_adapter(tmp_path / "a", CONFIG)
+
+
+@pytest.mark.parametrize("target", [list(ALL), "all-linear", r"model\.layers\.\d\.[a-z_]*\..*"])
+def test_weights_that_the_settings_select_and_the_file_lacks_are_named_once(base, tmp_path, target):
+    """As in peft, the base weights are used there."""
+    write(tmp_path / "a", target_modules=target)
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({n: x for n, x in load_file(path).items() if ".layers.1.self" not in n}, path)
+    with pytest.warns(UserWarning, match="has no weights for model.layers.1.self_attn.k_proj, "
+                                         "model.layers.1.self_attn.o_proj.* peft") as caught:
+        model = jp.load(base, adapter=tmp_path / "a")
+    assert len(caught) == 1
+    plain = jp.load(base).params.layers
+    for layer, same in ((0, False), (1, True)):
+        assert np.array_equal(model.params.layers[layer].wq_nhd, plain[layer].wq_nhd) == same
+
+
+def test_a_regular_expression_that_may_take_long_is_not_matched(tmp_path):
+    write(tmp_path / "a", target_modules=".*" * 9 + "!")
+    with pytest.warns(UserWarning, match="too long to match; whether adapter_model.safetensors"):
+        adapter.check_adapter(tmp_path / "a", CONFIG)
+
+
+def test_unknown_settings_are_named_once(base, tmp_path):
+    write(tmp_path / "a", new_scale=0.5, off=False, none=None, peft_version="0.21",
+          lora_dropout=0.1, inference_mode=True, eva_config={}, velora_config=None)
+    with pytest.warns(UserWarning, match=r"ignored unknown settings \(new_scale=0.5\)") as caught:
+        jp.load(base, adapter=tmp_path / "a")
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_chat_template_beside_the_adapter_is_named_once(base, tmp_path, file):
+    write(tmp_path / "a")
+    text = "{{ messages }}"
+    (tmp_path / "a" / file).write_text(
+        text if file.endswith("jinja") else json.dumps({"chat_template": text}))
+    with pytest.warns(UserWarning, match=f"{file}: ignored the adapter's chat template") as caught:
+        model = jp.load(base, adapter=tmp_path / "a")
+    assert len(caught) == 1 and not model.template
+    warn_unused_template(tmp_path / "a", types.SimpleNamespace(chat_template=text))
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

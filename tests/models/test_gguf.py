@@ -212,7 +212,7 @@ def test_split_files(tmp_path):
             ("split.no", "H", 2, f"{parts[0].name}: split.no is 2, but .* whose split.no is 0"),
             ("split.tensors.count", "i", 7, "tensors; split.tensors.count is 7"),
             ("split.count", "H", 2, "one of 2 parts; rename"),
-            ("split.count", "H", 2000, "split.count is 2000; it must be in 1…1024")):
+            ("split.count", "H", 2000, "split.count is 2000; it must be in 0…1024")):
         at = first.index(key.encode()) + len(key) + 4  # after the type
         parts[0].write_bytes(first[:at] + struct.pack(f"<{kind}", number)
                              + first[at + struct.calcsize(kind):])
@@ -227,6 +227,15 @@ def test_split_files(tmp_path):
     parts[1].unlink()
     with pytest.raises(UserError, match=f"{parts[1].name}: no such file"):
         gguf_model.open_checkpoint(parts[0])
+
+
+def test_a_file_that_llama_cpp_merged_from_parts(tmp_path):
+    """`llama-gguf-split --merge` sets `split.count` to 0 and keeps the other fields of a split."""
+    made = hf.model("qwen3", num_hidden_layers=1)
+    source = gguf_model.open_checkpoint(gguf_files.write(tmp_path / "m.gguf", made, fields={
+        "split.no": 0, "split.count": 0, "split.tensors.count": 14})).source
+    for name, want in made.state_dict().items():
+        np.testing.assert_array_equal(source.read(name, None, None), want, err_msg=name)
 
 
 @pytest.mark.parametrize(("factor", "low", "high", "context", "head"), [

@@ -22,7 +22,7 @@ def fields(kind, tokens, kinds=None, architecture="llama", **more):
 def byte_level(extra, **more):
     """Return the fields of a byte-level vocabulary with control tokens after its letters."""
     kinds = [1] * len(LETTERS) + [3] * len(extra)
-    return fields("gpt2", [*LETTERS, *extra], **{"kinds": kinds, "merges": [], **more})
+    return fields("gpt2", [*LETTERS, *extra], **{"kinds": kinds, "merges": [], "pre": "gpt-2", **more})
 
 
 def texts(made, text, **more):
@@ -31,12 +31,13 @@ def texts(made, text, **more):
 
 
 def test_known_ends_of_turn_are_stop_tokens_even_if_the_metadata_omits_them():
-    """Only control tokens are; the ids of the metadata come first."""
+    """Also those whose type is another one or missing; the ids of the metadata come first."""
     tokens = ["a", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<|im_end|>", "<|eom_id|>"]
     made = fields("gpt2", tokens, [1, 3, 3, 1, 3, 1], eos_token_id=2)
-    assert gguf_tokenizer.stop_ids(made) == (2, 1, 4)
+    assert gguf_tokenizer.stop_ids(made) == (2, 1, 3, 4, 5)
+    assert gguf_tokenizer.stop_ids(fields("gpt2", tokens)) == (1, 2, 3, 4, 5)
     made |= {"tokenizer.ggml.eom_token_id": 5, "tokenizer.ggml.eot_token_id": 0}
-    assert gguf_tokenizer.stop_ids(made) == (2, 0, 5, 1, 4)
+    assert gguf_tokenizer.stop_ids(made) == (2, 0, 5, 1, 3, 4)
     assert gguf_tokenizer.stop_ids({}) == ()
 
 
@@ -54,6 +55,17 @@ def test_added_tokens_are_matched_whole_and_only_control_tokens_are_special():
     ids = tokenizer("a<think>b<|im_end|>").input_ids
     assert tokenizer.convert_ids_to_tokens(ids) == ["a", "<think>", "b", "<|im_end|>"]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a<think>b"
+
+
+@pytest.mark.parametrize("kind", [1, 4, None])
+def test_a_known_end_of_turn_is_matched_whole_and_special_whatever_its_type(kind):
+    kinds = None if kind is None else [1] * len(LETTERS) + [kind]
+    made = fields("gpt2", [*LETTERS, "<|im_end|>"], kinds, merges=[], pre="smollm")
+    tokenizer = gguf_tokenizer.build(made)
+    ids = tokenizer("a<|im_end|>").input_ids
+    assert tokenizer.convert_ids_to_tokens(ids) == ["a", "<|im_end|>"]
+    assert ids[-1:] == list(gguf_tokenizer.stop_ids(made))
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a"
 
 
 @pytest.mark.parametrize(("pre", "want"), [("llama-bpe", ["abc"]), ("smollm", ["a", "b", "c"])])
@@ -139,3 +151,33 @@ def digits(text):
 def test_digits_are_split_before_spaces_are_grouped():
     """llama.cpp and the released tokenizer split digits first; transformers' reader does not."""
     assert digits("a  12") == ["a", "ĠĠ", "1", "2"]
+
+
+@pytest.mark.parametrize(("pre", "words"), [
+    ({}, "tokenizer.ggml.pre of this GGUF file is missing; texts are split as for GPT-2"),
+    ({"pre": "default"}, "tokenizer.ggml.pre of this GGUF file is 'default'; texts are split as"),
+])
+def test_a_file_that_does_not_say_how_texts_are_split(pre, words):
+    made = fields("gpt2", [*LETTERS, "12"], merges=["1 2"], **pre)
+    with pytest.warns(UserWarning, match=words) as caught:
+        assert texts(made, "12a") == ["12", "a"]
+    assert len(caught) == 1
+
+
+def test_qwen_texts_are_normalized_as_in_the_released_tokenizer():
+    from transformers import Qwen2Tokenizer
+
+    tokens = [*LETTERS, "Ã©", "Ġa", "<|endoftext|>", "<|im_end|>"]
+    merges = ["Ã ©", "Ġ a"]
+    made = fields("gpt2", tokens, [1] * (len(tokens) - 2) + [3, 3], "qwen2", merges=merges,
+                  pre="qwen2")
+    ours = gguf_tokenizer.build(made)
+    theirs = Qwen2Tokenizer({token: i for i, token in enumerate(tokens)},
+                            [tuple(merge.split(" ")) for merge in merges],
+                            additional_special_tokens=["<|im_end|>"])
+    for text in ("e\u0301", "é", "caf\u0065\u0301 a1234<|im_end|>\ne\u0301",
+                 "\u1112\u1161\u11ab\u1100\u1173\u11af", "Vie\u0323\u0302t", "ﬁ  \u212b",
+                 "\u200b "):
+        assert ours(text).input_ids == theirs(text).input_ids, text
+    assert texts(made, "e\u0301") == ["Ã©"]
+    assert texts(made | {"tokenizer.ggml.pre": "gpt-2"}, "e\u0301") == ["e", "Ì", "ģ"]

@@ -113,6 +113,15 @@ def test_a_single_file_is_read_before_a_left_over_index(tmp_path, recwarn):
         assert load(tmp_path / "new").fingerprint == wanted
 
 
+def test_the_warning_about_a_left_over_index_comes_once_for_a_tied_model(tmp_path):
+    hf.save(tmp_path, s.random_params(TIED), TIED, shard_bytes=30_000)
+    hf.save(tmp_path / "single", s.random_params(TIED), TIED)
+    shutil.copy(tmp_path / "single" / hf.SINGLE, tmp_path)
+    with pytest.warns(UserWarning, match="contains both model.safetensors") as caught:
+        load(tmp_path)
+    assert len(caught) == 1
+
+
 def test_an_index_that_names_the_single_file_is_followed(tmp_path, recwarn):
     hf.save(tmp_path, s.random_params(UNTIED), UNTIED)
     names = tensorfile.read_header(tmp_path / hf.SINGLE)[0]
