@@ -128,6 +128,7 @@ def _gemma3(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _WINDOW = frozenset({"sliding_window", "layer_types"})
+_QWEN_DEFAULT = {"hidden_act": "silu", "sliding_window": 4096, "num_key_value_heads": 32}
 _QWEN = _WINDOW | {"use_sliding_window", "max_window_layers"}
 # `sliding_window_size`, an older name of `sliding_window`, is accepted but not used
 _GEMMA2 = _WINDOW | {"query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
@@ -142,17 +143,16 @@ FAMILIES: dict[str, Family] = {
                {"hidden_act": "silu"}),
         Family("mistral", "MistralForCausalLM", "mistral", _WINDOW, _mistral,
                {"hidden_act": "silu", "sliding_window": 4096, "num_key_value_heads": 8}),
-        Family("qwen2", "Qwen2ForCausalLM", "qwen2", _QWEN, _qwen2,
-               {"hidden_act": "silu", "sliding_window": 4096}),
+        Family("qwen2", "Qwen2ForCausalLM", "qwen2", _QWEN, _qwen2, _QWEN_DEFAULT),
         Family("qwen3", "Qwen3ForCausalLM", "qwen3", _QWEN, _qwen3,
-               {"hidden_act": "silu", "head_dim": 128, "sliding_window": 4096}),
+               {**_QWEN_DEFAULT, "head_dim": 128}),
         Family("gemma2", "Gemma2ForCausalLM", "gemma2", _GEMMA2, _gemma2,
                {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "sliding_window": 4096,
-                "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
-                "final_logit_softcapping": 30.0, "tie_word_embeddings": True}, float16=False),
+                "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "tie_word_embeddings": True,
+                "final_logit_softcapping": 30.0, "num_key_value_heads": 4}, float16=False),
         Family("gemma3", "Gemma3ForCausalLM", "gemma3_text", _GEMMA3, _gemma3,
                {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "sliding_window": 4096,
-                "query_pre_attn_scalar": 256, "tie_word_embeddings": True,
+                "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "tie_word_embeddings": True,
                 "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0}, float16=False),
     )
 }
@@ -267,7 +267,7 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
     others = frozenset().union(*(other.fields for other in FAMILIES.values())) - own
     check_keys(raw, family.name, own, others, place)
     given = {key: value for key, value in raw.items() if value is not None}
-    # An explicit null disables an optional soft-cap or window instead of selecting the default.
+    # An explicit null disables a soft-cap or window and means one key per head, not the default.
     nulls = {key: None for key in _NULLABLE if key in raw and raw[key] is None}
     raw = {**family.default, **given, **nulls}
     required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -292,7 +292,7 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
         "d_model": raw["hidden_size"],
         "n_layers": layers,
         "n_heads": heads,
-        "n_kv_heads": raw.get("num_key_value_heads", heads),
+        "n_kv_heads": raw.get("num_key_value_heads") or heads,
         "head_dim": head_dim,
         "d_ff": raw["intermediate_size"],
         "norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
@@ -306,11 +306,11 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
     return ModelConfig(**(fields | family.read(raw)))
 
 
-_NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+_SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+_NULLABLE = ("num_key_value_heads", "sliding_window", *_SOFTCAPS)
 _INTEGERS = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window",
              "sliding_window_pattern", "_sliding_window_pattern")
-_REALS = ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar", "attn_logit_softcapping",
-          "final_logit_softcapping", "rope_local_base_freq")
+_REALS = ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar", "rope_local_base_freq", *_SOFTCAPS)
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 
 

@@ -43,7 +43,7 @@ _CHANGES: dict[str, Any] = {key: None for key in """
     first_k_dense_replace enable_moe_block use_moe ffn_config attn_config
     qk_norm use_qk_norm qk_layernorm qk_layer_norms use_qk_layernorm layer_norm_type norm_type
     layernorm_type use_parallel_residual parallel_residual parallel_attn parallel_attention_ffn
-    norm_bias use_bias use_qkv_bias qkv_bias add_qkv_bias no_bias attention_out_bias o_proj_bias
+    norm_bias use_bias use_qkv_bias qkv_bias add_qkv_bias attention_out_bias o_proj_bias
     attention_output_bias lm_head_bias add_bias_linear bias
     attn_logit_softcap final_logit_softcap output_soft_cap logit_softcap softcap
     clip_qkv qkv_clip attention_chunk_size attn_scale floor_scale attn_temperature_tuning
@@ -80,8 +80,8 @@ _CHANGES |= dict.fromkeys("""
     attention_in_multiplier attention_out_multiplier mup_width_multiplier mup_scale_emb
     width_multiplier depth_multiplier output_multiplier n_group topk_group routed_scaling_factor
 """.split(), 1)
-_CHANGES |= {"attention_multiplier": None, "is_causal": True, "causal": True, "use_rope": True,
-             "use_rotary": True, "use_rotary_embedding": True}
+_CHANGES |= {"attention_multiplier": None, "is_causal": True, "causal": True, "no_bias": True,
+             "use_rope": True, "use_rotary": True, "use_rotary_embedding": True}
 
 
 def check_keys(raw: Mapping[str, Any], family: str, own: frozenset[str], others: frozenset[str],
@@ -98,7 +98,7 @@ def check_keys(raw: Mapping[str, Any], family: str, own: frozenset[str], others:
     Raises:
       UserError: unsupported keys change the computation; the message lists at most 20 of them.
     """
-    unread = sorted(set(raw) - _IGNORED - own)
+    unread = sorted(key for key in set(raw) - _IGNORED - own if not _is_unused(raw, key))
 
     def changes(key: str) -> bool:
         value, neutral = raw[key], _CHANGES.get(key)
@@ -117,6 +117,19 @@ def check_keys(raw: Mapping[str, Any], family: str, own: frozenset[str], others:
     if unknown:
         warnings.warn(f"{place}: ignored unknown keys ({_listed(raw, unknown)}), as transformers "
                       "does", stacklevel=4)
+
+
+def _is_unused(raw: Mapping[str, Any], key: str) -> bool:
+    """Return whether a key that the family does not read has no effect beside the other keys.
+
+    `max_window_layers` needs `use_sliding_window`, which is checked by itself.
+    `use_sliding_window: false` turns a window off. `hidden_activation` may repeat `hidden_act`.
+    """
+    if key == "max_window_layers":
+        return True
+    if key == "sliding_window":
+        return raw.get("use_sliding_window") is False
+    return key == "hidden_activation" and raw[key] == (raw.get("hidden_act") or "silu")
 
 
 def _listed(raw: Mapping[str, Any], keys: list[str]) -> str:

@@ -22,7 +22,8 @@ def fields(kind, tokens, kinds=None, architecture="llama", **more):
 def byte_level(extra, **more):
     """Return the fields of a byte-level vocabulary with control tokens after its letters."""
     kinds = [1] * len(LETTERS) + [3] * len(extra)
-    return fields("gpt2", [*LETTERS, *extra], **{"kinds": kinds, "merges": [], "pre": "gpt-2", **more})
+    own = {"kinds": kinds, "merges": [], "pre": "gpt-2", **more}
+    return fields("gpt2", [*LETTERS, *extra], **own)
 
 
 def texts(made, text, **more):

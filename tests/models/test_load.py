@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import support as s
 from jaxpersona.ckpts import hf
 from jaxpersona.ckpts.loading import load
 
+import jaxpersona as jp
 from jaxpersona.distributed.sharding import make_mesh
 from jaxpersona.models.config import replace
 from jaxpersona.models.params import init_params
@@ -311,3 +313,36 @@ def test_any_other_tokenizer_is_left_to_transformers(tmp_path, file, changes):
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content | (changes if name == file else {})))
     assert _named_class(tmp_path) == {}
+
+
+def test_a_folder_of_links_is_read_like_its_files(folder, tmp_path):
+    """As in the cache of the Hugging Face Hub, where snapshots contain links to blobs."""
+    s.byte_tokenizer().save_pretrained(folder)
+    blobs, snapshot = tmp_path / "models--a--b/blobs", tmp_path / "models--a--b/snapshots/0123"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for i, path in enumerate(sorted(folder.iterdir())):
+        (blobs / f"{i:040x}").write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(f"../../blobs/{i:040x}")
+    one, other = load(folder), load(snapshot)
+    assert other.fingerprint == one.fingerprint and other.stop_ids == one.stop_ids
+    assert other.template and other.tokenizer.get_vocab() == one.tokenizer.get_vocab()
+
+
+def test_added_tokens_and_a_vocabulary_that_is_padded_for_the_weights(tmp_path):
+    """Ids of the padding have no token; tokens that were added later are matched whole."""
+    tokenizer = s.byte_tokenizer()
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|call|>"]})
+    config = replace(preset("qwen3-mini"), n_layers=1, vocab_size=320)
+    hf.save(tmp_path, init_params(config, jax.random.key(1)), config)
+    tokenizer.save_pretrained(tmp_path)
+    model = load(tmp_path)
+    assert len(model.tokenizer) == 260 < model.config.vocab_size == len(model.params.embed_vd)
+    ids = model.tokenizer("a<think>b<|call|>").input_ids
+    assert ids[1::2] == [258, 259] and ids == tokenizer("a<think>b<|call|>").input_ids
+    assert model.tokenizer.decode(ids, skip_special_tokens=True) == "a<think>b"
+    logits = jp.forward(model.params, model.config, jp.batch([[*ids, 319]])).logits
+    assert logits.shape[-1] == 320 and np.isfinite(logits).all()
+    reply = jp.generate(model, [ids], max_new_tokens=4).tokens[0]
+    assert isinstance(model.tokenizer.decode(reply), str)

@@ -12,6 +12,7 @@ import pytest
 from released_configs import FULL, NUMBERS, RAW, SLIDING, Numbers
 
 from jaxpersona import UserError
+from jaxpersona.models import family_keys
 from jaxpersona.models.config import ModelConfig, Rope
 from jaxpersona.models.families import from_hf, to_hf
 from jaxpersona.models.presets import preset
@@ -134,9 +135,10 @@ CHANGES: dict[str, tuple[Any, tuple]] = {
 FOREIGN: dict[str, dict[str, tuple[Any, tuple]]] = {
     "llama": {"sliding_window": (4096, (None,)), "use_sliding_window": (True, (False, None)),
               "layer_types": ([SLIDING, FULL], (None,)),
-              "final_logit_softcapping": (30.0, (None,)), "hidden_activation": ("gelu", (None,))},
+              "final_logit_softcapping": (30.0, (None,)), "no_bias": (False, (None, True)),
+              "hidden_activation": ("gelu", (None, "silu"))},
     "mistral": {"mlp_bias": (True, (False, None)), "use_sliding_window": (True, (False, None)),
-                "attn_logit_softcapping": (50.0, (None,)), "max_window_layers": (21, (None,))},
+                "attn_logit_softcapping": (50.0, (None,))},
     "qwen2": {"mlp_bias": (True, (False, None)), "query_pre_attn_scalar": (144, (None,)),
               "sliding_window_pattern": (6, (None,)), "rope_local_base_freq": (1e4, (None,))},
     "qwen3": {"mlp_bias": (True, (False, None)), "final_logit_softcapping": (30.0, (None,)),
@@ -144,8 +146,7 @@ FOREIGN: dict[str, dict[str, tuple[Any, tuple]]] = {
     "gemma2": {"mlp_bias": (True, (False, None)), "use_sliding_window": (True, (False, None)),
                "rope_local_base_freq": (1e4, (None,)),
                "use_bidirectional_attention": (True, (False, None))},
-    "gemma3_text": {"mlp_bias": (True, (False, None)), "use_sliding_window": (True, (False, None)),
-                    "max_window_layers": (21, (None,))},
+    "gemma3_text": {"mlp_bias": (True, (False, None)), "use_sliding_window": (True, (False, None))},
 }
 
 
@@ -167,6 +168,49 @@ def test_such_a_key_is_read_without_a_warning_where_it_changes_nothing(name):
     for key, (_, neutral) in _changes(name).items():
         for value in neutral:
             assert from_hf(RAW[name] | {key: value}) == from_hf(RAW[name]), f"{key}={value}"
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_a_key_of_another_family_that_other_keys_turn_off_is_read_without_a_warning(name):
+    raw = RAW[name]
+    assert from_hf({"max_window_layers": 99} | raw) == from_hf(raw)
+    assert from_hf({"max_window_layers": 99, "use_sliding_window": False} | raw) == from_hf(raw)
+    if raw["model_type"] == "llama":
+        off = {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 1}
+        assert from_hf(raw | off) == from_hf(raw)
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_a_missing_number_of_key_heads_is_that_of_transformers(name):
+    """Null means the number of heads; a missing key means the family's default."""
+    raw = RAW[name]
+    heads, family = raw["num_attention_heads"], raw["model_type"]
+    assert from_hf(raw | {"num_key_value_heads": None}).n_kv_heads == heads
+    default = {"llama": heads, "mistral": 8, "qwen2": 32, "qwen3": 32}.get(family, 4)
+    bare = {k: v for k, v in raw.items() if k != "num_key_value_heads"}
+    if heads % default:
+        with pytest.raises(UserError, match=f"n_kv_heads is {default}; it must divide"):
+            from_hf(bare)
+    else:
+        assert from_hf(bare).n_kv_heads == default
+
+
+@pytest.mark.parametrize("key", family_keys._CHANGES)
+def test_every_listed_key_is_refused_unless_its_value_is_neutral(key):
+    raw = RAW["Llama-3.2-1B@v5"]
+    same, other = {"None": ((None, False, 0, [], {}), (2, True, [2], {"a": 1}, "full")),
+                   "1": ((None, False, 1, 1.0), (2, 0.5, [2], "full")),
+                   "True": ((None, True), (False, 2, [2]))}[str(family_keys._CHANGES[key])]
+    for value in same:
+        assert from_hf(raw | {key: value}) == from_hf(raw), value
+    for value in other:
+        with pytest.raises(UserError, match=re.escape(f"{key}={value!r}")):
+            from_hf(raw | {key: value})
+
+
+def test_the_list_of_keys_that_change_the_computation_is_complete():
+    """No key is lost by an edit; a key that is added changes the number."""
+    assert len(family_keys._CHANGES) == 219
 
 
 def _malformed(name: str) -> Iterator[tuple[str, dict[str, Any], str]]:
