@@ -47,6 +47,7 @@ from jaxpersona.models.params import (
 )
 from jaxpersona.models.prepared import in_int8
 from jaxpersona.models.presets import PRESETS, preset
+from jaxpersona.progress import megabytes, shows
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -74,10 +75,11 @@ _T = TypeVar("_T")
 
 
 @checked_call
+@shows(megabytes)
 @own_context()
 def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
          dtype: DTypeLike | None = None,
-         progress: Progress | None = None, revision: str | None = None,
+         progress: Progress | bool | None = None, revision: str | None = None,
          adapter: str | os.PathLike[str] | None = None, merge: bool = True,
          activations: DTypeLike | None = None,
          tables: Literal["int8", "float"] | None = None) -> Model:
@@ -99,7 +101,8 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
         with one scale per output channel (`int8.Int8`), but not the norms and biases. The int8
         model has the same fingerprint as the float model. On a CPU without a mesh, tensors of GGUF
         type Q8_0 keep their int8 values and block scales, unless a merged adapter changes them.
-      progress: called with (bytes read so far, total bytes).
+      progress: by default, a call of more than three seconds shows its progress; False shows
+        nothing. A function is called with (bytes read so far, total bytes) instead.
       revision: a branch, tag or commit of the Hub repository; only a commit is immutable.
       adapter: the folder of a LoRA adapter for this model, in the format of PEFT.
       merge: whether to add the adapter to the weights (with dtype="int8", before they are
@@ -126,7 +129,7 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
     form = parse_form(dtype, activations, tables, _default_dtype(mesh))
     folder = None if adapter is None else pathlib.Path(os.path.expanduser(os.fspath(adapter)))
     model = _load(source, mesh, dataclasses.replace(form, merge=folder if merge else None),
-                  progress, revision)
+                  progress if callable(progress) else None, revision)
     if folder is None:
         return model
     params = model.params

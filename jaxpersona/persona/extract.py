@@ -27,6 +27,7 @@ from jaxpersona.persona.collect import Collection, Report, verdict_counts
 from jaxpersona.persona.extraction import Extraction, save_analysis
 from jaxpersona.persona.prepare import check_prompts, check_redo, check_texts
 from jaxpersona.persona.thresholds import percentiles_of
+from jaxpersona.progress import shows, steps
 from jaxpersona.runs.manifest import manifest
 from jaxpersona.runs.older import Older
 from jaxpersona.runs.rollouts import Settings
@@ -43,6 +44,7 @@ __all__ = ["Extraction", "extract_axis"]
 Notice = Callable[[str], None]
 
 
+@shows(steps, "report")
 def extract_axis(
     model: Model,
     roles: Sequence[Role],
@@ -57,7 +59,7 @@ def extract_axis(
     redo: Sequence[str] = (),
     overwrite: bool = False,
     take_from: str | os.PathLike[str] | None = None,
-    report: Report | None = None,
+    report: Report | bool | None = None,
     notice: Notice | None = None,
 ) -> Extraction:
     """Extract a model's Assistant Axis, reusing the results in the run folder.
@@ -87,8 +89,9 @@ def extract_axis(
       overwrite: whether to delete any existing run in the folder and start a new one.
       take_from: the folder of a run in the older format 2 with the same model, settings and device.
         Its rollouts are copied instead of being generated again; this folder is not changed.
-      report: a function that is called with (step, done, total, tokens) as progress is made. The
-        step is "rollouts" or "judging".
+      report: by default, a call of more than three seconds shows its progress; False shows
+        nothing. A function is called instead with (step, done, total, tokens). The step is
+        "rollouts" or "judging".
       notice: a function that is called with a line of text for each difference in roles, questions
         or arguments from the previous call.
 
@@ -130,13 +133,13 @@ def extract_axis(
             if role.name in redo and processes.owns(i):
                 run.discard(role.name)
         work = Collection(model, run, roles, questions, judge, settings, keep=keep_means,
-                          older=older, report=report)
+                          older=older, report=report if callable(report) else None)
         work.work()
         if work.status.failed and processes.first():
             text = (f"replies on which the judge failed: {work.status.failed:,} "
                     f"({work.failures[:120]}); no vector includes these replies; run the same "
                     "command again to judge them")
-            warnings.warn(text, stacklevel=2)
+            warnings.warn(text, stacklevel=3)
         work.status.write("complete")
         return axis_of(model, run, roles, judge, min_count, held_out, work.status.tokens)
 
