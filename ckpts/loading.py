@@ -164,10 +164,13 @@ def _load(source: str | os.PathLike[str], mesh: Mesh | None, kind: Form,
     repository, _, pinned = name.partition("@")
     if not _is_repository(repository) or name.endswith("@"):
         near = difflib.get_close_matches(name.lower(), ["mini", *PRESETS], 1, 0.7)
-        prefix = "random:" if near and near[0] in PRESETS else ""
-        meant = f" (did you mean {prefix}{near[0]}?)" if near else ""
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        if near and near[0] in PRESETS:
+            meant = (f" (random:{near[0]} has random weights; for a released model, give its "
+                     "owner/name on the Hub)")
         raise UserError(f"{name}: no such folder{meant}; a model is a folder, a .gguf file, "
-                        "owner/name on the Hugging Face Hub, mini or random:<preset>")
+                        "owner/name on the Hugging Face Hub (Llama, Qwen 2.5 and 3, Gemma 2 and 3, "
+                        "Mistral), mini or random:<preset>")
     if pinned and revision not in (None, pinned):
         raise UserError(f"two revisions are given ({name} and {revision!r}); give only one")
     return _folder(download(repository, pinned or revision), name, kind, mesh, progress)
