@@ -30,6 +30,7 @@ from jaxpersona.inputs import require_file
 from jaxpersona.models.config import MAX_LAYERS
 from jaxpersona.models.params import SCHEME
 from jaxpersona.vectors.caps import Caps
+from jaxpersona.vectors.saved import Saved
 from jaxpersona.vectors.vector import Axis, Vector
 
 _FORMAT = "jaxpersona-vector"
@@ -319,3 +320,6 @@ def _build(header: dict[str, str], tensors: dict[str, np.ndarray]) -> Vector:
                 percentiles.setdefault(population, {})[name] = value
         fields["percentiles"] = percentiles
     return _KINDS[kind](**fields)
+
+
+Saved.write = staticmethod(save_vector)

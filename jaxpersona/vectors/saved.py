@@ -1,13 +1,20 @@
-"""The method `save` of directions and caps."""
+"""The method `save` of directions and caps.
+
+The module `ckpts.vectors`, which reads and writes files, imports the classes of this package. It
+therefore sets the function that writes a file (`Saved.write`) when it is imported.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 
 class Saved:
     """A direction or caps, which can be written to a file."""
+
+    write: ClassVar[Callable[[Any, Any], list[str]]]
 
     def save(self, path: str | os.PathLike[str]) -> list[str]:
         """Write the values and metadata to a file (`save_vector`).
@@ -18,7 +25,4 @@ class Saved:
         Raises:
           UserError: as for `save_vector`.
         """
-        from jaxpersona.ckpts.vectors import save_vector  # which imports the subclasses
-
-        held: Any = self
-        return save_vector(path, held)
+        return type(self).write(path, self)
