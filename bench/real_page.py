@@ -153,9 +153,9 @@ def capped(folder: pathlib.Path) -> list[str]:
         f"The cap is a floor on layers {start}:{stop} at the 25th percentile of the projections of "
         "all answers. The floor of the high cap is the 25th percentile of the default persona's "
         f"answers. The {len(cap['roles'])} farthest roles answer {cap['questions']} other "
-        f"questions ({cap['answers']} answers per column). A control moves each activation by as "
-        "much as its cap would move it, but along one random direction per layer. This does not "
-        "raise the projection, so later layers move the activation again, and the total "
+        f"questions ({cap['answers']} answers per column). In the control, each activation moves "
+        "as far as under the cap, but in a random direction (one direction per layer). This does "
+        "not raise the projection, so later layers move the activation again, and the total "
         "displacement is larger than with the cap. Perplexity is measured on the model's "
         f"own {cap['ordinary']} ordinary answers. The {cap['capability_questions']} short "
         f"questions on arithmetic and facts are in `bench/real_questions.py`. {device(cap)}.", "",

@@ -52,6 +52,7 @@ from jaxpersona.models.params import (
 )
 from jaxpersona.models.prepared import in_int8
 from jaxpersona.models.presets import PRESETS, preset
+from jaxpersona.progress import megabytes, shows
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -79,10 +80,11 @@ _T = TypeVar("_T")
 
 
 @checked_call
+@shows(megabytes)
 @own_context()
 def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
          dtype: DTypeLike | None = None,
-         progress: Progress | None = None, revision: str | None = None,
+         progress: Progress | bool | None = None, revision: str | None = None,
          adapter: str | os.PathLike[str] | None = None, merge: bool = True,
          activations: DTypeLike | None = None,
          tables: Literal["int8", "float"] | None = None) -> Model:
@@ -104,7 +106,8 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
         with one scale per output channel (`int8.Int8`), but not the norms and biases. The int8
         model has the same fingerprint as the float model. On a CPU without a mesh, tensors of GGUF
         type Q8_0 keep their int8 values and block scales, unless a merged adapter changes them.
-      progress: called with (bytes read so far, total bytes).
+      progress: by default, a call of more than three seconds shows its progress; False shows
+        nothing. A function is called with (bytes read so far, total bytes) instead.
       revision: a branch, tag or commit of the Hub repository; only a commit is immutable.
       adapter: the folder of a LoRA adapter for this model, in the format of PEFT.
       merge: whether to add the adapter to the weights (with dtype="int8", before they are
@@ -134,7 +137,7 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
         check_folder(folder)  # before the base model is downloaded
     model = _load(source, mesh, dataclasses.replace(form, adapter=folder,
                                                     merge=folder if merge else None),
-                  progress, revision)
+                  progress if callable(progress) else None, revision)
     if folder is None:
         return model
     warn_unused_template(folder, model.tokenizer)
@@ -170,10 +173,13 @@ def _load(source: str | os.PathLike[str], mesh: Mesh | None, kind: Form,
     repository, _, pinned = name.partition("@")
     if not _is_repository(repository) or name.endswith("@"):
         near = difflib.get_close_matches(name.lower(), ["mini", *PRESETS], 1, 0.7)
-        prefix = "random:" if near and near[0] in PRESETS else ""
-        meant = f" (did you mean {prefix}{near[0]}?)" if near else ""
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        if near and near[0] in PRESETS:
+            meant = (f" (random:{near[0]} has random weights; for a released model, give its "
+                     "owner/name on the Hub)")
         raise UserError(f"{name}: no such folder{meant}; a model is a folder, a .gguf file, "
-                        "owner/name on the Hugging Face Hub, mini or random:<preset>")
+                        "owner/name on the Hugging Face Hub (Llama, Qwen 2.5 and 3, Gemma 2 and 3, "
+                        "Mistral), mini or random:<preset>")
     if pinned and revision not in (None, pinned):
         raise UserError(f"two revisions are given ({name} and {revision!r}); give only one")
     return _folder(download(repository, pinned or revision), name, kind, mesh, progress)

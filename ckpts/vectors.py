@@ -24,11 +24,13 @@ from jaxpersona.ckpts import gguf, torchfile
 from jaxpersona.ckpts.files import atomic, parse_field, read_tensors, scheme_of, write_tensors
 from jaxpersona.ckpts.gguf import VECTOR_BYTES
 
+from jaxpersona.calls import checked_call
 from jaxpersona.errors import UserError
 from jaxpersona.inputs import require_file
 from jaxpersona.models.config import MAX_LAYERS
 from jaxpersona.models.params import SCHEME
 from jaxpersona.vectors.caps import Caps
+from jaxpersona.vectors.saved import Saved
 from jaxpersona.vectors.vector import Axis, Vector
 
 _FORMAT = "jaxpersona-vector"
@@ -36,6 +38,7 @@ _KINDS = {"vector": Vector, "axis": Axis}
 _SUFFIXES = (".safetensors", ".pt", ".gguf", ".npy")
 
 
+@checked_call
 def save_vector(path: str | os.PathLike, vector: Vector | Caps) -> list[str]:
     """Write a direction or caps to a file atomically; the file's suffix selects the format.
 
@@ -57,6 +60,13 @@ def save_vector(path: str | os.PathLike, vector: Vector | Caps) -> list[str]:
       >>> jp.save_vector(path, jp.load_axis("mini"))
       []
     """
+    if isinstance(path, (Vector, Caps)):
+        raise UserError(f"path is {path!r:.60}; the path comes first: jp.save_vector(path, vector)")
+    if not isinstance(path, (str, os.PathLike)):
+        raise UserError(f"path is {path!r:.60}; give the path of a file")
+    if not isinstance(vector, (Vector, Caps)):
+        raise UserError(f"vector is of type {type(vector).__name__}; give a Vector, an Axis or "
+                        "Caps: jp.Vector(array) for an array [L, D]")
     suffix = pathlib.Path(path).suffix.lower()
     if suffix == ".safetensors":
         _write(path, vector)
@@ -92,6 +102,8 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
         unsupported convention, or `kind` is invalid or does not apply; the message states the
         reason.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise UserError(f"path is {path!r:.60}; give the path of a file, or 'mini'")
     if os.fspath(path) == "mini":  # takes precedence over a file with this name, as in `load`
         held = importlib.resources.files("jaxpersona.ckpts") / "mini" / "axis.safetensors"
         with importlib.resources.as_file(held) as file:
@@ -132,6 +144,7 @@ def _read_any(path: str | os.PathLike, kind: str | None) -> Vector | dict[str, C
         raise UserError(f"{path}: {error}") from error
 
 
+@checked_call
 def load_vector(path: str | os.PathLike, *, kind: str | None = None) -> Vector:
     """Read a direction in any supported format (see the module docstring).
 
@@ -157,6 +170,7 @@ def load_vector(path: str | os.PathLike, *, kind: str | None = None) -> Vector:
     return loaded
 
 
+@checked_call
 def load_axis(path: str | os.PathLike, *, kind: str | None = None) -> Axis:
     """Read an assistant axis in any supported format (see the module docstring).
 
@@ -178,6 +192,7 @@ def load_axis(path: str | os.PathLike, *, kind: str | None = None) -> Axis:
     return loaded
 
 
+@checked_call
 def load_caps(path: str | os.PathLike) -> dict[str, Caps]:
     """Read a file of caps; return a dict from experiment id to `Caps`.
 
@@ -305,3 +320,6 @@ def _build(header: dict[str, str], tensors: dict[str, np.ndarray]) -> Vector:
                 percentiles.setdefault(population, {})[name] = value
         fields["percentiles"] = percentiles
     return _KINDS[kind](**fields)
+
+
+Saved.write = staticmethod(save_vector)

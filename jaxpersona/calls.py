@@ -21,22 +21,27 @@ _NAMES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("max_tokens", "max_length", "max_new", "max_gen_len", "n_tokens", "new_tokens",
                      "length"), ("max_new_tokens",)),
     **dict.fromkeys(("prompt", "prompts", "messages", "inputs", "texts", "text", "conversation",
-                     "chats", "input_ids"), ("conversations",)),
-    **dict.fromkeys(("threshold", "tau", "min", "minimum", "low", "lower", "cap", "value"),
+                     "chats", "input_ids"), ("conversations", "conversation", "tokens")),
+    **dict.fromkeys(("threshold", "tau", "min", "minimum", "low", "lower", "cap", "value",
+                     "percentile", "pct"),
                     ("floor", "value")),
     **dict.fromkeys(("max", "maximum", "high", "upper"), ("ceiling",)),
     **dict.fromkeys(("position", "positions", "tokens", "token", "mask", "on"), ("where",)),
     **dict.fromkeys(("hooks", "hook", "edits", "edit", "intervention", "steering", "caps"),
                     ("interventions",)),
     **dict.fromkeys(("captures", "cache", "read", "readings", "capturing"), ("capture",)),
-    **dict.fromkeys(("batch", "bs", "n_rows"), ("batch_size", "batch_tokens")),
+    **dict.fromkeys(("batch", "bs", "n_rows", "batch_size"),
+                    ("batch_size", "batch_tokens", "rows")),
     **dict.fromkeys(("direction", "directions", "vec", "v", "vectors", "axis"),
                     ("vector", "directions")),
     **dict.fromkeys(("temp", "t"), ("temperature",)),
     **dict.fromkeys(("topp", "p", "nucleus"), ("top_p",)), "topk": ("top_k",),
     **dict.fromkeys(("random_seed", "rng", "key", "generator"), ("seed",)),
     **dict.fromkeys(("torch_dtype", "precision"), ("dtype",)),
-    **dict.fromkeys(("path", "name", "model", "checkpoint", "model_name", "repo"), ("source",)),
+    **dict.fromkeys(("path", "name", "model", "checkpoint", "model_name", "repo"),
+                    ("source", "path")),
+    **dict.fromkeys(("file", "filename", "fname"), ("path", "source")),
+    "add_generation_prompt": ("reply",), "vocab_size": ("vocabulary",),
     **dict.fromkeys(("pos", "positives", "good"), ("positive",)),
     **dict.fromkeys(("neg", "negatives", "bad"), ("negative",)),
 }
@@ -49,7 +54,15 @@ _ADVICE = {
     "trust_remote_code": "code from a checkpoint is never run",
     "stop": "use jp.Engine and jp.Request(stop=…)",
     "stream": "use jp.Engine and engine.stream(handle)",
+    "return_tensors": "the result holds arrays of NumPy, which JAX accepts",
     "num_return_sequences": "repeat the conversation in the list of conversations",
+}
+
+# function → how to call it, if the positional arguments do not fit the signature
+_CALLS = {
+    "forward": "call jp.forward(model.params, model.config, batch)",
+    "stack_rows": "give one list with an item per row, such as jp.stack_rows([None, cap])",
+    "save_vector": "call jp.save_vector(path, vector)",
 }
 
 
@@ -60,27 +73,41 @@ def checked_call(function: Callable[P, R]) -> Callable[P, R]:
     names that other libraries use, such as `torch_dtype` for `dtype`.
     """
     signature = inspect.signature(function)
+    of = function.__qualname__.split(".")  # the method that constructs a class has the class's name
+    name = of[-2] if of[-1] == "__init__" else of[-1]
 
     @functools.wraps(function)
     def call(*args: P.args, **named: P.kwargs) -> R:
         try:
             signature.bind(*args, **named)
         except TypeError:
-            raise UserError(_explain(function.__name__, signature, args, named)) from None
+            raise UserError(_explain(name, signature, args, named)) from None
         return function(*args, **named)
 
     return call
 
 
+def checked_class(cls: type[R]) -> type[R]:
+    """Decorate a class so that its constructor explains wrong arguments, as `checked_call` does."""
+    made: Any = cls
+    made.__init__ = checked_call(made.__init__)
+    return cls
+
+
 def _explain(name: str, signature: inspect.Signature, args: tuple[Any, ...],
              named: Mapping[str, Any]) -> str:
     """Return a message that explains why a call does not match a signature, with the fix."""
-    known = signature.parameters
+    known = dict(signature.parameters)
+    if known.pop("self", None):
+        args = args[1:]
+    usage = f"; {_CALLS[name]}" if name in _CALLS else ""
     ordered = [p.name for p in known.values() if p.kind in (p.POSITIONAL_ONLY,
                                                            p.POSITIONAL_OR_KEYWORD)]
     for given in named:
         if given not in known:
             return f"{name}() has no argument {given!r}; {_remedy(given, list(known))}"
+    if len(args) > len(ordered) and usage:
+        return f"{name}() takes {_listed(ordered)} by position, not {len(args)} values{usage}"
     if len(args) > len(ordered):
         others = [key for key in known if key not in ordered and key not in named]
         first = f"{args[len(ordered)]!r:.40}"
@@ -92,7 +119,7 @@ def _explain(name: str, signature: inspect.Signature, args: tuple[Any, ...],
     bound = {*ordered[: len(args)], *named}
     missing = [p.name for p in known.values() if p.default is p.empty and p.name not in bound
                and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return f"{name}() needs {_listed(missing)}"
+    return f"{name}() needs {_listed(missing)}{usage}"
 
 
 def _remedy(given: str, known: list[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pickle
 
+import jax
 import numpy as np
 import pytest
 import support as s
@@ -15,6 +16,7 @@ from jaxpersona.calls import checked_call
 MODEL = jp.load("mini")
 AXIS = jp.load_axis("mini")
 V = AXIS.values[4]
+CAPS = jp.Caps(AXIS.values[4:5], (4,), np.ones(1), ("a",))
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 ASK = [{"role": "user", "content": "hi"}]
 
@@ -65,7 +67,7 @@ MISTAKES = {
     "a list of edits": (lambda: jp.generate(MODEL, ["a"], interventions=[steer()]),
                         r"interventions is a list; .*jp\.chain"),
     "a vector as an edit": (lambda: jp.generate(MODEL, ["a"], interventions=AXIS),
-                            "interventions is "),
+                            "interventions is an Axis; give the result of jp.steer"),
     "an uncalled capture": (lambda: jp.generate(MODEL, ["a"], capture=jp.capture.last),
                             r"capture is .*last.*; .*\(\)"),
     "captures of one name": (
@@ -81,18 +83,19 @@ MISTAKES = {
     "last layers of an axis": (lambda: AXIS[[-2, -1]], "the last layer is 7"),
     "layer beyond": (lambda: jp.generate(MODEL, ["a"], interventions=jp.steer(V, layers=8)),
                      "layer 8.*8 layers|8 layers.*layer 8|0…7"),
-    "layer of one": (lambda: jp.steer(V, layers=4.0), "layers"),
+    "layer of one": (lambda: jp.steer(V, layers=4.0), r"layers is 4\.0; it must be an int"),
     "width": (lambda: jp.generate(MODEL, ["a"], interventions=jp.steer(np.ones(64), layers=4)),
               "64.*128|128.*64"),
     "a percentile of a vector": (lambda: jp.cap(V, layers=4, floor="p25"),
                                  "floor is 'p25', but only an Axis has percentiles"),
     "an unknown percentile": (lambda: jp.cap(AXIS, layers=4, floor="p26"), "p26.*p25"),
-    "an unknown population": (lambda: jp.cap(AXIS, layers=4, floor="p25", of="none"), "none"),
+    "an unknown population": (lambda: jp.cap(AXIS, layers=4, floor="p25", of="none"),
+                              "of is 'none'; this axis has the populations"),
     "where by an unknown name": (lambda: steer(where="reply"), "where is 'reply'"),
     "zero vector": (lambda: jp.steer(np.zeros(128), layers=4), "zero"),
-    "NaN": (lambda: jp.steer(np.full(128, np.nan), layers=4), "finite"),
+    "NaN": (lambda: jp.steer(np.full(128, np.nan), layers=4), "all values must be finite"),
     "negative length": (lambda: jp.generate(MODEL, ["a"], max_new_tokens=0), "max_new_tokens is 0"),
-    "gpt2": (lambda: jp.load("gpt2"), "gpt2"),
+    "gpt2": (lambda: jp.load("gpt2"), "gpt2: no such folder.*Llama, Qwen.*Mistral"),
     "Mini": (lambda: jp.load("Mini"), "did you mean mini|'mini'"),
     "unknown preset": (lambda: jp.load("random:llama"), "random:llama|llama-3"),
     "ids of one row": (lambda: jp.batch([1, 2, 3]), r"\[\[1, 2, 3\]\]|list of rows|wrap"),
@@ -101,10 +104,58 @@ MISTAKES = {
     "ids beyond in extract": (lambda: jp.extract(MODEL, [np.array([5000])]), "5000.*0…1023"),
     "one conversation of logprobs": (lambda: jp.logprobs(MODEL, TALK), "wrap it in a list"),
     "one conversation of encode": (lambda: jp.encode(MODEL, ASK), "wrap it in a list"),
-    "an axis file": (lambda: jp.load_axis("none.safetensors"), "none.safetensors"),
-    "steps of text": (lambda: jp.generate(MODEL, ["a"], temperature="hot"), "temperature"),
+    "an axis file": (lambda: jp.load_axis("none.safetensors"),
+                     "none.safetensors: no such file"),
+    "steps of text": (lambda: jp.generate(MODEL, ["a"], temperature="hot"),
+                      "temperature is hot; it must be finite and at least 0"),
     "no assistant message": (lambda: jp.extract(MODEL, [ASK], capture=jp.capture.mean(jp.response)),
                              "selects no token in"),
+    "an engine's batch size": (lambda: jp.Engine(MODEL, batch_size=8),
+                               r"Engine\(\) has no argument 'batch_size'; did you mean rows"),
+    "a request's limit": (lambda: jp.Request("hi", max_tokens=5),
+                          r"Request\(\) has no argument 'max_tokens'; did you mean max_new_tokens"),
+    "a percentile as an argument": (lambda: jp.cap(AXIS, layers=4, percentile="p25"),
+                                    "'percentile'; did you mean floor"),
+    "a file": (lambda: jp.load_axis(file="a.safetensors"), "'file'; did you mean path"),
+    "a prompt's end": (lambda: jp.encode(MODEL, ["a"], add_generation_prompt=True),
+                       "'add_generation_prompt'; did you mean reply"),
+    "a vocabulary": (lambda: jp.batch([[1]], vocab_size=9), "'vocab_size'; did you mean vocab"),
+    "a model in forward": (lambda: jp.forward(MODEL, jp.batch([[1]])),
+                           r"forward\(\) needs batch; call jp\.forward\(model\.params, model"),
+    "rows by position": (lambda: jp.stack_rows(None, jp.cap(V, layers=4, floor=1.0)),
+                         r"not 2 values; give one list .*jp\.stack_rows\(\[None, cap\]\)"),
+    "a gate of a list": (lambda: jp.gate([steer()], V, layer=2, above=1.0), r"is a list; .*chain"),
+    "a gate of an axis": (lambda: jp.gate(AXIS, V, layer=2, above=1.0), r"an Axis; give .*steer"),
+    "a gate of nothing": (lambda: jp.gate(None, V, layer=2, above=1.0), "give interventions"),
+    "a key": (lambda: jp.generate(MODEL, ["a"], seed=jax.random.key(0)),
+              r"seed is .*; give a number such as seed=0, not a key"),
+    "a request as a handle": (lambda: next(jp.Engine(MODEL).stream(jp.Request("a"))),
+                              r"handle is of type Request; give .*engine\.submit\(request\)"),
+    "a result of a request": (lambda: jp.Engine(MODEL).result(jp.Request("a")),
+                              "handle is of type Request"),
+    "arguments in PyTorch's order": (lambda: jp.save_vector(AXIS, "a.safetensors"),
+                                     r"path is Axis.*; the path comes first"),
+    "an array to save": (lambda: jp.save_vector("a.npy", V), r"ndarray; .*jp\.Vector\(array\)"),
+    "a path that is none": (lambda: jp.load_axis(5), "path is 5; give the path of a file"),
+    "a vector to load": (lambda: jp.load_vector(AXIS), "path is Axis.*; give the path of a file"),
+    "caps as edits": (lambda: jp.generate(MODEL, ["a"], interventions=CAPS),
+                      r"a Caps; call its method \.interventions\(\)"),
+    "a file of caps as edits": (lambda: jp.generate(MODEL, ["a"], interventions={"a": CAPS}),
+                                r"a dict; give \.interventions\(\) of one of its items"),
+    "a percentile of a part": (lambda: jp.cap(AXIS[4:8], layers=slice(4, 8), floor="p25"),
+                               "give the axis itself with layers="),
+    "an array of all layers": (lambda: jp.steer(AXIS.values, layers=4),
+                               r"give jp\.Vector\(array\)"),
+    "zero at one layer": (lambda: jp.steer(AXIS[5:8], layers=slice(4, 8)),
+                          r"zero at a chosen layer \(4\); .* choose other layers"),
+    "a sweep of one prompt": (
+        lambda: jp.generate(MODEL, ["a"], interventions=jp.sweep(V, [-1, 0, 1], layers=4)),
+        r"size 3, but the batch size is 1; give 3 conversations, .*\[prompt\] \* 3"),
+    "a released model": (lambda: jp.load("qwen3-8b"), "random weights; .* owner/name on the Hub"),
+    "two roles": (lambda: jp.user & jp.system, r"user & system selects no token; .*\|"),
+    "no single test": (lambda: jp.user | jp.last.within(2), "chain one intervention per test"),
+    "division by zero": (lambda: AXIS / 0, "divided by 0"),
+    "a tokenizer's output": (lambda: jp.generate(MODEL, {"input_ids": [1]}), r"\.input_ids"),
 }
 
 
@@ -171,3 +222,8 @@ def test_a_percentile_by_name_is_that_of_the_axis(layers, of):
         given = jp.cap(AXIS, layers=layers, **{bound: numbers})
         assert s.same_bits(named, given)
     assert not s.same_bits(named, jp.cap(AXIS, layers=layers, ceiling=numbers + 1))
+
+
+def test_a_number_that_is_also_a_percentile_is_warned_about():
+    with pytest.warns(UserWarning, match="floor is 25, a projection; .* write floor='p25'"):
+        jp.cap(AXIS, layers=4, floor=25)

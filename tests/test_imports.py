@@ -16,21 +16,21 @@ ROOT = pathlib.Path(__file__).parents[1]
 ORDER = (
     "errors", "extras", "brief", "calls", "inputs", "export", "interrupt", "runtime",
     "models.config",
-    "distributed", "kernels", "models", "interventions", "captures", "interventions.fusion",
-    "interventions.trace", "models.forward", "vectors", "text", "engine", "planning", "ckpts",
-    "interventions.specs", "training", "data", "judges", "runs", "persona", "organism", "report",
-    "cli",
+    "distributed", "progress", "kernels", "models", "interventions", "captures",
+    "interventions.fusion", "interventions.trace", "models.forward", "vectors", "text", "engine",
+    "planning", "ckpts", "interventions.specs", "training", "data", "judges", "runs", "persona",
+    "organism", "report", "cli",
 )
 NARROW = {  # stricter limits than the order
     "text.sandbox": set(),
     "text.sandbox_worker": set(),  # a script that imports only Jinja
     "text.template": {"models", "text"},
     "text.fences": set(),
-    "text.chat": {"brief", "models", "text"},
+    "text.chat": {"brief", "calls", "models", "text"},
     "kernels": {"kernels"},
     "models.config": {"brief"},
     "ckpts": {"calls", "ckpts", "distributed", "engine", "extras", "inputs", "models",
-              "models.config", "runtime", "vectors"},
+              "models.config", "progress", "runtime", "vectors"},
 }
 PLACE = {name: place for place, name in enumerate(ORDER)}
 

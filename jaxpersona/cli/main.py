@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from jaxpersona import interrupt
+from jaxpersona import interrupt, progress
 from jaxpersona.cli import output
 from jaxpersona.cli.axis import axis
 from jaxpersona.cli.chat import chat
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
       arguments: the command-line arguments; default: those of the process.
     """
-    with output.prepared(), interrupt.raised():
+    with output.prepared(), interrupt.raised(), progress.muted():
         _run(arguments)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxpersona.brief import count, line, quoted
+from jaxpersona.calls import checked_class
 from jaxpersona.captures.capture import Capture
 from jaxpersona.distributed.context import own_context
 from jaxpersona.distributed.sharding import off_mesh, rows_divisor
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 
+@checked_class
 class Engine:
     """An engine that generates replies to concurrent requests with one model.
 
@@ -80,16 +82,15 @@ class Engine:
         check_model(model)
         if sizes is not None and not (isinstance(sizes, (list, tuple)) and sizes):
             raise UserError(f"sizes is {sizes!r:.60}; give a list of sizes, such as [256, 1024]")
-        numbers = {"rows": rows, "lanes": lanes, "chunk": chunk, "queue": queue}
-        numbers |= {f"sizes[{i}]": size for i, size in enumerate(() if sizes is None else sizes)}
-        prompts.check_settings(**numbers)
+        numbers = {f"sizes[{i}]": size for i, size in enumerate(() if sizes is None else sizes)}
+        prompts.check_settings(rows=rows, lanes=lanes, chunk=chunk, queue=queue, **numbers)
         ways = rows_divisor(model.params.like)
         if rows % ways:
             raise UserError(f"rows is {rows}; on this mesh, it must be a multiple of {ways}")
         self.capacity = None if capacity is None else off_mesh(given(capacity))
         if self.capacity is not None:
-            self.capacity.take(np.array([-1])).check(
-                layers=model.config.n_layers, width=model.config.d_model, rows=1)
+            layers, width = model.config.n_layers, model.config.d_model
+            self.capacity.take(np.array([-1])).check(layers=layers, width=width, rows=1)
         self.model, self.rows, self.queue = model, rows, queue
         self.sizes = None if sizes is None else tuple(sorted(set(map(int, sizes))))
         with own_context():
@@ -102,9 +103,8 @@ class Engine:
         self._changed = threading.Condition()  # guards the fields below; notified on changes
         self._inbox: deque[Task] = deque()
         self._handles: dict[int, tuple[Handle, Task]] = {}
-        self._count, self._version = 0, 0
+        self._count, self._version, self._stopping = 0, 0, False
         self._thread: threading.Thread | None = None
-        self._stopping = False
 
     def __repr__(self) -> str:
         return line("Engine", quoted(self.model.name), count(self.rows, "row"))
@@ -153,7 +153,7 @@ class Engine:
         Raises:
           BaseException: the error that ended the request.
         """
-        while not handle.done:
+        while not Handle.of(handle).done:
             self._advance(handle)
         _, _, reply, error = handle._look()
         if error is not None:
@@ -167,7 +167,7 @@ class Engine:
         Raises:
           BaseException: the error that ended the request.
         """
-        request = handle.request
+        request = Handle.of(handle).request
         handle._streamed = True
         written = stopping.Written(self.model.tokenizer, stopping.checked(request.stop))
         sent = 0

@@ -43,6 +43,7 @@ from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.forward import Output, forward
 from jaxpersona.models.model import check_model
 from jaxpersona.models.params import Params
+from jaxpersona.progress import shows, tokens
 from jaxpersona.runtime import debugging
 from jaxpersona.text import chat
 
@@ -107,6 +108,7 @@ class Extracted(Table):
 
 
 @checked_call
+@shows(tokens("extract"))
 @own_context()
 def extract(
     model: Model,
@@ -116,7 +118,7 @@ def extract(
     interventions: Interventions | None = None,
     batch_tokens: int | None = None,
     on_nonfinite: OnNonfinite = "warn",
-    progress: Callable[[int, int, int], None] | None = None,
+    progress: Callable[[int, int, int], None] | bool | None = None,
     residual: Fused = "xla",
 ) -> Extracted:
     """Run the model on complete conversations and return captured activations.
@@ -136,7 +138,8 @@ def extract(
         (`Extracted.nonfinite`) and issue one `NonfiniteWarning` that names the first affected layer
         and a fix. "raise": raise a `UserError`. `jax_debug_nans` and `jax_debug_infs` imply
         "raise".
-      progress: a function that is called with three numbers: the finished conversations, all
+      progress: by default, a call of more than three seconds shows its progress; False shows
+        nothing. A function is called with three numbers instead: the finished conversations, all
         conversations, and the tokens so far, including padding.
       residual: "xla", or "pallas" for one fused TPU kernel that applies the edits and computes the
         projections and the next norm (see `forward`).
@@ -212,12 +215,12 @@ def extract(
         padded += ran
         if out is not None:
             keep(members, out)
-        if progress is not None:
+        if callable(progress):
             progress(len(results), len(rows), padded)
     if nonfinite.any():
         message = explanation()  # runs the model, so all processes must call it
         if processes.first():
-            warnings.warn(message, NonfiniteWarning, stacklevel=4)
+            warnings.warn(message, NonfiniteWarning, stacklevel=5)
     order = [results[i] for i in range(len(rows))]
     captured = {
         name: [row_values[name] for row_values, _ in order] if name in ragged

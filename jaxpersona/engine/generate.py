@@ -44,6 +44,7 @@ from jaxpersona.interventions.trace import Applied
 from jaxpersona.models.batch import CODE
 from jaxpersona.models.model import check_model
 from jaxpersona.models.prepared import fast_params
+from jaxpersona.progress import shows, tokens
 from jaxpersona.runtime import debugging
 from jaxpersona.text import chat, fences
 
@@ -116,6 +117,7 @@ class Generated(Table):
 
 
 @checked_call
+@shows(tokens("generate"))
 @own_context()
 def generate(
     model: Model,
@@ -134,7 +136,7 @@ def generate(
     share_prefix: bool = False,
     refill: bool = True,
     on_nonfinite: OnNonfinite = "warn",
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Generated:
     """Generate a reply to each conversation.
 
@@ -162,7 +164,8 @@ def generate(
         (`Generated.finish`) and issue one `NonfiniteWarning` that names the first affected layer
         and a fix. "raise": raise a `UserError`. `jax_debug_nans` and `jax_debug_infs` imply
         "raise".
-      progress: a function that is called with three numbers: the finished conversations, all
+      progress: by default, a call of more than three seconds shows its progress; False shows
+        nothing. A function is called with three numbers instead: the finished conversations, all
         conversations, and the generated tokens so far.
 
     Returns:
@@ -207,7 +210,7 @@ def generate(
         out.add(tasks, places, state)
         if out.nonfinite and stop:
             raise UserError(explanation())
-        if progress is not None:
+        if callable(progress):
             progress(len(out.done), count, out.total)
 
     stops, stats = stops_of(model, asks_for_code(edits, readings)), Stats()
@@ -217,7 +220,7 @@ def generate(
     if out.nonfinite:
         message = explanation()  # runs the model, so all processes must call it
         if processes.first():
-            warnings.warn(message, NonfiniteWarning, stacklevel=4)
+            warnings.warn(message, NonfiniteWarning, stacklevel=5)
     return out.finish(model, rows, stats.snapshot())
 
 

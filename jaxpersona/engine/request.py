@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxpersona.brief import brief, count, line, quoted
+from jaxpersona.calls import checked_class
 from jaxpersona.captures.capture import Capture, joined
 from jaxpersona.captures.projections import Projections
 from jaxpersona.engine.replies import Reply
+from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 
+@checked_class
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A request to generate the reply to a conversation.
@@ -158,6 +161,18 @@ class Handle:
                 return False
             self._reply, self._error = reply, error
             return True
+
+    @staticmethod
+    def of(given: Any) -> Handle:
+        """Return a handle that a caller gave; raise a `UserError` for a request or another value.
+
+        Raises:
+          UserError: the value is not a handle.
+        """
+        if not isinstance(given, Handle):
+            raise UserError(f"handle is of type {type(given).__name__}; give the result of "
+                            "engine.submit(request)")
+        return given
 
     def __repr__(self) -> str:
         tokens, _, reply, error = self._look()

@@ -66,7 +66,11 @@ def sampling(rows: int, *, temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any 
         number nor an array [`rows`].
     """
     def spread(name: str, value: Any, dtype: Any, ok: Any, want: str) -> jax.Array:
-        given = np.asarray(value)
+        try:
+            given = np.asarray(value)
+        except TypeError:  # a key of JAX's random generator
+            raise UserError(f"{name} is {' '.join(repr(value).split()):.60}; give a number"
+                            + (" such as seed=0, not a key" if name == "seed" else "")) from None
         if given.ndim > 1 or (given.ndim == 1 and given.size != rows):
             raise UserError(f"{name} has shape {given.shape}; it must be a number or have shape "
                             f"[{rows}]")

@@ -19,6 +19,7 @@ unknown. All operations are differentiable.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,6 +72,7 @@ class Bank:
             raise UserError(f"site is {site!r}; it must be one of {SITES}")
         self.site: Site = site
         self.index = None if rows is None else np.asarray(rows)
+        vector = plain(vector)
         named = list(vector) if isinstance(vector, (list, tuple)) else [vector]
         if not named:
             raise UserError(f"{name} is an empty list; give at least one direction")
@@ -99,7 +101,9 @@ class Bank:
             raise UserError(f"{name} contains a non-finite value; all values must be finite")
         unit, norm = normalised(value)
         if xp is np and not zero and not value.any(-1).all():
-            raise UserError(f"{name} is zero at a chosen layer; give nonzero vectors")
+            zeros = [at for i, at in enumerate(self.layers) if not value[:, i].any(-1).all()]
+            raise UserError(f"{name} is zero at a chosen layer ({', '.join(map(str, zeros))}); "
+                            "give nonzero vectors, or choose other layers")
         self.norm = norm.T
         self.direction = xp.moveaxis(unit, 0, 1)
         self.origin = np.array(origin or [0] * len(value), np.uint32)
@@ -121,6 +125,8 @@ class Bank:
             raise UserError(
                 f"{name} has shape {value.shape}; it must be [D] or [1, l, D], or, with "
                 "`rows=`, [n, D] or [n, l, D]"
+                + ("; for an array [L, D] with one vector per layer of the model, give "
+                   "jp.Vector(array) or its row for the layer" if value.ndim == 2 else "")
             )
         if value.shape[1] not in (1, count):
             raise UserError(
@@ -193,6 +199,10 @@ def percentile(vector: Any, name: str, bound: Any, of: str) -> Any:
       UserError: `vector` is not an `Axis`, or has no thresholds for the percentile or population.
     """
     if not isinstance(bound, str):
+        table = getattr(vector, "percentiles", {}).get(of, {})
+        if type(bound) is int and f"p{bound}" in table:
+            warnings.warn(f"{name} is {bound}, a projection; for the percentile, write "
+                          f"{name}='p{bound}' (for this projection, {float(bound)})", stacklevel=5)
         return bound
     if not hasattr(vector, "thresholds"):
         raise UserError(f"{name} is {bound!r}, but only an Axis has percentiles; give an Axis as "
@@ -244,13 +254,27 @@ def numbers(name: str, value: Any) -> Any:
     if is_traced(value):
         return jnp.asarray(value, jnp.float32)
     try:
-        array = np.asarray(value)
-    except (TypeError, ValueError):  # NumPy rejects nested lists of different lengths
+        array = np.asarray(plain(value))
+    except (RuntimeError, TypeError, ValueError):  # NumPy rejects nested lists of different lengths
         array = np.empty(0, object)
     if array.dtype.kind in "iuf" or array.dtype.name == "bfloat16":
         return array.astype(np.float64)
     raise UserError(f"{name} is {_short_repr(value)}; it must be a real number or an array of "
                     "real numbers")
+
+
+def plain(value: Any) -> Any:
+    """Convert a PyTorch tensor of any device and floating-point type to a NumPy array.
+
+    NumPy itself converts neither tensors with a gradient or on a GPU nor bfloat16. Other values,
+    and lists without tensors, are returned unchanged.
+    """
+    if isinstance(value, (list, tuple)) and any(hasattr(item, "detach") for item in value):
+        return [plain(item) for item in value]
+    if hasattr(value, "detach") and hasattr(value, "cpu"):
+        held = value.detach().cpu()
+        return (held.double() if held.is_floating_point() else held).numpy()
+    return value
 
 
 def _short_repr(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -116,7 +116,8 @@ class Interventions(flax.struct.PyTreeNode):
         if self.rows not in (None, rows):
             raise UserError(
                 f"interventions are for batch size {self.rows}, but the batch size is {rows}; give "
-                "`rows=` with one entry per row, or omit it to apply the same edit to all rows"
+                f"{self.rows} conversations, one per row (repeat one for a sweep: [prompt] * "
+                f"{self.rows}), or interventions for {rows}"
             )
 
     def __repr__(self) -> str:
@@ -202,11 +203,17 @@ def chain(*interventions: Interventions | None) -> Interventions:
 def _check_type(interventions: Sequence[Any]) -> None:
     for one in interventions:
         if one is not None and not isinstance(one, Interventions):
-            fix = ("chain its items with jp.chain(a, b, …), or apply one item per row with "
+            several = isinstance(one, Mapping) and len(one) > 1
+            fix = ("call its method .interventions()" if hasattr(one, "interventions") else
+                   "give .interventions() of one of its items" +
+                   (", or jp.chain(…) of several" if several else "")
+                   if isinstance(one, Mapping) else
+                   "chain its items with jp.chain(a, b, …), or apply one item per row with "
                    "jp.stack_rows"
                    if isinstance(one, (list, tuple)) else
                    "give the result of jp.steer, jp.cap, …, or None")
-            raise UserError(f"interventions is a {type(one).__name__}; {fix}")
+            article = "an" if type(one).__name__[0] in "AEIOaeio" else "a"
+            raise UserError(f"interventions is {article} {type(one).__name__}; {fix}")
 
 
 @checked_call

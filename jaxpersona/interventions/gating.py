@@ -10,7 +10,7 @@ import numpy as np
 from jaxpersona.calls import checked_call
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import Bank, check_finite, numbers
-from jaxpersona.interventions.compose import Interventions
+from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.interventions.gates import Gate, Over
 from jaxpersona.interventions.table import Site, Table
 from jaxpersona.interventions.where import Where, as_where, encoded, everywhere, prompt
@@ -73,7 +73,7 @@ def gate(
     if within and over == "token":
         raise UserError("within=True is only for over='prompt'; omit it, because a token gate is "
                         "evaluated for each token")
-    if not interventions.edits:
+    if interventions is None or not given(interventions).edits:
         raise UserError("interventions is empty; give interventions to gate")
     if where is None:
         where = (prompt if over == "prompt" else everywhere).without("first")

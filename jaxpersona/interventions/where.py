@@ -31,6 +31,8 @@ FOREVER = 2**31 - 1
 WIDTH = 5  # the number of integers in an encoded test
 NOWHERE = (-1, 0, 0, 0, 0)  # an encoded test that no token passes, because it requires every kind
 
+_ROLES = SYSTEM | USER | ASSISTANT  # a token belongs to a message of one role
+
 
 @dataclasses.dataclass(frozen=True)
 class Where:
@@ -58,8 +60,33 @@ class Where:
     def __and__(self, other: Where) -> Where:
         if self.any and other.any and self.any != other.any:
             raise UserError("two tests with different `any` bits cannot be combined with &")
-        return Where(self.need | other.need, self.any | other.any, self.none | other.none,
+        both = Where(self.need | other.need, self.any | other.any, self.none | other.none,
                      max(self.lo, other.lo), min(self.hi, other.hi))
+        if both.need & both.none or (both.need & _ROLES).bit_count() > 1:
+            raise UserError(f"{self} & {other} selects no token; combine tests of different roles "
+                            "with |")
+        return both
+
+    def __or__(self, other: Where) -> Where:
+        """Return the test that selects the tokens of either test, such as `user | system`.
+
+        Raises:
+          UserError: a single test cannot express the union.
+        """
+        if not isinstance(other, Where):
+            return NotImplemented
+        common = self.need & other.need
+        own, theirs = self.need & ~common, other.need & ~common
+        if (self.none, self.lo, self.hi) == (other.none, other.lo, other.hi):
+            for test, alone in ((self, own), (other, theirs)):
+                if not alone and not test.any:  # it contains the other test
+                    return test
+            kinds = [test.any or alone for test, alone in ((self, own), (other, theirs))
+                     if alone.bit_count() == (not test.any)]
+            if len(kinds) == 2:
+                return Where(common, kinds[0] | kinds[1], self.none, self.lo, self.hi)
+        raise UserError(f"{self} | {other} is not a single test; chain one intervention per test, "
+                        "or join one capture per test")
 
     def without(self, *kinds: str) -> Where:
         """Return a test that also excludes tokens of the given kinds, such as "first" or "code".

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.brief import brief
+from jaxpersona.calls import checked_call
 from jaxpersona.distributed.sharding import rows_divisor, spread_rows
 from jaxpersona.errors import UserError
 
@@ -93,6 +94,7 @@ class Batch(flax.struct.PyTreeNode):
         return jax.tree.map(lambda x: spread_rows(x, 0, like), self)
 
 
+@checked_call
 def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None,
           width: int | None = None, vocabulary: int | None = None) -> Batch:
     """Build a batch from token ids.

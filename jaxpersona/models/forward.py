@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.brief import brief
+from jaxpersona.calls import checked_call
 from jaxpersona.captures.capture import Capture, joined
 from jaxpersona.captures.reading import spread_states
 from jaxpersona.distributed.sharding import (
@@ -100,6 +101,7 @@ class Output(flax.struct.PyTreeNode):
         return self.carry.finite
 
 
+@checked_call
 def forward(
     params: Params,
     config: ModelConfig,
@@ -116,7 +118,7 @@ def forward(
     """Run the model on a batch.
 
     Args:
-      params: the parameters; the activations have the dtype of `params.like`.
+      params: the parameters (`model.params`); the activations have the dtype of `params.like`.
       config: the model configuration (static).
       batch: B rows of T tokens, right-padded. If the carry has a cache, these tokens follow the
         tokens in the cache.

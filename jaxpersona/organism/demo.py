@@ -27,6 +27,7 @@ from jaxpersona.persona import axis as science
 from jaxpersona.persona.extract import extract_axis
 from jaxpersona.persona.extraction import Extraction
 from jaxpersona.persona.talk import Talks, grow
+from jaxpersona.progress import shows, steps
 from jaxpersona.runs.rollouts import Settings
 from jaxpersona.runs.run import Run
 
@@ -80,8 +81,9 @@ class Demo:
     samples: list[Sample]
 
 
+@shows(steps, "report")
 def run_demo(model: Model, folder: str | os.PathLike[str], *, seed: int = 0,
-             report: Report | None = None) -> Demo:
+             report: Report | bool | None = None) -> Demo:
     """Extract the axis, compare it with the ground truth, and evaluate interventions.
 
     The demo measures how a cap affects behaviour and speed, and how steering along the axis affects
@@ -91,29 +93,31 @@ def run_demo(model: Model, folder: str | os.PathLike[str], *, seed: int = 0,
       model: the embedded model.
       folder: the run folder; an existing run is resumed.
       seed: the random seed for sampling, control directions and the user turns that cause drift.
-      report: a function that is called with (step, done, total, tokens) to report progress.
+      report: by default, the progress is shown; False shows nothing. A function is called with
+        (step, done, total, tokens) instead.
 
     Raises:
       UserError: the seed is invalid, the folder belongs to another run, or an optional package is
         missing.
     """
     sampling(1, seed=seed)
+    tell = report if callable(report) else None
     settings = Settings(temperature=1.0, top_p=1.0, max_new_tokens=REPLY, batch_size=BATCH,
                         seed=seed)
     started = time.perf_counter()
     found = extract_axis(model, method.roles(), method.questions(QUESTIONS), folder,
                          judge=method.RuleJudge(), settings=settings,
-                         held_out=method.held_out(), report=report)
+                         held_out=method.held_out(), report=tell)
     seconds = time.perf_counter() - started
     figures: dict[str, Any] = _geometry(model, found)
     figures |= {"rollouts": found.rollouts, "tokens": found.tokens, "extract_seconds": seconds}
     arms = _Arms(model, found, folder, seed)
-    figures |= arms.leak(report)
-    figures |= arms.capability(report)
-    figures |= arms.steering(report)
-    talks, styles, drifted, drift = _drift(model, found, arms.cap, seed, report)
+    figures |= arms.leak(tell)
+    figures |= arms.capability(tell)
+    figures |= arms.steering(tell)
+    talks, styles, drifted, drift = _drift(model, found, arms.cap, seed, tell)
     figures |= drift
-    figures |= _speed(model, arms.cap, report)
+    figures |= _speed(model, arms.cap, tell)
     return Demo(found, figures, talks, styles, [*arms.samples, drifted])
 
 

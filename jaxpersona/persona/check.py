@@ -32,6 +32,7 @@ from jaxpersona.interventions import resolve_layers
 from jaxpersona.interventions.bank import Layers, normalised
 from jaxpersona.interventions.where import response
 from jaxpersona.models.model import check_model
+from jaxpersona.progress import shows, tokens
 from jaxpersona.vectors.caps import Caps, Found, fitted
 from jaxpersona.vectors.vector import Axis, Vector
 
@@ -132,6 +133,7 @@ def fit(model: Model, found: Found) -> Found:
 
 
 @checked_call
+@shows(tokens("check"))
 def check(
     model: Model,
     axis: Axis | Caps,
@@ -139,7 +141,7 @@ def check(
     layers: Layers | None = None,
     floor: ArrayLike | None = None,
     max_new_tokens: int = 16,
-    progress: Callable[[int, int, int], None] | None = None,
+    progress: Callable[[int, int, int], None] | bool | None = None,
 ) -> Check:
     """Test whether an axis or caps fit a model, using 18 short greedy replies of the model.
 
@@ -182,7 +184,7 @@ def check(
             "the default persona or in a role; use the instruction-tuned model that the axis "
             "belongs to")
     chosen, directions, floors = _entries(model, axis, layers, floor)
-    default, roles = _replies(model, max_new_tokens, progress)
+    default, roles = _replies(model, max_new_tokens, progress if callable(progress) else False)
     unit, _ = normalised(directions)
     ours, theirs = (np.einsum("nld,ld->nl", x[:, list(chosen)], unit) for x in (default, roles))
     base, shift = _layer_base(axis, default.mean(0) - roles.mean(0))
@@ -261,7 +263,7 @@ def _entries(model: Model, axis: Axis | Caps, layers: Layers | None,
     return chosen, directions, np.broadcast_to(given, (len(chosen),))
 
 
-def _replies(model: Model, length: int, progress: Callable[[int, int, int], None] | None,
+def _replies(model: Model, length: int, progress: Callable[[int, int, int], None] | bool,
              ) -> tuple[np.ndarray, np.ndarray]:
     """Generate replies as the default persona and in roles.
 

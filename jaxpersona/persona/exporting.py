@@ -26,6 +26,7 @@ from jaxpersona.data.texts import DEFAULT
 from jaxpersona.errors import UserError
 from jaxpersona.extras import require
 from jaxpersona.persona import axis as science
+from jaxpersona.progress import shows, steps
 from jaxpersona.runs import published
 from jaxpersona.runs.compare import LAST
 from jaxpersona.runs.imported import IMPORTED
@@ -61,10 +62,11 @@ class Exported:
     notes: list[str]
 
 
+@shows(steps, "report")
 def export_reference(run: str | os.PathLike[str], folder: str | os.PathLike[str], *,
                      activations: str = "all", judge: str | None = None,
                      min_count: int | None = None, fold_system: bool = False,
-                     incomplete: bool = False, report: Report | None = None) -> Exported:
+                     incomplete: bool = False, report: Report | bool | None = None) -> Exported:
     """Export a run folder in the format of the published Assistant Axis code.
 
     The exported folder contains responses, scores, vectors, the axis and, depending on
@@ -86,7 +88,8 @@ def export_reference(run: str | os.PathLike[str], folder: str | os.PathLike[str]
       fold_system: whether to prepend the system prompt to the user's message, as the published
         code does for models whose chat template has no system role, such as Gemma 2.
       incomplete: whether to omit incomplete roles; if false, an incomplete role is an error.
-      report: a function that is called with ("export", finished roles, all roles, 0).
+      report: by default, a call of more than three seconds shows its progress; False shows
+        nothing. A function is called instead with ("export", finished roles, all roles, 0).
 
     Returns:
       The numbers of exported rollouts, scores and response means, the roles, and notes.
@@ -119,7 +122,7 @@ def export_reference(run: str | os.PathLike[str], folder: str | os.PathLike[str]
     target = pathlib.Path(os.path.abspath(folder))
     with new_folder(target) as temporary:
         return _Export(found, temporary, target, activations, judge, min_count, fold_system,
-                       incomplete).write(report)
+                       incomplete).write(report if callable(report) else None)
 
 
 class _Export:

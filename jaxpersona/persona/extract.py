@@ -30,6 +30,7 @@ from jaxpersona.persona.prepare import check_prompts, check_redo, check_texts
 from jaxpersona.persona.rounds import Rounds, collect, question_shifts, rounds_and_quota
 from jaxpersona.persona.thresholds import percentiles_of
 from jaxpersona.persona.verdicts import verdict_counts
+from jaxpersona.progress import shows, steps
 from jaxpersona.runs.manifest import manifest
 from jaxpersona.runs.older import Older
 from jaxpersona.runs.rollouts import Settings
@@ -46,6 +47,7 @@ __all__ = ["Extraction", "extract_axis"]
 Notice = Callable[[str], None]
 
 
+@shows(steps, "report")
 def extract_axis(
     model: Model,
     roles: Sequence[Role],
@@ -62,7 +64,7 @@ def extract_axis(
     take_from: str | os.PathLike[str] | None = None,
     precision: float | None = None,
     rounds: Sequence[int] | None = None,
-    report: Report | None = None,
+    report: Report | bool | None = None,
     notice: Notice | None = None,
 ) -> Extraction:
     """Extract a model's Assistant Axis, reusing the results in the run folder.
@@ -98,8 +100,9 @@ def extract_axis(
         asked (`persona.rounds`). Default: all roles are asked all questions.
       rounds: the number of questions after each round, such as [8, 16, 32], in ascending order;
         with `precision` only. Default: `precision.rounds_of`.
-      report: a function that is called with (step, done, total, tokens) as progress is made. The
-        step is "rollouts" or "judging". With `precision`, the total is that of the current round.
+      report: by default, a call of more than three seconds shows its progress; False shows
+        nothing. A function is called instead with (step, done, total, tokens). The step is
+        "rollouts" or "judging". With `precision`, the total is that of the current round.
       notice: a function that is called with a line of text for each difference in roles, questions
         or arguments from the previous call, and after each round.
 
@@ -141,7 +144,8 @@ def extract_axis(
         for i, role in enumerate(roles):
             if role.name in redo and processes.owns(i):
                 run.discard(role.name)
-        given: dict[str, Any] = {"keep": keep_means, "older": older, "report": report}
+        given: dict[str, Any] = {"keep": keep_means, "older": older,
+                                 "report": report if callable(report) else None}
         if precision is None:
             found = None
             work = Collection(model, run, roles, {role.name: questions for role in roles}, judge,
@@ -155,7 +159,7 @@ def extract_axis(
             text = (f"replies on which the judge failed: {work.status.failed:,} "
                     f"({work.failures[:120]}); no vector includes these replies; run the same "
                     "command again to judge them")
-            warnings.warn(text, stacklevel=2)
+            warnings.warn(text, stacklevel=3)
         work.status.write("complete")
         return axis_of(model, run, roles, judge, min_count, held_out, work.status.tokens, found)
 

@@ -33,6 +33,7 @@ from jaxpersona.persona.collect import rubric_of
 from jaxpersona.persona.extract import axis_of
 from jaxpersona.persona.extraction import Extraction
 from jaxpersona.persona.source import Report, Source
+from jaxpersona.progress import shows, steps
 from jaxpersona.runs import published
 from jaxpersona.runs.compare import judges_of, manifest_of, roles_of
 from jaxpersona.runs.files import MANIFEST, delete, delete_run
@@ -74,6 +75,7 @@ class Imported:
     notes: list[str]
 
 
+@shows(steps, "report")
 def import_reference(
     source: str | os.PathLike[str],
     run: str | os.PathLike[str],
@@ -86,7 +88,7 @@ def import_reference(
     held_out: Sequence[str] = (),
     keep_means: int | None = KEEP,
     overwrite: bool = False,
-    report: Report | None = None,
+    report: Report | bool | None = None,
 ) -> Imported:
     """Make a run folder from the output folder of the published Assistant Axis code.
 
@@ -109,7 +111,8 @@ def import_reference(
       keep_means: the number of rollouts per role whose response means are stored; None: all.
       overwrite: whether to replace a run in the folder. The old run is deleted only after the whole
         source was read without faults.
-      report: a function that is called with (step, done, total, 0); the steps are "checking",
+      report: by default, a call of more than three seconds shows its progress; False shows
+        nothing. A function is called instead with (step, done, total, 0); the steps are "checking",
         "comparing" (stored response means with recomputed ones) and "import".
 
     Returns:
@@ -148,7 +151,8 @@ def import_reference(
     target = pathlib.Path(os.path.abspath(run))
     _check_target(target, overwrite)
     given = None if roles is None else {role.name: role for role in all_of(Role, roles, "roles")}
-    found = Source(pathlib.Path(source), given, model, report)
+    tell = report if callable(report) else None
+    found = Source(pathlib.Path(source), given, model, tell)
     if unknown := sorted(set(held_out) - set(found.roles) | {DEFAULT} & set(held_out)):
         raise UserError(f"held_out contains {unknown}; give names of the roles in {source}, except "
                         "the default persona")
@@ -158,7 +162,7 @@ def import_reference(
     try:
         with Run.open(temporary, about) as opened:
             result = _write(opened, found, judge, min_count, sorted(held_out), keep_means,
-                            settings.seed, report)
+                            settings.seed, tell)
         _move(temporary, target, overwrite)
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror or error})") from None

@@ -12,6 +12,7 @@ from jaxpersona.judges.protocol import Item
 from jaxpersona.persona.collect import rubric_of
 from jaxpersona.persona.judging import Judging
 from jaxpersona.persona.verdicts import items_of, verdict_counts
+from jaxpersona.progress import shows, steps
 from jaxpersona.runs.closing import State, save_verdicts, state_of
 from jaxpersona.runs.run import Run
 
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
     from jaxpersona.judges.protocol import Judge
 
 
+@shows(steps, "report")
 def judge_run(folder: str | os.PathLike[str], roles: Sequence[Role], judge: Judge, *,
-              report: Callable[[str, int, int, int], None] | None = None,
+              report: Callable[[str, int, int, int], None] | bool | None = None,
               ) -> tuple[dict[str, dict[str, int]], float]:
     """Judge the rollouts in a run folder, and store the verdicts in addition to earlier ones.
 
@@ -33,7 +35,8 @@ def judge_run(folder: str | os.PathLike[str], roles: Sequence[Role], judge: Judg
       roles: the roles of the run, with the `eval_prompt` or description that the judge needs. The
         default persona may be omitted.
       judge: the judge.
-      report: a function that is called with ("judging", done, total, 0) after each verdict.
+      report: by default, a call of more than three seconds shows its progress; False shows
+        nothing. A function is called instead with ("judging", done, total, 0) after each verdict.
 
     Returns:
       (counts, cost): `counts` maps each role to its number of replies per score
@@ -84,7 +87,7 @@ def judge_run(folder: str | os.PathLike[str], roles: Sequence[Role], judge: Judg
                 state.live.judge(f"{judge.name}/{rubric}", {key: verdict})
                 state.verdicts[key] = verdict
                 cost, done = cost + price, done + 1
-                if report is not None:
+                if callable(report):
                     report("judging", done, total, 0)
             if run.path("rollouts", name).exists() and keys and not state.live.records:
                 save_verdicts(run, name, state, judge.name, rubric)

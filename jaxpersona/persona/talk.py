@@ -21,6 +21,7 @@ from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.where import holds, response
 from jaxpersona.models.batch import batch
 from jaxpersona.persona.check import fit
+from jaxpersona.progress import shows
 from jaxpersona.text import chat
 from jaxpersona.vectors.vector import Vector
 
@@ -135,6 +136,7 @@ class Talks:
                      None if self.readout is None else self.readout[:, start:stop])
 
 
+@shows(lambda turn, done, tokens: ("turn", 0, 0, f"turn {turn}, replies: {done}"), "report")
 def grow(
     model: Model,
     openings: Sequence[Sequence[dict[str, str]]],
@@ -145,7 +147,7 @@ def grow(
     seed: int = 0,
     ids: Sequence[int] | None = None,
     readout: bool = False,
-    report: Callable[[int, int, int], None] | None = None,
+    report: Callable[[int, int, int], None] | bool | None = None,
     **settings: Any,
 ) -> Talks:
     """Generate multi-turn conversations with scripted user messages and project every reply.
@@ -163,8 +165,9 @@ def grow(
       ids: N ids that determine the random draws; default: the index of each conversation.
         Conversations with equal ids use the same random draws.
       readout: whether to compute `Talks.readout`.
-      report: a function that is called with (turn, number of replies finished in this turn, number
-        of tokens generated in this turn).
+      report: by default, a call of more than three seconds shows its progress; False shows
+        nothing. A function is called instead with (turn, number of replies finished in this turn,
+        number of tokens generated in this turn).
 
     Returns:
       The replies and their projections.
@@ -242,8 +245,8 @@ def _lists(name: str, given: Any) -> list[list[Any]]:
     return [list(one) for one in entries]
 
 
-def _at_turn(report: Callable[[int, int, int], None] | None,
+def _at_turn(report: Callable[[int, int, int], None] | bool | None,
              turn: int) -> Callable[[int, int, int], None] | None:
-    if report is None:
+    if not callable(report):
         return None
     return lambda done, total, tokens: report(turn, done, tokens)

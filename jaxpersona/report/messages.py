@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,9 +12,11 @@ from jaxpersona.ckpts.files import atomic
 from jaxpersona.extras import require
 from jaxpersona.inputs import printable
 from jaxpersona.persona.reference import Reference
-from jaxpersona.report.style import new_figure, text
+from jaxpersona.report.labels import place
+from jaxpersona.report.style import BLACK, DEFAULT, ROLE, new_figure, style, text
 
-_DEFAULT, _MESSAGE = "#1b7f5c", "#4a6fa5"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def messages(path: pathlib.Path, turns: Sequence[int], values: np.ndarray, names: Sequence[str],
@@ -34,30 +37,47 @@ def messages(path: pathlib.Path, turns: Sequence[int], values: np.ndarray, names
       UserError: matplotlib is not installed.
     """
     require("matplotlib", "figures need matplotlib")
+    with style():
+        figure = _drawn(turns, values, names, layer, references)
+        with atomic(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
+
+
+def _drawn(turns: Sequence[int], values: np.ndarray, names: Sequence[str], layer: int,
+           references: Sequence[Reference | None]) -> Figure:
+    """Return the figure of `messages`, in the style of all figures."""
     figure = new_figure(6.5, 1 + 3 * len(names))
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     for k, (panel, name) in enumerate(zip(panels, names, strict=True)):
-        panel.spines[["top", "right"]].set_visible(False)
         if (known := references[k]) is not None:
             for low, high, alpha in ((1, 99, 0.08), (25, 75, 0.16)):
-                panel.axhspan(known.percentiles[low], known.percentiles[high], color=_DEFAULT,
+                panel.axhspan(known.percentiles[low], known.percentiles[high], color=DEFAULT,
                               alpha=alpha, linewidth=0, label=f"default, p{low}–p{high}")
-            panel.axhline(known.floor, color="black", linewidth=0.8, linestyle="--",
+            panel.axhline(known.floor, color=BLACK, linewidth=0.8, linestyle="--",
                           label="floor of --cap (p25)")
-            for turn, value in zip(turns, values[:, k], strict=True):
-                for role in known.nearest(float(value), 1):
-                    panel.annotate(_plain(role.replace("_", " ")), (turn, value), fontsize=6.5,
-                                   xytext=(0, 6), textcoords="offset points", ha="center")
-        panel.plot(turns, values[:, k], "o-", color=_MESSAGE, label=_plain(name))
-        panel.set_ylabel(f"mean projection, layer {layer}", fontsize=8)
-        panel.legend(frameon=False, fontsize=7)
-    panels[-1].set_xticks(list(turns))
+        panel.plot(turns, values[:, k], color=ROLE, marker="o", label=_plain(name))
+        panel.set_ylabel(f"mean projection, layer {layer}")
+        panel.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2)
+    panels[-1].set_xticks(_ticks(turns))
     panels[-1].set_xlabel("index of the message in the conversation")
     roles = any(known is not None and known.roles for known in references)
     panels[0].set_title("Projection of each assistant message"
-                        + (", with its nearest role" if roles else ""), fontsize=10)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
+                        + (", with its nearest role" if roles else ""), pad=22)  # above the legend
+    figure.draw_without_rendering()  # the layout, which names beside the points do not change
+    figure.set_layout_engine("none")
+    for k, panel in enumerate(panels):
+        points = [(role.replace("_", " "), float(turn), float(value))
+                  for turn, value in zip(turns, values[:, k], strict=True)
+                  for known in references[k : k + 1] if known is not None
+                  for role in known.nearest(float(value), 1)]
+        place(panel, [(printable(role), x, y) for role, x, y in points],
+              np.stack([np.asarray(turns, float), values[:, k]], 1))
+    return figure
+
+
+def _ticks(turns: Sequence[int]) -> list[int]:
+    """Return at most twenty of the indices, evenly spaced."""
+    return list(turns)[:: -(-len(turns) // 20)]
 
 
 def _plain(name: str) -> str:

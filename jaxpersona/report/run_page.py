@@ -20,6 +20,7 @@ from jaxpersona.ckpts.files import write_text
 from jaxpersona.errors import UserError
 from jaxpersona.extras import require
 from jaxpersona.inputs import printable, read_bytes
+from jaxpersona.progress import shows, steps
 from jaxpersona.report import run_about
 from jaxpersona.report.run_bars import intervals
 from jaxpersona.report.run_drift import read_drift
@@ -32,7 +33,8 @@ Progress = Callable[[str, int, int, int], None]
 
 
 @checked_call
-def page(run: str | os.PathLike[str], *, report: Progress | None = None) -> str:
+@shows(steps, "report")
+def page(run: str | os.PathLike[str], *, report: Progress | bool | None = None) -> str:
     """Return one HTML document about a run of `jaxpersona axis`.
 
     The page shows the role vectors on two principal components, the ranking of the roles by their
@@ -44,7 +46,8 @@ def page(run: str | os.PathLike[str], *, report: Progress | None = None) -> str:
 
     Args:
       run: the run folder; it is not changed.
-      report: a progress function, called with (step, done, total, 0).
+      report: by default, a call of more than three seconds shows its progress; False shows
+        nothing. A function is called with (step, done, total, 0) instead.
 
     Raises:
       UserError: plotly is missing, the folder contains no run, or one of its files is damaged.
@@ -60,22 +63,25 @@ def page(run: str | os.PathLike[str], *, report: Progress | None = None) -> str:
     _check_path("run", run)
     folder = check_run(run)
     library, version = plotly_js()
-    found, notes = read(folder, report=report), Notes()
+    tell = report if callable(report) else None
+    found, notes = read(folder, report=tell), Notes()
     drift = read_drift(folder, int(found.manifest.get("model", {}).get("layers", 1)))
-    bars = intervals(found, report)
-    data = values(found, notes, drift, report, bars)
+    bars = intervals(found, tell)
+    data = values(found, notes, drift, tell, bars)
     return _document(run_about.context(found, data, notes.lines, version, bars), data, library)
 
 
 @checked_call
+@shows(steps, "report")
 def write_page(run: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, *,
-               report: Progress | None = None) -> pathlib.Path:
+               report: Progress | bool | None = None) -> pathlib.Path:
     """Write the page of a run (`page`) to a file, and return its path.
 
     Args:
       run: the run folder.
       out: the file, which is replaced if it exists; default: report.html in the run folder.
-      report: a progress function, called with (step, done, total, 0).
+      report: by default, a call of more than three seconds shows its progress; False shows
+        nothing. A function is called with (step, done, total, 0) instead.
 
     Raises:
       UserError: as for `page`, or the file cannot be written.

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from jaxpersona.brief import brief
+from jaxpersona.calls import checked_call
 from jaxpersona.errors import UserError
 from jaxpersona.models.batch import (
     ASSISTANT,
@@ -68,14 +69,14 @@ class Row:
     __repr__ = brief
 
 
+@checked_call
 def encode(model: Any, conversations: Iterable[Any], *, reply: bool = True, thinking: bool = False,
            width: int | None = None, variables: Mapping[str, Any] | None = None) -> Batch:
-    """Encode conversations as a batch.
+    """Encode B conversations as a batch.
 
     Args:
       model: a `Model` or another object with a `tokenizer` attribute, or a tokenizer.
-      conversations: an iterable of B conversations, each a list of {"role", "content"} dicts or a
-        string (one user message).
+      conversations: an iterable of lists of {"role", "content"}, or strings (one user message).
       reply: whether to append the generation prompt.
       thinking: the value of the template variable `enable_thinking`.
       width: the padded length of all rows in tokens; default: the length of the longest row.
@@ -121,7 +122,8 @@ def listed(given: Any, name: str = "conversations") -> list[Any]:
         raise UserError(f"{name} is a single string ({given[:40]!r}); wrap it in a list")
     if isinstance(given, (Mapping, Row)):
         noun = "message" if isinstance(given, Mapping) else "Row"
-        raise UserError(f"{name} is a single {noun}; give a list of {name}")
+        fix = f"a list of {name} (token ids: .input_ids)"
+        raise UserError(f"{name} is a single {noun}; give {fix}")
     try:
         items = list(given) if not isinstance(given, (set, frozenset)) else None
     except TypeError:  # not iterable, such as a 0-d array
@@ -294,13 +296,11 @@ def check_conversation(conversation: Any, *, reply: bool = True) -> list[dict[st
                             "give only role and content")
         role, content = message["role"], message["content"]
         if not isinstance(role, str) or role not in ROLES:
-            raise UserError(f"message {i} has role {role!r}; it must be system, user or "
-                            "assistant")
+            raise UserError(f"message {i} has role {role!r}; give system, user or assistant")
         if not isinstance(content, str):
             raise UserError(f"message {i} has content {content!r:.60}; it must be a string")
         if re.search("[\ud800-\udfff]", content):
-            raise UserError(f"message {i} contains a lone surrogate, which is invalid Unicode; "
-                            "remove it")
+            raise UserError(f"message {i} contains a lone surrogate (invalid Unicode); remove it")
         if role == "system" and i:
             raise UserError(f"message {i} has role 'system'; only message 0 can have it")
         out.append({"role": role, "content": content})
@@ -311,8 +311,8 @@ def check_conversation(conversation: Any, *, reply: bool = True) -> list[dict[st
 
 
 def _tokenizer(model: Any) -> Any:
-    tokenizer = model if hasattr(model, "apply_chat_template") else getattr(
-        model, "tokenizer", None)
+    own = hasattr(model, "apply_chat_template")
+    tokenizer = model if own else getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise UserError("the model has no tokenizer; pass token ids to batch.batch instead")
     return tokenizer

@@ -29,6 +29,7 @@ from jaxpersona.interventions.where import as_where, everywhere
 from jaxpersona.models.batch import Batch, check_ids
 from jaxpersona.models.forward import Output, forward
 from jaxpersona.models.int8 import weights_note
+from jaxpersona.progress import shows
 from jaxpersona.runtime import check_process
 from jaxpersona.vectors.vector import Vector
 
@@ -102,6 +103,7 @@ class Direction(nnx.Module):
                                              **weights_note(model.params)})
 
 
+@shows(lambda done, total, loss: ("train", done, total, f"loss {loss:.4g}"))
 def fit(
     model: Model,
     direction: Direction,
@@ -111,7 +113,7 @@ def fit(
     steps: int,
     optimizer: optax.GradientTransformation | None = None,
     folder: str | pathlib.Path | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Callable[[int, int, float], None] | bool | None = None,
 ) -> list[float]:
     """Train a direction in place; the model's parameters are frozen.
 
@@ -125,7 +127,8 @@ def fit(
       optimizer: an optax optimizer; by default, Adam with a learning rate of 0.05.
       folder: the folder for checkpoints, which are saved every fifty steps and at the end. A later
         call resumes from the last checkpoint. If None, no checkpoints are saved.
-      progress: a function that is called after each step with (steps done, steps, loss).
+      progress: by default, a call of more than three seconds shows its progress; False shows
+        nothing. A function is called after each step with (steps done, steps, loss) instead.
 
     Returns:
       The loss of every step of this call.
@@ -209,7 +212,7 @@ def fit(
             if checkpoints is not None and (
                     (number + 1) % _SAVE_EVERY == 0 or number + 1 == steps):
                 checkpoints.save(number + 1, (learned, optimizer_state))
-            if progress is not None:
+            if callable(progress):
                 progress(number + 1, steps, losses[-1])
     nnx.update(direction, learned)
     return losses

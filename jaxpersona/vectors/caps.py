@@ -17,11 +17,12 @@ from jaxpersona.interventions.operators import cap
 from jaxpersona.interventions.where import Where, everywhere
 from jaxpersona.models.config import MAX_LAYERS, ModelConfig
 from jaxpersona.models.params import SCHEME
+from jaxpersona.vectors.saved import Saved
 from jaxpersona.vectors.vector import CONTROL_VECTOR, Vector, check_names, float32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Caps(Table):
+class Caps(Table, Saved):
     """An ordered list of n caps, each a floor on one projection of the residual stream.
 
     A layer may have several caps, which are applied in the order of the list.

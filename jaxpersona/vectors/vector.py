@@ -16,22 +16,24 @@ import numpy as np
 from jaxpersona.brief import line, quoted
 from jaxpersona.errors import UserError
 from jaxpersona.export import Table
-from jaxpersona.interventions.bank import Layers, normalised, resolve_layers
+from jaxpersona.interventions.bank import Layers, normalised, plain, resolve_layers
 from jaxpersona.interventions.table import SITES, Site
 from jaxpersona.models.params import SCHEME, origin
+from jaxpersona.vectors.saved import Saved
 
 POPULATIONS = ("default", "all")
 CONTROL_VECTOR = "GGUF control vector"  # notes["source"] of a vector written by another program
 
 
 def float32(values: Any, field: str) -> np.ndarray:
+    values = plain(values)
     if np.iscomplexobj(values):
         raise UserError(f"{field} is complex; give real numbers")
     try:
         # an overflow results in infinity, which the caller rejects
         with np.errstate(over="ignore"):
             return np.asarray(values, np.float32)
-    except (OverflowError, TypeError, ValueError) as error:  # NumPy rejects 10**400, {} or text
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:  # 10**400, {} or text
         raise UserError(f"{field} cannot be converted to float32 ({error})") from None
 
 
@@ -74,7 +76,7 @@ def _plain(notes: Any) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Vector(Table):
+class Vector(Table, Saved):
     """A direction in activation space at every layer of one model.
 
     Attributes:
@@ -168,8 +170,9 @@ class Vector(Table):
         Raises:
           UserError: always.
         """
-        raise UserError(f"{self.kind} {self.name!r} has no thresholds, because it is not an Axis; "
-                        "load an axis with jp.load_axis, or give the floor as numbers")
+        raise UserError(f"{self.kind} {self.name!r} has no thresholds, because it is not an Axis "
+                        "(nor is a part, multiple or sum of an axis); give the axis itself with "
+                        "layers=, or the floor as numbers")
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Return the values, so that `np.asarray(vector)` is [L, D]."""
@@ -196,6 +199,19 @@ class Vector(Table):
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: float) -> Vector:
+        """Return the direction divided by a number."""
+        if not isinstance(divisor, (int, float, np.number)):
+            return NotImplemented
+        if divisor == 0:
+            raise UserError(f"{self.kind} {self.name!r} was divided by {divisor}; use another "
+                            "number")
+        return self._with(self.values / np.float32(divisor), f"{self.name}/{divisor:g}")
+
+    def __radd__(self, start: Any) -> Vector:
+        """Return the direction itself for 0, the start of Python's `sum`."""
+        return self if type(start) is int and start == 0 else NotImplemented
+
     def __add__(self, other: Vector) -> Vector:
         """Return the sum of two directions of the same model and site."""
         if not isinstance(other, Vector):
@@ -217,14 +233,17 @@ class Vector(Table):
         kept[at] = self.values[at]
         return self._with(kept, self.name)
 
-    def cosine(self, other: Vector) -> np.ndarray:
+    def cosine(self, other: Vector | Any) -> np.ndarray:
         """Return the cosine similarity to another direction at every layer, [L].
 
+        The other direction is a `Vector` or an array [L, D].
         The similarity is NaN at layers where one of the directions is zero.
 
         Raises:
           UserError: the shape, the site or the fingerprint differs.
         """
+        if not isinstance(other, Vector):
+            other = Vector(other, "other", site=self.site)
         self._check_same(other)
         # in float64, where no product of two float32 values overflows or underflows
         mine, theirs = self.values.astype(np.float64), other.values.astype(np.float64)

@@ -52,7 +52,7 @@ REFUSED = {
     "site is 'head'": lambda: cap(V, layers=1, floor=0, site="head"),
     "give the index of each row's direction in `rows=`": lambda: steer([AXIS, AXIS], layers=1),
     "vector contains a non-finite value": lambda: steer(NAN, layers=1),
-    "vector is zero at a chosen layer; give nonzero vectors": lambda: steer(ZERO, layers=1),
+    "vector is zero at a chosen layer .*; give nonzero vectors": lambda: steer(ZERO, layers=1),
     "vector has shape \\(2, 8\\)": lambda: steer(np.ones((2, 8)), layers=1),
     "vector has shape \\(\\)": lambda: steer(np.float32(2), layers=1),
     "3 layers, but the number of chosen .* 2": lambda: steer(np.ones((1, 3, 8)), layers=[1, 2]),
@@ -219,6 +219,11 @@ def test_where_asks_kind_and_turn():
     assert at(response) == [3, 4, 5] and at(generated) == [5] and at(last) == [5]
     assert at(turns("assistant")) == [2, 3, 4, 5] and at(turns("user")) == [0]
     assert at(response.without("code")) == [4, 5] and at(everywhere.without("first"))[0] == 1
+    # the union of two roles, as a test
+    user, system, assistant = map(turns, ("user", "system", "assistant"))
+    assert at(user | assistant) == at(assistant | user) == [0, 2, 3, 4, 5]
+    assert at(user | system) == [0] and at(user | system | assistant) == [0, 2, 3, 4, 5]
+    assert at((user | assistant) & assistant) == at(assistant)
     # "any of" is kept on either side of &
     assert at(from_last & turns("assistant")) == at(turns("assistant") & from_last) == [5]
     assert at(from_last & from_last) == [5]

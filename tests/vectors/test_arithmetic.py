@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import support as s
 
 import jaxpersona as jp
 
@@ -86,3 +87,35 @@ def test_percentiles_are_listed_by_number_and_names_without_a_number_last():
         axis.thresholds("p50", of="all")
     assert list(axis.records()[1])[2:] == ["all p5", "all p25.5", "all p100", "all best"]
     assert axis.records()[1]["all p5"] == 2.0
+
+
+def test_division_sums_and_cosines_with_arrays():
+    axis = jp.load_axis("mini")
+    half = axis / 2
+    assert type(half) is jp.Vector and half.model == axis.model and half.name.endswith("/2")
+    np.testing.assert_array_equal(half.values, axis.values / 2)
+    np.testing.assert_allclose(np.linalg.norm((axis / np.linalg.norm(axis)).values), 1, rtol=1e-6)
+    np.testing.assert_array_equal(sum([axis, half]).values, (axis + half).values)
+    np.testing.assert_array_equal(axis.cosine(half.values), axis.cosine(half))
+    with pytest.raises(jp.UserError, match="differ in shape"):
+        axis.cosine(axis.values[:, :4])
+
+
+def test_a_vector_and_caps_save_themselves(tmp_path):
+    axis = jp.load_axis("mini")
+    assert axis.save(tmp_path / "axis.safetensors") == []
+    assert repr(jp.load_axis(tmp_path / "axis.safetensors")) == repr(axis)
+    caps = jp.Caps(axis.values[4:5], (4,), np.ones(1), ("a",))
+    assert caps.save(tmp_path / "caps.safetensors") == []
+    assert list(jp.load_caps(tmp_path / "caps.safetensors")) == ["caps"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_tensors_of_pytorch_are_accepted(dtype):
+    torch = pytest.importorskip("torch")
+    values = torch.ones(8, 128, dtype=getattr(torch, dtype)).requires_grad_()
+    assert jp.Vector(values).values.shape == (8, 128)
+    of_array = jp.steer(np.ones(128), layers=4)
+    assert s.same_bits(jp.steer(values[4], layers=4), of_array)
+    assert s.same_bits(jp.steer([values[4]], layers=4, rows=[0]),
+                       jp.steer(np.ones((1, 128)), layers=4, rows=[0]))

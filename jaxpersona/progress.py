@@ -1,0 +1,153 @@
+"""The display of progress in slow functions, and the values of their argument `progress=`.
+
+By default (None or True), a function that takes longer than `SECONDS` shows how far it is: on a
+terminal and in a notebook as one line that is rewritten, otherwise as a line every `EVERY` seconds,
+always on standard error. False shows nothing, and a function is called with the numbers instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+from jaxpersona.errors import UserError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+State = tuple[str, int, int, str]  # the step, the numbers done and in total, and a note
+
+SECONDS = 3.0  # the time before a display appears
+EVERY = 30.0  # seconds between lines if standard error is no terminal
+_REWRITE = 0.5  # seconds between two versions of the line on a terminal
+_lock = threading.Lock()
+_muted = 0  # the number of running functions within which no other display appears
+
+
+@contextlib.contextmanager
+def muted() -> Iterator[None]:
+    """Show no progress within the block, such as in a command with a display of its own."""
+    global _muted
+    with _lock:
+        _muted += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _muted -= 1
+
+
+def shows(read: Callable[..., State], argument: str = "progress",
+          ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a function, so that it accepts True, False and None for its progress function.
+
+    The decorated function gets a function or None.
+
+    Args:
+      read: a function that converts the numbers of a call of the progress function to a `State`.
+      argument: the name of the argument, which must be a keyword-only argument.
+    """
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **named: P.kwargs) -> R:
+            given: Any = named.get(argument)
+            if not (given is None or isinstance(given, bool) or callable(given)):
+                raise UserError(f"{argument} is {given!r:.40}; give True (the default), False to "
+                                "show nothing, or a function")
+            display = None
+            if (given is None or given is True) and not _muted:
+                display = _Display(function.__name__, read)
+                given = display.tell
+            changed: Any = {**named, argument: given if callable(given) else None}
+            with muted(), display or contextlib.nullcontext():
+                return function(*args, **changed)
+
+        return call
+
+    return decorate
+
+
+class _Display:
+    """A context manager that shows the latest state from a thread, after `SECONDS`."""
+
+    def __init__(self, name: str, read: Callable[..., State]) -> None:
+        self._name, self._read, self._state = name, read, ("", 0, 0, "")
+        self._begun: dict[str, tuple[float, int]] = {}
+        self._ended, self._width = threading.Event(), 0
+        self._thread = threading.Thread(target=self._show, daemon=True, name="progress")
+
+    def tell(self, *numbers: Any) -> None:
+        """Store the numbers of a call of the progress function."""
+        state = self._read(*numbers)
+        self._begun.setdefault(state[0], (time.perf_counter(), 0))
+        self._state = state
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _show(self) -> None:
+        if self._ended.wait(SECONDS):
+            return
+        from jaxpersona.distributed import processes
+
+        if not processes.first():
+            return
+        rewritten = _rewrites()
+        while True:
+            with contextlib.suppress(OSError, ValueError):  # standard error is closed
+                self._write(self._text(), rewritten)
+            if self._ended.wait(_REWRITE if rewritten else EVERY):
+                break
+        if rewritten:
+            with contextlib.suppress(OSError, ValueError):
+                self._write("", True)
+                sys.stderr.write("\r")
+                sys.stderr.flush()
+
+    def _text(self) -> str:
+        step, done, total, note = self._state
+        now = time.perf_counter()
+        if not total:
+            return f"{self._name} is running, {now - self._start:.0f} s" + (
+                f", {note}" if note else "")
+        parts = [f"{step} {done:,}/{total:,}", note, f"{now - self._start:.0f} s"]
+        if 0 < done < total:
+            spent = now - self._start if len(self._begun) == 1 else now - self._begun[step][0]
+            parts.append(f"about {spent / done * (total - done):.0f} s left")
+        return ", ".join(part for part in parts if part)
+
+    def _write(self, text: str, rewritten: bool) -> None:
+        out = sys.stderr
+        out.write("\r" + text.ljust(self._width) if rewritten else text + "\n")
+        self._width = len(text)
+        out.flush()
+
+
+def _rewrites() -> bool:
+    """Return whether standard error shows a line that is rewritten: a terminal or a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return sys.stderr.isatty() or type(shell).__name__ == "ZMQInteractiveShell"
+
+
+def tokens(step: str) -> Callable[[int, int, int], State]:
+    """Return the reader of progress functions (done, total, tokens) of a step."""
+    return lambda done, total, count: (step, done, total, f"{count:,} tokens" if count else "")
+
+
+def steps(step: str, done: int, total: int, count: int) -> State:
+    """Read the numbers of progress functions (step, done, total, tokens)."""
+    return step, done, total, f"{count:,} tokens" if count else ""
+
+
+def megabytes(done: int, total: int) -> State:
+    """Read the numbers of progress functions (bytes done, bytes in total)."""
+    return "load (MB)", done // 1_000_000, max(1, total // 1_000_000), ""

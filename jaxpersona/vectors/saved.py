@@ -1,0 +1,28 @@
+"""The method `save` of directions and caps.
+
+The module `ckpts.vectors`, which reads and writes files, imports the classes of this package. It
+therefore sets the function that writes a file (`Saved.write`) when it is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+
+class Saved:
+    """A direction or caps, which can be written to a file."""
+
+    write: ClassVar[Callable[[Any, Any], list[str]]]
+
+    def save(self, path: str | os.PathLike[str]) -> list[str]:
+        """Write the values and metadata to a file (`save_vector`).
+
+        Returns:
+          Descriptions of the parts that the file's format cannot store.
+
+        Raises:
+          UserError: as for `save_vector`.
+        """
+        return type(self).write(path, self)
