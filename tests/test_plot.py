@@ -300,7 +300,8 @@ def test_the_figure_of_messages_has_a_panel_for_each_direction(tmp_path, monkeyp
 def test_tokens_are_coloured_by_their_values():
     found, model = conversation(2)
     row, values = found.rows[0], found.captured["projections"][0]
-    ax = jp.plot.projections(found, model, layer=2, centre=0.0)
+    found.captured["projections"][0] = np.concatenate([-values, values], -1)
+    ax = jp.plot.projections(found, model, layer=2, direction=1, centre=0.0)
     pieces = [text for text in ax.texts if text.get_gid() == "token"]
     assert len(pieces) == len(row.tokens) == len(ax.patches)
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["system", "user", "assistant"]

@@ -96,8 +96,9 @@ def test_wrong_scores_and_files_are_refused(tmp_path):
         with pytest.raises(jp.UserError, match="score of ghost/q0 is"):
             in_order(judge, ITEMS)
     fill(path, {"ghost/q0": "2"})
-    other = [Item("q0", GHOST, "Who?", "Another reply.")]
-    assert "a different question or answer for ghost/q0" in in_order(judge, other)[0].error
+    for question, answer in (("Who?", "Another reply."), ("Why?", TEXTS[0])):
+        other = [Item("q0", GHOST, question, answer, "Be one.")]
+        assert "a different question or answer for ghost/q0" in in_order(judge, other)[0].error
     for text, wanted in (("item,score\na,1\n", "no column 'digest'"),
                          ("item,score,digest\na,1,x\na,1,x\n", "twice"), ("", "no column")):
         path.write_text(text)

@@ -128,6 +128,20 @@ def test_after_a_call_without_an_axis_a_page_is_that_of_the_earlier_axis(tmp_pat
     assert found.judge == "another" and ("a" in found.counts) == (score is not stops)
 
 
+def test_a_ranking_of_a_folder_has_open_circles_for_the_roles_held_out_of_its_run(tmp_path):
+    place = {"default": 9.0, "a": 2.0, "b": 1.0, "c": 3.0, "d": 4.0}
+    folder = made_runs.make(tmp_path / "run", ["a", "b", "c", "d"],
+                            lambda role, key: np.full((3, 32), place[role]),
+                            lambda role, key: "Ahoy.", held_out=["c"])
+    for more, wanted in (((), "c"), (["a"], "ac")):
+        ax = jp.plot.ranking(folder, held_out=more)
+        names = [tick.get_text() for tick in ax.get_yticklabels()]
+        assert names[:4] == ["b", "a", "c", "d"]
+        assert {names[int(dot.get_ydata()[0])]: dot.get_fillstyle() for dot in ax.lines
+                if dot.get_marker() == "o"} == {
+            name: "none" if name in wanted else "full" for name in "abcd"}
+
+
 @pytest.mark.parametrize(("status", "closed", "axis", "complete", "wanted"), [
     (None, "abcdh", True, False, "no status.json, so the state of the run is unknown; 5 of 6"),
     ("complete", "abcdh_", True, True, None),

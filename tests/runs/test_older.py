@@ -89,6 +89,21 @@ def test_only_what_the_old_run_lacks_is_generated(both, tmp_path, monkeypatch):
     assert contents(tmp_path / "run") == two
 
 
+@pytest.mark.parametrize(("prompt", "question", "wanted"), [
+    ("Be a ghost.", "How?", {"p1_q0", "p1_q1"}), ("Act as a ghost.", "Who?", {"p0_q1", "p1_q1"})])
+def test_only_rollouts_of_equal_prompts_and_questions_are_taken(both, tmp_path, monkeypatch, prompt,
+                                                                question, wanted):
+    made = set()
+    task = stream.Stream._task
+    monkeypatch.setattr(stream.Stream, "_task", lambda self, tag, *rest: made.add(
+        (tag[0], live.rollout_key(tag[1]))) or task(self, tag, *rest))
+    roles = [ROLES[0], dataclasses.replace(ROLES[1], prompts=(ROLES[1].prompts[0], prompt)),
+             *ROLES[2:]]
+    extract_axis(MODEL, roles, [QUESTIONS[0], dataclasses.replace(QUESTIONS[1], text=question)],
+                 tmp_path / "run", judge=JUDGE, settings=SETTINGS, min_count=2, take_from=both[1])
+    assert {key.removeprefix("pos_") for role, key in made if role == "ghost"} == wanted
+
+
 def test_another_judge_scores_the_old_rollouts(both, tmp_path):
     asked = []
     judge = s.Scored(lambda role, key: asked.append(role) or 3, "other")

@@ -17,6 +17,7 @@ from jaxpersona.ckpts.vectors import load_axis
 from jaxpersona.data.texts import Question, Role
 from jaxpersona.judges.judges import SelfJudge
 from jaxpersona.judges.protocol import Item
+from jaxpersona.models.prepared import in_int8
 from jaxpersona.persona import axis as science
 from jaxpersona.persona.extract import extract_axis
 from jaxpersona.runs.manifest import numerics, tokens_digest
@@ -111,7 +112,7 @@ def test_question_ids_and_counts_of_scores_are_checked(tmp_path):
 
 
 def test_what_changes_bits_is_recorded_and_compared(tmp_path, monkeypatch):
-    """A change of device, mesh, JAX flags, environment or tokenizer raises an error."""
+    """A change of device, mesh, JAX flags, environment, tokenizer or int8 raises an error."""
     out, roles = tmp_path / "run", cast("a", "b")
     find(out, roles)
     kept = json.loads((out / "run.json").read_text())
@@ -137,6 +138,8 @@ def test_what_changes_bits_is_recorded_and_compared(tmp_path, monkeypatch):
     other = s.byte_tokenizer()
     other.chat_template = other.chat_template.replace("assistant\n", "assistant: ")
     refused("roles.a was .*; roles.b was", model=dataclasses.replace(MODEL, tokenizer=other))
+    refused('model.weights was absent, now "int8 per channel"', model=dataclasses.replace(
+        MODEL, params=in_int8(MODEL.params)))
     refused("model.stop_ids", model=dataclasses.replace(MODEL, stop_ids=(257, 9)))
 
 
