@@ -4,6 +4,8 @@ The model is a pure function. Captures and interventions are pytrees of arrays t
 this function, and their operations are compiled into the model's program.
 """
 
+from importlib.metadata import version as _version
+
 # imported first so that the CLI handles signals during the slow imports below
 from jaxpersona import interrupt as _interrupt  # noqa: F401
 
@@ -69,7 +71,7 @@ from jaxpersona.text.chat import encode
 from jaxpersona.vectors.caps import Caps
 from jaxpersona.vectors.vector import Axis, Vector
 
-__version__ = "0.1.0"
+__version__ = _version("jaxpersona")
 
 __all__ = [
     "Applied", "Axis", "Batch", "Cache", "Caps", "Carry", "Check", "Engine", "Event", "Extracted",

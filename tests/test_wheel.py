@@ -31,6 +31,7 @@ def test_the_wheel_is_whole(tmp_path):
     data = ROOT / "jaxpersona" / "data"
     wanted |= {f"jaxpersona/data/{p.relative_to(data).as_posix()}" for p in data.rglob("*")
                if p.suffix in (".json", ".jsonl", ".md", ".png")}
+    wanted.add("jaxpersona/py.typed")
     wanted |= {f"jaxpersona/report/run_page.{kind}" for kind in ("html", "css", "js")}
     wanted |= {f"jaxpersona/ckpts/mini/{name}" for name in (
         "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "README.md",
@@ -42,8 +43,9 @@ def test_the_wheel_is_whole(tmp_path):
     zipfile.ZipFile(wheel).extractall(site)
     code = (f"import sys; sys.path.insert(0, {str(site)!r}); import jaxpersona as jp; "
             f"assert jp.__file__.startswith({str(site)!r}); import jaxpersona.kernels.reference; "
-            "print(jp.load('mini').config.n_layers)")
+            "print(jp.load('mini').config.n_layers, jp.__version__)")
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
                          text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    assert int(ran.stdout) > 0
+    layers, version = ran.stdout.split()
+    assert int(layers) > 0 and f"jaxpersona-{version}-" in wheel.name

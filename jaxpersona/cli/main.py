@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -26,6 +26,25 @@ from jaxpersona.errors import UserError
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None,
                   pretty_exceptions_enable=False,
                   help="Measure, steer and cap a language model's persona.")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import jax
+
+        import jaxpersona
+
+        output.say(f"jaxpersona {jaxpersona.__version__} (jax {jax.__version__})")
+        raise typer.Exit
+
+
+@app.callback()
+def _before(version: Annotated[bool, typer.Option(
+        "--version", is_eager=True, callback=_version,
+        help="Print the versions of jaxpersona and JAX, and exit.")] = False) -> None:
+    """Handle the options that precede a command."""
+
+
 app.add_typer(vectors_app, name="vectors")
 app.add_typer(data_app, name="data")
 app.add_typer(judge_app, name="judge")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import pathlib
 
+import jax
 import pytest
 import support as s
 import typer
@@ -162,3 +164,10 @@ def test_the_demo_ends_in_a_table_and_two_conversations(capsys):
     for text in ("  user: The code?", "  uncapped: It is 7.", "  capped:   I cannot say.",
                  "  user: [b]Who?", "  uncapped: The void."):
         assert text in said.splitlines()
+
+
+def test_the_command_prints_its_version(capsys):
+    assert s.run_command(["--version"]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"jaxpersona {jp.__version__} (jax {jax.__version__})\n" and not said.err
+    assert jp.__version__ == importlib.metadata.version("jaxpersona")
