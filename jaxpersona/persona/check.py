@@ -193,7 +193,9 @@ def check(
     if not judged[0][0]:  # if the sign is wrong, the other tests are meaningless
         judged = judged[:1]
     elif floors is not None:
-        judged.append(_scale(chosen, ours, theirs, floors, spread, _centre(axis, chosen, ours)))
+        own = isinstance(axis, Axis) and axis.origin and axis.fingerprint == model.fingerprint
+        judged.append(_scale(chosen, ours, theirs, floors, spread, _centre(axis, chosen, ours),
+                             known=bool(own)))
     faults = tuple(text for fine, text in judged if not fine)
     return Check(not faults, faults, tuple(text for _, text in judged), chosen,
                  ours.mean(0).astype(np.float32), theirs.mean(0).astype(np.float32), shift,
@@ -345,17 +347,27 @@ def _layer_base(axis: Axis | Caps, difference: np.ndarray) -> tuple[tuple[bool, 
 
 
 def _scale(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray,
-           floors: np.ndarray, spread: np.ndarray, centre: np.ndarray) -> tuple[bool, str]:
+           floors: np.ndarray, spread: np.ndarray, centre: np.ndarray, *,
+           known: bool = False) -> tuple[bool, str]:
     """Test that no floor is far above the default persona's projections or far below the roles'.
 
     A floor above the default persona's median (`centre`) passes with a warning.
+
+    Args:
+      layers: the l layers.
+      ours, theirs: the projections of the default persona's and the roles' replies, [n, l].
+      floors, spread, centre: the floors, and the standard deviation and median of the default
+        persona's projections, each [l].
+      known: whether `centre` was measured on this model. The short replies of the check may have
+        lower projections than the replies of a run, so both are then compared with the floors.
 
     Returns:
       (whether the test passed, sentence).
     """
     high, low = ours.mean(0), theirs.mean(0)
     gap = high - low
-    above = floors > high + np.maximum(gap, 4 * ours.std(0))
+    most = np.maximum(high, centre) if known else high
+    above = floors > most + np.maximum(gap, 4 * ours.std(0))
     below = floors < low - np.maximum(gap, 4 * theirs.std(0))
     for wrong, words in ((above, "far above the default persona's projections, so the cap would "
                                  "change every token"),

@@ -86,6 +86,13 @@ def test_a_wrong_sign_and_a_wrong_scale_are_named(mini, axis):
     for factor, words in ((100, "would change every token"), (-100, "would never bind")):
         found = jp.check(mini, axis, floor=factor * floor)
         assert not found.ok and len(found.faults) == 1 and words in found.faults[0]
+    # a model's own percentiles may be above the short replies of the check, others may not
+    table = axis.percentiles["default"]
+    raised = dataclasses.replace(axis, percentiles={"default": {
+        name: value + 1000 for name, value in table.items()}})
+    assert jp.check(mini, raised).ok
+    unknown = jp.check(mini, dataclasses.replace(raised, fingerprint=""))
+    assert not unknown.ok and "would change every token" in unknown.faults[0]
     turned = axis.values.copy()
     turned[5] *= -1
     found = jp.check(mini, Axis(turned))

@@ -42,6 +42,19 @@ def test_a_floor_above_most_default_projections_gets_a_warning():
     assert module._spread(caps, (3, 5), ours).tolist() == [2 ** 0.5] * 2
 
 
+def test_a_floor_is_compared_with_the_median_that_was_measured_on_this_model():
+    """The replies of a run may have higher projections than the short replies of the check."""
+    ours, theirs = np.array([[9.0], [11.0]]), np.array([[-1.0], [1.0]])  # a limit of 10 + 10
+    centre, spread = np.array([40.0]), np.ones(1)
+    for floor, known, wanted in ((35, True, True), (35, False, False), (49, True, True),
+                                 (51, True, False), (19, False, True)):
+        fine, said = module._scale((3,), ours, theirs, np.array([float(floor)]), spread, centre,
+                                   known=known)
+        assert fine == wanted and (fine or "change every" in said)
+    fine, _ = module._scale((3,), ours, theirs, np.array([19.0]), spread, np.zeros(1), known=True)
+    assert fine  # the larger of the two
+
+
 def test_floors_of_all_layers_are_read_at_the_chosen_ones():
     chosen, _, floors = module._entries(s.tiny_model(), Axis(np.ones((3, 32))), [2],
                                         np.array([1.0, 2.0, 3.0]))
