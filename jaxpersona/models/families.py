@@ -127,34 +127,34 @@ def _gemma3(raw: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+_LLAMA = frozenset({"mlp_bias"})
 _WINDOW = frozenset({"sliding_window", "layer_types"})
 _QWEN_DEFAULT = {"hidden_act": "silu", "sliding_window": 4096, "num_key_value_heads": 32}
 _QWEN = _WINDOW | {"use_sliding_window", "max_window_layers"}
+_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 # `sliding_window_size`, an older name of `sliding_window`, is accepted but not used
-_GEMMA2 = _WINDOW | {"query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
-                     "hidden_activation", "sliding_window_size"}
+_GEMMA2 = _WINDOW | {"query_pre_attn_scalar", "hidden_activation", "sliding_window_size", *_CAPS}
+_GEMMA_DEFAULT = {
+    "hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "sliding_window": 4096,
+    "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "tie_word_embeddings": True}
 _GEMMA3 = _GEMMA2 | {"rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern",
                      "use_bidirectional_attention"}
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("llama", "LlamaForCausalLM", "llama", frozenset({"mlp_bias"}), _llama,
-               {"hidden_act": "silu"}),
+        Family("llama", "LlamaForCausalLM", "llama", _LLAMA, _llama, {"hidden_act": "silu"}),
         Family("mistral", "MistralForCausalLM", "mistral", _WINDOW, _mistral,
                {"hidden_act": "silu", "sliding_window": 4096, "num_key_value_heads": 8}),
         Family("qwen2", "Qwen2ForCausalLM", "qwen2", _QWEN, _qwen2, _QWEN_DEFAULT),
         Family("qwen3", "Qwen3ForCausalLM", "qwen3", _QWEN, _qwen3,
                {**_QWEN_DEFAULT, "head_dim": 128}),
         Family("gemma2", "Gemma2ForCausalLM", "gemma2", _GEMMA2, _gemma2,
-               {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "sliding_window": 4096,
-                "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
-                "tie_word_embeddings": True, "final_logit_softcapping": 30.0,
-                "num_key_value_heads": 4}, float16=False),
+               {**_GEMMA_DEFAULT, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+               float16=False),
         Family("gemma3", "Gemma3ForCausalLM", "gemma3_text", _GEMMA3, _gemma3,
-               {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "sliding_window": 4096,
-                "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "tie_word_embeddings": True,
-                "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0}, float16=False),
+               {**_GEMMA_DEFAULT, "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0},
+               float16=False),
     )
 }
 
@@ -307,11 +307,10 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
     return ModelConfig(**(fields | family.read(raw)))
 
 
-_SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
-_NULLABLE = ("num_key_value_heads", "sliding_window", *_SOFTCAPS)
+_NULLABLE = ("num_key_value_heads", "sliding_window", *_CAPS)
 _INTEGERS = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window",
              "sliding_window_pattern", "_sliding_window_pattern")
-_REALS = ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar", "rope_local_base_freq", *_SOFTCAPS)
+_REALS = ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar", "rope_local_base_freq", *_CAPS)
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 
 

@@ -68,7 +68,7 @@ def test_a_run_is_judged_in_one_batch_also_after_an_interruption(checkpoint, tex
         assert re.search(r"judging 0/24, calls: \d+, batch batch_0: 0 of \d+ \(", said), said
         monkeypatch.undo()
         monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        server.batches.batches["batch_0"]["polls"] = 1
+        server.batches.batches["batch_0"]["polls"] = server.batches.polls = 1
         assert s.run_command(command) == 0
         assert len(server.batches.sizes) == 1 and not server.times
         assert set(server.sold.values()) == {1}

@@ -277,7 +277,8 @@ def chat_model(tmp_path, **options):
 def test_the_tokenizer_and_the_template_are_those_of_the_file():
     reference = s.byte_tokenizer()
     fields = {"general.architecture": "qwen2", "tokenizer.ggml.model": "gpt2",
-              "tokenizer.ggml.tokens": LETTERS, "tokenizer.ggml.merges": [],
+              "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.merges": [],
+              "tokenizer.ggml.tokens": LETTERS,
               "tokenizer.ggml.token_type": np.array([3 if t.startswith("<|") else 1
                                                      for t in LETTERS]),
               "tokenizer.ggml.eos_token_id": LETTERS.index("<|im_end|>"),
