@@ -40,6 +40,7 @@ import numpy as np
 from jaxpersona.brief import brief
 from jaxpersona.data.texts import Question
 from jaxpersona.errors import UserError
+from jaxpersona.extras import require
 
 LEVEL = 95  # confidence level of the intervals in percent
 FIRST = 4  # number of questions of the first round: two in each half
@@ -244,7 +245,7 @@ def _reliability(means: _Means, asked: np.ndarray) -> Reliability:
       means: the means of the vector.
       asked: [n] bool, the questions that have replies.
     """
-    from scipy.stats import t as student
+    student = require("scipy.stats", "intervals of a precision need scipy").t
 
     half = np.arange(len(means.without)) % 2
     asked = np.pad(asked, (0, len(half) - len(asked)))

@@ -234,7 +234,8 @@ def test_a_name_that_is_no_model_is_answered_with_what_is(name):
     with pytest.raises(ValueError) as caught:
         jp.load(name)
     assert str(caught.value) == (f"{name}: no such folder; a model is a folder, a .gguf file, "
-                                 "owner/name on the Hugging Face Hub, mini or random:<preset>")
+                                 "owner/name on the Hugging Face Hub (Llama, Qwen 2.5 and 3, "
+                                 "Gemma 2 and 3, Mistral), mini or random:<preset>")
 
 
 def test_project_says_that_it_wrote_a_figure(checkpoint, tmp_path, monkeypatch, capsys):

@@ -271,6 +271,7 @@ def test_an_int8_model_has_the_fingerprint_of_its_float_weights(folder, small):
     assert "weights" not in jp.contrast(plain, **texts, pool="last").notes
 
 
+@pytest.mark.filterwarnings("ignore:.*has no weights for")
 def test_an_adapter_is_merged_before_the_quantization_or_kept_apart(folder, tmp_path):
     rng = np.random.default_rng(0)
     base = "base_model.model.model.layers.1.mlp.up_proj"

@@ -72,6 +72,7 @@ def test_a_mesh_quantizes_blocks_again_per_channel(path):
     assert (np.abs(error) <= np.asarray(w.scale)[:, None, None] * 0.501).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*has no weights for")
 def test_a_weight_that_an_adapter_changes_keeps_no_blocks(path, tmp_path):
     """A merged weight is quantized per channel; the others keep the file's blocks."""
     rng = np.random.default_rng(0)

@@ -195,7 +195,7 @@ def test_vmap_over_a_strength():
     cap(np.ones((2, 32)), layers=[1], floor=0.0, rows=[0, 1]),
 ])
 def test_forward_refuses_what_does_not_fit(bad):
-    with pytest.raises(ValueError, match="width 31|layers|rows"):
+    with pytest.raises(ValueError, match="width 31|layers|batch size 2"):
         forward(MODEL.params, MODEL.config, batch(ROWS), interventions=bad)
 
 

@@ -210,6 +210,7 @@ def test_a_short_ranking_is_printed_whole_and_empty_roles_are_not_in_it(count):
     means |= {"default": np.zeros(2), "silent": np.full(2, np.nan)}
     own = np.array([[5.0, -1.0], [7.0, 1.0], [np.nan, np.nan]])
     found = SimpleNamespace(
+        rounds=None, pca=None,
         projections={name: own if name == "default" else own[:1] for name in means},
         mean_projection=means.__getitem__, rollouts=99, role_means=dict.fromkeys(names),
         counts={name: {"3": 2} for name in [*names, "silent"]},

@@ -79,7 +79,7 @@ def test_edits_of_another_model_are_refused(model, vectors):
     with pytest.raises(ValueError, match="width"):
         project_conversation(model, TALK, vectors, interventions=wide)
     many = jp.steer(np.ones((2, 32), np.float32), layers=[1], rows=[0, 1])
-    with pytest.raises(ValueError, match="rows"):
+    with pytest.raises(ValueError, match="batch size 2"):
         project_conversation(model, TALK, vectors, interventions=many)
 
 
