@@ -298,7 +298,7 @@ def ordered(questions: Sequence[Question], seed: int) -> list[Question]:
       >>> from jaxpersona.data.texts import Question
       >>> from jaxpersona.persona.precision import ordered
       >>> [one.id for one in ordered([Question(i, "Why?") for i in range(6)], 0)]
-      [1, 0, 4, 3, 5, 2]
+      [2, 5, 3, 1, 0, 4]
     """
     return sorted(questions, key=lambda question: hashlib.sha256(
         f"{seed}/question {question.id}".encode()).digest())

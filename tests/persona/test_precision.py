@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import doctest
 import math
 
 import numpy as np
 import pytest
 from scipy.stats import t as student
 
+from jaxpersona.cli import quota
 from jaxpersona.data.texts import Question
 from jaxpersona.errors import UserError
 from jaxpersona.persona import precision as p
@@ -24,6 +26,12 @@ def nothing(size, width=2):
 
 def cosine(a, b):
     return a @ b / math.sqrt((a @ a) * (b @ b))
+
+
+@pytest.mark.parametrize("module", [p, quota], ids=["precision", "quota"])
+def test_the_examples_run(module):
+    found = doctest.testmod(module)
+    assert found.attempted >= 4 and not found.failed
 
 
 def test_spearman_brown_is_that_of_the_papers():
