@@ -41,7 +41,8 @@ DRAWS = 200
 LEVEL = 95  # confidence level of the intervals in percent
 COMPONENTS = 10  # maximum number of components whose explained variance is computed
 _BYTES = 256 << 20  # approximate memory for response means, and for the vectors of several draws
-_SHIFT = 1e-9  # relative distance of the shift from the largest eigenvalue, in inverse iteration
+_MORE = 4  # number of further eigenvectors in the Krylov space, for accuracy
+_POWERS = 3  # p in `_eigen`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +168,7 @@ def _intervals(vectors: np.ndarray, moves: Mapping[int, tuple[np.ndarray, np.nda
       count: C, the number of components.
     """
     vectors = vectors - vectors[:-1].mean(0)  # float32 below must not lose the differences
-    cos, variance, first = _measured(vectors[None], count, None)
+    cos, variance, leading = _measured(vectors[None], count, None)
     found_cos, found_variance = np.empty(draws), np.empty((draws, count))
     step = max(1, _BYTES // max(vectors.size * 4, 32 * len(vectors) ** 2))
     for start in range(0, draws, step):
@@ -175,47 +176,62 @@ def _intervals(vectors: np.ndarray, moves: Mapping[int, tuple[np.ndarray, np.nda
         moved = np.repeat(vectors[None].astype(np.float32), block.stop - start, 0)
         for i, (weights, centered) in moves.items():
             moved[:, i] += weights[block] @ centered
-        found_cos[block], found_variance[block], _ = _measured(moved, count, first)
+        found_cos[block], found_variance[block], _ = _measured(moved, count, leading)
     with np.errstate(all="ignore"):
         inverse = _interval(1 / variance[0], 1 / found_variance)[::-1]
         return (np.clip(_interval(cos[0], found_cos), 0.0, 1.0),
                 1 / np.maximum(inverse, 1.0))  # T / λ is at least 1
 
 
-def _measured(vectors: np.ndarray, count: int, first: np.ndarray | None,
+def _measured(vectors: np.ndarray, count: int, start: np.ndarray | None,
               ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return |cos(PC1, axis)| and the cumulative explained variance ratios of B sets of vectors.
 
     Args:
       vectors: [B, R + 1, D].
       count: C, the number of components.
-      first: [R], an approximation of the first eigenvector, or None.
+      start: [R, Q], approximations of the leading eigenvectors, or None.
 
     Returns:
-      (cosines [B], ratios [B, C], the first eigenvector [R] of the first set).
+      (cosines [B], ratios [B, C], the Q leading eigenvectors [R, Q] of the first set).
     """
     gram = (vectors @ vectors.swapaxes(1, 2)).astype(np.float64)
     total = gram.shape[1] - 1
-    center = np.eye(total + 1)[:total] - np.r_[np.full(total, 1 / total), 0.0]
-    centered = center @ gram @ center.T  # [B, R, R], the Gram matrix of the centered role vectors
-    to_axis = np.r_[np.full(total, -1 / total), 1.0]
-    along = gram @ to_axis  # [B, R + 1], ⟨vector, axis⟩
+    middle = gram[:, :, :total].mean(2)  # [B, R + 1], ⟨vector, mean role vector⟩
+    along = gram[:, :, total] - middle  # [B, R + 1], ⟨vector, axis⟩
+    centered = gram[:, :total, :total] - middle[:, :total, None] - middle[:, None, :total]
+    centered += middle[:, :total].mean(1)[:, None, None]  # [B, R, R], of the centered role vectors
+    squared = along[:, total] - along[:, :total].mean(1)  # [B], the squared length of the axis
+    along = along[:, :total] - along[:, :total].mean(1, keepdims=True)
     with np.errstate(all="ignore"):  # equal vectors have no components: 0 / 0 is NaN
-        if first is None:
-            values, eigenvectors = np.linalg.eigh(centered)
-            one = eigenvectors[:, :, -1]
-        else:  # without all eigenvectors, and the first one by one step of inverse iteration
-            values = np.linalg.eigvalsh(centered)
-            largest = np.maximum(values[:, -1], np.finfo(np.float64).tiny)
-            shifted = centered - (largest * (1 + _SHIFT))[:, None, None] * np.eye(total)
-            start = np.broadcast_to(first[:, None], (len(shifted), total, 1))
-            one = np.linalg.solve(shifted, start)[:, :, 0]
-            one = one / np.linalg.norm(one, axis=1, keepdims=True)
-        length = np.sqrt(along @ to_axis)
-        cosines = abs(np.einsum("br,br->b", one, along @ center.T)) / (
-            length * np.sqrt(values[:, -1]))
-        ratios = values[:, ::-1][:, :count].cumsum(1) / values.sum(1)[:, None]
-    return np.minimum(cosines, 1.0), np.clip(ratios, 0.0, 1.0), one[0]
+        values, leading = _eigen(centered, start)
+        one = leading[:, :, -1]
+        cosines = abs(np.einsum("br,br->b", one, along)) / np.sqrt(squared * values[:, -1])
+        ratios = values[:, ::-1][:, :count].cumsum(1) / np.trace(
+            centered, axis1=1, axis2=2)[:, None]
+    return (np.minimum(cosines, 1.0), np.clip(ratios, 0.0, 1.0),
+            leading[0, :, -(count + _MORE):])
+
+
+def _eigen(matrices: np.ndarray, start: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return eigenvalues [B, K] and eigenvectors [B, R, K] of symmetric matrices, in rising order.
+
+    For large matrices, only the leading ones are computed, from a block Krylov space of
+    approximations X: the Rayleigh–Ritz values of the span of X, AX, …, A^p X (Golub and Van Loan
+    2013, Matrix Computations, section 10.3).
+
+    Args:
+      matrices: [B, R, R].
+      start: [R, Q], approximations of the Q leading eigenvectors, or None: compute all R.
+    """
+    if start is None or (_POWERS + 1) * start.shape[1] >= matrices.shape[1]:
+        return tuple(np.linalg.eigh(matrices))
+    parts = [np.broadcast_to(start, (len(matrices), *start.shape))]
+    for _ in range(_POWERS):
+        parts.append(np.linalg.qr(matrices @ parts[-1])[0])
+    basis = np.linalg.qr(np.concatenate(parts, axis=2))[0]
+    values, inner = np.linalg.eigh(basis.swapaxes(1, 2) @ matrices @ basis)
+    return values, basis @ inner
 
 
 def _interval(value: np.ndarray, drawn: np.ndarray) -> np.ndarray:

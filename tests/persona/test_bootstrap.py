@@ -35,16 +35,27 @@ def test_the_values_are_those_of_the_analysis():
     vectors, default = rng.normal(size=(7, 1, 20)) + 300.0, rng.normal(size=(1, 20)) + 300.0
     wanted = analyse(default, {f"r{i}": one for i, one in enumerate(vectors)})
     every = np.concatenate([vectors[:, 0], default]) - vectors[:, 0].mean(0)
-    cos, variance, first = bootstrap._measured(every[None], 6, None)
+    cos, variance, leading = bootstrap._measured(every[None], 6, None)
     assert cos[0] == pytest.approx(wanted.cos_pc1[0], abs=1e-6)
     pca = PCA(svd_solver="full").fit(vectors[:, 0])
     assert variance[0] == pytest.approx(pca.explained_variance_ratio_[:6].cumsum(), abs=1e-9)
-    again, same, _ = bootstrap._measured(every[None].astype(np.float32), 6, first)
+    again, same, _ = bootstrap._measured(every[None].astype(np.float32), 6, leading)
     assert again[0] == pytest.approx(cos[0], abs=1e-5) and same[0] == pytest.approx(variance[0],
                                                                                     abs=1e-5)
-    moved = every + 0.3 * rng.normal(size=every.shape)  # `first` is only an approximation
-    exact, found = (bootstrap._measured(moved[None], 6, one) for one in (None, first))
+
+
+@pytest.mark.parametrize("noise", [0.1, 1.0])
+def test_leading_components_of_many_roles_are_accurate(noise):
+    """They come from a Krylov space of the components of the run, as the bootstrap moves them."""
+    rng = np.random.default_rng(0)
+    every = rng.normal(size=(161, 8)) @ rng.normal(size=(8, 200)) + rng.normal(size=(161, 200))
+    _, _, leading = bootstrap._measured(every[None], 10, None)
+    assert leading.shape == (160, 14)
+    moved = every + noise * rng.normal(size=(3, *every.shape))
+    exact, found = (bootstrap._measured(moved, 10, one) for one in (None, leading))
     assert found[0] == pytest.approx(exact[0], abs=1e-6)
+    assert found[1] == pytest.approx(exact[1], rel=2e-4)
+    assert found[1][:, :8] == pytest.approx(exact[1][:, :8], rel=1e-6)
 
 
 def test_a_displacement_has_the_variance_of_a_mean_of_all_replies():
