@@ -169,7 +169,7 @@ class Batches:
         for key, prompt in wanted():
             if (held := journal.batch_of(key)) is not None:
                 names[held.name] = None
-            if held is not None or key in chunk or key in self.failures or (
+            if held is not None or self._short or key in chunk or key in self.failures or (
                     journal.get(key) is not None):
                 continue
             bound = self._tariff.bound(prompt)
@@ -177,7 +177,7 @@ class Batches:
                                        journal.spent + cost + bound):
                 self._short = self._budget.excess(journal.calls + len(chunk),
                                                   journal.spent + cost, bound)
-                break
+                continue  # later keys may be in outstanding batches
             line = self._endpoint.request(key, prompt)
             if chunk and (len(chunk) == self._settings.size or size + len(line) > FILE_BYTES):
                 names[self._send(journal, chunk)] = None

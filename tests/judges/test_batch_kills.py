@@ -17,6 +17,7 @@ from test_batch_judge import ROLE, items, judge_of, scored, until_stopped
 
 from jaxpersona.judges.endpoint import Endpoint
 from jaxpersona.judges.journal import Journal
+from jaxpersona.judges.limits import Budget
 from jaxpersona.judges.protocol import in_order
 
 pytest.importorskip("openai")
@@ -131,6 +132,15 @@ def test_a_batch_of_another_endpoint_or_key_is_not_sent_again(tmp_path, monkeypa
         server.batches.batches |= kept
         scored(in_order(judge_of(server, tmp_path / "v.jsonl"), items(30)), items(30))
     assert server.batches.sizes == [30] and not other.batches.sizes
+
+
+def test_an_outstanding_batch_is_continued_although_the_budget_is_used_up(tmp_path, monkeypatch):
+    with fake.serving() as server:
+        killed(server, tmp_path / "v.jsonl", monkeypatch, Endpoint, "batch", 10)
+        judge = judge_of(server, tmp_path / "v.jsonl", budget=Budget(calls=10))
+        found, why = until_stopped(judge, [*items(12, 10), *items(10)])
+        scored(found, items(10))
+        assert "the budget of 10 calls is used up" in why and server.batches.sizes == [10]
 
 
 def test_files_that_the_endpoint_deleted_are_failures(tmp_path, monkeypatch):
