@@ -57,7 +57,7 @@ def test_a_run_is_judged_in_one_batch_also_after_an_interruption(checkpoint, tex
 
         def stop(*_):
             ticks.append(1)
-            if len(ticks) > 12:
+            if len(ticks) > 6:
                 raise Stopped(signal.SIGINT)
 
         monkeypatch.setattr("jaxpersona.interrupt.check", lambda: server.batches.batches and stop())
