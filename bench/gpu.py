@@ -268,20 +268,18 @@ class Bench:
     def _context(self, rows: int) -> dict[str, Any]:
         steps, prompt = (8, 64) if self.small else (64, 1856)
         made = Steps(self.model, rows, steps, {"uncapped": NOTHING}, prompt=prompt)
-        once = made.timer("uncapped")
-        once()
-        step = min(once() for _ in range(5)) / steps
+        step = made.fastest("uncapped") / steps
         return {"rows": rows, "prompt": prompt, "steps": steps, "compile_s": made.compile_s,
                 "kernels": made.kernels} | self._bound(made.setting, step)
 
     def _sampled(self, rows: int) -> dict[str, Any]:
         steps = 8 if self.small else 64
         found: dict[str, Any] = {"rows": rows, "steps": steps}
-        for name, how in (("greedy", {}), ("sampled", {"temperature": 0.7, "top_p": 0.9})):
+        ways: dict[str, dict[str, Any]] = {
+            "greedy": {}, "sampled": {"temperature": 0.7, "top_p": 0.9}}
+        for name, how in ways.items():
             made = Steps(self.model, rows, steps, {name: NOTHING}, **how)
-            once = made.timer(name)
-            once()
-            step = min(once() for _ in range(5)) / steps
+            step = made.fastest(name) / steps
             found[name] = {"compile_s": made.compile_s, "kernels": made.kernels[name],
                            **self._bound(made.setting, step),
                            "profile": attempt(self._profile, made, name)}

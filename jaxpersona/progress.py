@@ -62,9 +62,9 @@ def shows(read: Callable[..., State], argument: str = "progress",
             if (given is None or given is True) and not _muted:
                 display = _Display(function.__name__, read)
                 given = display.tell
-            changed: Any = {**named, argument: given if callable(given) else None}
+            named[argument] = given if callable(given) else None
             with muted(), display or contextlib.nullcontext():
-                return function(*args, **changed)
+                return function(*args, **named)
 
         return call
 

@@ -173,7 +173,7 @@ def axis(
     cast, asked, named = _texts(model, roles, questions, limit_roles, limit_questions, held_out,
                                 own, roles_named, model_name)
     sizes = quota.sizes()
-    rounds_and_quota(quota.precision, sizes, asked, choice)
+    rounds_and_quota(quota.precision, sizes, asked, choice.after)
     prepare.check_texts(cast, asked, settings, min_count=min_count, held_out=named, judge=choice)
     if joining.many() and mesh is None:
         raise UserError("several processes need one mesh; give --mesh for the devices of all "
@@ -273,11 +273,9 @@ def _texts(model: str, roles: str | None, questions: str | None, limit_roles: in
         named = method.held_out()
     if roles_named is not None:
         cast = choosing.roles_named(cast, [name.strip() for name in roles_named.split(",")])
-    if limit_roles is not None and own:
-        others = [role for role in cast if role.name != texts.DEFAULT][: max(limit_roles, 0)]
-        cast = [role for role in cast if role.name == texts.DEFAULT] + others
-    elif limit_roles is not None:
-        cast = choosing.some_roles(cast, max(limit_roles, 0))
+    if limit_roles is not None:
+        choose_some = choosing.first_roles if own else choosing.some_roles
+        cast = choose_some(cast, max(limit_roles, 0))
     if own and not held_out:
         named = [name for name in named if name in {role.name for role in cast}]
     return cast, asked if limit_questions is None else asked[: max(limit_questions, 1)], named

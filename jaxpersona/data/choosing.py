@@ -43,6 +43,11 @@ def some_roles(roles: Sequence[Role], count: int) -> list[Role]:
     return _default_first(roles, others)
 
 
+def first_roles(roles: Sequence[Role], count: int) -> list[Role]:
+    """Return the default persona and the first `count` other roles."""
+    return _default_first(roles, [role.name for role in roles if role.name != DEFAULT][:count])
+
+
 def _default_first(roles: Sequence[Role], names: Sequence[str]) -> list[Role]:
     chosen = [role for role in roles if role.name in names and role.name != DEFAULT]
     return [role for role in roles if role.name == DEFAULT] + chosen

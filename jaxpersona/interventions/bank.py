@@ -269,8 +269,9 @@ def plain(value: Any) -> Any:
     NumPy itself converts neither tensors with a gradient or on a GPU nor bfloat16. Other values,
     and lists without tensors, are returned unchanged.
     """
-    if isinstance(value, (list, tuple)) and any(hasattr(item, "detach") for item in value):
-        return [plain(item) for item in value]
+    if isinstance(value, (list, tuple)):
+        tensors = any(hasattr(item, "detach") for item in value)
+        return [plain(item) for item in value] if tensors else value
     if hasattr(value, "detach") and hasattr(value, "cpu"):
         held = value.detach().cpu()
         return (held.double() if held.is_floating_point() else held).numpy()

@@ -112,7 +112,7 @@ class Batches:
             self._wait = Waiting(self._backoff, tick, self._stopped)
             try:
                 self._run(journal, wanted)
-            except Ended:
+            except Ended:  # `_end` stored the reason, or the judge was closed
                 pass
             finally:
                 self._states.clear()

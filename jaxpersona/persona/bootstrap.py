@@ -225,7 +225,8 @@ def _eigen(matrices: np.ndarray, start: np.ndarray | None) -> tuple[np.ndarray, 
       start: [R, Q], approximations of the Q leading eigenvectors, or None: compute all R.
     """
     if start is None or (_POWERS + 1) * start.shape[1] >= matrices.shape[1]:
-        return tuple(np.linalg.eigh(matrices))
+        values, vectors = np.linalg.eigh(matrices)
+        return values, vectors
     parts = [np.broadcast_to(start, (len(matrices), *start.shape))]
     for _ in range(_POWERS):
         parts.append(np.linalg.qr(matrices @ parts[-1])[0])

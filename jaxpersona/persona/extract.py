@@ -124,7 +124,8 @@ def extract_axis(
                         "score(items), such as NoJudge()")
     check_redo(redo, roles)
     check_keep(keep_means)
-    sizes, quota = rounds_and_quota(precision, rounds, questions, judge)
+    sizes, quota = rounds_and_quota(precision, rounds, questions,
+                                     getattr(judge, "after", False))
     # raise an error about a missing package before hours of generation, not after
     require("sklearn", "the axis's principal components need scikit-learn")
     expected = manifest(model, roles, questions, judge.name, settings,

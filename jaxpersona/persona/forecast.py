@@ -151,7 +151,8 @@ def forecast(
                         held_out=sorted(held_out), keep_means=keep_means)
     check_redo(redo, roles)
     check_keep(keep_means)
-    rounds_and_quota(precision, rounds, questions, judge)
+    rounds_and_quota(precision, rounds, questions,
+                     getattr(judge, "after", False))
     have, judged_now = _done(Run(folder, expected), [r for r in roles if r.name not in redo],
                              judge.name, (model.config.n_layers, model.config.d_model), overwrite)
     sizes = rollouts_of(roles, questions, settings)

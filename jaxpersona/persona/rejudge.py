@@ -78,7 +78,11 @@ def judge_run(folder: str | os.PathLike[str], roles: Sequence[Role], judge: Judg
                 yield from items_of(known[name], [state.records[key]
                                                   for key in state.unjudged(name)])
 
-        judging.prepare(unjudged, lambda: report and report("judging", done, total, 0))
+        def tell() -> None:
+            if callable(report):
+                report("judging", done, total, 0)
+
+        judging.prepare(unjudged, tell)
         for name in names:
             role, state = known[name], _state(run, known[name], judge, shape)
             keys, rubric = state.unjudged(name), rubric_of(role)
@@ -87,8 +91,7 @@ def judge_run(folder: str | os.PathLike[str], roles: Sequence[Role], judge: Judg
                 state.live.judge(f"{judge.name}/{rubric}", {key: verdict})
                 state.verdicts[key] = verdict
                 cost, done = cost + price, done + 1
-                if callable(report):
-                    report("judging", done, total, 0)
+                tell()
             if run.path("rollouts", name).exists() and keys and not state.live.records:
                 save_verdicts(run, name, state, judge.name, rubric)
                 state.live.forget(f"{judge.name}/{rubric}")

@@ -143,9 +143,13 @@ def shown(found: Reliability) -> str:
 
 
 def rounds_and_quota(precision: float | None, rounds: Sequence[int] | None,
-                     questions: Sequence[Question], judge: Judge,
+                     questions: Sequence[Question], after: bool,
                      ) -> tuple[list[int], dict[str, Any]]:
     """Check the arguments `precision` and `rounds` of `extract_axis`.
+
+    Args:
+      precision, rounds, questions: as for `extract_axis`.
+      after: whether the judge scores only after all rollouts are generated.
 
     Returns:
       (the number of questions after each round, the fields to record in the manifest's "last").
@@ -159,7 +163,7 @@ def rounds_and_quota(precision: float | None, rounds: Sequence[int] | None,
             raise UserError(f"rounds is {rounds!r:.40}, but there is no precision; give both or "
                             "omit rounds")
         return [], {}
-    if getattr(judge, "after", False):
+    if after:
         raise UserError("judge scores only after all rollouts (--judge-after), but precision needs "
                         "scores after each round; omit one of the two")
     sizes = check_precision(precision, rounds, len(questions))

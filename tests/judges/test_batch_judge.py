@@ -9,6 +9,7 @@ import time
 import fake_batches
 import fake_endpoint as fake
 import pytest
+from asking import KEY, ROLE, batch_judge, items, prompt, scored, until_stopped
 
 import jaxpersona as jp
 from jaxpersona.data.texts import Role
@@ -16,12 +17,9 @@ from jaxpersona.judges import http
 from jaxpersona.judges.endpoint import Endpoint
 from jaxpersona.judges.journal import Journal
 from jaxpersona.judges.limits import Batch, Budget
-from jaxpersona.judges.protocol import Item, JudgeStopped, in_order
+from jaxpersona.judges.protocol import Item, in_order
 
 pytest.importorskip("openai")
-
-KEY = "sk-secret-0123456789"
-ROLE = Role("ghost", ("You are a ghost.",), "Asked: {question} Said: {answer} Grade 0-3.")
 
 
 @pytest.fixture(autouse=True)
@@ -29,40 +27,10 @@ def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
-def items(count, start=0):
-    return [Item(f"q{i}", ROLE, "Who?", f"Boo number {i}.") for i in range(start, count)]
-
-
-def prompt(item):
-    return f"Asked: {item.question} Said: {item.answer} Grade 0-3."
-
-
-def judge_of(server, path, *, size=50_000, poll=0.01, batch_price=None, **settings):
-    return http.HttpJudge(Endpoint("judge-1", url=server.url), path, backoff=0.005,
-                          batch=Batch(size, batch_price, poll), **settings)
-
-
-def until_stopped(judge, asked):
-    """The verdicts up to the stop, and its message ("" if there was none)."""
-    found = []
-    try:
-        for verdict in judge.score(asked):
-            found.append(verdict)
-    except JudgeStopped as stop:
-        return found, str(stop)
-    return found, ""
-
-
-def scored(verdicts, asked):
-    """Check the scores of all verdicts."""
-    assert [v.score for v in verdicts] == [fake.score(prompt(item)) for item in asked]
-    assert all(v.error is None and v.refused == (v.score == 0) for v in verdicts)
-
-
 def test_verdicts_are_those_of_single_requests_and_are_paid_once(tmp_path):
     asked = [*items(50), Item("again", ROLE, "Who?", "Boo number 3.")]
     with fake.serving() as server:
-        judge = judge_of(server, tmp_path / "v.jsonl", size=20, price=(1.0, 2.0))
+        judge = batch_judge(server, tmp_path / "v.jsonl", size=20, price=(1.0, 2.0))
         found = in_order(judge, asked)
         scored(found, asked)
         assert server.batches.sizes == [20, 20, 10] and not server.times
@@ -74,7 +42,7 @@ def test_verdicts_are_those_of_single_requests_and_are_paid_once(tmp_path):
                                 price=(1.0, 2.0))
         assert single.name == judge.name and in_order(single, asked) == found
         single.close()
-        again = judge_of(server, tmp_path / "v.jsonl", price=(1.0, 2.0))
+        again = batch_judge(server, tmp_path / "v.jsonl", price=(1.0, 2.0))
         assert in_order(again, asked) == found
         assert set(server.sold.values()) == {1} and not server.times
         scored(in_order(again, items(60, 50)), items(60, 50))  # only the new ones
@@ -88,7 +56,7 @@ def test_each_fault_of_a_result_is_handled_as_that_of_a_single_request(tmp_path)
     kinds = dict(zip(map(prompt, asked), [*fake_batches.KINDS, "", ""] * 6, strict=False))
     with fake.serving() as server:
         server.batches.fault = lambda text: kinds.get(text, "")
-        judge = judge_of(server, tmp_path / "v.jsonl", price=(1.0, 2.0))
+        judge = batch_judge(server, tmp_path / "v.jsonl", price=(1.0, 2.0))
         found = in_order(judge, asked)
         wanted = {"400": "HTTP 400: request of [key]", "500": "HTTP 500: request of [key]",
                   "shape": "is not a chat completion", "garbage": "no result for this reply",
@@ -124,7 +92,7 @@ def test_each_fault_of_a_result_is_handled_as_that_of_a_single_request(tmp_path)
 def test_the_first_of_two_results_counts(tmp_path):
     with fake.serving() as server:
         server.batches.double = True
-        scored(in_order(judge_of(server, tmp_path / "v.jsonl"), items(30)), items(30))
+        scored(in_order(batch_judge(server, tmp_path / "v.jsonl"), items(30)), items(30))
     assert (tmp_path / "v.jsonl").read_text().count('"said"') == 30
 
 
@@ -132,7 +100,7 @@ def test_the_first_of_two_results_counts(tmp_path):
 def test_the_rest_of_a_batch_that_ended_early_is_sent_in_the_next_call(tmp_path, status):
     with fake.serving() as server:
         server.batches.status, server.batches.processed = status, 7
-        judge = judge_of(server, tmp_path / "v.jsonl", price=(1.0, 2.0))
+        judge = batch_judge(server, tmp_path / "v.jsonl", price=(1.0, 2.0))
         found = in_order(judge, items(30))
         scored(found[:7], items(7))
         assert all(("batch_expired" if status == "expired" else "status: cancelled") in v.error
@@ -140,29 +108,29 @@ def test_the_rest_of_a_batch_that_ended_early_is_sent_in_the_next_call(tmp_path,
         assert judge.journal.spent == pytest.approx(server.spent)  # the others cost nothing
         judge.close()
         server.batches.status = "completed"
-        scored(in_order(judge_of(server, tmp_path / "v.jsonl"), items(30)), items(30))
+        scored(in_order(batch_judge(server, tmp_path / "v.jsonl"), items(30)), items(30))
     assert server.batches.sizes == [30, 23] and set(server.sold.values()) == {1}
 
 
 def test_a_refused_batch_stops_the_judge_and_does_not_count(tmp_path):
     with fake.serving() as server:
         server.batches.status = "failed"
-        judge = judge_of(server, tmp_path / "v.jsonl", budget=Budget(calls=30))
+        judge = batch_judge(server, tmp_path / "v.jsonl", budget=Budget(calls=30))
         found, why = until_stopped(judge, items(30))
         assert "the batch batch_0 failed (invalid_request: [key] is not allowed)" in why
         assert not found and judge.journal.calls == 0
         judge.close()
         server.batches.status = "completed"
-        again = judge_of(server, tmp_path / "v.jsonl", budget=Budget(calls=30))
+        again = batch_judge(server, tmp_path / "v.jsonl", budget=Budget(calls=30))
         scored(in_order(again, items(30)), items(30))
 
 
 def test_a_batch_without_any_answer_stops_the_judge(tmp_path):
     with fake.serving() as server:
         server.batches.fault = lambda _: "400"
-        found, why = until_stopped(judge_of(server, tmp_path / "v.jsonl"), items(20))
+        found, why = until_stopped(batch_judge(server, tmp_path / "v.jsonl"), items(20))
         assert not found and "all requests of the batch batch_0 failed (last error: HTTP 400" in why
-        found = in_order(judge_of(server, tmp_path / "w.jsonl"), items(19))
+        found = in_order(batch_judge(server, tmp_path / "w.jsonl"), items(19))
         assert all("HTTP 400" in verdict.error for verdict in found)
 
 
@@ -178,7 +146,7 @@ def test_a_batch_that_exceeds_the_queue_of_the_endpoint_waits_for_the_others(tmp
     monkeypatch.setattr(fake_batches.Batches, "_process", process)
     with fake.serving() as server:
         server.batches.problem = "token_limit_exceeded"
-        judge = judge_of(server, tmp_path / "v.jsonl", size=10)
+        judge = batch_judge(server, tmp_path / "v.jsonl", size=10)
         polled = server.batches._polled
         # the second batch is processed before the first one
         monkeypatch.setattr(server.batches, "_polled", lambda s, batch: polled(
@@ -189,14 +157,14 @@ def test_a_batch_that_exceeds_the_queue_of_the_endpoint_waits_for_the_others(tmp
         server.batches.problem = "token_limit_exceeded"
         monkeypatch.setattr(fake_batches.Batches, "_process", kept)
         server.batches.status = "failed"
-        _, why = until_stopped(judge_of(server, tmp_path / "w.jsonl"), items(20))
+        _, why = until_stopped(batch_judge(server, tmp_path / "w.jsonl"), items(20))
         assert "give a smaller --judge-batch-size" in why
 
 
 def test_a_model_that_wants_another_field_of_the_limit_gets_it(tmp_path):
     with fake.serving() as server:
         server.batches.wants_other_length = True
-        judge = judge_of(server, tmp_path / "v.jsonl", size=20)
+        judge = batch_judge(server, tmp_path / "v.jsonl", size=20)
         scored(in_order(judge, items(30)), items(30))
         assert server.batches.sizes == [20, 10, 20, 10]
         assert all(b"max_completion_tokens" in server.batches.files[
@@ -207,7 +175,7 @@ def test_a_model_that_wants_another_field_of_the_limit_gets_it(tmp_path):
 def test_an_endpoint_without_batches_is_named_with_the_fix(tmp_path, path, status):
     with fake.serving() as server:
         server.batches.refused[path] = status
-        judge = judge_of(server, tmp_path / "v.jsonl", budget=Budget(calls=30))
+        judge = batch_judge(server, tmp_path / "v.jsonl", budget=Budget(calls=30))
         found, why = until_stopped(judge, items(30))
         assert not found and f"does not offer batches (HTTP {status}); omit --judge-batch" in why
         assert "\n" not in why and KEY not in why and judge.journal.calls == 0
@@ -220,12 +188,12 @@ def test_an_endpoint_without_batches_is_named_with_the_fix(tmp_path, path, statu
 def test_a_budget_in_calls_is_checked_before_a_batch_is_sent(tmp_path):
     with fake.serving() as server:
         for limit, sizes in ((12, [12]), (12, [12]), (20, [12, 8])):
-            judge = judge_of(server, tmp_path / "v.jsonl", budget=Budget(calls=limit))
+            judge = batch_judge(server, tmp_path / "v.jsonl", budget=Budget(calls=limit))
             found, why = until_stopped(judge, items(30))
             judge.close()
             assert f"the budget of {limit} calls is used up (calls: {limit})" in why
             assert len(found) == limit and server.batches.sizes == sizes
-        judge = judge_of(server, tmp_path / "v.jsonl", budget=Budget(calls=30))
+        judge = batch_judge(server, tmp_path / "v.jsonl", budget=Budget(calls=30))
         scored(in_order(judge, items(30)), items(30))
     assert set(server.sold.values()) == {1}
 
@@ -236,14 +204,14 @@ def test_a_budget_in_money_is_used_in_several_batches(tmp_path):
     with fake.serving() as server:
         server.price = (0.5, 1.0)
         each = (len(prompt(asked[0])) // 4 * 0.5 + 1.0) / 1e6
-        judge = judge_of(server, tmp_path / "v.jsonl", budget=Budget(usd=40.5 * each),
+        judge = batch_judge(server, tmp_path / "v.jsonl", budget=Budget(usd=40.5 * each),
                          price=(1.0, 2.0), batch_price=(0.5, 1.0))
         found, why = until_stopped(judge, asked)
         assert "does not fit into the budget" in why and len(server.batches.sizes) > 2
         assert 40.5 * each >= server.spent == pytest.approx(judge.journal.spent)
         assert server.spent > 25 * each and len(found) == sum(server.sold.values())
     with pytest.raises(jp.UserError, match="needs the price"):
-        judge_of(server, tmp_path / "w.jsonl", budget=Budget(usd=1.0))
+        batch_judge(server, tmp_path / "w.jsonl", budget=Budget(usd=1.0))
 
 
 @pytest.mark.parametrize(("settings", "wanted"), [
@@ -263,7 +231,7 @@ def test_the_items_of_all_roles_share_their_batches(tmp_path):
     with fake.serving() as server:
         server.batches.polls = 4
         server.batches.fault = lambda text: "400" if "number 7" in text else ""
-        judge = judge_of(server, tmp_path / "v.jsonl")
+        judge = batch_judge(server, tmp_path / "v.jsonl")
         judge.prepare(lambda: iter([*items(20), *more]), lambda: ticks.append(judge.note()))
         assert server.batches.sizes == [40] and len(ticks) >= 4
         assert any("batch batch_0: 0 of 40 (in_progress)" in note for note in ticks)
@@ -276,7 +244,7 @@ def test_the_items_of_all_roles_share_their_batches(tmp_path):
 def test_closing_ends_the_wait_and_the_batch_stays_in_the_journal(tmp_path):
     with fake.serving() as server:
         server.batches.polls = 10**6
-        judge = judge_of(server, tmp_path / "v.jsonl", poll=0.05)
+        judge = batch_judge(server, tmp_path / "v.jsonl", poll=0.05)
         out = []
         thread = threading.Thread(target=lambda: out.append(until_stopped(judge, items(5))))
         thread.start()
@@ -294,6 +262,6 @@ def test_closing_ends_the_wait_and_the_batch_stays_in_the_journal(tmp_path):
         assert not server.times
         single.close()
         server.batches.batches["batch_0"]["polls"] = 1
-        scored(in_order(judge_of(server, tmp_path / "v.jsonl"), items(5)), items(5))
+        scored(in_order(batch_judge(server, tmp_path / "v.jsonl"), items(5)), items(5))
     lines = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
     assert lines[1]["id"] == "" and lines[-1]["ended"] == "completed"

@@ -13,7 +13,7 @@ import fake_endpoint as fake
 import judging
 import numpy as np
 import pytest
-from test_batch_judge import ROLE, items, judge_of, scored, until_stopped
+from asking import ROLE, batch_judge, items, scored, until_stopped
 
 from jaxpersona.judges.endpoint import Endpoint
 from jaxpersona.judges.journal import Journal
@@ -39,7 +39,7 @@ def dies(*_args, **_kwargs):
 
 def killed(server, path, monkeypatch, owner, name, count=30):
     """Judge until a method is called, which ends the process."""
-    judge = judge_of(server, path)
+    judge = batch_judge(server, path)
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, dies)
         with pytest.raises(Killed):
@@ -55,7 +55,7 @@ def test_a_batch_is_found_again_after_a_kill_at_any_step(tmp_path, monkeypatch, 
     with fake.serving() as server:
         for _ in range(1 if name == "ended" else 2):
             killed(server, tmp_path / "v.jsonl", monkeypatch, owner, name)
-        judge = judge_of(server, tmp_path / "v.jsonl")
+        judge = batch_judge(server, tmp_path / "v.jsonl")
         scored(in_order(judge, items(35)), items(35))
         assert judge.journal.calls == 35 and not judge.journal.batches
     assert set(server.sold.values()) == {1} and server.batches.sizes == sizes
@@ -72,14 +72,14 @@ def test_a_kill_between_two_records_of_outcomes_loses_none(tmp_path, monkeypatch
 
     with fake.serving() as server:
         server.batches.fault = lambda text: "400" if "number 2." in text else ""
-        judge = judge_of(server, tmp_path / "v.jsonl")
+        judge = batch_judge(server, tmp_path / "v.jsonl")
         with monkeypatch.context() as patch:
             patch.setattr(Journal, "answered", answered)
             with pytest.raises(Killed):
                 in_order(judge, items(30))
         judge.close()
         server.batches.fault = lambda _: ""
-        scored(in_order(judge_of(server, tmp_path / "v.jsonl"), items(30)), items(30))
+        scored(in_order(batch_judge(server, tmp_path / "v.jsonl"), items(30)), items(30))
     # the failed request was recorded before the kill, and is sent again in the next call
     assert server.batches.sizes == [30, 1] and set(server.sold.values()) == {1}
 
@@ -87,7 +87,7 @@ def test_a_kill_between_two_records_of_outcomes_loses_none(tmp_path, monkeypatch
 def test_a_batch_whose_acceptance_is_unknown_is_searched_by_its_name(tmp_path):
     with fake.serving() as server:
         server.batches.lost = 1  # the endpoint accepts the batch and answers with status 500
-        scored(in_order(judge_of(server, tmp_path / "v.jsonl"), items(30)), items(30))
+        scored(in_order(batch_judge(server, tmp_path / "v.jsonl"), items(30)), items(30))
         assert server.batches.sizes == [30]
 
 
@@ -96,18 +96,18 @@ def test_a_lost_batch_of_an_endpoint_that_does_not_list_counts_with_its_bound(tm
     with fake.serving() as server:
         server.batches.lost = 1
         server.batches.refused["!/batches"] = 500  # GET
-        judge = judge_of(server, tmp_path / "v.jsonl", price=(1.0, 2.0))
+        judge = batch_judge(server, tmp_path / "v.jsonl", price=(1.0, 2.0))
         found, why = until_stopped(judge, items(30))
         assert not found and "it is unknown whether the endpoint accepted a batch" in why
         bound = judge.journal.spent
         judge.close()
-        judge = judge_of(server, tmp_path / "v.jsonl", price=(1.0, 2.0))
+        judge = batch_judge(server, tmp_path / "v.jsonl", price=(1.0, 2.0))
         found, why = until_stopped(judge, items(30))
         assert not found and "did not list its batches" in why and server.batches.sizes == [30]
         judge.close()
         monkeypatch.setattr(Endpoint, "find_batch", lambda self, name: _absent())
         server.batches.refused.clear()
-        judge = judge_of(server, tmp_path / "v.jsonl", price=(1.0, 2.0))
+        judge = batch_judge(server, tmp_path / "v.jsonl", price=(1.0, 2.0))
         scored(in_order(judge, items(30)), items(30))
         assert judge.journal.calls == 60 and bound > 0
         assert judge.journal.spent == pytest.approx(bound + server.spent)
@@ -123,21 +123,21 @@ def _absent():
 def test_a_batch_of_another_endpoint_or_key_is_not_sent_again(tmp_path, monkeypatch):
     with fake.serving() as server, fake.serving() as other:
         killed(server, tmp_path / "v.jsonl", monkeypatch, Endpoint, "batch")
-        found, why = until_stopped(judge_of(other, tmp_path / "v.jsonl"), items(30))
+        found, why = until_stopped(batch_judge(other, tmp_path / "v.jsonl"), items(30))
         assert not found and f"batch_0 was sent to {server.url}; give this URL with" in why
         kept = server.batches.batches.copy()
         server.batches.batches.clear()
-        found, why = until_stopped(judge_of(server, tmp_path / "v.jsonl"), items(30))
+        found, why = until_stopped(batch_judge(server, tmp_path / "v.jsonl"), items(30))
         assert not found and "does not return the batch batch_0" in why and "--judge-cache" in why
         server.batches.batches |= kept
-        scored(in_order(judge_of(server, tmp_path / "v.jsonl"), items(30)), items(30))
+        scored(in_order(batch_judge(server, tmp_path / "v.jsonl"), items(30)), items(30))
     assert server.batches.sizes == [30] and not other.batches.sizes
 
 
 def test_an_outstanding_batch_is_continued_although_the_budget_is_used_up(tmp_path, monkeypatch):
     with fake.serving() as server:
         killed(server, tmp_path / "v.jsonl", monkeypatch, Endpoint, "batch", 10)
-        judge = judge_of(server, tmp_path / "v.jsonl", budget=Budget(calls=10))
+        judge = batch_judge(server, tmp_path / "v.jsonl", budget=Budget(calls=10))
         found, why = until_stopped(judge, [*items(12, 10), *items(10)])
         scored(found, items(10))
         assert "the budget of 10 calls is used up" in why and server.batches.sizes == [10]
@@ -147,7 +147,7 @@ def test_files_that_the_endpoint_deleted_are_failures(tmp_path, monkeypatch):
     with fake.serving() as server:
         killed(server, tmp_path / "v.jsonl", monkeypatch, Endpoint, "download", 10)
         server.batches.deleted = True
-        judge = judge_of(server, tmp_path / "v.jsonl", price=(1.0, 2.0))
+        judge = batch_judge(server, tmp_path / "v.jsonl", price=(1.0, 2.0))
         found = in_order(judge, items(10))
         assert all("no result for this reply" in v.error for v in found)
         server.batches.deleted = False
@@ -170,10 +170,10 @@ def test_a_busy_endpoint_is_asked_again(tmp_path, monkeypatch):
 
         monkeypatch.setattr(server.batches, "_polled", polled)
         monkeypatch.setattr(batch, "IN_A_ROW", 4)
-        found, why = until_stopped(judge_of(server, tmp_path / "v.jsonl"), items(5))
+        found, why = until_stopped(batch_judge(server, tmp_path / "v.jsonl"), items(5))
         assert not found and "does not return the batch batch_0 (HTTP 503" in why
         server.batches.refused.clear()
-        scored(in_order(judge_of(server, tmp_path / "v.jsonl"), items(5)), items(5))
+        scored(in_order(batch_judge(server, tmp_path / "v.jsonl"), items(5)), items(5))
     assert server.batches.sizes == [5]
 
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import threading
 import time
 
+import asking
 import fake_endpoint as fake
 import pytest
+from asking import KEY, ROLE, prompt, until_stopped
 
 import jaxpersona as jp
-from jaxpersona.data.texts import Role
 from jaxpersona.judges import http
 from jaxpersona.judges.limits import Budget
-from jaxpersona.judges.protocol import Item, JudgeStopped, in_order
+from jaxpersona.judges.protocol import Item, in_order
 
 pytest.importorskip("openai")
-
-KEY = "sk-secret-0123456789"
-ROLE = Role("ghost", ("You are a ghost.",), "Asked: {question} Said: {answer} Grade 0-3.")
 
 
 @pytest.fixture(autouse=True)
@@ -27,14 +26,7 @@ def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
-def items(count, start=0):
-    return [Item(f"pos_p0_q{i}", ROLE, "Who?", f"Boo number {i}.") for i in range(start, count)]
-
-
-def prompt(item):
-    return f"Asked: {item.question} Said: {item.answer} Grade 0-3."
-
-
+items = functools.partial(asking.items, prefix="pos_p0_q")
 QUICK = tuple(kind for kind in fake.KINDS if kind != "slow")
 
 
@@ -43,17 +35,6 @@ def judge_of(server, path, *, timeout=20.0, **settings):
     from jaxpersona.judges.endpoint import Endpoint
 
     return http.HttpJudge(Endpoint("judge-1", url=server.url, timeout=timeout), path, **settings)
-
-
-def until_stopped(judge, asked):
-    """The verdicts up to the stop, and its message ("" if there was none)."""
-    found = []
-    try:
-        for verdict in judge.score(asked):
-            found.append(verdict)
-    except JudgeStopped as stop:
-        return found, str(stop)
-    return found, ""
 
 
 def test_every_reply_is_accounted_for_while_a_third_of_the_calls_fail(tmp_path, caplog, capfd):
