@@ -27,7 +27,7 @@ BENCH = pathlib.Path(__file__).parents[1] / "bench"
 def bench_folder(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     yield
-    for name in ("common", "decoding", "conversations", "roofline"):
+    for name in ("common", "decoding", "conversations", "roofline", "exported"):
         sys.modules.pop(name, None)
 
 
@@ -237,6 +237,24 @@ def test_an_arm_that_is_not_judged_does_not_prolong_the_pairs():
     arms = {"a": lambda: 2.0, "b": lambda: 2.5, "c": lambda: next(noise)}
     found = common.paired(arms, "a", pairs=19, judged=["b"])
     assert found["c"]["unresolved"] and found["c"]["pairs"] == 10
+
+
+def test_an_exported_program_has_its_arrays_as_arguments_and_the_rest_as_constants(tmp_path):
+    import exported
+
+    def call(x, scale, shift):
+        return x["h"].astype(shift.dtype) * x["n"] * scale + shift
+
+    arguments = ({"h": jnp.arange(4, dtype=jnp.bfloat16), "n": 3}, 0.5,
+                 np.arange(4.0, dtype=np.float32))
+    for name in "ab":
+        exported._save(tmp_path / name, call, arguments)
+    shared = {}
+    once, found = exported.timer(tmp_path / "a", shared)
+    assert found.tolist() == [0.0, 2.5, 5.0, 7.5] and once() > 0
+    count = len(shared)
+    assert count == 2 and np.array_equal(exported.timer(tmp_path / "b", shared)[1], found)
+    assert len(shared) == count, "equal arguments must be one array on the device"
 
 
 def test_a_matmul_counts_a_multiplication_and_an_addition_per_term(monkeypatch):
