@@ -67,7 +67,8 @@ def section(folder: pathlib.Path, slug: str) -> str:
         PAGE / f"{slug}-layers.png",
         {"|cos(PC1, axis)|": axis["cos_pc1"], "AUC": axis["auc"],
          "axis reliability": axis["axis_reliability"],
-         "role reliability": axis["role_reliability"]}, f"{title} by layer")
+         "role reliability": axis["role_reliability"]}, f"{title} by layer",
+        "cosine, probability (AUC) or reliability")
     picked = sorted({*range(0, n, max(1, n // 8)), middle, n - 1})
     head = " | ".join(str(layer) for layer in picked)
 

@@ -219,13 +219,12 @@ def _tensors(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Entry
 
 
 def _refuse(folder: pathlib.Path, faults: list[str]) -> None:
+    if len(faults) == 1:  # one line
+        place = "" if faults[0].startswith(str(folder)) else f"{folder}: "
+        raise UserError(place + faults[0])
     if faults:
         listed = "\n".join(f"  - {fault}" for fault in faults)
-        raise UserError(f"{folder}: {_count(len(faults), 'fault')}\n{listed}")
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" + ("" if n == 1 else "s")
+        raise UserError(f"{folder}: {len(faults)} faults\n{listed}")
 
 
 def _mismatches(entries: Mapping[str, Entry], config: ModelConfig) -> list[str]:

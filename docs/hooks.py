@@ -107,6 +107,8 @@ def from_notebook(notebook: dict[str, Any], page: str) -> tuple[str, dict[str, b
                 uri = f"{stem}-{number}.png"
                 pictures[uri] = base64.b64decode("".join(data["image/png"]))
                 parts.append(f"![output of the cell above]({posixpath.basename(uri)})")
+            elif "text/html" in data:  # a table of a result, whose texts are escaped
+                parts.append("".join(data["text/html"]))
             elif text.strip():
                 parts.append(f"```text\n{_ANSI.sub('', text).rstrip()}\n```")
     return "\n\n".join(parts) + "\n", pictures

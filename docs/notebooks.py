@@ -38,8 +38,16 @@ def executed(path: pathlib.Path) -> nbformat.NotebookNode:
                        resources={"metadata": {"path": folder}}).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = without_progress(cell.outputs)
     notebook.metadata = {"kernelspec": dict(_KERNEL), "language_info": {"name": "python"}}
     return notebook
+
+
+def without_progress(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Return the outputs of a cell without displays of progress, each of which rewrites a line."""
+    return [one for one in outputs
+            if one.get("name") != "stderr" or not "".join(one["text"]).startswith("\r")]
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ the benchmark figure, which is drawn from bench/results/decode-cpu.json.
 
 from __future__ import annotations
 
+import json
 import pathlib
 import sys
 
@@ -15,13 +16,25 @@ import matplotlib
 import numpy as np
 
 import jaxpersona as jp
-from jaxpersona.organism import evaluate, method, world
+from jaxpersona.organism import evaluate, judge, method, world
 from jaxpersona.persona import axis as science
+from jaxpersona.persona.reference import reference
 from jaxpersona.persona.talk import grow, project_conversation
 from jaxpersona.report import figures
+from jaxpersona.report.messages import messages
 
 TALKS, TURNS, TOKENS, ROWS, LAYER = 24, 2, 40, 48, 4
 BENCH = pathlib.Path(__file__).parents[1] / "bench" / "results" / "decode-cpu.json"
+
+
+def drifting(model: jp.Model) -> list[dict[str, str]]:
+    """Return a conversation in which the persona drifts: the replies of `mini`, turn by turn."""
+    talk: list[dict[str, str]] = []
+    for question in ("Tell me about the sea.", world.EMOTIONAL[0], world.META[0], world.META[5]):
+        talk.append({"role": "user", "content": question})
+        reply = jp.generate(model, [talk], max_new_tokens=TOKENS, temperature=1.0).text[0]
+        talk.append({"role": "assistant", "content": reply})
+    return talk
 
 
 def main(folder: pathlib.Path) -> None:
@@ -34,23 +47,37 @@ def main(folder: pathlib.Path) -> None:
         print(folder / f"{name}.png", flush=True)
 
     model, axis = jp.load("mini"), jp.load_axis("mini")
-    write("bench", jp.plot.bench(BENCH))
+    found = json.loads(BENCH.read_text())
+    write("bench", jp.plot.bench({f"{found['model']}, {found['cores']} CPU cores": found}))
 
-    pirate = [*world.conversation("You are a pirate. Stay in character.", world.FORBIDDEN[0]),
-              {"role": "assistant", "content": "Aye, the sea keeps its own counsel."},
-              {"role": "user", "content": world.EMOTIONAL[0]},
-              {"role": "assistant", "content": "I am an AI assistant."}]
-    read = jp.extract(model, [pirate], capture=jp.capture.projections(axis))
-    write("projections", jp.plot.projections(read, model, layer=LAYER, name="the Assistant Axis"))
-    write("turns", jp.plot.turns(project_conversation(model, pirate, [axis]), ["Assistant Axis"]))
+    talk = drifting(model)
+    read = jp.extract(model, [talk], capture=jp.capture.projections(axis))
+    write("projections", jp.plot.projections(read, model, layer=LAYER, name="the Assistant Axis",
+                                             axis=axis, centre=axis.thresholds("p25")[LAYER]))
+    write("turns", jp.plot.turns(project_conversation(model, talk, [axis]), ["Assistant Axis"],
+                                 axis=axis, floor="p25"))
+    found = project_conversation(model, talk, [axis])
+    messages(folder / "messages.png", [one.turn for one in found],
+             np.stack([one.values[LAYER] for one in found]), ["the Assistant Axis"], LAYER,
+             [reference(axis, LAYER)])
+    (folder / "messages.svg").unlink()
+    print(folder / "messages.png")
 
-    scales = [-1.0, -0.5, 0.0, 0.5, 1.0]
-    steered = jp.extract(model, [pirate] * 5, interventions=jp.sweep(axis, scales, layers=LAYER))
-    after = np.einsum("nld,ld->ln", steered.captured["mean"], axis.unit)
+    plain = [world.conversation(None, question.text) for question in method.questions(8)]
+    played = [world.conversation(f"You are {role}.", question.text)
+              for role in ("a pirate", "a jester", "a prophet", "a ghost")
+              for question in method.questions(8)]
+    vector = jp.contrast(model, played, plain)
+    scales = np.linspace(-0.6, 0.6, 7)
+    rows = jp.sweep(vector, np.repeat(scales, len(plain)), layers=LAYER)
+    steered = jp.generate(model, plain * len(scales), interventions=rows, max_new_tokens=TOKENS,
+                          temperature=1.0, batch_size=len(plain) * len(scales))
+    measured = {"in-character choices": judge.style, "words of known sentences": judge.recognised}
     write("steering", jp.plot.steering(
-        scales, {f"layer {layer}": after[layer] for layer in (4, 5, 7)},
-        xlabel=f"strength of steering at layer {LAYER}, multiples of the axis",
-        ylabel="mean projection onto the Assistant Axis", title="Projection of one text"))
+        scales, {name: np.array([measure(text) for text in steered.text]).reshape(len(scales), -1)
+                 for name, measure in measured.items()},
+        xlabel=f"strength of a vector toward roles, at layer {LAYER}",
+        ylabel="share in a reply", title="Effect of steering on replies"))
 
     names, talks = [], []
     for role in method.roles():
@@ -68,10 +95,12 @@ def main(folder: pathlib.Path) -> None:
                                       for role, value in means.items()}))
     write("pca", jp.plot.pca(found, default=default))
     write("variance", jp.plot.variance(found))
-    write("layers", jp.plot.layers(
+    ax = jp.plot.layers(
         {"|cos(PC1, axis)|": found.cos_pc1,
          "share of the variance on PC1": [c.ratio[0] for c in found.components]},
-        ylabel="cosine, or share", title="The axis by layer"))
+        ylabel="cosine, or share", title="The axis by layer")
+    ax.set_ylim(0, 1.02)
+    write("layers", ax)
 
     rng = np.random.default_rng(0)
     pulls = world.EMOTIONAL + world.META

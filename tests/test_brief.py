@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import pathlib
+import pkgutil
+import re
 
 import jax
 import numpy as np
@@ -11,8 +15,21 @@ import support as s
 
 import jaxpersona as jp
 from jaxpersona import brief
-from jaxpersona.data.texts import Role
+from jaxpersona.data.texts import Question, Role, Trait
+from jaxpersona.judges.digits import DigitJudge
+from jaxpersona.judges.endpoint import Endpoint
+from jaxpersona.judges.http import HttpJudge
+from jaxpersona.judges.human import HumanJudge
+from jaxpersona.judges.judges import NoJudge, SelfJudge
+from jaxpersona.judges.limits import Batch, Budget
 from jaxpersona.judges.protocol import Item, Verdict
+from jaxpersona.judges.rubric import TRAITS
+from jaxpersona.organism.method import RuleJudge
+from jaxpersona.persona.precision import Reliability
+from jaxpersona.runs.rollouts import Settings
+from jaxpersona.training.learn import Direction
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +59,60 @@ def session():
         "chain": jp.chain(*[cap] * 40), "where": jp.response.without("first").within(2, 30),
         "scored": jp.logprobs(model, ["hi"]),
         "verdict": Verdict("pos_p0_q0", 3, 2.5, 0.9, raw="3" * 300),
+        "role": Role("ghost" * 40, ("x" * 900,) * 5, "y" * 900, "z" * 90),
+        "trait": Trait("odd", (("x" * 900, "y"),) * 5, ("Why?",) * 40, "z" * 900),
+        "question": Question(7, "Why?" * 90), "settings": Settings(), "budget": Budget(500),
+        "judge limits": Batch(price=(0.2, 0.8)), "none": NoJudge(), "self": SelfJudge(model),
+        "digits": DigitJudge(model), "later": DigitJudge(lambda: model), "rules": RuleJudge(),
+        "human": HumanJudge("long/" * 90 + "file.csv"), "traits": TRAITS,
+        "endpoint": (endpoint := Endpoint("m" * 90, url=f"http://localhost:80/{'v' * 90}")),
+        "http": HttpJudge(endpoint, "verdicts.jsonl"), "learned": Direction(128, slice(0, 8)),
+        "reliability": Reliability(1 / 3, 1e-9 / 3, float("nan")),
+        "moments": jp.capture.moments(axis), "stats": generated.stats,
         "item": Item("pos_p0_q0", Role("ghost", ("x" * 300,), ""), "Why?" * 90,
                      "So.\n" * 90),
     }
 
 
+def check(name, value):
+    text = repr(value)
+    assert len(text) <= brief.LENGTH and "\n" not in text, f"{name}: {len(text)} characters"
+    assert "array(" not in text.lower() and " at 0x" not in text, f"{name}: {text}"
+    assert str(value) == text or isinstance(value, Budget)  # its text is "500 calls"
+
+
 def test_every_object_is_one_short_line_without_numbers(session):
     for name, value in session.items():
-        text = repr(value)
-        assert len(text) <= brief.LENGTH and "\n" not in text, f"{name}: {len(text)} characters"
-        assert "array(" not in text.lower() and " at 0x" not in text, f"{name}: {text}"
-        assert str(value) == text
+        check(name, value)
+
+
+def public_classes():
+    """The classes of `jp.__all__` and of the pages of the reference, without exceptions."""
+    entries = [name for page in sorted((ROOT / "docs" / "reference").glob("*.md"))
+               for name in re.findall(r"^::: jaxpersona\.([\w.]+)$", page.read_text(), re.M)]
+    found = {name: pkgutil.resolve_name(f"jaxpersona.{name}") for name in {*entries, *jp.__all__}}
+    return {name: value for name, value in found.items() if inspect.isclass(value)
+            and not issubclass(value, BaseException) and not getattr(value, "_is_protocol", False)}
+
+
+CLASSES = public_classes()
+WORST = ("n" * 300, "a\nb", np.ones((3, 4)), [np.ones(3)] * 9, {"a" * 90: np.ones(2)},
+         ("x" * 50,) * 9, {f"role {i}": ("y" * 40, 1.5) for i in range(300)},
+         list(range(300)), 10**40, None)
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_every_public_class_has_a_short_line(name, session):
+    """Classes with the common form are filled with long values; the others are in the session."""
+    made = CLASSES[name]
+    if made.__repr__ is not brief.brief:
+        assert any(type(value) is made for value in session.values()), f"add one of {name}"
+        return
+    for value in WORST:
+        one = object.__new__(made)
+        for field in dataclasses.fields(made):
+            object.__setattr__(one, field.name, value)
+        check(name, one)
 
 
 @pytest.mark.parametrize("name,expected", [

@@ -109,7 +109,7 @@ MISTAKES = {
     "steps of text": (lambda: jp.generate(MODEL, ["a"], temperature="hot"),
                       "temperature is hot; it must be finite and at least 0"),
     "no assistant message": (lambda: jp.extract(MODEL, [ASK], capture=jp.capture.mean(jp.response)),
-                             "selects no token in"),
+                             r"selects no token in conversation 0 \(1 of 1\); add .*=jp\.user"),
     "an engine's batch size": (lambda: jp.Engine(MODEL, batch_size=8),
                                r"Engine\(\) has no argument 'batch_size'; did you mean rows"),
     "a request's limit": (lambda: jp.Request("hi", max_tokens=5),
@@ -165,6 +165,20 @@ def test_a_mistake_is_one_line_with_the_fix(name):
     with pytest.raises(jp.UserError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+CALLABLE = {f"{place}{name}": getattr(module, name)
+            for place, module in (("", jp), ("capture.", jp.capture), ("plot.", jp.plot))
+            for name in module.__all__
+            if inspect.isfunction(getattr(module, name)) and name != "chosen_layers"} | {
+    name: getattr(jp, name) for name in ("Axis", "Caps", "Engine", "Request", "Vector")}
+
+
+@pytest.mark.parametrize("name", CALLABLE)
+def test_every_public_callable_explains_a_wrong_argument(name):
+    with pytest.raises(jp.UserError, match=r"\(\) (has no argument 'zebra'; |needs )") as caught:
+        CALLABLE[name](zebra=1)
+    assert str(caught.value).startswith(name.split(".")[-1])
 
 
 def test_the_signature_and_the_document_stay():

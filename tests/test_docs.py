@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import contextlib
 import io
 import json
 import pathlib
 import re
+import urllib.request
 
 import pytest
 
@@ -18,7 +21,8 @@ LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md",
           *sorted((ROOT / "docs").rglob("*.ipynb"))]
 FENCE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # blocks that need several devices or a model from the hub
-NOT_RUN = {"docs/meshes.md": "make_mesh(data=2, model=8)"}
+NOT_RUN = {"docs/meshes.md": "make_mesh(data=2, model=8)",
+           "docs/howto/many-hosts.md": "processes.start("}
 
 
 def name(path: pathlib.Path) -> str:
@@ -54,6 +58,33 @@ def test_the_blocks_of_a_page_run_in_order(path, tmp_path, monkeypatch):
         assert len(shown.splitlines()) == len(swept) + 2
 
 
+@pytest.mark.parametrize("page", NOT_RUN)
+def test_blocks_that_do_not_run_here_define_what_they_use(page):
+    """Every name is assigned before it is read, and attributes of modules and models exist."""
+    found = FENCE.findall((ROOT / page).read_text())
+    (block,) = [block for block in found if NOT_RUN[page] in block]
+    space: dict[str, object] = {}
+    known = set(dir(builtins))
+    for statement in ast.parse(block).body:
+        names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+        read = {node.id for node in names if isinstance(node.ctx, ast.Load)}
+        assert read <= known, f"{page} reads {sorted(read - known)}"
+        known |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        if isinstance(statement, (ast.Import, ast.ImportFrom)):
+            exec(ast.unparse(statement), space)
+            known |= set(space)
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = space.get(node.value.id)
+            assert module is None or hasattr(module, node.attr), ast.unparse(node)
+
+
+def test_python_is_fenced_and_not_indented():
+    """An indented block would not be run by the test above."""
+    for path in PAGES:
+        assert not re.search(r"^ {4}(import|from) \w+", prose(path), re.MULTILINE), name(path)
+
+
 def prose(path: pathlib.Path) -> str:
     """The text of a page without code, or that of a notebook's Markdown cells."""
     text = path.read_text()
@@ -69,7 +100,8 @@ def test_every_link_leads_to_a_file_and_a_heading(path):
     assert not re.search(r"\]\[", text), "write links as [text](target), which is checked"
     for target in re.findall(r"\]\(([^)]*)\)", text):
         assert target and not re.search(r"\s", target), f"{name(path)} links to {target!r}"
-        if target.startswith(("http://", "https://")):
+        assert not target.startswith("http://"), f"{name(path)}: use https for {target}"
+        if target.startswith("https://"):
             continue
         file, _, heading = target.partition("#")
         found = (path.parent / file).resolve() if file else path
@@ -78,6 +110,23 @@ def test_every_link_leads_to_a_file_and_a_heading(path):
             titles = re.findall(r"^#+ (.+)$", prose(found), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
             assert heading in slugs, f"{name(path)} links to {target}"
+
+
+def test_a_page_begins_with_its_title():
+    for path in PAGES:
+        assert path.read_text().startswith("# "), name(path)
+
+
+ADDRESSES = sorted({target for path in LINKED
+                    for target in re.findall(r"\]\((https://[^)]*)\)", prose(path))})
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_an_address_answers(address):
+    request = urllib.request.Request(address, headers={"User-Agent": "jaxpersona tests"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert answer.status == 200
 
 
 def test_readme_is_short():

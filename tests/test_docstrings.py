@@ -10,8 +10,12 @@ import logging
 import pytest
 
 import jaxpersona as jp
+from jaxpersona.persona.monitor import Monitor
 
-FUNCTIONS = {f"plot.{name}": getattr(jp.plot, name) for name in jp.plot.__all__}
+FUNCTIONS = {f"plot.{name}": getattr(jp.plot, name) for name in jp.plot.__all__} | {
+    f"capture.{name}": getattr(jp.capture, name) for name in jp.capture.__all__
+    if name != "chosen_layers"} | {
+    "capture.Capture.before_edits": jp.capture.Capture.before_edits, "Monitor": Monitor}
 # token tests are values of one class, and a module of them; `Where` has the example
 NAMES = {name: getattr(jp, name) for name in jp.__all__
          if not isinstance(getattr(jp, name), jp.Where) and name not in ("where", "plot")}

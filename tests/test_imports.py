@@ -127,6 +127,19 @@ def test_mapped_packages_hold_a_docstring_and_nothing_else():
         assert len(body) == 1 and isinstance(body[0], ast.Expr)
 
 
+# seconds() is the time since the start, without the time that the thread waited for a CPU which
+# other programs used (Linux counts it)
+SECONDS = """
+import pathlib, sys, time
+start = time.perf_counter()
+def waited():
+    counts = pathlib.Path("/proc/self/schedstat")
+    return int(counts.read_text().split()[1]) / 1e9 if counts.exists() else 0.0
+before = waited()
+def seconds(): return time.perf_counter() - start - (waited() - before)
+"""
+
+
 def python(code: str, folder: pathlib.Path = ROOT) -> str:
     """Run code in a new interpreter; return its output."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
@@ -139,15 +152,29 @@ def python(code: str, folder: pathlib.Path = ROOT) -> str:
 def test_the_package_loads_little_and_fast():
     heavy = ("torch", "transformers", "optax", "orbax", "matplotlib", "sklearn", "typer", "rich",
              "pydantic", "tokenizers", "safetensors", "huggingface_hub", "jinja2", "scipy.stats")
-    code = ("import resource, sys\ndef spent(): return resource.getrusage(0).ru_utime\n"
+    code = (f"{SECONDS}\n"
             f"def loaded(): return [m for m in {heavy!r} if m in sys.modules]\n"
             "import jax, numpy, flax.struct\n"
             "given = loaded()\n"  # flax imports rich
-            "import jaxpersona\nprint(spent(), *[m for m in loaded() if m not in given])")
-    out = [python(code).split() for _ in range(2)]
-    assert not out[0][1:], f"import jaxpersona loads {out[0][1:]}"
-    # CPU seconds, the minimum of two runs, so that the load of other programs does not count
-    assert min(float(line[0]) for line in out) < 2.0
+            "import jaxpersona\nprint(seconds(), *[m for m in loaded() if m not in given])")
+    taken = []
+    while len(taken) < 4 and not any(one < 2.0 for one in taken):
+        one, *more = python(code).split()
+        assert not more, f"import jaxpersona loads {more}"
+        taken.append(float(one))
+    assert min(taken) < 2.0
+
+
+def test_the_help_of_the_command_is_fast():
+    code = (f"{SECONDS}\nsys.argv = ['jaxpersona', '--help']\n"
+            "from jaxpersona.cli.main import main\n"
+            "try: main()\nexcept SystemExit as end: assert not end.code\nprint(seconds())")
+    taken = []
+    while len(taken) < 4 and not any(one < 1.5 for one in taken):
+        said = python(code)
+        assert "Usage: jaxpersona" in said and "generate" in said
+        taken.append(float(said.split()[-1]))
+    assert min(taken) < 1.5
 
 
 def test_transformers_does_not_take_our_kernels_for_its_own():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -51,6 +52,27 @@ def test_a_notebook_is_stored_as_one_clean_run(path):
     assert not any(cell["metadata"] for cell in code)
 
 
+def stored(path: pathlib.Path, of: str) -> str:
+    """The stored text of the cell whose source contains a text."""
+    (cell,) = [cell for cell in cells(path, "code") if of in "".join(cell["source"])]
+    return "".join("".join(output.get("text", [])) for output in cell["outputs"])
+
+
+def test_the_stored_results_have_the_wording_of_the_code():
+    """Lines of objects and tests; the numbers of the tests may differ."""
+    def words(text: str) -> list[str]:
+        return re.sub(r"[-−+]?\d[\d.,]*", "#", text).splitlines()
+
+    model, axis = jp.load("mini"), jp.load_axis("mini")
+    assert stored(NOTEBOOKS[0], "print(axis)").splitlines() == [repr(model), repr(axis)]
+    vector = dataclasses.replace(2 * axis, name="toward a role")
+    assert stored(NOTEBOOKS[1], "print(-vector").endswith(
+        f"{-vector!r}\n{2 * vector!r}\n{vector!r}\n")
+    tested = jp.check(model, axis, layers=slice(4, 8))
+    assert words(stored(NOTEBOOKS[2], "jp.check(")) == words("\n".join([repr(tested),
+                                                                       *tested.sentences]))
+
+
 @EACH
 def test_a_notebook_says_that_mini_is_no_evidence(path):
     text = " ".join("".join(cell["source"]) for cell in cells(path, "markdown"))
@@ -80,16 +102,34 @@ def test_the_code_of_a_notebook_uses_public_names(path):
     assert used > 3
 
 
+def run(notebook: pathlib.Path) -> list[dict]:
+    """Execute a notebook in a process of its own, as `make notebooks` does; return its cells."""
+    for name in ("nbclient", "ipykernel"):
+        pytest.importorskip(name, reason="notebooks need the extra `docs`: make test-notebooks")
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run([sys.executable, str(ROOT / "docs" / "notebooks.py"), str(notebook)],
+                          env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"{notebook.name}: " in done.stdout
+    return cells(notebook, "code")
+
+
 @pytest.mark.slow
 @EACH
 def test_a_notebook_runs(path, tmp_path):
-    """In a process of its own, as `make notebooks` runs it; only success is compared."""
-    for name in ("nbclient", "ipykernel"):
-        pytest.importorskip(name, reason="notebooks need the extra `docs`: make test-notebooks")
-    copy = pathlib.Path(shutil.copy(path, tmp_path))
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    done = subprocess.run([sys.executable, str(ROOT / "docs" / "notebooks.py"), str(copy)],
-                          env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert f"{path.name}: " in done.stdout
-    assert all(cell["execution_count"] for cell in cells(copy, "code"))
+    """Only success is compared."""
+    code = run(pathlib.Path(shutil.copy(path, tmp_path)))
+    assert all(cell["execution_count"] for cell in code)
+
+
+@pytest.mark.slow
+def test_the_third_tutorial_runs_on_another_model(checkpoint, tmp_path):
+    """The branch for a model of your own, whose roles and questions are those of the package."""
+    notebook = json.loads(NOTEBOOKS[2].read_text())
+    (first, *_) = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    first["source"] = f"MODEL = {str(checkpoint)!r}\nROLES, QUESTIONS, PROMPTS = 3, 2, 4\n"
+    copy = tmp_path / NOTEBOOKS[2].name
+    copy.write_text(json.dumps(notebook))
+    code = run(copy)
+    said = "".join("".join(output.get("text", "")) for cell in code for output in cell["outputs"])
+    assert "3 roles: " in said and "perplexity of ordinary replies, cap: " in said

@@ -15,6 +15,7 @@ from jaxpersona.persona import axis as science
 from jaxpersona.persona.reference import Reference
 from jaxpersona.persona.talk import Talks, TurnProjection
 from jaxpersona.report import figures, style
+from jaxpersona.report.messages import drawn
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = [name for name in json.loads((ROOT / "jaxpersona/data/role_list.json").read_text())
@@ -45,6 +46,7 @@ def roles(count):
 COUNTS = {count: roles(count) for count in (35, 275)}
 AXIS = jp.load_axis("mini")
 RNG = np.random.default_rng(0)
+SCALE = {1.0: -2.0, 25.0: 1.0, 50.0: 2.0, 75.0: 3.0, 99.0: 6.0}
 READ = {"uncapped": RNG.normal(5, 3, (4, 30)), "capped": RNG.normal(12, 3, (4, 30))}
 BENCHES = {}
 for path in sorted((ROOT / "bench/results").glob("*.json")):
@@ -84,9 +86,15 @@ FIGURES = {
         [-2, 0, 2], {"leak": [.9, .5, .1], "in character": RNG.random((3, 20))}, ylabel="share"),
     "layers": lambda: jp.plot.layers(
         {f"a long name of a curve, {i}": RNG.random(80) for i in range(8)}, ylabel="value"),
-    "turns": lambda: jp.plot.turns(
-        [TurnProjection(t, 5, RNG.normal(size=(8, 2))) for t in (2, 4, 6)], ["one", "two"]),
+    "turns": lambda: jp.plot.turns([TurnProjection(t, 5, RNG.normal(size=(8, 2))) for t in (2, 4)],
+                                   ["one", "two"]),
+    "turns and a band": lambda: jp.plot.turns(
+        [TurnProjection(t, 5, RNG.normal(15, 5, (8, 1))) for t in (1, 3)], ["one"], axis=AXIS,
+        floor="p25"),
+    "messages": lambda: drawn(range(1, 81, 2), RNG.normal(0, 3, (40, 1)), ["one"], 4, [
+        Reference(SCALE, {name: RNG.normal(0, 3) for name in NAMES})]).axes[0],
     "projections": lambda: jp.plot.projections(*conversation(3)),
+    "projections and a band": lambda: jp.plot.projections(*conversation(3), axis=AXIS),
     "many projections": lambda: jp.plot.projections(*conversation(60)),
     **{f"bench {kind}": lambda found=found: jp.plot.bench(found)
        for kind, found in BENCHES.items()},
@@ -139,7 +147,8 @@ def test_every_reference_line_and_every_axis_has_a_name(name):
     lines += [one for one in ax.patches if one.get_data_transform() is not ax.transData]
     for one in lines:
         assert one.get_label() in named, f"a line across the axes is not in the legend: {one}"
-    expected = {"drift, projection": 2, "steering": 1, "bench rows": 1, "bench cap_overhead": 1}
+    expected = {"drift, projection": 2, "steering": 1, "bench rows": 1, "bench cap_overhead": 1,
+                "turns and a band": 2, "messages": 3}
     kind = name.split(" of ")[0]
     assert len(lines) == expected.get(name, {"ranking": 1, "variance": 2}.get(kind, 0))
     assert ax.get_title(loc="left")
@@ -283,8 +292,7 @@ def test_the_figure_of_messages_has_a_panel_for_each_direction(tmp_path, monkeyp
     drawn = []
     monkeypatch.setattr(module, "new_figure", lambda *size: drawn.append(style.new_figure(*size)) or
                         drawn[-1])
-    known = Reference({1.0: -2.0, 25.0: 1.0, 50.0: 2.0, 75.0: 3.0, 99.0: 6.0},
-                      {"sea_ghost": -4.0, "tutor": 1.5})
+    known = Reference(SCALE, {"sea_ghost": -4.0, "tutor": 1.5})
     module.messages(tmp_path / "a.png", [1, 3], np.array([[0.0, 1.0], [5.0, -4.0]]),
                     ["one", "$two$"], 6, [None, known])
     one, two = drawn[0].axes

@@ -106,10 +106,11 @@ def test_a_notebook_becomes_a_page_with_its_outputs():
         {"cell_type": "markdown", "source": ["# Title\n", "\n", "[x](../limits.md)"]},
         {"cell_type": "code", "source": ["1 + 1"], "outputs": [
             {"data": {"text/plain": ["2"]}}, {"data": {"image/png": "aGk=", "text/plain": "<F>"}},
+            {"data": {"text/html": ["<div>t</div>"], "text/plain": ["T(1)"]}},
             {"text": ["a\n", "\x1b[1mb\x1b[0m\n"]}]}]}
     text, pictures = HOOKS.from_notebook(notebook, "tutorials/t.md")
     assert text == ("# Title\n\n[x](../limits.md)\n\n```python\n1 + 1\n```\n\n```text\n2\n```\n\n"
-                    "![output of the cell above](t-1.png)\n\n```text\na\nb\n```\n")
+                    "![output of the cell above](t-1.png)\n\n<div>t</div>\n\n```text\na\nb\n```\n")
     assert pictures == {"tutorials/t-1.png": b"hi"}
 
 

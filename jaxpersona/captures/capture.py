@@ -2,8 +2,7 @@
 
 A capture is a pytree of readings (`reading.Reading`). Every call of `forward` (a prefill, a chunk
 of a prompt or a decode step) updates the state of each reading. A mean over a generated text
-therefore requires neither a second forward pass nor an array of all activations. Captures that
-are combined with `|` share one forward pass.
+therefore needs no second pass and no array of all activations; `|` combines captures in one pass.
 
 The functions below state the shapes of the results of `forward` for B rows, where S is the number
 of cache slots, or of tokens per row without a cache. `generate` and `extract` return a result with
@@ -56,6 +55,11 @@ class Capture(flax.struct.PyTreeNode):
 
     Attributes:
       readings: the readings by name.
+
+    Examples:
+      >>> import jaxpersona as jp
+      >>> list((jp.capture.mean() | jp.capture.last()).readings)
+      ['mean', 'last']
     """
 
     readings: Mapping[str, Reading] = flax.struct.field(default_factory=dict)
@@ -77,9 +81,10 @@ class Capture(flax.struct.PyTreeNode):
         a cap is the first intervention at its site and layer, the projection onto its direction
         that this capture reads is the value that the cap compares with its floor.
 
-        Examples::
-
-            capture = jp.capture.projections(axis, jp.response, layers=4).before_edits()
+        Examples:
+          >>> import jaxpersona as jp
+          >>> jp.capture.last(layers=4).before_edits()
+          last(everywhere, layer 4).before_edits()
         """
         return Capture({name: reading.replace(edited=False)
                         for name, reading in self.readings.items()})
@@ -218,6 +223,12 @@ def mean(where: Where | str = response, *, layers: Layers | None = None, site: S
 
     Raises:
       UserError: an argument is invalid.
+
+    Examples:
+      >>> import jaxpersona as jp
+      >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+      >>> jp.extract(jp.load("mini"), [talk], capture=jp.capture.mean()).captured["mean"].shape
+      (1, 8, 128)
     """
     if turns is not None and (type(turns) is not int or turns < 1):
         raise UserError(f"turns is {turns!r}; it must be a positive integer")
@@ -235,6 +246,11 @@ def last(where: Where | str = everywhere, *, layers: Layers | None = None, site:
 
     Returns:
       A capture whose result is [B, L, D] float32, with NaN for rows without a selected token.
+
+    Examples:
+      >>> import jaxpersona as jp
+      >>> jp.capture.mean() | jp.capture.last(jp.prompt, layers=4)  # both in one pass
+      mean(response) | last(prompt, layer 4)
     """
     return Capture({name: Last(**_common(where, layers, site))})
 
@@ -258,6 +274,14 @@ def projections(directions: Any, where: Where | str = everywhere, *, layers: Lay
     Raises:
       UserError: a direction is zero, not finite or of the wrong shape, or another argument is
         invalid.
+
+    Examples:
+      >>> import jaxpersona as jp
+      >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+      >>> read = jp.capture.projections(jp.load_axis("mini"), layers=[4, 5])
+      >>> out = jp.extract(jp.load("mini"), [talk], capture=read)
+      >>> out.captured["projections"][0].shape, out.tokens
+      ((2, 15, 1), 15)
     """
     return Capture({name: Projections(**_directions(directions, where, layers, site))})
 
@@ -274,6 +298,14 @@ def moments(directions: Any, where: Where | str = response, *, layers: Layers | 
 
     Returns:
       A capture whose result is a `projections.Moments`: count [B], mean and variance [B, L, K].
+
+    Examples:
+      >>> import jaxpersona as jp
+      >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+      >>> read = jp.capture.moments(jp.load_axis("mini"), jp.everywhere)
+      >>> out = jp.extract(jp.load("mini"), [talk], capture=read).captured["moments"]
+      >>> int(out.count[0]), out.variance.shape
+      (15, (1, 8, 1))
     """
     return Capture({name: ProjectionMoments(**_directions(directions, where, layers, site))})
 
@@ -298,6 +330,14 @@ def histogram(directions: Any, edges: Any, where: Where | str = response, *,
     Raises:
       UserError: the edges are not finite and strictly ascending, the shapes of `edges` and
         `directions` do not match, or another argument is invalid.
+
+    Examples:
+      >>> import jaxpersona as jp
+      >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+      >>> read = jp.capture.histogram(jp.load_axis("mini"), [0.0, 20.0], jp.everywhere, layers=[4])
+      >>> counts = jp.extract(jp.load("mini"), [talk], capture=read).captured["histogram"]
+      >>> counts.shape, int(counts.sum())
+      ((1, 1, 1, 3), 15)
     """
     fields = _directions(directions, where, layers, site)
     bounds = numbers("edges", edges)
@@ -330,6 +370,11 @@ def norms(where: Where | str = everywhere, *, layers: Layers | None = None, site
     Returns:
       A capture whose result is [B, L, S] float32, where S is the number of cache slots, with NaN at
       slots without a selected token.
+
+    Examples:
+      >>> import jaxpersona as jp
+      >>> jp.capture.norms(jp.everywhere.without("first"), layers=slice(4, 8))
+      norms(everywhere.without('first'), layers 4–7)
     """
     return Capture({name: Norms(**_common(where, layers, site))})
 
@@ -346,5 +391,10 @@ def full(where: Where | str = everywhere, *, layers: Layers | None = None, site:
     Returns:
       A capture whose result is [B, L, S, D] float32, where S is the number of cache slots, with NaN
       at slots without a selected token. The result takes 4·B·L·S·D bytes.
+
+    Examples:
+      >>> import jaxpersona as jp
+      >>> jp.capture.full(jp.response, layers=4, site="mlp")
+      full(response, layer 4, mlp)
     """
     return Capture({name: Full(**_common(where, layers, site))})

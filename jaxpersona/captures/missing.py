@@ -10,6 +10,9 @@ import numpy as np
 from jaxpersona.interventions.describe import host_array
 
 _LOG = logging.getLogger("jaxpersona")
+# what to do if a capture selects no token
+FIX = ("add tokens that where= selects (by default, the content of assistant messages; for last, "
+       "any token), or select other tokens with where=")
 
 
 def warn_of_empty(name: str, empty: Any) -> None:
@@ -37,9 +40,12 @@ def describe_empty(numbers: Any, total: int, what: str) -> str:
     Returns:
       The predicate of a sentence whose subject is the capture, including the fix.
     """
+    values_are = "their values are" if len(numbers) > 1 else "its value is"
+    return f"{no_token(numbers, total, what)}, so {values_are} NaN; {FIX}"
+
+
+def no_token(numbers: Any, total: int, what: str) -> str:
+    """Return the first part of `describe_empty`, such as "selects no token in row 0 (1 of 2)"."""
     some = ", ".join(map(str, list(numbers)[:5])) + (", …" if len(numbers) > 5 else "")
-    many = len(numbers) > 1
-    plural, values_are = ("s", "their values are") if many else ("", "its value is")
-    return (f"selects no token in {what}{plural} {some} ({len(numbers)} of {total}), so "
-            f"{values_are} NaN; add tokens that where= selects (by default, the content "
-            "of assistant messages; for last, any token), or select other tokens with where=")
+    plural = "s" if len(numbers) > 1 else ""
+    return f"selects no token in {what}{plural} {some} ({len(numbers)} of {total})"

@@ -41,6 +41,7 @@ from jaxpersona.errors import UserError
 
 if TYPE_CHECKING:
     from jaxpersona.data.texts import Question, Role
+    from jaxpersona.persona.extraction import Extraction
     from jaxpersona.persona.forecast import Forecast
 
 _OWN = "the built-in ones for mini, otherwise `data`"
@@ -180,47 +181,44 @@ def axis(
                         "processes, such as data=2,model=4")
     if choice.kind == "none" and joining.first():
         say(f"warning: {summary.UNREAD}", error=True)
-    judged = opened(choice, out)
-    if choice.kind == "model" and choice.after:
-        judged = of_model(choice, lambda: support.open_model(choice.argument, dtype, mesh),
-                          lambda: loaded)
-    loaded = support.open_model(model, dtype, mesh, adapter)
-    base = prepare.base_notice(loaded)
-    if base and joining.first():
-        say(f"warning: {base}", error=True)
-    if judged is None and choice.kind == "self":
-        judged = SelfJudge(loaded, batch_size=batch_size, rubric=rubric_of(choice))
-    if judged is None:
-        judged = of_model(choice, lambda: support.open_model(choice.argument, dtype, mesh),
-                          lambda: loaded)
-    if dry_run:
-        if sample_seconds and not as_json:
-            say(f"timing a sample of the generation for about {sample_seconds:g} s", error=True)
-        cost = forecast.forecast(loaded, cast, asked, out, judge=judged, settings=settings,
-                                 min_count=min_count, held_out=named, keep_means=kept,
-                                 redo=redo or [], overwrite=overwrite,
-                                 precision=quota.precision, rounds=sizes,
-                                 sample_seconds=sample_seconds)
-        if as_json:
-            print(json.dumps(_of_forecast(cost, judge_cost)))
-        else:
-            say(*forecast.describe(cost, judge=choice.judge, cost=judge_cost))
-        if cost.disk_bytes + cost.live_bytes > cost.free_bytes:
-            raise UserError(f"--out is {out}; its disk has too little free space for the run, so "
-                            "free some space or choose another folder")
-        return
-    with interrupt.keeping(lambda: kept_of(out)), closed(judged):
-        with progress(log=True, note=getattr(judged, "note", None)) as report:
-            found = extract_axis(loaded, cast, asked, out, judge=judged, settings=settings,
-                                 min_count=min_count, held_out=named, keep_means=kept,
-                                 redo=redo or [], overwrite=overwrite,
-                                 take_from=take_from, precision=quota.precision,
-                                 rounds=sizes, report=report,
-                                 notice=lambda line: say(line, error=True))
-        if not joining.first():
-            return
+    judged: Any = None
+    cost: Forecast | None = None
+    found: Extraction | None = None
+    with progress(log=True, note=lambda: getattr(judged, "note", str)()) as report:
+        judged = opened(choice, out)
+        if choice.kind == "model" and choice.after:
+            judged = of_model(choice, lambda: support.open_model(choice.argument, dtype, mesh),
+                              lambda: loaded)
+        loaded = support.open_model(model, dtype, mesh, adapter)
+        base = prepare.base_notice(loaded)
+        if base and joining.first():
+            say(f"warning: {base}", error=True)
+        if judged is None and choice.kind == "self":
+            judged = SelfJudge(loaded, batch_size=batch_size, rubric=rubric_of(choice))
+        if judged is None:
+            judged = of_model(choice, lambda: support.open_model(choice.argument, dtype, mesh),
+                              lambda: loaded)
+        common: dict[str, Any] = {
+            "judge": judged, "settings": settings, "min_count": min_count, "held_out": named,
+            "keep_means": kept, "redo": redo or [], "overwrite": overwrite,
+            "precision": quota.precision, "rounds": sizes}
         middle = loaded.config.n_layers // 2
-        support.draw_run(out, found, middle, named)
+        if dry_run:
+            if sample_seconds and not as_json:
+                say(f"timing a sample of the generation for about {sample_seconds:g} s", error=True)
+            cost = forecast.forecast(loaded, cast, asked, out, sample_seconds=sample_seconds,
+                                     **common)
+        else:
+            with interrupt.keeping(lambda: kept_of(out)), closed(judged):
+                found = extract_axis(loaded, cast, asked, out, take_from=take_from, report=report,
+                                     notice=lambda line: say(line, error=True), **common)
+                if joining.first():
+                    support.draw_run(out, found, middle, named)
+    if cost is not None:
+        _show_forecast(cost, choice.judge, judge_cost, out, as_json)
+        return
+    if found is None or not joining.first():
+        return
     if as_json:
         print(json.dumps({
             "run": str(out), "model": loaded.name, "roles": len(found.analysis.names),
@@ -279,6 +277,24 @@ def _texts(model: str, roles: str | None, questions: str | None, limit_roles: in
     if own and not held_out:
         named = [name for name in named if name in {role.name for role in cast}]
     return cast, asked if limit_questions is None else asked[: max(limit_questions, 1)], named
+
+
+def _show_forecast(cost: Forecast, judge: str, judge_cost: float | None, out: pathlib.Path,
+                   as_json: bool) -> None:
+    """Print the estimated cost of a run.
+
+    Raises:
+      UserError: the run does not fit on its disk.
+    """
+    from jaxpersona.persona import forecast
+
+    if as_json:
+        print(json.dumps(_of_forecast(cost, judge_cost)))
+    else:
+        say(*forecast.describe(cost, judge=judge, cost=judge_cost))
+    if cost.disk_bytes + cost.live_bytes > cost.free_bytes:
+        raise UserError(f"--out is {out}; its disk has too little free space for the run, so "
+                        "free some space or choose another folder")
 
 
 def _of_forecast(found: Forecast, judge_cost: float | None) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from jaxpersona.cli.support import (
 @grouped
 def chat(
     model: ModelOption = "mini",
-    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
+    system: Annotated[str | None, typer.Option(show_default="none", help="The system prompt.")
+                      ] = None,
     edits: EditOptions = EditOptions(),
     max_new_tokens: LengthOption = 256,
     temperature: TemperatureOption = 0.0,

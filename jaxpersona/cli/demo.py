@@ -40,16 +40,17 @@ def demo(
         raise UserError(f"model is {model!r}; the demo needs the known ground truth of mini, so "
                         "use `jaxpersona axis` for other models")
     check_folder("--out", out)
-    loaded = support.open_model(model, None)
-    middle = loaded.config.n_layers // 2
-    with interrupt.keeping(lambda: kept_of(out)):
-        with progress(log=True) as report:
+    with progress(log=True) as report:
+        loaded = support.open_model(model, None)
+        middle = loaded.config.n_layers // 2
+        with interrupt.keeping(lambda: kept_of(out)):
             done = run_demo(loaded, out, seed=seed, report=report)
-        leak = {name: done.figures[f"drift_leak_{name}"] for name in done.talks}
-        save_drift(out, done.talks, done.extraction.axis, middle, behaviour=done.styles, leak=leak)
-        if support.draw_run(out, done.extraction, middle, held_out()):
-            figures.drift(out / "drift.png", done.talks, done.extraction.axis, middle,
-                          behaviour=done.styles, leak=leak)
+            leak = {name: done.figures[f"drift_leak_{name}"] for name in done.talks}
+            save_drift(out, done.talks, done.extraction.axis, middle, behaviour=done.styles,
+                       leak=leak)
+            if support.draw_run(out, done.extraction, middle, held_out()):
+                figures.drift(out / "drift.png", done.talks, done.extraction.axis, middle,
+                              behaviour=done.styles, leak=leak)
     _show(done)
     say(f"wrote the run, with its axis and vectors, to {out}", error=True)
     head = {"run": str(out), "model": loaded.name,

@@ -21,40 +21,44 @@ if TYPE_CHECKING:
     from jaxpersona.vectors.vector import Axis, Vector
 
 CapOption = Annotated[str | None, typer.Option(
-    "--cap", help="A file with an axis or caps, or `mini` for the axis of mini. "
-                  "The form FILE:FROM:TO:pNN also sets --cap-layers and --percentile.")]
+    "--cap", show_default="none",
+    help="A file with an axis or caps, or `mini` for the axis of mini. "
+         "The form FILE:FROM:TO:pNN also sets --cap-layers and --percentile.")]
 CapLayersOption = Annotated[str | None, typer.Option(
-    "--cap-layers", help="The layers to cap, a half-open range such as 46:54; default: the upper "
-                         "half.")]
+    "--cap-layers", show_default="the upper half",
+    help="The layers to cap, a half-open range such as 46:54.")]
 PercentileOption = Annotated[str | None, typer.Option(
-    "--percentile", help="The percentile of projections that --cap uses as the floor; default: "
-                         "p25.")]
+    "--percentile", show_default="p25",
+    help="The percentile of projections that --cap uses as the floor.")]
 OfOption = Annotated[str | None, typer.Option(
-    "--of", help="The population from which --percentile is computed: `all` (all rollouts, except "
-                 "those of held-out roles) or `default` (the rollouts of the default persona); "
-                 "default: `default`.")]
+    "--of", show_default="default",
+    help="The population from which --percentile is computed: `all` (all rollouts, except those of "
+         "held-out roles) or `default` (the rollouts of the default persona).")]
 ExperimentOption = Annotated[str | None, typer.Option(
-    "--experiment", help="The id of an experiment in a capping_config.pt file.")]
+    "--experiment", show_default="the only experiment",
+    help="The id of an experiment in a capping_config.pt file.")]
 CheckOption = Annotated[bool, typer.Option(
     "--check/--no-check", help="Test the caps on short replies before generation.")]
 SteerOption = Annotated[pathlib.Path | None, typer.Option(
-    "--steer", help="A file with the vector to add to the activations.")]
+    "--steer", show_default="none", help="A file with the vector to add to the activations.")]
 SteerLayersOption = Annotated[str | None, typer.Option(
-    "--steer-layers", help="The layers to steer, e.g. 16 or 14:18; default: the middle layer.")]
+    "--steer-layers", show_default="the middle layer",
+    help="The layers to steer, e.g. 16 or 14:18.")]
 ScaleOption = Annotated[float, typer.Option(
     "--scale", help="The factor by which the vector of --steer is multiplied.")]
 SpecOption = Annotated[pathlib.Path | None, typer.Option(
-    "--spec", "--interventions", help="A JSON file of interventions, which are applied after "
-                                       "--steer and --cap.")]
+    "--spec", "--interventions", show_default="none",
+    help="A JSON file of interventions, which are applied after --steer and --cap.")]
 WhereOption = Annotated[str | None, typer.Option(
-    "--where", help="The tokens that --cap and --steer edit, e.g. response, user, prompt or "
-                    "generated; default: everywhere.")]
+    "--where", show_default="everywhere",
+    help="The tokens that --cap and --steer edit, e.g. response, user, prompt or generated.")]
 AxisOption = Annotated[pathlib.Path | None, typer.Option(
-    "--axis", help="Show each reply's mean projection onto the axis or vector in this file; "
-                   "`mini` selects the axis of mini.")]
+    "--axis", show_default="that of --cap in `chat`, otherwise none",
+    help="Show each reply's mean projection onto the axis or vector in this file; "
+         "`mini` selects the axis of mini.")]
 AxisLayersOption = Annotated[str | None, typer.Option(
-    "--axis-layers", help="The layers at which projections are computed, e.g. 16 or 14:18; "
-                          "default: the middle layer.")]
+    "--axis-layers", show_default="the middle layer",
+    help="The layers at which projections are computed, e.g. 16 or 14:18.")]
 
 _SHORT = re.compile(r"(.+?):(\d+:\d+)(?::(p\d+(?:\.\d+)?))?")
 

@@ -39,17 +39,21 @@ if TYPE_CHECKING:
 @grouped
 def generate(
     prompt: Annotated[list[str] | None, typer.Argument(
+        show_default="none",
         help="User messages, each of which starts a separate conversation.")] = None,
     model: ModelOption = "mini",
     prompts: Annotated[pathlib.Path | None, typer.Option(
+        show_default="none",
         help="A file with a user message on each line, or a .jsonl file of conversations.")] = None,
-    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
+    system: Annotated[str | None, typer.Option(show_default="none", help="The system prompt.")
+                      ] = None,
     edits: EditOptions = EditOptions(),
     compare: Annotated[bool, typer.Option("--compare", help="Also show the replies without "
                                                             "interventions.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each prompt.")
                        ] = False,
     out: Annotated[pathlib.Path | None, typer.Option(
+        show_default="none",
         help="Write the JSON objects to this file instead of printing the replies.")] = None,
     max_new_tokens: LengthOption = 128,
     temperature: TemperatureOption = 0.0,

@@ -6,7 +6,7 @@ import json
 import pathlib
 import shlex
 from collections import Counter
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,9 +18,6 @@ from jaxpersona.cli.judges import JUDGES, JudgeOptions, choose, closed, of_model
 from jaxpersona.cli.output import say
 from jaxpersona.cli.support import DtypeOption, kept_of, progress
 from jaxpersona.errors import UserError
-
-if TYPE_CHECKING:
-    from jaxpersona.judges.protocol import Judge
 
 
 @grouped
@@ -60,22 +57,23 @@ def run(
     if choice.reads_eval_prompt and bare:
         raise UserError(f"the judge needs an eval_prompt, missing for {named(bare, 'role')}; add "
                         "one to each, or give one rubric for all roles with --judge-rubric")
-    chosen: Judge | None = opened(choice, folder)
-    if chosen is None and choice.kind == "self":
-        from jaxpersona.judges.judges import SelfJudge
+    chosen: Any = None
+    with progress(log=True, note=lambda: getattr(chosen, "note", str)()) as report:
+        chosen = opened(choice, folder)
+        if chosen is None and choice.kind == "self":
+            from jaxpersona.judges.judges import SelfJudge
 
-        loaded = support.open_model(name, dtype)
-        if loaded.fingerprint != manifest["model"]["fingerprint"]:
-            raise UserError(f"the judge self loads {name}, which is not the model of {folder}; "
-                            "give the model that generated the replies with --model, or use the "
-                            "judge model:NAME")
-        chosen = SelfJudge(loaded, batch_size=batch_size, rubric=rubric_of(choice))
-    if chosen is None:
-        other = support.open_model(choice.argument, dtype)
-        chosen = of_model(choice, lambda: other, lambda: other)
-    with interrupt.keeping(lambda: kept_of(folder)), closed(chosen), progress(
-            log=True, note=getattr(chosen, "note", None)) as report:
-        counts, cost = judge_run(folder, cast, chosen, report=report)
+            loaded = support.open_model(name, dtype)
+            if loaded.fingerprint != manifest["model"]["fingerprint"]:
+                raise UserError(f"the judge self loads {name}, which is not the model of {folder}; "
+                                "give the model that generated the replies with --model, or use "
+                                "the judge model:NAME")
+            chosen = SelfJudge(loaded, batch_size=batch_size, rubric=rubric_of(choice))
+        if chosen is None:
+            other = support.open_model(choice.argument, dtype)
+            chosen = of_model(choice, lambda: other, lambda: other)
+        with interrupt.keeping(lambda: kept_of(folder)), closed(chosen):
+            counts, cost = judge_run(folder, cast, chosen, report=report)
     total: Counter[str] = Counter()
     for by_score in counts.values():
         total.update(by_score)

@@ -27,7 +27,8 @@ def project(
     layer: Annotated[int | None, typer.Option(
         show_default="the middle layer", help="The zero-based index of the layer.")] = None,
     png: Annotated[pathlib.Path | None, typer.Option(
-        show_default="none", help="Write a figure of the projections to this file.")] = None,
+        show_default="none",
+        help="Write a figure of the projections to this file, and as SVG beside it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     dtype: DtypeOption = None,
     adapter: AdapterOption = None,

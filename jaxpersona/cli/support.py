@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pathlib
 import sys
@@ -18,9 +19,13 @@ from jaxpersona.cli.output import console, say, write
 from jaxpersona.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from jaxpersona.models.model import Model
     from jaxpersona.persona.extraction import Extraction
 
+Report = Callable[[str, int, int, int], None]  # step, done, total, tokens
+_SHOWING: list[Report] = []  # the report function of the running display, if there is one
 LOG_SECONDS = 30.0  # seconds between progress lines if standard error is not a terminal
 ModelOption = Annotated[str, typer.Option("--model", help=(
     "A checkpoint folder, a .gguf file, `mini`, `random:<preset>` or the name of a model on the "
@@ -74,32 +79,41 @@ def open_model(source: str, dtype: str | None, mesh: str | None = None,
     sizes = None if mesh is None else sharding.parse_mesh(mesh)
     spread = None if sizes is None else sharding.make_mesh(
         sizes.get("data", 1), sizes.get("model", 1), fsdp=sizes.get("fsdp", 1))
-    with progress() as report:
+    with progress(log=True) as report:
         return load(source, dtype=dtype, mesh=spread, adapter=adapter,
                     progress=lambda done, total: report("load", done, total, 0))
 
 
 @contextlib.contextmanager
-def progress(log: bool = False, note: Callable[[], str] | None = None,
-             ) -> Iterator[Callable[[str, int, int, int], None]]:
+def progress(log: bool = False, note: Callable[[], str] | None = None) -> Iterator[Report]:
     """Yield a function report(step, done, total, tokens) that shows the progress of steps.
 
     If standard error is a terminal, the progress is shown as bars; otherwise, if `log` is True, a
-    line is printed every `LOG_SECONDS`. Both show the remaining time, the rate if `tokens` is not
-    0, and in the step "judging" the result of `note()`, such as the cost so far. Only the first
-    process shows the progress, but in every process, each call of the function checks for an
-    interrupt (`interrupt.check`).
+    line is printed every `LOG_SECONDS`, also before the first step and after the last one. Both
+    show the remaining time, the rate if `tokens` is not 0, and in the step "judging" the result of
+    `note()`, such as the cost so far. Within the block, inner blocks add their steps to the same
+    display. Only the first process shows the progress, but in every process, each call of the
+    function checks for an interrupt (`interrupt.check`).
     """
     from jaxpersona.distributed import processes
 
     shown = console(error=True)
-    if not processes.first() or not (shown.is_interactive or log):
+    if _SHOWING:
+        yield _SHOWING[-1]
+    elif not processes.first() or not (shown.is_interactive or log):
         yield _silent
-        return
-    if not shown.is_interactive:
-        with _logged(note) as log_state:
-            yield log_state
-        return
+    else:
+        with (_bars(shown, note) if shown.is_interactive else _logged(note)) as report:
+            _SHOWING.append(report)
+            try:
+                yield report
+            finally:
+                _SHOWING.pop()
+
+
+@contextlib.contextmanager
+def _bars(shown: Console, note: Callable[[], str] | None) -> Iterator[Report]:
+    """Yield a report function that shows a bar for each step."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -114,12 +128,15 @@ def progress(log: bool = False, note: Callable[[], str] | None = None,
                    console=shown)
     tasks: dict[str, Any] = {}
     begun: dict[str, float] = {}
+    latest: dict[str, int] = {}
     with bar:
         def report(step: str, done: int, total: int, tokens: int) -> None:
             interrupt.check()
             if step not in tasks:
                 tasks[step] = bar.add_task(step, total=total, rate="")
+            if done < latest.get(step, math.inf):  # the first report, or that of another model
                 begun[step] = time.perf_counter()
+            latest[step] = done
             spent = max(time.perf_counter() - begun[step], 1e-9)
             rate = f"{tokens / spent:,.0f} tok/s" if tokens else ""
             if step == "load":
@@ -159,32 +176,43 @@ def stream(pieces: Iterable[str]) -> None:
 
 
 @contextlib.contextmanager
-def _logged(note: Callable[[], str] | None) -> Iterator[Callable[[str, int, int, int], None]]:
+def _logged(note: Callable[[], str] | None) -> Iterator[Report]:
     """Yield a report function, and print the progress of the current step every `LOG_SECONDS`.
 
-    A thread prints the lines to standard error.
+    Before the first step, and while the last step is complete, the line gives the time since the
+    start of the block or since that step. A thread prints the lines to standard error.
     """
     begun: dict[str, tuple[float, int]] = {}  # step → (time, `done`) at its first report
-    state: list[tuple[str, int, int, int]] = []
-    ended = threading.Event()
+    latest: dict[str, int] = {}
+    state: list[tuple[str, int, int, int, float]] = []
+    ended, opened = threading.Event(), time.perf_counter()
 
     def report(step: str, done: int, total: int, tokens: int) -> None:
         interrupt.check()
-        begun.setdefault(step, (time.perf_counter(), done))
-        state[:] = [(step, done, total, tokens)]
+        if done < latest.get(step, math.inf):  # the first report, or that of another model
+            begun[step] = (time.perf_counter(), done)
+        latest[step] = done
+        state[:] = [(step, done, total, tokens, time.perf_counter())]
+
+    def line() -> str:
+        now = time.perf_counter()
+        if not state:
+            return f"preparing: {_duration(now - opened)}"
+        step, done, total, tokens, last = state[0]
+        shown = f"{step} {done:,}/{total:,}"
+        if step == "load":
+            shown = f"load {done / 1e9:.1f}/{total / 1e9:.1f} GB"
+        if done >= total:
+            return f"{shown} complete; the next step has taken {_duration(now - last)} so far"
+        start, first = begun[step]  # `first` is positive if the run was resumed
+        spent, made = now - start, done - first
+        return (shown + (f", {tokens / spent:,.0f} tokens/s" if tokens else "")
+                + (f", {said}" if step == "judging" and note and (said := note()) else "")
+                + (f", about {_duration(spent / made * (total - done))} left" if made else ""))
 
     def write() -> None:
         while not ended.wait(LOG_SECONDS):
-            step, done, total, tokens = state[0] if state else ("", 0, 0, 0)
-            if done == total:  # no step was reported yet, or the step is complete
-                continue
-            start, first = begun[step]  # `first` is positive if the run was resumed
-            spent, now = time.perf_counter() - start, done - first
-            say(f"{step} {done:,}/{total:,}"
-                + (f", {tokens / spent:,.0f} tokens/s" if tokens else "")
-                + (f", {said}" if step == "judging" and note and (said := note()) else "")
-                + (f", about {_duration(spent / now * (total - done))} left" if now else ""),
-                error=True)
+            say(line(), error=True)
             sys.stderr.flush()
 
     thread = threading.Thread(target=write, daemon=True, name="progress")

@@ -22,15 +22,19 @@ class Faults(list[str]):
     def raise_if_any(self, what: object) -> None:
         """Raise one error that contains all collected errors, if there are any.
 
+        A single error is one line; several are listed, one a line.
+
         Args:
           what: the file or folder that the message names.
 
         Raises:
           UserError: the list is not empty.
         """
+        if len(self) == 1:
+            raise UserError(self[0] if self[0].startswith(str(what)) else f"{what}: {self[0]}")
         if self:
-            count = f"{len(self)} fault{'s' if len(self) > 1 else ''}"
-            raise UserError(f"{what}: {count}\n" + "\n".join(f"  - {fault}" for fault in self))
+            raise UserError("\n".join([f"{what}: {len(self)} faults",
+                                       *(f"  - {fault}" for fault in self)]))
 
 
 def folder_files(folder: Traversable, faults: Faults) -> list[Traversable]:

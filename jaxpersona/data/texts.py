@@ -16,6 +16,8 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import Any
 
+from jaxpersona.brief import brief, count, quoted
+from jaxpersona.brief import line as one_line
 from jaxpersona.data.reading import (
     Faults,
     fill,
@@ -65,6 +67,10 @@ class Role:
     eval_prompt: str
     description: str = ""
 
+    def __repr__(self) -> str:
+        return one_line("Role", quoted(str(self.name)), count(len(self.prompts), "prompt"),
+                        "with eval_prompt" if self.eval_prompt else "no eval_prompt")
+
     def __post_init__(self) -> None:
         """Check the types of `prompts` and `eval_prompt`; raise UserError if one is wrong."""
         _check_texts(f"the prompts of role {self.name!r}", self.prompts)
@@ -79,6 +85,8 @@ class Question:
 
     id: int
     text: str
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
@@ -104,6 +112,10 @@ class Trait:
     eval_prompt: str
     description: str = ""
 
+    def __repr__(self) -> str:
+        return one_line("Trait", quoted(str(self.name)), count(len(self.pairs), "pair"),
+                        count(len(self.questions), "question"))
+
     def __post_init__(self) -> None:
         """Check that `questions` are strings and each pair is two strings; else raise UserError."""
         _check_texts(f"the questions of trait {self.name!r}", self.questions)
@@ -122,6 +134,8 @@ class Topic:
     title: str
     opening: str
 
+    __repr__ = brief
+
 
 @dataclass(frozen=True)
 class User:
@@ -131,6 +145,8 @@ class User:
     card: str
     topics: tuple[Topic, ...]
 
+    __repr__ = brief
+
 
 @dataclass(frozen=True)
 class Domain:
@@ -139,6 +155,8 @@ class Domain:
     name: str
     description: str
     users: tuple[User, ...]
+
+    __repr__ = brief
 
 
 def _check_texts(what: str, texts: Any) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from jaxpersona.brief import count, line
 from jaxpersona.calls import checked_call
 from jaxpersona.captures.capture import Capture, chosen_layers, joined, mean
-from jaxpersona.captures.missing import describe_empty
+from jaxpersona.captures.missing import FIX, describe_empty, no_token
 from jaxpersona.distributed import processes
 from jaxpersona.distributed.context import own_context
 from jaxpersona.distributed.sharding import off_mesh, platform, rows_divisor
@@ -254,10 +254,10 @@ def _check_tokens(rows: list[chat.Row], capture: Capture) -> None:
             if not np.asarray(holds(code[i % len(code)], one)).any():
                 empty.append(i)
         if empty:
-            message = f"capture {name!r} {describe_empty(empty, len(rows), 'conversation')}"
+            told = (empty, len(rows), "conversation")
             if len(empty) == len(rows):
-                raise UserError(message)
-            _LOG.warning("%s", message)
+                raise UserError(f"capture {name!r} {no_token(*told)}; {FIX}, such as where=jp.user")
+            _LOG.warning("capture %r %s", name, describe_empty(*told))
 
 
 def _in_batches(model: Model, rows: list[chat.Row], edits: Interventions, capture: Capture,

@@ -183,6 +183,7 @@ def given(interventions: Interventions | None) -> Interventions:
     return Interventions() if interventions is None else interventions
 
 
+@checked_call
 def chain(*interventions: Interventions | None) -> Interventions:
     """Combine interventions so that they apply in the given order; None is skipped.
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.calls import checked_call
 from jaxpersona.errors import UserError
 from jaxpersona.models.batch import (
     ASSISTANT,
@@ -185,6 +186,7 @@ def decoded(code: np.ndarray) -> Where:
     return Where(*(int(number) for number in code))
 
 
+@checked_call
 def turns(role: str) -> Where:
     """Return the test that selects the content of a role's messages.
 

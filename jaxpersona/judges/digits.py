@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxpersona.brief import brief
+from jaxpersona.brief import brief, line, quoted
 from jaxpersona.engine import prompts
 from jaxpersona.engine.scoring import next_logprobs
 from jaxpersona.errors import UserError
@@ -111,6 +111,10 @@ class DigitJudge:
         self._name, self._tree, self._words, self._digits = "", _Node(), [], []
         if self._model is not None:
             self.identify(self._model)
+
+    def __repr__(self) -> str:
+        name = "model not loaded" if self._model is None else quoted(self._model.name)
+        return line("DigitJudge", name, f"rubric {self.rubric.digest}")
 
     @property
     def after(self) -> bool:

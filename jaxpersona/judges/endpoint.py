@@ -18,6 +18,7 @@ import urllib.parse
 from collections.abc import Iterator
 from typing import Any
 
+from jaxpersona.brief import line, quoted
 from jaxpersona.errors import UserError
 from jaxpersona.extras import require
 from jaxpersona.inputs import printable
@@ -130,7 +131,7 @@ class Endpoint:
             api_key=key or "none", base_url=url, timeout=timeout, max_retries=0)
 
     def __repr__(self) -> str:
-        return f"Endpoint({self.model!r}, {self.url!r})"
+        return line("Endpoint", quoted(self.model), quoted(self.url, 60))
 
     def ask(self, prompt: str) -> Reply:
         """Send one request and return the answer.

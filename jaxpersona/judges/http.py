@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
+from jaxpersona.brief import line, quoted
 from jaxpersona.errors import UserError
 from jaxpersona.judges.batch import Batches
 from jaxpersona.judges.endpoint import Endpoint, Failure
@@ -95,6 +96,10 @@ class HttpJudge:
         self._seen = False  # whether an answer contained the number of prompt tokens
 
     _journal: Journal | None
+
+    def __repr__(self) -> str:
+        return line("HttpJudge", quoted(self.endpoint.model), quoted(self.endpoint.url),
+                    f"rubric {self.rubric.digest}")
 
     @property
     def journal(self) -> Journal:

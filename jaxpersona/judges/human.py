@@ -9,6 +9,7 @@ import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
+from jaxpersona.brief import line, quoted
 from jaxpersona.ckpts.files import write_text
 from jaxpersona.errors import UserError
 from jaxpersona.inputs import TEXT_BYTES, read_bytes
@@ -44,6 +45,10 @@ class HumanJudge:
     def __init__(self, path: str | os.PathLike[str], scale: tuple[int, ...] = ROLE_SCALE) -> None:
         self.path, self.scale = pathlib.Path(path), scale
         self.name = f"human {self.path.name} scale {scale[0]}-{scale[-1]}"
+
+    def __repr__(self) -> str:
+        return line("HumanJudge", quoted(str(self.path), 70),
+                    f"scale {self.scale[0]} to {self.scale[-1]}")
 
     def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
         """Yield one verdict per item.

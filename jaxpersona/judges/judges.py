@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from jaxpersona.brief import line, quoted
 from jaxpersona.judges.protocol import ROLE_SCALE, Item, Verdict
 from jaxpersona.judges.rubric import ROLES, Rubric
 
@@ -16,6 +17,9 @@ class NoJudge:
     """A judge that gives every reply score 3 without reading it."""
 
     name, scale = "none", ROLE_SCALE
+
+    def __repr__(self) -> str:
+        return line("NoJudge")
 
     def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
         """Yield a verdict with score 3 for every item."""
@@ -38,6 +42,10 @@ class SelfJudge:
         self.model, self.batch_size, self.rubric = model, batch_size, rubric
         self.scale, self.reads_eval_prompt = rubric.scale, rubric.template is None
         self.name = f"self {model.fingerprint} rubric {rubric.digest} rows {batch_size}"
+
+    def __repr__(self) -> str:
+        return line("SelfJudge", quoted(self.model.name), f"batch_size={self.batch_size}",
+                    f"rubric {self.rubric.digest}")
 
     def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
         """Yield one verdict per item, which `Rubric.read` parses from up to 10 generated tokens.

@@ -17,6 +17,7 @@ import hashlib
 import json
 import re
 
+from jaxpersona.brief import brief
 from jaxpersona.data.reading import fill
 from jaxpersona.data.texts import Role, Trait
 from jaxpersona.errors import UserError
@@ -53,6 +54,8 @@ class Rubric:
     scale: tuple[int, ...] = ROLE_SCALE
     template: str | None = None
     refusal: str = ""
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         if not self.scale or list(self.scale) != sorted(set(self.scale)) or self.scale[0] < 0:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpersona.brief import brief
+from jaxpersona.calls import checked_call
 from jaxpersona.distributed.sharding import of_each, on_cpu, place
 from jaxpersona.models.batch import Batch
 from jaxpersona.models.config import ModelConfig
@@ -71,6 +72,7 @@ def kept_dtype(like: jax.Array) -> DTypeLike:
     return jnp.float32 if on_cpu(like) else like.dtype
 
 
+@checked_call
 def init_cache(config: ModelConfig, rows: int, slots: int, dtype: DTypeLike = "float32",
                ) -> Cache:
     """Allocate an empty cache of `rows` rows and `slots` slots.

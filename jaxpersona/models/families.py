@@ -2,9 +2,8 @@
 
 To add a family, add an entry to `FAMILIES` with the architecture name, the fields of `config.json`
 and their conversion to `ModelConfig`. An unsupported field that changes the computation raises an
-error, because ignoring the field would silently change the model's outputs. An unknown key, such as
-a key added by training code, is ignored as in transformers, but with a warning unless its value is
-null, false or 0.
+error, because ignoring the field would silently change the model's outputs. An unknown key is
+ignored as in transformers, but with a warning unless its value is null, false or 0.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxpersona.calls import checked_call
 from jaxpersona.errors import UserError
 from jaxpersona.models.config import MAX_LAYERS, ModelConfig, Rope
 from jaxpersona.models.family_keys import check_keys
@@ -232,6 +232,7 @@ def _read_rope(raw: Mapping[str, Any], by_layer: bool) -> Rope:
     return rope
 
 
+@checked_call
 def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfig:
     """Convert a Hugging Face `config.json` (transformers v4 or v5) to a `ModelConfig`.
 
@@ -378,9 +379,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     if "layer_types" in family.fields:
         window = next((w for w in config.windows if w), None)
         raw["sliding_window"] = window
-        raw["layer_types"] = [
-            "sliding_attention" if w else "full_attention" for w in config.windows
-        ]
+        kinds = ("full_attention", "sliding_attention")
+        raw["layer_types"] = [kinds[bool(window)] for window in config.windows]
         if "use_sliding_window" in family.fields:
             raw["use_sliding_window"] = window is not None
     rope = _rope_to_hf(config.rope)

@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpersona.brief import brief
+from jaxpersona.calls import checked_call
 from jaxpersona.distributed import processes
 from jaxpersona.distributed.sharding import Axes, unset_mesh
 from jaxpersona.models.config import ModelConfig
@@ -159,18 +160,17 @@ def layout(config: ModelConfig) -> Params:
     )
 
 
+@checked_call
 def init_params(config: ModelConfig, key: jax.Array, dtype: Any = "float32") -> Params:
     """Initialize parameters: N(0, 0.02²) for weights and biases, and the identity for norms.
 
-    Values are drawn in float32 and then rounded to `dtype`, so the draws of a key do not depend on
-    `dtype`.
+    Values are drawn in float32 and then rounded to `dtype`; the draws do not depend on `dtype`.
 
     Examples:
       >>> import jaxpersona as jp
       >>> import jax
       >>> config = jp.load("mini").config
-      >>> shapes = jax.eval_shape(lambda key: jp.init_params(config, key), jax.random.key(0))
-      >>> shapes.embed_vd.shape
+      >>> jax.eval_shape(lambda key: jp.init_params(config, key), jax.random.key(0)).embed_vd.shape
       (1024, 128)
     """
     specs, tree = jax.tree.flatten(layout(config))

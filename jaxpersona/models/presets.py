@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxpersona.calls import checked_call
 from jaxpersona.errors import UserError
 from jaxpersona.models.config import ModelConfig, Rope
 
@@ -57,6 +58,7 @@ PRESETS: dict[str, ModelConfig] = {
 }
 
 
+@checked_call
 def preset(name: str) -> ModelConfig:
     """Return the configuration of a preset.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from jaxpersona.brief import line
 from jaxpersona.data.texts import Question, Role
 from jaxpersona.judges.protocol import ROLE_SCALE, Item, Verdict
 from jaxpersona.organism import judge, world
@@ -42,6 +43,9 @@ class RuleJudge:
     """
 
     name, scale = "rules", ROLE_SCALE
+
+    def __repr__(self) -> str:
+        return line("RuleJudge")
 
     def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
         """Yield one verdict per item, with the score that `judge.score` returns."""

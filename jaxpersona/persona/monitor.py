@@ -42,12 +42,14 @@ class Monitor:
       layers: the layers of the projections, in ascending order.
       capture: the capture to pass to `generate` or `Request`.
 
-    Examples::
-
-        model, axis = jp.load("mini"), jp.load_axis("mini")
-        monitor = Monitor(model, axis)
-        out = jp.generate(model, ["Who are you?"], capture=monitor.capture)
-        monitor.of_reply(out.captured[NAME][0], out.rows[0].tokens.size)  # {4: 19.8}
+    Examples:
+      >>> import jaxpersona as jp
+      >>> from jaxpersona.persona.monitor import NAME, Monitor
+      >>> model = jp.load("mini")
+      >>> monitor = Monitor(model, jp.load_axis("mini"))
+      >>> out = jp.generate(model, ["Who are you?"], capture=monitor.capture, max_new_tokens=8)
+      >>> monitor.of_reply(out.captured[NAME][0], out.rows[0].tokens.size).keys()
+      dict_keys([4])
     """
 
     def __init__(self, model: Model, vector: Vector, layers: Layers | None = None) -> None:

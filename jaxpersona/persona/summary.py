@@ -107,7 +107,7 @@ def summary(found: Extraction, folder: str | os.PathLike[str], layer: int, *,
     return [*lines, "next:",
             f"  jaxpersona report {shlex.quote(str(folder))}",
             f"  jaxpersona vectors check {file}{more}",
-            f"  jaxpersona project talk.json --on {file}{more}",
+            f"  jaxpersona project CONVERSATION.json --on {file}{more}",
             f'  jaxpersona generate "Who are you?" --cap {file} --compare{more}']
 
 

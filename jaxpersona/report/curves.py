@@ -11,6 +11,7 @@ from jaxpersona.calls import checked_call
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import numbers
 from jaxpersona.persona.talk import Talks, TurnProjection
+from jaxpersona.report.arrays import curves_of, half_width, spread
 from jaxpersona.report.sources import layer_of
 from jaxpersona.report.style import (
     ARMS,
@@ -29,8 +30,6 @@ from jaxpersona.vectors.vector import Axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_MOST = 14  # maximum number of curves, so that all differ in colour, marker or line style
 
 
 @checked_call
@@ -57,7 +56,7 @@ def layers(curves: Mapping[str, Any], *, ylabel: str = "", title: str = "By laye
       >>> ax.get_xlabel(), len(ax.lines[0].get_xdata())
       ('layer', 8)
     """
-    values = _curves(curves, dims=(1,))
+    values = curves_of(curves, dims=(1,))
     with style():
         ax = axes_of(ax, 6.0, 3.8)
         for (name, one), look in zip(values.items(), _looks(values), strict=True):
@@ -71,6 +70,7 @@ def layers(curves: Mapping[str, Any], *, ylabel: str = "", title: str = "By laye
 
 @checked_call
 def turns(found: Sequence[TurnProjection], names: Sequence[str], layer: int | None = None, *,
+          axis: Axis | None = None, floor: str | float | None = None,
           title: str = "Projection of each assistant message", ax: Axes | None = None) -> Axes:
     """Draw the mean projections of a conversation's assistant messages onto directions.
 
@@ -78,6 +78,9 @@ def turns(found: Sequence[TurnProjection], names: Sequence[str], layer: int | No
       found: the result of `project_conversation` for K directions.
       names: the K names of the directions.
       layer: the layer; default: the middle one.
+      axis: an axis; the interquartile range of the default persona's projections onto it is drawn.
+      floor: the floor τ of a cap, as a number, or as a percentile of the default persona such as
+        "p25", which needs `axis`.
       title: the title.
       ax: the axes to draw on; default: those of a new figure.
 
@@ -86,7 +89,7 @@ def turns(found: Sequence[TurnProjection], names: Sequence[str], layer: int | No
 
     Raises:
       UserError: matplotlib is missing, `found` has an unsupported type or is empty, `names` does
-        not have K entries, or the layer does not exist.
+        not have K entries, the layer does not exist, or `axis` or `floor` is invalid.
 
     Examples:
       >>> import jaxpersona as jp
@@ -106,6 +109,10 @@ def turns(found: Sequence[TurnProjection], names: Sequence[str], layer: int | No
     if isinstance(names, str) or len(names) != directions:
         raise UserError(f"names is {names!r:.60}; give one name for each "
                         f"direction (number of directions: {directions})")
+    _check_axis(axis)
+    if axis is not None and axis.n_layers != total:
+        raise UserError(f"axis has {axis.n_layers} layers, but found has {total}; give the axis of "
+                        "the same model")
     with style():
         ax = axes_of(ax, 6.0, 3.6)
         where = [one.turn for one in found]
@@ -117,8 +124,9 @@ def turns(found: Sequence[TurnProjection], names: Sequence[str], layer: int | No
         else:
             ax.set_xticks(where)
         described(ax, "index of the message in the conversation")
+        _projection(ax, axis, at, floor)
         ax.set_ylabel(f"mean projection, layer {at}")
-        titled(ax, title)
+        titled(ax, title, columns=2)
     return ax
 
 
@@ -169,10 +177,9 @@ def drift(curves: Mapping[str, Any], *, what: Literal["behaviour", "projection"]
                         "what='projection'")
     if leak is not None and not behaviour:
         raise UserError("leak applies to behaviour; omit it, or use what='behaviour'")
-    if axis is not None and not isinstance(axis, Axis):
-        raise UserError(f"axis is {axis!r:.60}; give an Axis")
+    _check_axis(axis)
     at = None if behaviour else _layer(curves, axis, layer)
-    values = _curves({name: _readout(name, one, at) for name, one in dict(curves).items()})
+    values = curves_of({name: _readout(name, one, at) for name, one in dict(curves).items()})
     if behaviour and any((one[np.isfinite(one)] < 0).any() or (one[np.isfinite(one)] > 1).any()
                          for one in values.values()):
         raise UserError("curves has shares outside 0…1; for projections, use what='projection'")
@@ -196,6 +203,12 @@ def drift(curves: Mapping[str, Any], *, what: Literal["behaviour", "projection"]
         titled(ax, title or ("Behaviour" if behaviour else "Projection, measured without the cap"),
                columns=2)
     return ax
+
+
+def _check_axis(axis: Any) -> None:
+    """Raise a UserError if `axis` is neither None nor an Axis."""
+    if axis is not None and not isinstance(axis, Axis):
+        raise UserError(f"axis is {axis!r:.60}; give an Axis, such as that of jp.load_axis")
 
 
 def _layer(curves: Mapping[str, Any], axis: Axis | None, layer: int | None) -> int | None:
@@ -232,7 +245,7 @@ def _draw_arms(ax: Axes, values: Mapping[str, np.ndarray], looks: list[dict[str,
         steps = np.arange(1, len(one) + 1)
         if one.ndim == 2:
             count = max(count, one.shape[1])
-            one, low, high = _spread(one)
+            one, low, high = spread(one)
             ax.fill_between(steps, low, high, color=look["color"], alpha=0.15, linewidth=0)
         ax.plot(steps, one, label=label(name), **look)
     return count
@@ -310,7 +323,7 @@ def steering(scales: Sequence[float], curves: Mapping[str, Any], *, ylabel: str,
     at = numbers("scales", scales)
     if at.ndim != 1 or not at.size or not np.isfinite(at).all():
         raise UserError(f"scales is {scales!r:.60}; give a list of finite numbers")
-    values = _curves(curves)
+    values = curves_of(curves)
     if wrong := [name for name, one in values.items() if len(one) != len(at)]:
         raise UserError(f"curves[{wrong[0]!r}] has length {len(values[wrong[0]])}, but scales has "
                         f"length {len(at)}; give one entry per strength")
@@ -321,8 +334,8 @@ def steering(scales: Sequence[float], curves: Mapping[str, Any], *, ylabel: str,
             one = one[order]
             if one.ndim == 2:
                 several = max(several, one.shape[1])
-                error = np.array([_half_width(row[np.isfinite(row)]) for row in one])
-                one = _spread(one)[0]
+                error = np.array([half_width(row[np.isfinite(row)]) for row in one])
+                one = spread(one)[0]
                 ax.fill_between(at[order], one - error, one + error, color=look["color"],
                                 alpha=0.15, linewidth=0)
             ax.plot(at[order], one, label=label(name), **look)
@@ -344,54 +357,6 @@ def _looks(names: Any) -> list[dict[str, Any]]:
     return [dict(zip(("color", "marker", "linestyle"),
                      (*ARMS[name], "-") if name in ARMS else next(free), strict=True))
             for name in names]
-
-
-def _half_width(values: np.ndarray) -> float:
-    """Return 1.96 standard errors of the mean; NaN for fewer than two values."""
-    return 1.96 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
-
-
-def _spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the means and the 25th and 75th percentiles [M] of the rows of `values` [M, N].
-
-    Non-finite values are ignored; the results are NaN for a row without finite values.
-    """
-    table = np.full((3, len(values)), np.nan)
-    for i, row in enumerate(values):
-        known = row[np.isfinite(row)]
-        if known.size:
-            table[:, i] = known.mean(), *np.percentile(known, [25, 75])
-    return table[0], table[1], table[2]
-
-
-def _curves(given: Any, dims: tuple[int, ...] = (1, 2)) -> dict[str, np.ndarray]:
-    """Validate curves and return them as float64 arrays [M] or [M, N].
-
-    Args:
-      given: name → values.
-      dims: the allowed numbers of dimensions.
-
-    Raises:
-      UserError: there are no curves or more than `_MOST`, their lengths differ, or a curve is not
-        numeric, has a number of dimensions not in `dims`, or has no finite value.
-    """
-    if not isinstance(given, Mapping) or not given:
-        raise UserError(f"curves is {given!r:.60}; give a dict of arrays by name")
-    if len(given) > _MOST:
-        raise UserError(f"curves has {len(given)} entries; give at most {_MOST}, because more "
-                        "curves cannot be distinguished")
-    found = {}
-    for name, value in given.items():
-        array = numbers(f"curves[{name!r}]", value)
-        if array.ndim not in dims or not np.isfinite(array).any():
-            shapes = " or ".join({1: "[M]", 2: "[M, N]"}[n] for n in dims)
-            raise UserError(f"curves[{name!r}] is {value!r:.60}; give an array {shapes} "
-                            "with at least one finite number")
-        found[str(name)] = array
-    if len({len(array) for array in found.values()}) > 1:
-        raise UserError("curves differ in length: "
-                        + ", ".join(f"{name} {len(array)}" for name, array in found.items()))
-    return found
 
 
 def _whole_numbers(ax: Axes) -> None:

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxpersona.ckpts.files import atomic
 from jaxpersona.extras import require
 from jaxpersona.inputs import printable
 from jaxpersona.persona.reference import Reference
 from jaxpersona.report.labels import place
-from jaxpersona.report.style import BLACK, DEFAULT, ROLE, new_figure, style, text
+from jaxpersona.report.style import BLACK, DEFAULT, ROLE, new_figure, save, style, text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,10 +20,10 @@ if TYPE_CHECKING:
 
 def messages(path: pathlib.Path, turns: Sequence[int], values: np.ndarray, names: Sequence[str],
              layer: int, references: Sequence[Reference | None]) -> None:
-    """Write a PNG figure of the projections of M assistant messages onto K directions.
+    """Write a figure of the projections of M assistant messages onto K directions.
 
     Args:
-      path: the file to write.
+      path: the PNG file; an SVG file with the same stem is written beside it.
       turns: the M indices of the messages.
       values: the projections [M, K]; each direction has a separate panel.
       names: the K names of the directions.
@@ -37,14 +36,12 @@ def messages(path: pathlib.Path, turns: Sequence[int], values: np.ndarray, names
       UserError: matplotlib is not installed.
     """
     require("matplotlib", "figures need matplotlib")
-    with style():
-        figure = _drawn(turns, values, names, layer, references)
-        with atomic(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
+    save(drawn(turns, values, names, layer, references), path)
 
 
-def _drawn(turns: Sequence[int], values: np.ndarray, names: Sequence[str], layer: int,
-           references: Sequence[Reference | None]) -> Figure:
+@style()
+def drawn(turns: Sequence[int], values: np.ndarray, names: Sequence[str], layer: int,
+          references: Sequence[Reference | None]) -> Figure:
     """Return the figure of `messages`, in the style of all figures."""
     figure = new_figure(6.5, 1 + 3 * len(names))
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
@@ -57,12 +54,12 @@ def _drawn(turns: Sequence[int], values: np.ndarray, names: Sequence[str], layer
                           label="floor of --cap (p25)")
         panel.plot(turns, values[:, k], color=ROLE, marker="o", label=_plain(name))
         panel.set_ylabel(f"mean projection, layer {layer}")
-        panel.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2)
+        panel.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
     panels[-1].set_xticks(_ticks(turns))
     panels[-1].set_xlabel("index of the message in the conversation")
     roles = any(known is not None and known.roles for known in references)
     panels[0].set_title("Projection of each assistant message"
-                        + (", with its nearest role" if roles else ""), pad=22)  # above the legend
+                        + (", with its nearest role" if roles else ""), pad=38)  # above the legend
     figure.draw_without_rendering()  # the layout, which names beside the points do not change
     figure.set_layout_engine("none")
     for k, panel in enumerate(panels):

@@ -101,7 +101,7 @@ def facts(found: Contents, data: dict[str, Any]) -> Rows:
         rows.append((f"split-half agreement at layer {middle}",
                      _number(data["reliability"]["mean"][middle])))
     if data["order"] is not None:
-        ranked = [data["roles"][i]["name"] for i in data["order"][middle]]
+        ranked = [data["roles"][i]["name"].replace("_", " ") for i in data["order"][middle]]
         near, far = ranked[:_ENDS], ranked[:-_ENDS - 1:-1]
         rows += [(f"most like the Assistant at layer {middle}", _names(near)),
                  (f"least like the Assistant at layer {middle}", _names(far))]
@@ -260,7 +260,7 @@ def _number(value: float | None) -> str:
 
 
 def _share(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.0%}"
+    return "not finite" if value is None else f"{100 * value:.0f} %"
 
 
 def _ends(values: dict[str, Any], layer: int, text: Callable[[float | None], str]) -> str:

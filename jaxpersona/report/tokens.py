@@ -17,8 +17,10 @@ from jaxpersona.models.batch import ASSISTANT, SYSTEM, USER
 from jaxpersona.models.model import check_model
 from jaxpersona.report.sources import layer_of
 from jaxpersona.report.style import (
+    DEFAULT,
     DIVERGING,
     GREY,
+    SMALL,
     axes_of,
     described,
     figure_of,
@@ -27,6 +29,7 @@ from jaxpersona.report.style import (
     text,
     titled,
 )
+from jaxpersona.vectors.vector import Axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,6 +49,7 @@ _ROLES = ((SYSTEM, "system"), (USER, "user"), (ASSISTANT, "assistant"))
 def projections(found: Generated | Extracted | Reply, model: Model, index: int = 0, *,
                 layer: int | None = None, direction: int = 0, reading: str = "projections",
                 centre: float | None = None, name: str = "the direction",
+                axis: Axis | None = None,
                 title: str = "Projection of every token", ax: Axes | None = None) -> Axes:
     """Draw the tokens of one conversation, coloured by their projections onto a direction.
 
@@ -64,6 +68,8 @@ def projections(found: Generated | Extracted | Reply, model: Model, index: int =
       reading: the name of the reading in `found.captured`.
       centre: the projection drawn in white, such as the floor of a cap; default: the median.
       name: the name of the direction, for the label of the colour bar.
+      axis: the axis whose projections the reading contains at all layers; the interquartile range
+        of the default persona's projections is marked above the colour bar.
       title: the title.
       ax: the axes to draw on; default: those of a new figure. Tokens that do not fit are omitted,
         and the last line states their number.
@@ -72,8 +78,8 @@ def projections(found: Generated | Extracted | Reply, model: Model, index: int =
       The axes.
 
     Raises:
-      UserError: matplotlib or the model's tokenizer is missing, `found` has no such reading, or an
-        index is out of range.
+      UserError: matplotlib or the model's tokenizer is missing, `found` has no such reading, an
+        index is out of range, or `axis` is not an axis of all layers of the reading.
 
     Examples:
       >>> import jaxpersona as jp
@@ -99,7 +105,9 @@ def projections(found: Generated | Extracted | Reply, model: Model, index: int =
     if not known.size:
         raise UserError(f"reading {reading!r} selected no token of conversation {index}")
     middle = float(np.median(known)) if centre is None else float(centre)
-    reach = max(float(np.abs(np.percentile(known, [2, 98]) - middle).max()), 1e-12)
+    default = None if axis is None else _default(axis, at, values.shape[0])
+    ends = [*np.percentile(known, [2, 98]), *(default or ())]
+    reach = max(float(np.abs(np.array(ends) - middle).max()), 1e-12)
     messages = _messages(row, len(ids))
     lines = _wrapped(pieces, [messages[i] != messages[i - 1] for i in range(len(pieces))])
     with style():
@@ -109,7 +117,7 @@ def projections(found: Generated | Extracted | Reply, model: Model, index: int =
         _draw(ax, pieces, lines, shown, messages, middle, reach, own)
         read = f"layer {at}" if values.shape[0] == model.config.n_layers else f"entry {at}"
         _colour_bar(ax, middle, reach, f"projection onto {name}, {read}\nwhite: "
-                    + ("the median" if centre is None else f"{middle:.3g}"))
+                    + ("the median" if centre is None else f"{middle:.3g}"), default)
         titled(ax, title)
         _fit_font(ax)
     return ax
@@ -228,8 +236,24 @@ def _draw(ax: Axes, pieces: list[str], lines: list[tuple[int, int]], values: np.
     ax.spines[["left", "bottom"]].set_visible(False)
 
 
-def _colour_bar(ax: Axes, middle: float, reach: float, name: str) -> None:
-    """Below the text, draw a colour bar for the projections."""
+def _default(axis: Any, layer: int, layers: int) -> tuple[float, float]:
+    """Return the 25th and 75th percentiles of the default persona's projections at a layer.
+
+    Raises:
+      UserError: `axis` is not an axis, or has another number of layers than the reading.
+    """
+    if not isinstance(axis, Axis):
+        raise UserError(f"axis is {axis!r:.60}; give an Axis, such as that of jp.load_axis")
+    if axis.n_layers != layers:
+        raise UserError(f"axis has {axis.n_layers} layers, but the reading has {layers}; capture "
+                        "the projections at all layers, or omit axis=")
+    low, high = (float(axis.thresholds(name, of="default")[layer]) for name in ("p25", "p75"))
+    return low, high
+
+
+def _colour_bar(ax: Axes, middle: float, reach: float, name: str,
+                default: tuple[float, float] | None) -> None:
+    """Below the text, draw a colour bar for the projections, with the default persona's range."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
@@ -237,6 +261,12 @@ def _colour_bar(ax: Axes, middle: float, reach: float, name: str) -> None:
     bar = figure_of(ax).colorbar(scale, ax=ax, location="bottom", extend="both", shrink=0.6,
                                  aspect=40, pad=0.02)
     bar.set_label(text(name))
+    if default is not None:
+        place = bar.ax.get_xaxis_transform()
+        bar.ax.plot(default, [1.4, 1.4], color=DEFAULT, linewidth=4, marker="", transform=place,
+                    clip_on=False, solid_capstyle="butt")
+        bar.ax.text(default[1], 1.9, "default persona, p25 to p75", transform=place, color=DEFAULT,
+                    fontsize=SMALL, ha="right", va="bottom")
 
 
 def _fit_font(ax: Axes) -> None:

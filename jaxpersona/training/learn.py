@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from jaxpersona.brief import count, line
 from jaxpersona.ckpts import files, orbax
 from jaxpersona.errors import UserError
 from jaxpersona.extras import require
@@ -81,6 +82,12 @@ class Direction(nnx.Module):
         self.where = as_where(where)
         drawn = jax.random.normal(jax.random.key(seed), (len(self.layers), width), jnp.float32)
         self.vector = nnx.Param(size * drawn / jnp.linalg.norm(drawn, axis=-1, keepdims=True))
+
+    def __repr__(self) -> str:
+        width = self.vector[...].shape[-1]
+        return line("Direction", f"{count(len(self.layers), 'layer')} × {width}", self.site)
+
+    __str__ = __repr__  # that of flax has several lines
 
     def interventions(self) -> Interventions:
         """Return the current steering intervention, differentiable with respect to the vector."""

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jaxpersona.brief import count, line, quoted
+from jaxpersona.calls import checked_class
 from jaxpersona.errors import UserError
 from jaxpersona.export import Table
 from jaxpersona.interventions.bank import normalised
@@ -21,6 +22,7 @@ from jaxpersona.vectors.saved import Saved
 from jaxpersona.vectors.vector import CONTROL_VECTOR, Vector, check_names, float32
 
 
+@checked_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Caps(Table, Saved):
     """An ordered list of n caps, each a floor on one projection of the residual stream.

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxpersona.brief import line, quoted
+from jaxpersona.calls import checked_class
 from jaxpersona.errors import UserError
 from jaxpersona.export import Table
 from jaxpersona.interventions.bank import Layers, normalised, plain, resolve_layers
@@ -75,6 +76,7 @@ def _plain(notes: Any) -> dict[str, Any]:
     return plain
 
 
+@checked_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Vector(Table, Saved):
     """A direction in activation space at every layer of one model.
@@ -288,6 +290,7 @@ class Vector(Table, Saved):
             )
 
 
+@checked_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Axis(Vector):
     """The Assistant Axis, oriented so that higher projections are more Assistant-like.

@@ -19,14 +19,19 @@ from jaxpersona.organism import demo as measured
 
 ROOT = pathlib.Path(__file__).parents[2]
 GROUP = typer.main.get_command(app)
-COMMANDS = {name: GROUP.commands[name] for name in ("axis", "project", "demo", "plan")} | {
-    f"{group} {name}": command for group in ("vectors", "data", "judge")
-    for name, command in GROUP.commands[group].commands.items()}
+COMMANDS = {" ".join(filter(None, (group, name))): command
+            for group, found in GROUP.commands.items()
+            for name, command in (getattr(found, "commands", None) or {"": found}).items()}
 
 
 @pytest.fixture(scope="module")
 def mini():
     return jp.load("mini")
+
+
+def test_every_command_is_in_the_list():
+    assert {"axis", "chat", "demo", "generate", "plan", "project", "report", "status",
+            "runs export", "runs import", "vectors check", "data show"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -13,6 +13,7 @@ from jaxpersona.ckpts.vectors import save_vector
 from jaxpersona import inputs
 from jaxpersona.cli import support
 from jaxpersona.data.texts import Role
+from jaxpersona.errors import UserError
 from jaxpersona.judges.protocol import Item
 from jaxpersona.runs.compare import FORMAT, sealed
 from jaxpersona.runs.run import Run
@@ -124,24 +125,101 @@ def test_redirected_output_has_lines_of_progress(monkeypatch, capsys):
             lines.extend(capsys.readouterr().err.splitlines())
 
     with support.progress(log=True) as report:
-        report("rollouts", 300, 400, 0)  # resumed
         wait(2)
-        assert set(lines) == {"rollouts 300/400"} and len(lines) >= 2
+        assert set(lines) == {"preparing: 0 s"}
+        report("rollouts", 300, 400, 0)  # resumed
+        wait(3)
+        assert lines[-1] == "rollouts 300/400"
         report("rollouts", 399, 400, 5000)
         wait(3)
         # 99 of 100 are done, so the remaining time is about a hundredth of the elapsed time
         form = r"rollouts 399/400, [\d,]+ tokens/s, about [01] s left"
         assert re.fullmatch(form, lines[-1]), lines[-1]
-        report("rollouts", 400, 400, 5000)  # complete: no line
-        time.sleep(0.1)
+        report("rollouts", 400, 400, 5000)
+        wait(3)
+        assert lines[-1] == "rollouts 400/400 complete; the next step has taken 0 s so far"
         report("judging", 1, 3, 0)
         wait(2)
-    assert lines[-1] == "judging 1/3" and not [x for x in lines if x.startswith("rollouts 400")]
+        assert lines[-1] == "judging 1/3"
+        with support.progress(log=True) as inner:  # the same display, as for a judge's model
+            inner("load", 2_000_000_000, 4_000_000_000, 0)
+            wait(2)
+        assert lines[-1] == "load 2.0/4.0 GB"
     capsys.readouterr()
     with support.progress() as report:  # the other commands print nothing
         report("rollouts", 1, 2, 3)
         time.sleep(0.1)
     assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def slow(monkeypatch, capsys):
+    """Make a function wait until two lines are on standard error; return stage → these lines."""
+    seen: dict[str, list[list[str]]] = {}
+    monkeypatch.setattr(support, "LOG_SECONDS", 0.02)
+
+    def patch(stage, target, instead=None):
+        import pkgutil
+
+        real = instead or pkgutil.resolve_name(target)
+
+        def call(*args, **named):
+            capsys.readouterr()
+            lines, end = [], time.monotonic() + 60
+            while len(lines) < 2 and time.monotonic() < end:
+                time.sleep(0.01)
+                lines += capsys.readouterr().err.splitlines()
+            seen.setdefault(stage, []).append(lines)
+            return real(*args, **named)
+
+        monkeypatch.setattr(target.replace(":", "."), call)
+        return seen
+
+    return patch
+
+
+def test_axis_is_never_silent_in_a_slow_stage(slow, tmp_path, capsys):
+    """Loading the model, the check of stored files, the results and the figures."""
+    slow("load", "jaxpersona.ckpts.loading:load")
+    slow("files", "jaxpersona.persona.collect:Collection._scan")
+    slow("results", "jaxpersona.persona.extract:axis_of")
+    seen = slow("figures", "jaxpersona.cli.support:draw_run", lambda *_: True)
+    assert s.run_command([
+        "axis", "--out", str(tmp_path / "run"), "--roles-named", "void,hive", "--limit-questions",
+        "1", "--min-count", "1", "--max-new-tokens", "4", "--batch-size", "16", "--judge", "none",
+    ]) == 0, capsys.readouterr().err
+    assert {stage: len(calls) for stage, calls in seen.items()} == {
+        "load": 1, "files": 1, "results": 1, "figures": 1}
+    for stage, calls in seen.items():
+        assert all(len(lines) >= 2 for lines in calls), stage
+    assert seen["load"][0][0].startswith("preparing: ")
+    assert "complete; the next step has taken" in seen["results"][0][-1]
+
+
+def test_loading_a_judge_is_not_silent(slow, tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise UserError("stopped here")
+
+    monkeypatch.setattr("jaxpersona.persona.extract.extract_axis", stop)
+    (tmp_path / "rubric.txt").write_text("{question} {answer} Give a score from 0 to 3.")
+    seen = slow("load", "jaxpersona.ckpts.loading:load")
+    assert s.run_command(["axis", "--out", str(tmp_path / "run"), "--judge", "model:mini",
+                          "--judge-rubric", str(tmp_path / "rubric.txt")]) == 2
+    assert "stopped here" in capsys.readouterr().err
+    assert len(seen["load"]) == 2 and all(len(lines) >= 2 for lines in seen["load"])
+
+
+@pytest.mark.parametrize(("command", "target"), [
+    (["demo"], "jaxpersona.organism.demo:run_demo"),
+    (["axis", "--dry-run", "--sample-seconds", "0"], "jaxpersona.persona.forecast:forecast"),
+])
+def test_demo_and_a_dry_run_are_never_silent(command, target, slow, tmp_path, capsys):
+    def stop(*_, **__):
+        raise UserError("stopped here")
+
+    seen = slow("work", target, stop)
+    assert s.run_command([*command, "--out", str(tmp_path / "run")]) == 2
+    assert len(seen["work"][0]) >= 2 and "stopped here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seconds,expected", [(0.4, "0 s"), (99, "99 s"), (150, "2 min"),

@@ -118,6 +118,7 @@ def test_project_compares_with_the_default(tmp_path, monkeypatch, capsys):
     assert "p25 2.000, p75 4.000, p1 -1.000, p99 7.000" in said
     assert "floor of --cap is p25, 2.000" in said and "above p99" in said and "ghost" in said
     assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert b"<svg" in picture.with_suffix(".svg").read_bytes()
 
 
 def test_project_reads_layer_0_and_tells_two_directions_of_one_name_apart(tmp_path, monkeypatch,
