@@ -77,10 +77,10 @@ def check_folder(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def check_adapter(folder: pathlib.Path, config: ModelConfig) -> None:
-    """Check that an adapter fits a model; warn about what its own settings do not explain.
+    """Check that an adapter fits a model, without reading its LoRA factors.
 
-    No factor is read. One warning names the settings of `adapter_config.json` that are unknown;
-    another names the weights that `target_modules` selects and the file lacks.
+    One warning names the unknown settings in `adapter_config.json`; another names the weights that
+    `target_modules` selects but that are missing from the file.
 
     Raises:
       UserError: as for `read_adapter`.

@@ -31,7 +31,7 @@ FOREVER = 2**31 - 1
 WIDTH = 5  # the number of integers in an encoded test
 NOWHERE = (-1, 0, 0, 0, 0)  # an encoded test that no token passes, because it requires every kind
 
-_ROLES = SYSTEM | USER | ASSISTANT  # a token belongs to a message of one role
+_ROLES = SYSTEM | USER | ASSISTANT  # a token has at most one of these kinds
 
 
 @dataclasses.dataclass(frozen=True)

@@ -144,7 +144,7 @@ class Endpoint:
                 **self._fields(prompt, length)))
 
     def request(self, key: str, prompt: str) -> bytes:
-        """Return a prompt's line of a batch file, with `key` as its custom_id."""
+        """Return the line for a prompt in a batch file, with `key` as its custom_id."""
         value = {"custom_id": key, "method": "POST", "url": _CHAT,
                  "body": self._fields(prompt, self.length)}
         return json.dumps(value).encode() + b"\n"

@@ -121,13 +121,13 @@ def _joined(layer: Layer, form: Callable[[jax.Array], Weight]) -> Layer:
 
 
 def in_int8(params: Params, *, join: bool = False, tables: bool = True) -> Params:
-    """Quantize the weights of all matrix products to int8 (`Int8`).
+    """Quantize the weights of all linear layers in the blocks to int8 (`Int8`).
 
     Without `join`, the result has the same fingerprint as `params`. Norms and biases keep their
     dtype.
 
     Args:
-      params: parameters that are plain arrays.
+      params: the unquantized parameters, as plain arrays.
       join: whether to join weights with the same input (`with_joined`).
       tables: whether to quantize the embedding and the output head too. A tied head stays tied.
     """

@@ -47,12 +47,12 @@ _POWERS = 3  # p in `_eigen`
 
 @dataclasses.dataclass(frozen=True)
 class PcaIntervals:
-    """Bootstrap intervals (`LEVEL` %) of the principal components of role vectors at L layers.
+    """Bootstrap confidence intervals (`LEVEL` %) for statistics of a PCA of the role vectors.
 
     Attributes:
-      cos: [2, L], the lower and upper ends for |cos(PC1, axis)|.
-      variance: [2, L, C], the ends for the explained variance ratio of the first 1, 2, …, C
-        components together.
+      cos: [2, L], the lower and upper ends for |cos(PC1, axis)| at each of the L layers.
+      variance: [2, L, C], the ends for the cumulative explained variance ratio of the first 1, 2,
+        …, C components at each layer.
       fixed: the names of the roles (or "default") with fewer than two stored response means. Their
         vectors are the same in all bootstrap samples, so the intervals are too narrow.
     """

@@ -264,7 +264,7 @@ class Collection:
         self._states.pop(name, None)
 
     def _played_all(self, judging: Judging, name: str) -> None:
-        """Judge a role whose rollouts are all generated, and close the role.
+        """Judge a role whose rollouts have all been generated, and close the role.
 
         If the judge runs in its own thread, this method only sends the unjudged rollouts to that
         thread, and `_judged` closes the role later; a role without unjudged rollouts is closed at

@@ -266,7 +266,7 @@ class _Export:
         return used
 
     def _notes(self, used: Sequence[str]) -> list[str]:
-        """Return sentences about missing data and about use with the published code."""
+        """Return notes on omitted data and on the use of the folder with the published code."""
         found = []
         for names, why in ((self.omitted, "incomplete, therefore omitted"),
                            (self.unsummed, f"no sums by the scores of the judge {self.judge!r}, "

@@ -100,9 +100,9 @@ def import_reference(
       run: the run folder; it must be new or empty, unless `overwrite` is true.
       model: the model that generated the responses. Up to four response means are recomputed with
         the model and compared, and `extract_axis` can then continue the run with this model. None:
-        the model is unknown, and `extract_axis` refuses the run.
-      roles: the roles, whose prompts must be those of the responses. None: the prompts are read
-        from the responses. The scores are valid only for the `eval_prompt` of these roles.
+        the model is unknown, and `extract_axis` raises an error for the run.
+      roles: the roles; their prompts must equal those in the responses. None: the prompts are
+        read from the responses. The scores are valid only for the `eval_prompt` of these roles.
       judge: the name under which the scores are stored.
       settings: the generation settings with which `extract_axis` continues the run; `samples` must
         be 1. Default: `Settings()`, which has the published values.
@@ -110,19 +110,20 @@ def import_reference(
       held_out: names of roles that are not included in the axis.
       keep_means: the number of rollouts per role whose response means are stored; None: all.
       overwrite: whether to replace a run in the folder. The old run is deleted only after the whole
-        source was read without faults.
+        source was read without errors.
       report: by default, a call of more than three seconds shows its progress; False shows
-        nothing. A function is called instead with (step, done, total, 0); the steps are "checking",
-        "comparing" (stored response means with recomputed ones) and "import".
+        nothing. A function is called instead with (step, done, total, tokens), where `tokens` is
+        always 0; the steps are "checking", "comparing" (stored response means with recomputed
+        ones) and "import".
 
     Returns:
       The numbers of imported rollouts, scores and response means, the axis, and notes.
 
     Raises:
-      UserError: `source` has faults (the message lists them all, with line numbers); `model` did
-        not generate the responses; neither `model` nor the folder determines the shape of response
-        means; an argument is invalid, such as an unknown name in `held_out`; a package is missing;
-        or `run` contains a run or other files.
+      UserError: `source` contains invalid data (the message lists all errors, with line numbers);
+        `model` did not generate the responses; neither `model` nor the folder determines the shape
+        of response means; an argument is invalid, such as an unknown name in `held_out`; a package
+        is missing; or `run` contains a run or other files.
 
     Examples:
       >>> import tempfile

@@ -233,7 +233,7 @@ def _means(cells: Cells) -> _Means:
     half = np.arange(len(counts)) % 2
     sums = np.stack([totals[h::2].sum(0) for h in (0, 1)])
     sizes = np.array([counts[h::2].sum() for h in (0, 1)])
-    with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 is NaN: no reply
+    with np.errstate(invalid="ignore", divide="ignore"):  # NaN (0 / 0) without replies
         return _Means(sums / sizes[:, None],
                       (sums[half] - totals) / (sizes[half] - counts)[:, None])
 

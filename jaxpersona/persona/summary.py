@@ -40,7 +40,7 @@ def distances(found: Extraction, layer: int) -> dict[str, float]:
     Returns:
       role → distance in standard deviations of the default persona's projections, in descending
       order. The distance is negative if the role's mean is below the default persona's. Roles
-      without a non-empty reply are omitted.
+      whose replies are all empty are omitted.
     """
     own = found.projections[DEFAULT][:, layer]
     spread = max(float(own[np.isfinite(own)].std()), 1e-12)

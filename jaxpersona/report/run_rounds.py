@@ -78,7 +78,7 @@ class Curve:
             "settled": notes.series("share of settled roles", self.settled, **more)}
 
     def facts(self) -> list[tuple[str, str]]:
-        """Return the results as pairs (name, value)."""
+        """Return the results as (name, value) pairs."""
         saved = self.quota - self.rollouts
         return [(f"reliability of the axis at layer {self.layer}",
                  shown(Reliability(*map(float, self.axis[:, -1])))),

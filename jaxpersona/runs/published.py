@@ -88,7 +88,7 @@ def published_record(record: Mapping[str, Any], *, fold_system: bool = False) ->
 
 
 def check_role(role: str) -> None:
-    """Check that a role's name can be a file name without escaping.
+    """Check that a role's name can be used as a file name without escaping.
 
     Raises:
       UserError: the name is empty, too long or not valid UTF-8, begins with a dot, or contains a
@@ -96,8 +96,8 @@ def check_role(role: str) -> None:
     """
     plain = role.isprintable() and not role.startswith(".") and not set(role) & set("/\\:")
     if not role or not plain or len(role.encode("utf-8", "replace")) > _LONGEST:
-        raise UserError(f"the role name {role[:40]!r} cannot be a file name in the published "
-                        "format; use a shorter name, or one without a leading dot, path "
+        raise UserError(f"the role name {role[:40]!r} cannot be used as a file name in the "
+                        "published format; use a shorter name, or one without a leading dot, path "
                         "separators, colons and non-printable characters")
 
 

@@ -367,7 +367,7 @@ class Run:
         return read_sealed(self.path("vectors", role), role, self.binding(role))[0]
 
     def discard(self, role: str) -> None:
-        """Delete a role's files, so that the role is generated again.
+        """Delete a role's files, so that its rollouts are generated again.
 
         Raises:
           UserError: a file cannot be deleted.

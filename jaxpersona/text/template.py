@@ -40,7 +40,7 @@ class _Piece(NamedTuple):
     what: str = "text"  # or "tag", or "joint" for a separator
 
 
-_Found = tuple[_Piece, int, int]  # piece, start and end character in the rendering
+_Found = tuple[_Piece, int, int]  # piece, start and end character offsets in the rendered text
 
 
 class Template:

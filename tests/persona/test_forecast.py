@@ -106,7 +106,7 @@ def test_what_would_fail_later_is_refused_and_nothing_is_written(made, tmp_path)
     (tmp_path / "full" / "x").write_text("mine")
     for call, wanted in (
         (lambda: predict(out, min_count=3), "min_count is 3"),
-        (lambda: predict(out, roles=ROLES[:2]), "needs at least two"),
+        (lambda: predict(out, roles=ROLES[:2]), "roles has 1 role besides .* needs at least two"),
         (lambda: predict(out, judge=SelfJudge(MODEL)),
          r"needs an eval_prompt, missing for \d+ roles \(role0, .*…\); .*give one rubric"),
         (lambda: predict(folder, settings=dataclasses.replace(SETTINGS, seed=1)),

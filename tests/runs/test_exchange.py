@@ -372,5 +372,5 @@ def test_a_default_persona_needs_no_min_count_in_an_export(tmp_path):
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", "C:x", ".x", "a\nb", "x" * 201, ""])
 def test_a_role_name_that_is_no_plain_file_name_is_refused(name):
-    with pytest.raises(UserError, match="cannot be a file name in the published format"):
+    with pytest.raises(UserError, match="cannot be used as a file name in the published format"):
         check_role(name)
