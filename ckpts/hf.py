@@ -221,7 +221,7 @@ def _tensors(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Entry
 def _refuse(folder: pathlib.Path, faults: list[str]) -> None:
     if faults:
         listed = "\n".join(f"  - {fault}" for fault in faults)
-        raise UserError(f"{folder}: {_count(len(faults), 'fault')}\n{listed}")
+        raise UserError(f"{folder}: {_count(len(faults), 'error')}\n{listed}")
 
 
 def _count(n: int, what: str) -> str:

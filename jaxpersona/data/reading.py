@@ -29,7 +29,7 @@ class Faults(list[str]):
           UserError: the list is not empty.
         """
         if self:
-            count = f"{len(self)} fault{'s' if len(self) > 1 else ''}"
+            count = f"{len(self)} error{'s' if len(self) > 1 else ''}"
             raise UserError(f"{what}: {count}\n" + "\n".join(f"  - {fault}" for fault in self))
 
 

@@ -216,10 +216,10 @@ def _quick(chosen: _Chosen, function: Callable, bound: Callable, *, static: set[
            donate: set[str]) -> Any:
     """Return a jitted function that calls the stored trace in `chosen.made` when it is traced.
 
-    JAX traces the function again if the arguments' types or its settings change, but not for other
-    calls, which therefore need no check in Python.
+    JAX traces the function again only if the arguments' types or JAX's settings change, so other
+    calls need no check in Python.
     """
-    @functools.wraps(function)  # gives the compiled program its name, and jit the argument names
+    @functools.wraps(function)  # keeps the program's name and argument names
     def call(*args: Any, **named: Any) -> Any:
         if chosen.made is None:
             raise _Untraced

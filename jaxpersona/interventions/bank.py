@@ -266,8 +266,8 @@ def numbers(name: str, value: Any) -> Any:
 def plain(value: Any) -> Any:
     """Convert a PyTorch tensor of any device and floating-point type to a NumPy array.
 
-    NumPy itself converts neither tensors with a gradient or on a GPU nor bfloat16. Other values,
-    and lists without tensors, are returned unchanged.
+    NumPy itself cannot convert tensors that require a gradient, are on a GPU or have the dtype
+    bfloat16. Other values, and lists without tensors, are returned unchanged.
     """
     if isinstance(value, (list, tuple)):
         tensors = any(hasattr(item, "detach") for item in value)

@@ -79,7 +79,7 @@ class Where:
         own, theirs = self.need & ~common, other.need & ~common
         if (self.none, self.lo, self.hi) == (other.none, other.lo, other.hi):
             for test, alone in ((self, own), (other, theirs)):
-                if not alone and not test.any:  # it contains the other test
+                if not alone and not test.any:  # selects all tokens of the other
                     return test
             kinds = [test.any or alone for test, alone in ((self, own), (other, theirs))
                      if alone.bit_count() == (not test.any)]

@@ -149,7 +149,7 @@ class Journal:
             self._append({"batch": batch, "id": "", "url": url})
 
     def accepted(self, batch: str, identifier: str, url: str) -> None:
-        """Record that the endpoint at `url` accepted a batch, and its identifier there."""
+        """Record that the endpoint at `url` accepted a batch, with the endpoint's identifier."""
         with self._lock:
             self._append({"batch": batch, "id": identifier, "url": url})
 
@@ -197,7 +197,7 @@ class Journal:
         """
         line = json.dumps(value, ensure_ascii=True).encode() + b"\n"
         try:
-            if _is_request(value):  # before writing, because `_read` refuses an invalid cost
+            if _is_request(value):  # `_read` raises an error for an invalid cost
                 _cost(value)
         except UserError as error:
             raise UserError(f"{self.path}: cannot be written ({error})") from None

@@ -65,12 +65,12 @@ class PcaIntervals:
 
 
 def averaged_rows(sample: Sample, scores: Mapping[str, int | None] | None) -> list[int]:
-    """Return the rows of a sample whose replies the vector of a role averages.
+    """Return the rows of a role's sample that are averaged in the role's vector.
 
     Args:
       sample: the stored response means of a role.
       scores: key → score; only replies with score 3 are averaged. If None, as for the default
-        persona, all replies are averaged. Empty replies, which have no response mean, never are.
+        persona, all replies are averaged. Empty replies have no response mean and are omitted.
     """
     return [i for i, key in enumerate(sample.keys)
             if (scores is None or scores.get(key) == 3)
@@ -86,9 +86,8 @@ def pca_intervals(default: np.ndarray, roles: Mapping[str, np.ndarray],
     Args:
       default: the mean activation [L, D] of the default persona.
       roles: role → vector [L, D], for the R roles of the axis.
-      stored: role or "default" → number m of its stored response means, without those of empty
-        replies and of replies that its vector does not include.
-      sizes: role or "default" → number N of the replies that its vector averages.
+      stored: role or "default" → m, the number of stored response means that its vector includes.
+      sizes: role or "default" → N, the number of replies that are averaged in its vector.
       means: a function (role or "default", slice of l layers) → these response means [m, l, D]. It
         is called once per role for each of several groups of layers, to limit the memory.
       draws: the number of bootstrap samples.
@@ -97,7 +96,7 @@ def pca_intervals(default: np.ndarray, roles: Mapping[str, np.ndarray],
       report: a function that is called with (number of finished layers, L).
 
     Returns:
-      The intervals; None if no role and not the default persona has two stored response means.
+      The intervals; None if neither the default persona nor any role has two stored response means.
 
     Raises:
       UserError: there are fewer than two roles, `draws` is not positive, or a role lacks an entry
@@ -123,8 +122,8 @@ def pca_intervals(default: np.ndarray, roles: Mapping[str, np.ndarray],
     every = [*names, DEFAULT]
     for what, table in (("stored", stored), ("sizes", sizes)):
         if missing := [name for name in every if name not in table]:
-            raise UserError(f"{what} lacks {missing[0]!r:.60}; give one number per role and for "
-                            "'default'")
+            raise UserError(f"{what} has no entry for {missing[0]!r:.60}; give one number per role "
+                            "and one for 'default'")
     weights = {i: _weights(name, stored[name], sizes[name], draws, seed)
                for i, name in enumerate(every) if stored[name] > 1}
     if not weights:
@@ -167,7 +166,7 @@ def _intervals(vectors: np.ndarray, moves: Mapping[int, tuple[np.ndarray, np.nda
       draws: the number of bootstrap samples.
       count: C, the number of components.
     """
-    vectors = vectors - vectors[:-1].mean(0)  # float32 below must not lose the differences
+    vectors = vectors - vectors[:-1].mean(0)  # so that float32 keeps small differences
     cos, variance, leading = _measured(vectors[None], count, None)
     found_cos, found_variance = np.empty(draws), np.empty((draws, count))
     step = max(1, _BYTES // max(vectors.size * 4, 32 * len(vectors) ** 2))
@@ -214,7 +213,7 @@ def _measured(vectors: np.ndarray, count: int, start: np.ndarray | None,
 
 
 def _eigen(matrices: np.ndarray, start: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return eigenvalues [B, K] and eigenvectors [B, R, K] of symmetric matrices, in rising order.
+    """Return eigenvalues [B, K] and eigenvectors [B, R, K] of symmetric matrices, ascending.
 
     For large matrices, only the leading ones are computed, from a block Krylov space of
     approximations X: the Rayleigh–Ritz values of the span of X, AX, …, A^p X (Golub and Van Loan

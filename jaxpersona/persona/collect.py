@@ -176,7 +176,7 @@ class Collection:
         """Copy the missing rollouts of all roles from an older run."""
         for name in list(self._have):
             self._take_over(name, older)
-            if not self._left[name] and judging.after:  # the missing rollouts need the model first
+            if not self._left[name] and judging.after:  # judge after all rollouts are generated
                 self._ready.append(name)
                 self._states.pop(name, None)
             elif not self._left[name]:

@@ -203,7 +203,7 @@ def axis_of(model: Model, run: Run, roles: Sequence[Role], judge: Judge, min_cou
             f"least {min_count} rollouts with score 3 from the judge {judge.name}; the axis needs "
             f"at least two such roles. {run.folder} keeps all rollouts and verdicts: use the same "
             "folder with more questions, a lower min_count, or another judge")
-    for name in owned:  # only now: without an axis, the files of an earlier axis remain
+    for name in owned:  # not before the check above, so that files of an earlier axis are kept
         run.save_vectors(name, vectors[name])
     analysis = science.analyse(default, used)
     projections, stored = {}, {}

@@ -177,7 +177,7 @@ def _write(run: Run, source: Source, judge: str, min_count: int, held_out: Seque
     """Write all files of the imported run except the manifest.
 
     Raises:
-      UserError: response means are not valid; the message lists all faults.
+      UserError: response means are not valid; the message lists all errors.
     """
     scored: dict[str, int] = {}
     held: dict[str, int] = {}
@@ -275,8 +275,8 @@ def _notes(source: Source, scored: Mapping[str, int], held: Mapping[str, int],
             f"{name:.40} ({count(n, 'rollout')})" for name, n in sorted(source.extra.items())))
     if source.model is None:
         name = source.origin().get("model")
-        notes.append("the model is unknown, so `jaxpersona axis` refuses the run; to continue it, "
-                     "import it with the model (--model"
+        notes.append("the model is unknown, so `jaxpersona axis` cannot continue the run; to "
+                     "continue it, import it with the model (--model"
                      f"{f'; the exported run had the model {name!r:.80}' if name else ''})")
     elif source.distance is not None:
         notes.append("median relative distance of imported response means from those of "

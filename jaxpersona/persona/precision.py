@@ -137,11 +137,11 @@ def spearman_brown(cosine: np.ndarray | float) -> np.ndarray:
 
 
 def question_slope(default: Cells, roles: Mapping[str, Cells]) -> float:
-    """Return the share of a question's effect on the default persona that the roles share.
+    """Return the slope of the regression of the roles' question effects on the default persona's.
 
     x(q) is the default persona's mean over its replies to question q, minus the mean of x over the
-    questions of the role, and y(r, q) is the same for role r. The share is the slope of the
-    regression of y on x, Σ ⟨x(q), y(r, q)⟩ / Σ |x(q)|² over all roles and their questions.
+    questions of the role, and y(r, q) is the same for role r. The slope of the regression of y on x
+    is Σ ⟨x(q), y(r, q)⟩ / Σ |x(q)|² over all roles and their questions.
 
     Args:
       default: the cells of the default persona, [n, D].
@@ -178,7 +178,8 @@ def measure(default: Cells, roles: Mapping[str, Cells], used: Sequence[str],
       roles: role → cells [n(r), D] of the first n(r) ≤ n questions.
       used: the names of the roles that define the axis and the mean of all roles. Those with
         replies to fewer than two questions of a half are ignored.
-      slope: the share of a question's effect that all personas have; default: `question_slope`.
+      slope: the fraction of a question's effect that all personas share; default: the result of
+        `question_slope`.
 
     Returns:
       (reliability of the axis, role → reliability of its centred vector). With fewer than two used
@@ -245,7 +246,7 @@ def _reliability(means: _Means, asked: np.ndarray) -> Reliability:
       means: the means of the vector.
       asked: [n] bool, the questions that have replies.
     """
-    student = require("scipy.stats", "intervals of a precision need scipy").t
+    student = require("scipy.stats", "intervals of a reliability need scipy").t
 
     half = np.arange(len(means.without)) % 2
     asked = np.pad(asked, (0, len(half) - len(asked)))

@@ -48,7 +48,7 @@ class Curve:
         """Convert the field "precision" of `analysis.json`; a wrong type or shape is an error."""
         names = sorted(str(name) for name in about["asked"] if name != "default")
         if not names:
-            raise ValueError("asked names no role")
+            raise ValueError("asked contains no role")
         known: dict[str, float] = {}
         axis, roles, questions, settled = [], [], [], []
         for one in about["rounds"]:
@@ -61,7 +61,7 @@ class Curve:
             settled.append(int(one["settled"]) / len(names))
         rollouts, quota = int(about["rollouts"]), int(about["quota"])
         if not axis or not 0 < rollouts <= quota:
-            raise ValueError("precision must have a round, and rollouts up to its quota")
+            raise ValueError("precision needs at least one round, and at most `quota` rollouts")
         done = {str(name) for name in about["settled"]}
         return cls(float(about["target"]), int(about["layer"]), questions, np.transpose(axis),
                    np.transpose(roles), np.array(settled),

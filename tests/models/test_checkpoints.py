@@ -225,7 +225,7 @@ def test_verify_compares_hashes(small):
     assert hf.verify(folder, sums) == {name: (folder / name).stat().st_size for name in sums}
     with pytest.raises(ValueError, match="sha256"):
         hf.verify(folder, dict.fromkeys(sums, "0" * 64))
-    with pytest.raises(ValueError, match="1 fault\n.*absent.json: no such file"):
+    with pytest.raises(ValueError, match="1 error\n.*absent.json: no such file"):
         hf.verify(folder, {**sums, "absent.json": "0" * 64})
 
 

@@ -199,7 +199,7 @@ def test_mistakes_are_found_before_the_first_rollout(tmp_path, played):
     later.after = True
     for changes, said in (
             ({"precision": 1.5}, "precision is 1.5; give a reliability between 0 and 1"),
-            ({"precision": None, "rounds": [4]}, "rounds is [4], but there is no precision"),
+            ({"precision": None, "rounds": [4]}, "rounds is [4], but precision is None"),
             ({"rounds": [3]}, "rounds contains 3; give even numbers of questions from 4 to 8"),
             ({"judge": later}, "judge scores only after all rollouts (--judge-after)")):
         with pytest.raises(UserError) as error:
