@@ -49,7 +49,7 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class _Located:
-    """The factors of one weight in the file (not yet read), and the factor s of their product."""
+    """The entries of one weight's LoRA factors in the file, and the scale of their product."""
 
     a: Entry
     b: Entry

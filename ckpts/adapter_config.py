@@ -130,7 +130,7 @@ def _selector(raw: Mapping[str, Any], key: str, place: pathlib.Path) -> Callable
         raise _TooLong(f"{key} is {reprlib.repr(value)}")
     try:
         pattern = re.compile(value)
-    except (OverflowError, RecursionError, re.error):  # a huge count, nested groups
+    except (OverflowError, RecursionError, re.error):  # e.g. "a{9999999999}", deeply nested groups
         raise UserError(f"{place}: {key} is {reprlib.repr(value)}, which is not a valid regular "
                         "expression") from None
     return lambda module: pattern.fullmatch(module) is not None
@@ -158,7 +158,7 @@ def setting(raw: Mapping[str, Any], key: str, patterns: str, module: str,
                             "match; use module names as keys")
         try:
             matched = re.match(rf"(.*\.)?({pattern})$", module)
-        except (OverflowError, RecursionError, re.error):  # a huge count, nested groups
+        except (OverflowError, RecursionError, re.error):  # e.g. "a{9999999999}", nested groups
             raise UserError(f"{place}: {patterns} has {pattern!r:.60}, which is not a valid "
                             "regular expression") from None
         if matched:

@@ -19,7 +19,7 @@ from jaxpersona.errors import UserError
 
 P = ParamSpec("P")
 R = TypeVar("R")
-State = tuple[str, int, int, str]  # the step, the numbers done and in total, and a note
+State = tuple[str, int, int, str]  # (step, number done, total number, note)
 
 SECONDS = 3.0  # seconds before progress is shown
 EVERY = 30.0  # seconds between lines if standard error is not a terminal

@@ -62,7 +62,7 @@ class Stored:
         self._signature = inspect.signature(function)
         self._static, self._donate, self._result = set(static), set(donate), result
         self._folder, self._lock = folder, threading.Lock()
-        # Pairs (key, trace). A key contains the argument types and JAX's settings. A trace is a
+        # (key, trace) pairs. A key contains the argument types and JAX's settings. A trace is a
         # function of the leaves with the structure of its result, or None if it cannot be stored.
         self._made: list[tuple[Any, tuple[Callable, Any] | None]] = []
         # calls the stored trace in `chosen.made`; JAX's fast dispatch handles repeated calls

@@ -49,7 +49,7 @@ class Interventions(flax.struct.PyTreeNode):
 
         Args:
           rows: the number of rows B of the batch.
-          like: an array on the devices that apply the tables.
+          like: an array on the devices where the tables are used.
 
         Raises:
           UserError: the interventions are for a number of rows other than B.

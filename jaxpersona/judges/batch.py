@@ -23,7 +23,7 @@ FILE_BYTES = 100_000_000  # maximum size of a batch file; OpenAI allows 200 MB
 _FIRST_POLL = 5.0  # seconds before the first poll; later delays are longer, up to `Batch.poll`
 _GROWTH = 1.5
 _QUEUE = "token_limit"  # part of the error code if too many tokens wait at the endpoint
-Wanted = Callable[[], Iterable[tuple[str, str]]]  # returns pairs (key, prompt)
+Wanted = Callable[[], Iterable[tuple[str, str]]]  # returns (key, prompt) pairs
 Groups = dict[str, tuple[str, list[Item]]]  # key → (prompt, items with this prompt)
 
 
@@ -269,7 +269,7 @@ class Batches:
                             delay > LONGEST_WAIT):
                         self._end(f"the endpoint does not return the batch {held.id} ({failure}); "
                                   "check the endpoint, and use the API key with which the batch "
-                                  "was sent, then run the same command again. To start anew, give "
+                                  "was sent, then run the same command again. To start over, give "
                                   "another file with --judge-cache")
             if left:
                 self._wait.wait(max(pause, delay))

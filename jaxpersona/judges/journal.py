@@ -102,7 +102,7 @@ class Journal:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # O_NOFOLLOW: the code below must not truncate the target of a symbolic link
-            # O_NONBLOCK: neither a pipe nor a device may block; it has no effect on regular files
+            # O_NONBLOCK: opening a pipe or a device must not block
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
                                  | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, 0o644)
         except OSError as error:

@@ -1,7 +1,7 @@
 """Generate and judge the rollouts of a run, in one stream over all roles.
 
 Finished rollouts and verdicts are immediately appended to the live files of their role. As soon as
-all rollouts of a role are generated and judged, the role is closed (`runs.closing`): its response
+all rollouts of a role have been generated and judged, the role is closed (`runs.closing`): its response
 means are added to sums by score.
 """
 
@@ -267,8 +267,8 @@ class Collection:
         """Judge a role whose rollouts have all been generated, and close the role.
 
         If the judge runs in its own thread, this method only sends the unjudged rollouts to that
-        thread, and `_judged` closes the role later; a role without unjudged rollouts is closed at
-        once. All processes must call this method for the same roles in the same order.
+        thread, and `_judged` closes the role later; a role without unjudged rollouts is closed
+        immediately. All processes must call this method for the same roles in the same order.
         """
         state = self._state(name) if self._owned[name] else None
         keys = [] if state is None else state.unjudged(name)

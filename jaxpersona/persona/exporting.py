@@ -49,7 +49,7 @@ class Exported:
       folder: the written folder.
       rollouts, scores, means: the numbers of exported rollouts, scores and response means.
       roles: the roles whose vectors define the exported axis; [] if there is no axis.
-      notes: sentences about missing data and about the use of the folder with the published code.
+      notes: notes on omitted data and on the use of the folder with the published code.
     """
 
     __repr__ = brief

@@ -62,7 +62,7 @@ class Imported:
       rollouts, scores, means: role → number of imported rollouts, scores and response means.
       extraction: the axis and its statistics; None if there are too few response means or scores
         for an axis.
-      notes: sentences about what was not imported and about limits of the imported run.
+      notes: notes on data that was not imported and on limits of the imported run.
     """
 
     __repr__ = brief
@@ -253,7 +253,7 @@ def _store(run: Run, role: Role, texts: published.Texts, scores: Mapping[str, in
 def _notes(source: Source, scored: Mapping[str, int], held: Mapping[str, int],
            summed: Mapping[str, Sums], used: Sequence[str], found: Extraction | None,
            min_count: int) -> list[str]:
-    """Return sentences about what was not imported and about limits of the imported run."""
+    """Return notes on data that was not imported and on limits of the imported run."""
     roles = [name for name in source.roles if name != DEFAULT]
     empty = {name: sum(group == EMPTY for group in sums.groups.values())
              for name, sums in summed.items()}

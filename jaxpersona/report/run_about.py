@@ -79,7 +79,7 @@ def state(found: Contents) -> dict[str, Any]:
 
 
 def facts(found: Contents, data: dict[str, Any]) -> Rows:
-    """Return the main results as pairs (name, value)."""
+    """Return the main results as (name, value) pairs."""
     rows: Rows = []
     if found.analysis is not None:
         used = sum(role.in_axis for role in found.analysis.roles.values())
@@ -109,7 +109,7 @@ def facts(found: Contents, data: dict[str, Any]) -> Rows:
 
 
 def gaps(found: Contents, data: dict[str, Any], bars: PcaIntervals | None = None) -> Rows:
-    """Return pairs (part that is missing from the page, reason)."""
+    """Return the parts that are missing from the page, as (part, reason) pairs."""
     rows: Rows = []
     if found.analysis is None:
         done = found.status is not None and found.status["state"] == "complete"
@@ -190,7 +190,7 @@ def _dialogue(item: Item) -> dict[str, str]:
 
 
 def provenance(found: Contents, version: str) -> list[dict[str, Any]]:
-    """Return the settings, software and device of the run, as groups of pairs (name, value)."""
+    """Return the settings, software and device of the run, as groups of (name, value) pairs."""
     manifest = found.manifest
     model, last, numerics = (manifest.get(key, {}) for key in ("model", "last", "numerics"))
     status = found.status or {}

@@ -12,9 +12,9 @@
     status.json                        progress, rate and time left (`runs.status`)
     .lock                              exists while a process uses the folder
 
-A role is live until all its rollouts are generated and judged; `runs.closing` then writes the files
-of the closed role. All files except live files are written under a temporary name and then renamed,
-and only status.json contains timestamps. A run that was killed at any point can therefore be
+A role is live until all its rollouts have been generated and judged; `runs.closing` then writes the
+files of the closed role. All files except live files are written under a temporary name and then
+renamed, and only status.json contains timestamps. A run that was killed at any point can therefore be
 resumed, and all files except status.json become identical to those of an uninterrupted run.
 
 Sealed files (`runs.seal`) contain a digest of their content, the name of their role, and the role's
