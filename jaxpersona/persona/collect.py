@@ -1,8 +1,8 @@
 """Generate and judge the rollouts of a run, in one stream over all roles.
 
 Finished rollouts and verdicts are immediately appended to the live files of their role. As soon as
-all rollouts of a role have been generated and judged, the role is closed (`runs.closing`): its response
-means are added to sums by score.
+all rollouts of a role have been generated and judged, the role is closed (`runs.closing`): its
+response means are added to sums by score.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@
 
 A role is live until all its rollouts have been generated and judged; `runs.closing` then writes the
 files of the closed role. All files except live files are written under a temporary name and then
-renamed, and only status.json contains timestamps. A run that was killed at any point can therefore be
-resumed, and all files except status.json become identical to those of an uninterrupted run.
+renamed, and only status.json contains timestamps. A run that was killed at any point can therefore
+be resumed, and all files except status.json become identical to those of an uninterrupted run.
 
 Sealed files (`runs.seal`) contain a digest of their content, the name of their role, and the role's
 binding: the digest of the data that determine the role's rollouts. Sample files also contain the
