@@ -1,4 +1,4 @@
-"""The stages of `real_axis.py` that measure what caps change, and what they cost."""
+"""The stages of `real_axis.py` that measure the effects and the costs of caps."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ class _Display:
 
 
 def _rewrites() -> bool:
-    """Return whether standard error shows a line that is rewritten: a terminal or a notebook."""
+    """Return whether a line on standard error can be rewritten: in a terminal or a notebook."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return sys.stderr.isatty() or type(shell).__name__ == "ZMQInteractiveShell"
 

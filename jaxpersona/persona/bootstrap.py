@@ -1,4 +1,4 @@
-"""Bootstrap intervals of the principal components of role vectors.
+"""Bootstrap confidence intervals for statistics of a PCA of the role vectors.
 
 The vector of a role is the mean of its N response means; the run stores a sample of m of them. In a
 bootstrap sample, the vector of each role is moved by
@@ -81,7 +81,7 @@ def pca_intervals(default: np.ndarray, roles: Mapping[str, np.ndarray],
                   stored: Mapping[str, int], sizes: Mapping[str, int],
                   means: Callable[[str, slice], np.ndarray], *, draws: int = DRAWS, seed: int = 0,
                   report: Callable[[int, int], None] | None = None) -> PcaIntervals | None:
-    """Return bootstrap intervals of |cos(PC1, axis)| and of the explained variance ratios.
+    """Return bootstrap confidence intervals for |cos(PC1, axis)| and for explained variance ratios.
 
     Args:
       default: the mean activation [L, D] of the default persona.

@@ -238,7 +238,7 @@ class _Export:
         return found, known - set(found) - empty
 
     def _vector(self, name: str, sums: Sums | None) -> None:
-        """Write a role's vector, unless it is held out, has no sums, or has too few scores of 3."""
+        """Write a role's vector, unless the role is held out or has too little data."""
         label = "mean" if name == DEFAULT else "pos_3"
         found = {} if sums is None else sums.vectors(science.LABELS)
         if not found:

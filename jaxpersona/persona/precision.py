@@ -113,7 +113,7 @@ class _Means:
         return _Means(self.halves + factor * other.halves, self.without + factor * other.without)
 
     def padded(self, questions: int) -> _Means:
-        """Extend `without` to more questions, which the role was not asked."""
+        """Extend `without` to further questions that the role was not asked."""
         more = np.arange(len(self.without), questions) % 2
         return _Means(self.halves, np.concatenate([self.without, self.halves[more]]))
 
@@ -229,7 +229,7 @@ def measure(default: Cells, roles: Mapping[str, Cells], used: Sequence[str],
 
 
 def _means(cells: Cells) -> _Means:
-    """Return the means of the two halves, and the means without single questions."""
+    """Return the means of the two halves, and the leave-one-out means, without each question."""
     totals, counts = cells.totals.astype(np.float64), cells.counts.astype(np.float64)
     half = np.arange(len(counts)) % 2
     sums = np.stack([totals[h::2].sum(0) for h in (0, 1)])

@@ -45,7 +45,7 @@ class Curve:
 
     @classmethod
     def read(cls, about: Any) -> Curve:
-        """Convert the field "precision" of `analysis.json`; a wrong type or shape is an error."""
+        """Convert the field "precision" of `analysis.json`; raise an error for an invalid value."""
         names = sorted(str(name) for name in about["asked"] if name != "default")
         if not names:
             raise ValueError("asked contains no role")
