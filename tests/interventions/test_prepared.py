@@ -49,9 +49,12 @@ def test_forward_accepts_prepared_interventions():
     assert s.same_bits(found.logits, wanted.logits)
     assert s.same_bits(found.applied, wanted.applied)
     assert np.asarray(wanted.applied[0].changed).any()
-    with pytest.raises(ValueError, match="prepared for batch size 3 .* the batch size is 2"):
+    with pytest.raises(ValueError, match="prepared for batch size 3, but the batch size is 2"):
         forward(MODEL.params, MODEL.config, TEXT, interventions=cap(
             G[:1], layers=[0], floor=0.0, rows=[0, 0, 0]).prepare(3, MODEL.params.embed_vd))
+    with pytest.raises(ValueError, match="edit layer 2, but the model has layers 0…1"):
+        forward(MODEL.params, MODEL.config, TEXT, interventions=cap(
+            G[:1], layers=[2], floor=0.0).prepare(2, MODEL.params.embed_vd))
 
 
 def test_entries_without_an_index_broadcast_over_rows():
