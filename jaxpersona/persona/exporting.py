@@ -272,7 +272,7 @@ class _Export:
                            (self.unsummed, f"no sums by the scores of the judge {self.judge!r}, "
                                            "therefore no vector; run `jaxpersona axis` with this "
                                            "judge"),
-                           (self.few, f"fewer than {count(self.least, 'rollout')} of score 3, "
+                           (self.few, f"fewer than {count(self.least, 'rollout')} with score 3, "
                                       "therefore no vector"),
                            (sorted(self.held_out - set(self.omitted)),
                             "held out, therefore no vector; 4_vectors.py ignores this, so "

@@ -286,8 +286,8 @@ def _notes(source: Source, scored: Mapping[str, int], held: Mapping[str, int],
                      "no stored response mean belongs to a reply with valid text")
     if found is None:
         notes.append(f"no axis was computed: roles with at least {count(min_count, 'rollout')} "
-                     f"of score 3 that have a response mean: {len(used)}; the axis needs at least "
-                     "two such roles and the default persona's response means")
+                     f"with score 3 that have a response mean: {len(used)}; the axis needs at "
+                     "least two such roles and the default persona's response means")
     elif source.axis is not None and source.axis.values.shape == found.axis.values.shape:
         far = np.linalg.norm(found.axis.values - source.axis.values) / np.linalg.norm(
             source.axis.values)

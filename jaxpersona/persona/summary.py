@@ -75,7 +75,7 @@ def summary(found: Extraction, folder: str | os.PathLike[str], layer: int, *,
           [f"judge {axis.notes['judge']}: {_scores(found.counts)}"]),
     ]
     if few:
-        lines.append(f"left out, with fewer than {count(least, 'reply')} of score 3: "
+        lines.append(f"left out, with fewer than {count(least, 'reply')} with score 3: "
                      f"{_names(few)}")
     if held_out:
         lines.append(f"held out: {_names(sorted(held_out))}")

@@ -170,7 +170,7 @@ def test_another_min_count_or_held_out_role_changes_the_imported_axis(tmp_path):
     assert near(without.extraction.axis.values, steps_4_and_5(source, LEAST)[1])
     assert not near(with_all.extraction.axis.values, steps_4_and_5(source, LEAST)[1])
     few = import_reference(source, tmp_path / "few")
-    assert few.extraction is None and "at least 50 rollouts of score 3" in " ".join(few.notes)
+    assert few.extraction is None and "at least 50 rollouts with score 3" in " ".join(few.notes)
 
 
 def test_what_a_folder_lacks_is_said_and_is_not_in_the_sums(tmp_path):
