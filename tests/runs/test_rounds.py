@@ -123,7 +123,7 @@ def test_the_summary_and_the_forecast_name_the_precision(done, tmp_path):
     most = forecast(MODEL, ROLES, QUESTIONS, tmp_path / "new", precision=TARGET, **options)
     plain = forecast(MODEL, ROLES, QUESTIONS, tmp_path / "new", **options)
     assert most.rollouts == most.missing == 40 and most.disk_bytes > plain.disk_bytes
-    assert any("the run stops earlier for roles that are settled" in line
+    assert any("are upper bounds, for a run of all questions" in line
                for line in describe(most, judge="test"))
     assert not any("precision" in line for line in describe(plain, judge="test"))
     with pytest.raises(UserError, match="rounds contains 3"):
