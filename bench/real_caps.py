@@ -1,4 +1,4 @@
-"""The stages of `real_axis.py` that measure what caps change, and what they cost."""
+"""The stages of `real_axis.py` that measure the effects and the costs of caps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from jaxpersona.judges.digits import DigitJudge
 from jaxpersona.runs.rollouts import opening
 
 FARTHEST = 20  # number of roles for which caps are tested: those with the lowest projections
-ARMS = {  # name of a column → the projections whose 25th percentile is the floor; is it a control?
+# name of a column → (the projections whose 25th percentile is the floor, whether it is a control)
+ARMS = {
     "none": None, "cap": ("all", False), "control": ("all", True),
     "high cap": ("default", False), "high control": ("default", True)}
 

@@ -49,7 +49,7 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class _Located:
-    """The factors of one weight in the file (not yet read), and the factor s of their product."""
+    """The entries of one weight's LoRA factors in the file, and the scale of their product."""
 
     a: Entry
     b: Entry
@@ -65,7 +65,7 @@ def check_folder(folder: pathlib.Path) -> dict[str, Any]:
     require_folder(folder)
     place = folder / ADAPTER
     if not place.exists():
-        raise UserError(f"{folder}: not an adapter (no {ADAPTER})")
+        raise UserError(f"{folder}: is not an adapter; give a folder that contains {ADAPTER}")
     raw = read_json(place)
     if not isinstance(raw, dict):
         raise UserError(f"{place}: contains a {type(raw).__name__}, not a JSON object")
@@ -77,10 +77,10 @@ def check_folder(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def check_adapter(folder: pathlib.Path, config: ModelConfig) -> None:
-    """Check that an adapter fits a model; warn about what its own settings do not explain.
+    """Check that an adapter fits a model, without reading its LoRA factors.
 
-    No factor is read. One warning names the settings of `adapter_config.json` that are unknown;
-    another names the weights that `target_modules` selects and the file lacks.
+    One warning names the unknown settings in `adapter_config.json`; another names the weights that
+    `target_modules` selects but that are missing from the file.
 
     Raises:
       UserError: as for `read_adapter`.

@@ -55,7 +55,7 @@ def check_settings(raw: Mapping[str, Any], place: pathlib.Path) -> None:
 
 
 def warn_unknown(raw: Mapping[str, Any], place: pathlib.Path) -> None:
-    """Warn once about settings that are not known and are neither null, false, 0 nor empty."""
+    """Warn once about unknown settings, unless their value is null, false, 0 or empty."""
     unknown = sorted(key for key in set(raw) - _KNOWN - set(_INACTIVE) if raw[key])
     if unknown:
         listed = ", ".join(f"{key}={reprlib.repr(raw[key])}" for key in unknown[:20])
@@ -66,11 +66,11 @@ def warn_unknown(raw: Mapping[str, Any], place: pathlib.Path) -> None:
 
 def warn_missing(raw: Mapping[str, Any], present: set[str], modules: Sequence[str],
                  folder: pathlib.Path, file: str) -> None:
-    """Warn once about the modules that the settings select and the file has no factors for.
+    """Warn once about modules that the settings select but for which the file has no LoRA factors.
 
     Args:
       raw: the settings.
-      present: the modules that the file has factors for.
+      present: the modules for which the file has factors.
       modules: all linear layers of the model.
       folder: the folder of the adapter, for the warning.
       file: the file with the factors, for the warning.
@@ -105,14 +105,15 @@ def warn_missing(raw: Mapping[str, Any], present: set[str], modules: Sequence[st
 
 
 class _TooLong(Exception):
-    """A regular expression may take too long to match."""
+    """Raised for a regular expression that may take too long to match."""
 
 
 def _selector(raw: Mapping[str, Any], key: str, place: pathlib.Path) -> Callable[[str], bool]:
-    """Return whether a module is selected by `target_modules` or `exclude_modules`, as in PEFT.
+    """Return a function that tests whether the setting `key` selects a module, as in PEFT.
 
-    A list has names, or their last parts. A string is a regular expression for the whole name, or
-    "all-linear" for all layers' projections.
+    `key` is "target_modules" or "exclude_modules". A list contains module names or their last
+    components. A string is a regular expression for the whole name, or "all-linear" for all linear
+    layers except the output head.
     """
     value = raw.get(key)
     if value is None:
@@ -129,7 +130,7 @@ def _selector(raw: Mapping[str, Any], key: str, place: pathlib.Path) -> Callable
         raise _TooLong(f"{key} is {reprlib.repr(value)}")
     try:
         pattern = re.compile(value)
-    except (OverflowError, RecursionError, re.error):  # a huge count, nested groups
+    except (OverflowError, RecursionError, re.error):  # e.g. "a{9999999999}", deeply nested groups
         raise UserError(f"{place}: {key} is {reprlib.repr(value)}, which is not a valid regular "
                         "expression") from None
     return lambda module: pattern.fullmatch(module) is not None
@@ -157,7 +158,7 @@ def setting(raw: Mapping[str, Any], key: str, patterns: str, module: str,
                             "match; use module names as keys")
         try:
             matched = re.match(rf"(.*\.)?({pattern})$", module)
-        except (OverflowError, RecursionError, re.error):  # a huge count, nested groups
+        except (OverflowError, RecursionError, re.error):  # e.g. "a{9999999999}", nested groups
             raise UserError(f"{place}: {patterns} has {pattern!r:.60}, which is not a valid "
                             "regular expression") from None
         if matched:

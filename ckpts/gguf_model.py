@@ -140,7 +140,8 @@ def _read_parts(path: pathlib.Path, gguf: Any) -> tuple[dict[str, Any], dict[str
         return fields, tensors
     matched = _PART.fullmatch(path.name)
     if matched is None or int(matched[3]) != count:
-        raise UserError(f"{path}: this is one of {count} parts; rename the parts to "
+        raise UserError(f"{path}: the file is one of {count} parts, but its name does not end in "
+                        f"-NNNNN-of-{count:05d}.gguf; rename the parts to "
                         f"NAME-00001-of-{count:05d}.gguf and so on")
     part_names = [f"{matched[1]}-{i + 1:05d}-of-{count:05d}.gguf" for i in range(count)]
     if path.name != part_names[0]:

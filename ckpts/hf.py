@@ -60,7 +60,7 @@ def read_config(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]
         config = from_hf(raw, place=str(folder / "config.json"))
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
-    # `load` reads the entries again, and warns about two kinds of weights
+    # no warning here: `load` reads the entries again and warns about ignored shards
     if config.tied_embeddings and _has_other_head(read_entries(folder, warn=False)[0]):
         warnings.warn(f"{folder}: tie_word_embeddings is true, but {HEAD} differs from {EMBED}; "
                       "both are used, as in transformers. To silence this warning, set "
@@ -224,7 +224,7 @@ def _refuse(folder: pathlib.Path, faults: list[str]) -> None:
         raise UserError(place + faults[0])
     if faults:
         listed = "\n".join(f"  - {fault}" for fault in faults)
-        raise UserError(f"{folder}: {len(faults)} faults\n{listed}")
+        raise UserError(f"{folder}: {len(faults)} errors\n{listed}")
 
 
 def _mismatches(entries: Mapping[str, Entry], config: ModelConfig) -> list[str]:

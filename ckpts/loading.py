@@ -212,8 +212,8 @@ def _check_form(config: ModelConfig, form: Form, name: str) -> None:
     """Check, before the weights are read, that the dtypes and the adapter fit the model.
 
     Raises:
-      UserError: activations are float16 and those of the family exceed its range, or the adapter
-        does not fit the model.
+      UserError: the activations would be float16, but exceed its range in this model family, or
+        the adapter does not fit the model.
     """
     if form.dtype == np.float16 and not FAMILIES[config.family].float16:
         argument = "activations" if form.int8 else "dtype"

@@ -113,7 +113,8 @@ def load(folder: str | pathlib.Path, *, dtype: DTypeLike | None = None,
     target = None if dtype is None else parse_dtype(dtype)
     config, _ = hf.read_config(folder)
     if not holds_checkpoint(folder):
-        raise UserError(f"{folder}: not an Orbax folder (no {NAME}/{_MARKS[0]})")
+        raise UserError(f"{folder}: is not an Orbax folder; give one that contains "
+                        f"{NAME}/{_MARKS[0]}")
     check_files(folder / NAME)
     expected, tree = jax.tree.flatten(names.tensors(config))
     mesh = None if mesh is None else sharding.fit(mesh, config)

@@ -271,13 +271,14 @@ def capping(table: Mapping[str, Any]) -> dict[str, Caps]:
             entry = vectors[label]
             if not isinstance(entry, dict):
                 raise UserError(f"vector {label!r} is a {type(entry).__name__}; it must be a "
-                                "dict with vector [D] and layer")
+                                "dict with the keys 'vector' (a tensor [D]) and 'layer' (an int)")
             vector, layer = np.asarray(entry["vector"]), entry["layer"]
             if vector.ndim != 1 or vector.dtype != np.float32 or type(layer) is not int:
-                raise UserError(f"vector {label!r} must have a tensor [D] and an integer layer")
+                raise UserError(f"vector {label!r} is invalid: 'vector' must be a float32 tensor "
+                                "[D], and 'layer' an int")
             if isinstance(item["cap"], bool) or not isinstance(item["cap"], (int, float)):
                 cap = "a tensor" if isinstance(item["cap"], np.ndarray) else f"{item['cap']!r:.80}"
-                raise UserError(f"experiment {name!r}: cap is {cap}, not a number")
+                raise UserError(f"experiment {name!r}: cap is {cap}; it must be a number")
             labels.append(label)
             layers.append(layer)
             floors.append(-item["cap"])

@@ -120,7 +120,7 @@ def _read_any(path: str | os.PathLike, kind: str | None) -> Vector | dict[str, C
     if os.path.isdir(path):
         axis = os.path.join(path, "axis.safetensors")  # run folders store their axis in this file
         hint = f"did you mean {axis}?" if os.path.isfile(axis) else "give a file"
-        raise UserError(f"{path}: is a folder; {hint}")
+        raise UserError(f"{path} is a folder; {hint}")
     if kind is not None and suffix != ".pt":
         raise UserError(f"{path}: kind is {kind!r}, but it applies only to .pt files; omit kind")
     if suffix == ".pt":

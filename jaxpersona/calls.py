@@ -54,7 +54,7 @@ _ADVICE = {
     "trust_remote_code": "code from a checkpoint is never run",
     "stop": "use jp.Engine and jp.Request(stop=…)",
     "stream": "use jp.Engine and engine.stream(handle)",
-    "return_tensors": "the result holds arrays of NumPy, which JAX accepts",
+    "return_tensors": "the result contains NumPy arrays, which JAX accepts",
     "num_return_sequences": "repeat the conversation in the list of conversations",
 }
 
@@ -73,7 +73,7 @@ def checked_call(function: Callable[P, R]) -> Callable[P, R]:
     names that other libraries use, such as `torch_dtype` for `dtype`.
     """
     signature = inspect.signature(function)
-    of = function.__qualname__.split(".")  # the method that constructs a class has the class's name
+    of = function.__qualname__.split(".")  # messages name `__init__` by its class
     name = of[-2] if of[-1] == "__init__" else of[-1]
 
     @functools.wraps(function)

@@ -27,7 +27,7 @@ class Table:
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
-        """Return properties of the whole result, such as array shapes, by name."""
+        """Return a dict of metadata of the whole result, such as array shapes."""
         return {}
 
     def to_frame(self) -> pandas.DataFrame:

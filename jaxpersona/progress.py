@@ -1,8 +1,8 @@
 """The display of progress in slow functions, and the values of their argument `progress=`.
 
-By default (None or True), a function that takes longer than `SECONDS` shows how far it is: on a
-terminal and in a notebook as one line that is rewritten, otherwise as a line every `EVERY` seconds,
-always on standard error. False shows nothing, and a function is called with the numbers instead.
+By default (None or True), a function that takes longer than `SECONDS` shows its progress on
+standard error: on a terminal and in a notebook as one line that is rewritten, otherwise as a line
+every `EVERY` seconds. False shows nothing, and a function is called with the numbers instead.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from jaxpersona.errors import UserError
 
 P = ParamSpec("P")
 R = TypeVar("R")
-State = tuple[str, int, int, str]  # the step, the numbers done and in total, and a note
+State = tuple[str, int, int, str]  # (step, number done, total number, note)
 
-SECONDS = 3.0  # the time before a display appears
-EVERY = 30.0  # seconds between lines if standard error is no terminal
+SECONDS = 3.0  # seconds before progress is shown
+EVERY = 30.0  # seconds between lines if standard error is not a terminal
 _REWRITE = 0.5  # seconds between two versions of the line on a terminal
 _lock = threading.Lock()
-_muted = 0  # the number of running functions within which no other display appears
+_muted = 0  # the number of running functions that suppress other displays
 
 
 @contextlib.contextmanager
 def muted() -> Iterator[None]:
-    """Show no progress within the block, such as in a command with a display of its own."""
+    """Show no progress within the block, for example in a command with its own display."""
     global _muted
     with _lock:
         _muted += 1
@@ -133,7 +133,7 @@ class _Display:
 
 
 def _rewrites() -> bool:
-    """Return whether standard error shows a line that is rewritten: a terminal or a notebook."""
+    """Return whether a line on standard error can be rewritten: in a terminal or a notebook."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return sys.stderr.isatty() or type(shell).__name__ == "ZMQInteractiveShell"
 

@@ -111,7 +111,7 @@ class Capture(flax.struct.PyTreeNode):
 
 
 def chosen_layers(reading: Reading, config: ModelConfig) -> tuple[int, ...]:
-    """Return the layers that a reading reads, after checking the reading against the model.
+    """Check a reading against the model, and return the layers at which it is taken.
 
     If the reading does not specify layers, all layers of the model are returned.
 

@@ -62,8 +62,8 @@ def axis(
         "Comma-separated names of the roles to use, besides the default persona."))] = None,
     limit_roles: Annotated[int | None, typer.Option(
         "--limit-roles", "--limit", show_default="all", help=(
-            "Maximum number of roles besides the default persona. The roles are a mixed sample, "
-            "and a larger number adds roles to the same run."))] = None,
+            "Maximum number of roles besides the default persona. The roles are a "
+            "pseudorandom sample, and a larger number adds roles to the same run."))] = None,
     model_name: Annotated[str | None, typer.Option(
         show_default="the last part of --model", help=(
             "The model's name in prompts such as \"You are Llama.\""))] = None,
@@ -253,7 +253,7 @@ def _texts(model: str, roles: str | None, questions: str | None, limit_roles: in
       (roles, questions, names of the held-out roles).
 
     Raises:
-      UserError: there is no role of a name in `roles_named`, or a text is invalid.
+      UserError: `roles_named` contains an unknown name, or a text is invalid.
     """
     from jaxpersona.data import choosing, texts
     from jaxpersona.organism import method

@@ -106,9 +106,9 @@ def _conversations(prompt: Sequence[str], file: pathlib.Path | None,
     from jaxpersona.data.conversations import read_prompts
 
     if blank := [text for text in prompt if not text.strip()]:
-        raise UserError(f"prompt is {blank[0]!r}; give a message that is not blank")
+        raise UserError(f"prompt is {blank[0]!r}; give a prompt that is not blank")
     if not prompt and file is None:
-        raise UserError("there is no prompt; give a message, or a file with --prompts")
+        raise UserError("there is no prompt; give one, or a file with --prompts")
     head = [] if system is None else [{"role": "system", "content": system}]
     talks = [[*head, {"role": "user", "content": text}] for text in prompt]
     return talks + ([] if file is None else read_prompts(file, system))

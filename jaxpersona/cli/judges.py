@@ -68,8 +68,8 @@ BatchOption = Annotated[bool, typer.Option("--judge-batch", help=(
 BatchSizeOption = Annotated[int, typer.Option(
     "--judge-batch-size", help="Maximum number of requests in a batch (--judge-batch).")]
 BatchPriceOption = Annotated[str | None, typer.Option(
-    "--judge-batch-price", show_default="that of --judge-price",
-    help="Prices in a batch, in USD per million prompt tokens and per million answer tokens.")]
+    "--judge-batch-price", show_default="the value of --judge-price",
+    help="Prices in batches, in USD per million prompt tokens and per million answer tokens.")]
 
 KINDS = ("rules", "none", "self")
 WITH_ARGUMENT = ("model", "http", "human")
@@ -143,7 +143,7 @@ def choose(judge: str, options: JudgeOptions, *, own: bool, after: bool = False)
                 ("model",) if name == "after" else ("http",))
         if kind not in fits:
             option = "--budget" if name == "budget" else f"--judge-{name.replace('_', '-')}"
-            raise UserError(f"{option} is given, but the judge is {judge}; use it only with "
+            raise UserError(f"{option} is given, but the judge is {judge!r}; use it only with "
                             + " or ".join(f"{one}{'' if one == 'self' else ':…'}" for one in fits))
     apart = ("concurrency", "rpm", "tpm") if options.batch else ("batch_size", "batch_price")
     for name in given:

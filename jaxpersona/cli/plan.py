@@ -78,7 +78,8 @@ def read_shape(source: str) -> ModelConfig:
 def card(found: dict[str, Any]) -> list[str]:
     """Format the result of `plan` as lines of text.
 
-    The text states which numbers come from the compiler, from arithmetic or from extrapolation.
+    The text states which numbers come from the compiler, which are computed by arithmetic and which
+    are extrapolated.
     """
     from jaxpersona.planning import chips
 

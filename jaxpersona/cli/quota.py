@@ -32,14 +32,14 @@ class QuotaOptions:
             "Numbers of questions after each round of --precision, ascending, e.g. 8,16,32. The "
             "last round has all questions."))] = None
     paper: Annotated[bool, typer.Option("--paper", help=(
-        "Use the numbers of Lu et al. 2026: the 275 roles and 240 questions of the package, one "
+        "Use the settings of Lu et al. 2026: the 275 roles and 240 questions of the package, one "
         "reply of up to 512 tokens for each prompt and question, and --min-count 50."))] = False
 
     def sizes(self) -> list[int] | None:
         """Return the value of `--rounds` as numbers, or None if it is not given.
 
         Raises:
-          UserError: a part is not a number.
+          UserError: an item is not a number.
 
         Examples:
           >>> from jaxpersona.cli.quota import QuotaOptions
@@ -62,7 +62,7 @@ def of_paper(given: Mapping[str, Any]) -> dict[str, Any]:
       given: the values of the options in `PAPER`.
 
     Raises:
-      UserError: an option is given with another value than the paper's.
+      UserError: an option is given with a value that differs from the paper's.
 
     Examples:
       >>> from jaxpersona.cli.quota import PAPER, of_paper

@@ -1,4 +1,4 @@
-"""Selection of roles: by name, or a mixed sample that a larger sample contains."""
+"""Select roles by name, or draw a pseudorandom sample that a larger sample contains."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def roles_named(roles: Sequence[Role], names: Sequence[str]) -> list[Role]:
     """Return the default persona and the roles with these names, in the given order.
 
     Raises:
-      UserError: a name is not that of a role.
+      UserError: a name is unknown.
     """
     known = {role.name for role in roles}
     for name in names:
@@ -27,10 +27,10 @@ def roles_named(roles: Sequence[Role], names: Sequence[str]) -> list[Role]:
 
 
 def some_roles(roles: Sequence[Role], count: int) -> list[Role]:
-    """Return the default persona and a mixed sample of `count` other roles, in the given order.
+    """Return the default persona and a pseudorandom sample of `count` other roles, in input order.
 
-    Roles are selected in the order of a hash of their names. A larger sample therefore contains a
-    smaller one, and a run can be extended by more roles.
+    Roles are selected in the order of a hash of their names. A larger sample therefore contains
+    every smaller sample, and a run can be extended by more roles.
 
     Examples:
       >>> from jaxpersona.data.choosing import some_roles

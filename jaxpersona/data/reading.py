@@ -33,7 +33,7 @@ class Faults(list[str]):
         if len(self) == 1:
             raise UserError(self[0] if self[0].startswith(str(what)) else f"{what}: {self[0]}")
         if self:
-            raise UserError("\n".join([f"{what}: {len(self)} faults",
+            raise UserError("\n".join([f"{what}: {len(self)} errors",
                                        *(f"  - {fault}" for fault in self)]))
 
 

@@ -357,7 +357,7 @@ def of_each(x: jax.Array | np.ndarray, index: jax.Array) -> jax.Array:
 
 
 def rows_divisor(*operands: Any) -> int:
-    """Return the number of shards of batch rows on the operands' mesh; 1 without a mesh."""
+    """Return into how many shards the operands' mesh divides the batch rows; 1 without a mesh."""
     mesh = mesh_of(*operands)
     return 1 if mesh is None else ways(mesh, "batch")
 

@@ -57,10 +57,10 @@ def use_compile_cache() -> str | None:
 
 
 def traces() -> OwnFolder | None:
-    """Return the folder for traces, or None if traces are not stored.
+    """Return the folder in which traces are stored, or None if they are not stored.
 
-    A stored trace saves time only if its executable is cached too, so traces are not stored if
-    JAX's compilation cache is disabled.
+    Traces are not stored if JAX's compilation cache is disabled, because a stored trace saves time
+    only if its executable is cached too.
     """
     if os.environ.get(SWITCH, "1") == "0" or not setting("jax_compilation_cache_dir"):
         return None

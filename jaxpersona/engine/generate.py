@@ -284,7 +284,7 @@ def lane_opener(model: Model, edits: SharedEdits, capture: Capture, stops: Stops
     piece = piece_of(model.config, model.params.like, edits.edits, batch_size)
 
     def open_lane(slots: Any) -> Lane:
-        # `State.tokens` can hold one token per slot, so programs do not depend on length limits
+        # `State.tokens` has one entry per slot, so that programs do not depend on length limits
         return Lane(model.config, params, Setting(slots, slots, greedy, capture, stops), edits,
                     batch_size, together, piece, stats)
 

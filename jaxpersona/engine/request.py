@@ -164,7 +164,7 @@ class Handle:
 
     @staticmethod
     def of(given: Any) -> Handle:
-        """Return a handle that a caller gave; raise a `UserError` for a request or another value.
+        """Check that a value is a handle, and return it.
 
         Raises:
           UserError: the value is not a handle.

@@ -198,7 +198,7 @@ def top_in_blocks(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Return the result of `lax.top_k(values, count)`, without sorting all values of a row.
 
     The values are divided into blocks of 32. The k blocks with the largest maxima contain the
-    result, so the maxima and the values of these blocks are sorted: 1/32 of the values, and 32·k.
+    result, so only the V/32 maxima and the 32·k values of these blocks are sorted.
     Of equal values, `lax.top_k` returns the first. This also holds here, because it selects the
     first of the blocks with equal maxima, and the selected blocks keep their order.
 

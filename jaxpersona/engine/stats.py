@@ -68,7 +68,12 @@ class Stats:
         self._add(steps=steps, row_steps=steps * rows, live_steps=live)
 
     def prefilled(self, tokens: int, padded: int) -> None:
-        """Add the tokens of a prefill call, without and with padding."""
+        """Add a prefill call to the counts.
+
+        Args:
+          tokens: the number of prompt tokens.
+          padded: the number of tokens, including padding and empty rows.
+        """
         self._add(prompt_tokens=tokens, padded_tokens=padded)
 
     def snapshot(self) -> RunStats:

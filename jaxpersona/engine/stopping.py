@@ -36,8 +36,8 @@ def checked(stop: Any) -> tuple[str, ...]:
         raise UserError(f"stop is {stop!r:.60}; it must be a non-empty string or a list of "
                         "non-empty strings")
     if any(re.search("[\ud800-\udfff]", text) for text in strings):
-        raise UserError(f"stop is {stop!r:.60}, which contains a lone surrogate, which is invalid "
-                        "Unicode; remove it")
+        raise UserError(f"stop is {stop!r:.60}, which contains a lone surrogate (invalid Unicode); "
+                        "remove it")
     strings = tuple(sorted(set(strings)))
     size = sum(len(text.encode()) for text in strings)
     if size > STATES - 2:

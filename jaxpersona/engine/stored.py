@@ -62,7 +62,7 @@ class Stored:
         self._signature = inspect.signature(function)
         self._static, self._donate, self._result = set(static), set(donate), result
         self._folder, self._lock = folder, threading.Lock()
-        # Pairs (key, trace). A key contains the argument types and JAX's settings. A trace is a
+        # (key, trace) pairs. A key contains the argument types and JAX's settings. A trace is a
         # function of the leaves with the structure of its result, or None if it cannot be stored.
         self._made: list[tuple[Any, tuple[Callable, Any] | None]] = []
         # calls the stored trace in `chosen.made`; JAX's fast dispatch handles repeated calls
@@ -216,10 +216,10 @@ def _quick(chosen: _Chosen, function: Callable, bound: Callable, *, static: set[
            donate: set[str]) -> Any:
     """Return a jitted function that calls the stored trace in `chosen.made` when it is traced.
 
-    JAX traces the function again if the arguments' types or its settings change, but not for other
-    calls, which therefore need no check in Python.
+    JAX traces the function again only if the arguments' types or JAX's settings change, so other
+    calls need no check in Python.
     """
-    @functools.wraps(function)  # gives the compiled program its name, and jit the argument names
+    @functools.wraps(function)  # keeps the program's name and argument names
     def call(*args: Any, **named: Any) -> Any:
         if chosen.made is None:
             raise _Untraced

@@ -134,7 +134,7 @@ def in_pieces(model: Model, rows: Sequence[chat.Row], edits: Interventions, capt
 
 
 def _found(carry: Carry) -> Carry:
-    """Return a carry without cache and gates.
+    """Return the carry without its cache and gates.
 
     The shapes of the remaining fields do not depend on the number of slots.
     """

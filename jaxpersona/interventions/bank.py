@@ -149,7 +149,7 @@ class Bank:
         if xp is np:
             check_finite(name, given)
         if self.total is not None and given.ndim and given.shape[-1] == self.total:
-            # one value per layer of the model: select the chosen layers
+            # one value per layer of the model: select the values of the chosen layers
             if given.ndim == 1 and self.index is not None and n == self.total > 1:
                 raise UserError(f"{name} has {n} numbers, but there are {n} directions and {n} "
                                 "layers, so the shape is ambiguous; give an array [n, l] with one "
@@ -266,8 +266,8 @@ def numbers(name: str, value: Any) -> Any:
 def plain(value: Any) -> Any:
     """Convert a PyTorch tensor of any device and floating-point type to a NumPy array.
 
-    NumPy itself converts neither tensors with a gradient or on a GPU nor bfloat16. Other values,
-    and lists without tensors, are returned unchanged.
+    NumPy itself cannot convert tensors that require a gradient, are on a GPU or have the dtype
+    bfloat16. Other values, and lists without tensors, are returned unchanged.
     """
     if isinstance(value, (list, tuple)):
         tensors = any(hasattr(item, "detach") for item in value)
@@ -341,7 +341,7 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
         items: list[Any] = list(listed) if several else [wanted]
         if not all(map(_whole, items)):
             raise UserError(f"layers is {text}; it must be an int, a slice, a list of ints or "
-                            "text such as 46:54")
+                            "a string such as '46:54'")
         chosen = tuple(int(i) for i in items)
     if not chosen:
         raise UserError(f"layers is {text}, which selects no layer; give at least one layer")

@@ -49,7 +49,7 @@ class Interventions(flax.struct.PyTreeNode):
 
         Args:
           rows: the number of rows B of the batch.
-          like: an array on the devices that apply the tables.
+          like: an array on the devices where the tables are used.
 
         Raises:
           UserError: the interventions are for a number of rows other than B.
@@ -162,11 +162,14 @@ def prepared(interventions: Interventions | PreparedInterventions | None, *, lay
     """
     if isinstance(interventions, PreparedInterventions):
         for edit in interventions.edits:
-            if edit.where.shape[0] not in (1, rows) or edit.layers[-1] >= layers:
+            if edit.where.shape[0] not in (1, rows):
                 raise UserError("interventions were prepared for batch size "
-                                f"{edit.where.shape[0]} and layers {list(edit.layers)}, but the "
-                                f"batch size is {rows} and the model has {layers} layers; prepare "
-                                "them for this batch")
+                                f"{edit.where.shape[0]}, but the batch size is {rows}; prepare "
+                                "them again for this batch")
+            if edit.layers[-1] >= layers:
+                raise UserError(f"interventions edit layer {edit.layers[-1]}, but the model has "
+                                f"layers 0…{layers - 1}; choose layers of this model and prepare "
+                                "them again")
         return interventions
     edits = given(interventions)
     edits.check(layers=layers, width=width, rows=rows)

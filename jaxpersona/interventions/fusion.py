@@ -74,7 +74,7 @@ class Fusion:
         if late:
             self._refuse(f"the reading {late[0]!r} reads layer {layer} before the edits, which the "
                          "kernel supports only for projections")
-        # the directions of readings before the edits must come first (see `kernels.edit.site`)
+        # `kernels.edit.site` requires that the directions of readings before the edits come first
         names = sorted((name for name, (reading, _) in readings.items() if _projects(reading)),
                        key=lambda name: readings[name][0].edited)
         tables = {name: reading.at(index) for name in names

@@ -209,7 +209,7 @@ def _arrays(params: Any) -> list[Any]:
 def _table(kind: type[Table], bank: Bank, where: Where | str, **payload: Any) -> Interventions:
     """Build interventions with one table of class `kind` from a bank and fields [l, n, …].
 
-    The number of entries is increased to a power of two by repeating the last entry.
+    The number of entries is padded to a power of two by repeating the last entry.
     """
     n = len(bank.origin)
     size = next_power(n)

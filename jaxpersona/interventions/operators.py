@@ -133,7 +133,9 @@ def ablate(
     rows: Any = None,
     site: Site = "residual",
 ) -> Interventions:
-    """Remove the component along a direction: h ← h − v̂·⟨h, v̂⟩ + coefficient·v̂.
+    """Remove the component along a direction, or set it to `coefficient`.
+
+    The edit is h ← h − v̂·⟨h, v̂⟩ + coefficient·v̂.
 
     Source: directional ablation (Arditi et al. 2024).
 

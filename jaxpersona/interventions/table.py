@@ -130,7 +130,7 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
 
         Args:
           rows: the number of rows B of the batch.
-          like: an array on the devices that apply the table.
+          like: an array on the devices where the table is used.
 
         Raises:
           UserError: the table is for a number of rows other than B.

@@ -32,7 +32,7 @@ FOREVER = 2**31 - 1
 WIDTH = 5  # the number of integers in an encoded test
 NOWHERE = (-1, 0, 0, 0, 0)  # an encoded test that no token passes, because it requires every kind
 
-_ROLES = SYSTEM | USER | ASSISTANT  # a token belongs to a message of one role
+_ROLES = SYSTEM | USER | ASSISTANT  # a token has at most one of these kinds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Where:
         own, theirs = self.need & ~common, other.need & ~common
         if (self.none, self.lo, self.hi) == (other.none, other.lo, other.hi):
             for test, alone in ((self, own), (other, theirs)):
-                if not alone and not test.any:  # it contains the other test
+                if not alone and not test.any:  # selects all tokens of the other
                     return test
             kinds = [test.any or alone for test, alone in ((self, own), (other, theirs))
                      if alone.bit_count() == (not test.any)]

@@ -23,7 +23,7 @@ FILE_BYTES = 100_000_000  # maximum size of a batch file; OpenAI allows 200 MB
 _FIRST_POLL = 5.0  # seconds before the first poll; later delays are longer, up to `Batch.poll`
 _GROWTH = 1.5
 _QUEUE = "token_limit"  # part of the error code if too many tokens wait at the endpoint
-Wanted = Callable[[], Iterable[tuple[str, str]]]  # returns pairs (key, prompt)
+Wanted = Callable[[], Iterable[tuple[str, str]]]  # returns (key, prompt) pairs
 Groups = dict[str, tuple[str, list[Item]]]  # key → (prompt, items with this prompt)
 
 
@@ -37,7 +37,7 @@ class Batches:
 
     def __init__(self, settings: Batch, endpoint: Endpoint, tariff: Tariff, budget: Budget,
                  backoff: float) -> None:
-        """Prepare; no request is sent.
+        """Create the object; no request is sent.
 
         Args:
           settings: the settings of the batch interface.
@@ -55,8 +55,8 @@ class Batches:
         self._told: set[tuple[str, str]] = set()  # (role, key) of items whose failure was returned
         self._states: dict[str, BatchState] = {}  # name of each outstanding batch → last state
         self._length: dict[str, str] = {}  # name of a batch → field of the maximum length
-        self._late = self._short = ""  # reasons to try again after the outstanding batches
-        self._repeat = False  # whether requests have to be sent again with another field
+        self._late = self._short = ""  # reasons to submit again after this round
+        self._repeat = False  # whether to send requests again with another length field
 
     def note(self) -> str:
         """Describe the outstanding batches, or return ""."""
@@ -76,9 +76,9 @@ class Batches:
     def outcomes(self, journal: Journal, groups: Groups) -> dict[str, tuple[str, float] | str]:
         """Return the outcome of each key: (answer, cost in USD), or the error as text.
 
-        Requests that are not in the journal are sent. A failed request is sent again if its failure
-        was returned for the same item before. If no further requests are sent, their keys are
-        omitted, and `why` has the reason.
+        Requests without an answer in the journal are sent. A failed request is sent again if its
+        error was already returned for the same item. If the requests cannot be sent, their keys are
+        omitted from the result, and `why` is the reason.
         """
         for key, (_, members) in groups.items():
             named = {(item.role.name, item.key) for item in members}
@@ -119,7 +119,7 @@ class Batches:
 
     def _run(self, journal: Journal, wanted: Wanted) -> None:
         for one in [one for one in journal.batches.values() if not one.open]:
-            journal.ended(one.name, "completed")  # killed before this was recorded
+            journal.ended(one.name, "completed")  # the process ended before it recorded this
         if journal.batches:
             held = [journal.batch_of(key) for key, _ in wanted()]
             self._resume(journal, {one.name: one for one in held if one is not None})
@@ -153,7 +153,7 @@ class Batches:
                 if failure.status not in ABSENT:
                     self._end(f"the endpoint did not list its batches ({failure}); check the "
                               "endpoint, then run the same command again")
-                # the batch cannot be found again: its requests may be paid
+                # the batch cannot be found; the endpoint may charge for its requests
                 self._release(journal, one.name, "the batch was lost", bound=True)
                 continue
             if state is None:
@@ -223,7 +223,8 @@ class Batches:
 
         Raises:
           Failure: the endpoint did not accept the batch.
-          Ended: it is unknown whether it did; the journal keeps the batch for the next call.
+          Ended: it is unknown whether the endpoint accepted the batch; the journal keeps the batch
+            for the next call.
         """
         def once() -> BatchState:
             try:
@@ -231,7 +232,7 @@ class Batches:
             except Failure as failure:
                 if not failure.maybe_paid and (failure.status or 0) < 500:
                     raise
-                try:  # the request may have arrived
+                try:  # the endpoint may have received the request
                     found = self._wait.tried(lambda: self._endpoint.find_batch(name))
                 except Failure as other:
                     self._end(f"it is unknown whether the endpoint accepted a batch ({failure}; "
@@ -243,7 +244,7 @@ class Batches:
         return self._wait.tried(once)
 
     def _collect(self, journal: Journal, names: Sequence[str]) -> int:
-        """Wait until batches have ended; return the number of their answers.
+        """Wait until batches have ended; return the total number of answers.
 
         Raises:
           Ended: the endpoint does not return the state or the results of a batch.
@@ -268,7 +269,7 @@ class Batches:
                             delay > LONGEST_WAIT):
                         self._end(f"the endpoint does not return the batch {held.id} ({failure}); "
                                   "check the endpoint, and use the API key with which the batch "
-                                  "was sent, then run the same command again. To start anew, give "
+                                  "was sent, then run the same command again. To start over, give "
                                   "another file with --judge-cache")
             if left:
                 self._wait.wait(max(pause, delay))
@@ -278,10 +279,11 @@ class Batches:
     def _record(self, journal: Journal, held: Outstanding, state: BatchState) -> int:
         """Record the outcomes of a batch that has ended; return the number of answers.
 
-        Lines without a known custom_id are ignored, and so are further lines with the same one.
+        Lines without a known custom_id are ignored. If several lines have the same custom_id, only
+        the first one counts.
 
         Raises:
-          Failure: the files with the results could not be downloaded.
+          Failure: a results file could not be downloaded.
         """
         found: dict[str, Reply | Failure] = {}
         unread = False
@@ -300,7 +302,7 @@ class Batches:
                     unread = True
                 else:
                     found.setdefault(*one)
-        # an unreadable line, or no line of a completed batch, may belong to a paid request
+        # if a line is unreadable or missing in a completed batch, its request may be charged
         missing = Failure(f"the batch has no result for this reply (status: {state.status}"
                           f"{f', {state.problems}' if state.problems else ''})",
                           maybe_paid=unread or state.status == "completed")
@@ -342,7 +344,8 @@ class Batches:
           journal: the journal.
           name: the name of the batch.
           error: the reason.
-          bound: whether the requests may be paid; else they do not count as calls.
+          bound: whether the endpoint may charge for the requests; if false, they do not count as
+            calls.
         """
         left = dict(journal.batches[name].open)
         for key, cost in left.items():

@@ -194,7 +194,7 @@ class DigitJudge:
             deeper = []
             for at, (i, node, p, chosen) in enumerate(level):
                 each = {token: float(column[token][at]) for token in node.next}
-                # the probability that no further digit follows, on the scale or not (10, but 105)
+                # probability that no digit follows, even one that leaves the scale (10 → 105)
                 more = node.next if first else dict.fromkeys([*node.next, *self._digits])
                 ends = max(0.0, 1.0 - sum(float(column[token][at]) for token in more))
                 if node.value is not None:

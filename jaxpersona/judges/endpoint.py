@@ -75,9 +75,9 @@ class BatchState:
 
     Attributes:
       id: the endpoint's identifier of the batch.
-      status: the status, such as "in_progress"; `ended` tells whether it is final.
-      done, total: the numbers of processed requests and of all requests; 0 if not stated.
-      files: the identifiers of the files with the results: answers, then errors.
+      status: the status, such as "in_progress"; `ended` is true if it is final.
+      done, total: the numbers of processed requests and of all requests; 0 if unknown.
+      files: the identifiers of the results files: answers, then errors.
       problems: the endpoint's reasons why the batch failed, or "".
     """
 
@@ -90,7 +90,7 @@ class BatchState:
 
     @property
     def ended(self) -> bool:
-        """Whether the endpoint will not change the batch any more."""
+        """Whether the status is final."""
         return self.status in ("completed", "failed", "expired", "cancelled", "canceled")
 
 
@@ -145,7 +145,7 @@ class Endpoint:
                 **self._fields(prompt, length)))
 
     def request(self, key: str, prompt: str) -> bytes:
-        """Return a prompt's line of a batch file, with `key` as its custom_id."""
+        """Return the line for a prompt in a batch file, with `key` as its custom_id."""
         value = {"custom_id": key, "method": "POST", "url": _CHAT,
                  "body": self._fields(prompt, self.length)}
         return json.dumps(value).encode() + b"\n"
@@ -162,10 +162,11 @@ class Endpoint:
             return self._identifier(found.id)
 
     def submit(self, name: str, file: str) -> BatchState:
-        """Submit an uploaded batch file as a batch with a name, to be processed in 24 hours.
+        """Submit an uploaded batch file as a named batch, to be processed within 24 hours.
 
         Raises:
-          Failure: the endpoint did not accept the batch; with `maybe_paid`, it may have.
+          Failure: the endpoint did not accept the batch or, if `maybe_paid` is true, may have
+            accepted it.
         """
         with self._translated("a batch"):
             return self._state(self._client.batches.create(
@@ -194,7 +195,7 @@ class Endpoint:
         return None
 
     def download(self, file: str) -> bytes:
-        """Return the content of a file with results.
+        """Return the content of a results file.
 
         Raises:
           Failure: the endpoint did not return it.
@@ -204,9 +205,9 @@ class Endpoint:
                 file).content)
 
     def outcome(self, line: bytes) -> tuple[str, Reply | Failure] | None:
-        """Return the custom_id and the outcome in one line of a file with results.
+        """Return the custom_id and the outcome in one line of a results file.
 
-        If the line has no custom_id or is not a JSON object, return None.
+        The result is None if the line is not a JSON object or has no custom_id.
         """
         try:
             value = json.loads(line)
@@ -234,10 +235,10 @@ class Endpoint:
 
     @contextlib.contextmanager
     def _translated(self, wanted: str, length: str = "") -> Iterator[None]:
-        """Raise an error of the client, or of a response with another form, as a `Failure`.
+        """Convert errors of the client, and errors due to a malformed response, to a `Failure`.
 
         Args:
-          wanted: the form of the response, for the message.
+          wanted: a description of the expected response, for the message.
           length: the name of the request's field for the maximum length of the answer.
         """
         api = self._api
@@ -258,15 +259,15 @@ class Endpoint:
                           maybe_paid=True) from None
 
     def _fields(self, prompt: str, length: str) -> dict[str, Any]:
-        """Return the fields of a request; `length` is the field of the answer's length."""
+        """Return the fields of a request; `length` is the field for the maximum length."""
         return {"model": self.model, "messages": [{"role": "user", "content": prompt}],
                 "temperature": self.temperature, length: self.max_tokens}
 
     def _identifier(self, value: Any) -> str:
-        """Return an identifier from the endpoint.
+        """Validate an identifier from the endpoint, and return it.
 
         Raises:
-          TypeError: it is not a text of one line without the API key.
+          TypeError: the value is not one line of text, or contains the API key.
         """
         if not isinstance(value, str) or not value or self._clean(value) != value:
             raise TypeError("an identifier is missing")

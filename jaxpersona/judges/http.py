@@ -189,7 +189,8 @@ class HttpJudge:
                 tick: Callable[[], None] = lambda: None) -> None:
         """Get the answers to all items in batches, so that `score` takes them from the journal.
 
-        The method returns when all batches have ended; without the argument `batch`, at once.
+        The method returns when all batches have ended. Without the argument `batch`, it returns
+        immediately.
 
         Args:
           items: a function that returns the items, of any number of roles. It is called again if

@@ -102,7 +102,7 @@ class Journal:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # O_NOFOLLOW: the code below must not truncate the target of a symbolic link
-            # O_NONBLOCK: neither a pipe nor a device may block; it has no effect on regular files
+            # O_NONBLOCK: opening a pipe or a device must not block
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
                                  | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, 0o644)
         except OSError as error:
@@ -149,7 +149,7 @@ class Journal:
             self._append({"batch": batch, "id": "", "url": url})
 
     def accepted(self, batch: str, identifier: str, url: str) -> None:
-        """Record that the endpoint at `url` accepted a batch, and its identifier there."""
+        """Record that the endpoint at `url` accepted a batch, with the endpoint's identifier."""
         with self._lock:
             self._append({"batch": batch, "id": identifier, "url": url})
 
@@ -197,7 +197,7 @@ class Journal:
         """
         line = json.dumps(value, ensure_ascii=True).encode() + b"\n"
         try:
-            if _is_request(value):  # before writing, because `_read` refuses an invalid cost
+            if _is_request(value):  # `_read` raises an error for an invalid cost
                 _cost(value)
         except UserError as error:
             raise UserError(f"{self.path}: cannot be written ({error})") from None

@@ -29,8 +29,8 @@ def _check_price(price: tuple[float, float] | None) -> None:
       UserError: a price is negative or not finite.
     """
     if price is not None and not all(0 <= x < math.inf for x in price):
-        raise UserError(f"price is {price}; give two finite prices in USD per million tokens, at "
-                        "least 0")
+        raise UserError(f"price is {price}; give two finite, nonnegative prices in USD per "
+                        "million tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Budget:
                 and (self.usd is None or usd <= self.usd + 1e-12))
 
     def excess(self, calls: int, usd: float, bound: float) -> str:
-        """Return a message that says why the next request is not allowed.
+        """Return the reason why the budget does not allow the next request, and a fix.
 
         Args:
           calls, usd: the number of requests so far, and their total cost in USD.

@@ -29,7 +29,7 @@ class Waiting:
 
     def __init__(self, backoff: float, tick: Callable[[], None] = lambda: None,
                  stopped: threading.Event | None = None) -> None:
-        """Prepare.
+        """Create the object.
 
         Args:
           backoff: the delay in seconds before the first repetition of a failed request.
@@ -40,7 +40,7 @@ class Waiting:
         self._stopped = stopped or threading.Event()
 
     def wait(self, seconds: float) -> None:
-        """Wait.
+        """Wait for a number of seconds.
 
         Raises:
           Ended: `stopped` was set.
@@ -55,7 +55,7 @@ class Waiting:
                 return
 
     def tried(self, ask: Callable[[], _Got]) -> _Got:
-        """Call `ask` up to `ATTEMPTS` times, as long as it fails in a way that may pass.
+        """Call `ask` until it succeeds or fails permanently, at most `ATTEMPTS` times.
 
         Raises:
           Failure: the last failure.

@@ -269,7 +269,7 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
     others = frozenset().union(*(other.fields for other in FAMILIES.values())) - own
     check_keys(raw, family.name, own, others, place)
     given = {key: value for key, value in raw.items() if value is not None}
-    # An explicit null disables a soft-cap or window and means one key per head, not the default.
+    # an explicit null overrides the default: no soft-cap, no window, one key head per query head
     nulls = {key: None for key in _NULLABLE if key in raw and raw[key] is None}
     raw = {**family.default, **given, **nulls}
     required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",

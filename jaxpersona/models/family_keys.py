@@ -120,10 +120,11 @@ def check_keys(raw: Mapping[str, Any], family: str, own: frozenset[str], others:
 
 
 def _is_unused(raw: Mapping[str, Any], key: str) -> bool:
-    """Return whether a key that the family does not read has no effect beside the other keys.
+    """Return whether a key that the family does not read has no effect, given the other keys.
 
-    `max_window_layers` needs `use_sliding_window`, which is checked by itself.
-    `use_sliding_window: false` turns a window off. `hidden_activation` may repeat `hidden_act`.
+    `max_window_layers` has an effect only with `use_sliding_window`, which is checked separately.
+    `sliding_window` has no effect if `use_sliding_window` is false, and `hidden_activation` has no
+    effect if it equals `hidden_act`.
     """
     if key == "max_window_layers":
         return True

@@ -17,7 +17,7 @@ from jaxpersona.models.int8 import Int8, quantized
 from jaxpersona.models.params import Layer, Params, Spec, collect_sums, dispatch_sums, layout
 from jaxpersona.models.weight import F32, Dense, Weight, joined, transposed
 
-# number of input dimensions of each weight in a block's matrix products
+# number of input dimensions of the weight of each linear layer in a block
 PRODUCTS = {"wq_nhd": 1, "wk_khd": 1, "wv_khd": 1, "wo_dnh": 2, "w_gate_fd": 1, "w_up_fd": 1,
             "w_down_df": 1}
 TABLES = {"embed_vd": 1, "head_vd": 1}  # number of input dimensions of embedding and output head
@@ -82,7 +82,7 @@ def _memory(params: Params) -> int:
 
 @jax.jit
 def in_out(params: Params) -> Params:
-    """Copy the weights of all matrix products, including a tied head, to [in, out] order (`InOut`).
+    """Copy the weights of all linear layers, including a tied head, to [in, out] order (`InOut`).
 
     On CPUs, XLA's float32 matrix product reorders an [out, in] weight in every call if the batch
     has several rows, which doubles the time for 8 rows. For one row, [out, in] order is faster.
@@ -121,13 +121,13 @@ def _joined(layer: Layer, form: Callable[[jax.Array], Weight]) -> Layer:
 
 
 def in_int8(params: Params, *, join: bool = False, tables: bool = True) -> Params:
-    """Quantize the weights of all matrix products to int8 (`Int8`).
+    """Quantize the weights of all linear layers in the blocks to int8 (`Int8`).
 
     Without `join`, the result has the same fingerprint as `params`. Norms and biases keep their
     dtype.
 
     Args:
-      params: parameters that are plain arrays.
+      params: the unquantized parameters, as plain arrays.
       join: whether to join weights with the same input (`with_joined`).
       tables: whether to quantize the embedding and the output head too. A tied head stays tied.
     """

@@ -164,8 +164,8 @@ FORMS = {
     ),
 }
 
-# Kinds of user turn whose answers contain an elaboration; these answers have four sentences, other
-# answers three.
+# Kinds of user turn whose answers contain an elaboration. These answers have four sentences; the
+# answers to the other kinds have three.
 ELABORATED = frozenset({"talk", "task", "emotional", "meta"})
 
 _WORD = re.compile(r"[A-Za-z]+")

@@ -1,4 +1,4 @@
-"""Bootstrap intervals of the principal components of role vectors.
+"""Bootstrap confidence intervals for statistics of a PCA of the role vectors.
 
 The vector of a role is the mean of its N response means; the run stores a sample of m of them. In a
 bootstrap sample, the vector of each role is moved by
@@ -47,12 +47,12 @@ _POWERS = 3  # p in `_eigen`
 
 @dataclasses.dataclass(frozen=True)
 class PcaIntervals:
-    """Bootstrap intervals (`LEVEL` %) of the principal components of role vectors at L layers.
+    """Bootstrap confidence intervals (`LEVEL` %) for statistics of a PCA of the role vectors.
 
     Attributes:
-      cos: [2, L], the lower and upper ends for |cos(PC1, axis)|.
-      variance: [2, L, C], the ends for the explained variance ratio of the first 1, 2, …, C
-        components together.
+      cos: [2, L], the lower and upper ends for |cos(PC1, axis)| at each of the L layers.
+      variance: [2, L, C], the ends for the cumulative explained variance ratio of the first 1, 2,
+        …, C components at each layer.
       fixed: the names of the roles (or "default") with fewer than two stored response means. Their
         vectors are the same in all bootstrap samples, so the intervals are too narrow.
     """
@@ -65,12 +65,12 @@ class PcaIntervals:
 
 
 def averaged_rows(sample: Sample, scores: Mapping[str, int | None] | None) -> list[int]:
-    """Return the rows of a sample whose replies the vector of a role averages.
+    """Return the rows of a role's sample that are averaged in the role's vector.
 
     Args:
       sample: the stored response means of a role.
       scores: key → score; only replies with score 3 are averaged. If None, as for the default
-        persona, all replies are averaged. Empty replies, which have no response mean, never are.
+        persona, all replies are averaged. Empty replies have no response mean and are omitted.
     """
     return [i for i, key in enumerate(sample.keys)
             if (scores is None or scores.get(key) == 3)
@@ -81,14 +81,13 @@ def pca_intervals(default: np.ndarray, roles: Mapping[str, np.ndarray],
                   stored: Mapping[str, int], sizes: Mapping[str, int],
                   means: Callable[[str, slice], np.ndarray], *, draws: int = DRAWS, seed: int = 0,
                   report: Callable[[int, int], None] | None = None) -> PcaIntervals | None:
-    """Return bootstrap intervals of |cos(PC1, axis)| and of the explained variance ratios.
+    """Return bootstrap confidence intervals for |cos(PC1, axis)| and for explained variance ratios.
 
     Args:
       default: the mean activation [L, D] of the default persona.
       roles: role → vector [L, D], for the R roles of the axis.
-      stored: role or "default" → number m of its stored response means, without those of empty
-        replies and of replies that its vector does not include.
-      sizes: role or "default" → number N of the replies that its vector averages.
+      stored: role or "default" → m, the number of stored response means that its vector includes.
+      sizes: role or "default" → N, the number of replies that are averaged in its vector.
       means: a function (role or "default", slice of l layers) → these response means [m, l, D]. It
         is called once per role for each of several groups of layers, to limit the memory.
       draws: the number of bootstrap samples.
@@ -97,7 +96,7 @@ def pca_intervals(default: np.ndarray, roles: Mapping[str, np.ndarray],
       report: a function that is called with (number of finished layers, L).
 
     Returns:
-      The intervals; None if no role and not the default persona has two stored response means.
+      The intervals; None if neither the default persona nor any role has two stored response means.
 
     Raises:
       UserError: there are fewer than two roles, `draws` is not positive, or a role lacks an entry
@@ -123,8 +122,8 @@ def pca_intervals(default: np.ndarray, roles: Mapping[str, np.ndarray],
     every = [*names, DEFAULT]
     for what, table in (("stored", stored), ("sizes", sizes)):
         if missing := [name for name in every if name not in table]:
-            raise UserError(f"{what} lacks {missing[0]!r:.60}; give one number per role and for "
-                            "'default'")
+            raise UserError(f"{what} has no entry for {missing[0]!r:.60}; give one number per role "
+                            "and one for 'default'")
     weights = {i: _weights(name, stored[name], sizes[name], draws, seed)
                for i, name in enumerate(every) if stored[name] > 1}
     if not weights:
@@ -167,7 +166,7 @@ def _intervals(vectors: np.ndarray, moves: Mapping[int, tuple[np.ndarray, np.nda
       draws: the number of bootstrap samples.
       count: C, the number of components.
     """
-    vectors = vectors - vectors[:-1].mean(0)  # float32 below must not lose the differences
+    vectors = vectors - vectors[:-1].mean(0)  # so that float32 keeps small differences
     cos, variance, leading = _measured(vectors[None], count, None)
     found_cos, found_variance = np.empty(draws), np.empty((draws, count))
     step = max(1, _BYTES // max(vectors.size * 4, 32 * len(vectors) ** 2))
@@ -214,7 +213,7 @@ def _measured(vectors: np.ndarray, count: int, start: np.ndarray | None,
 
 
 def _eigen(matrices: np.ndarray, start: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return eigenvalues [B, K] and eigenvectors [B, R, K] of symmetric matrices, in rising order.
+    """Return eigenvalues [B, K] and eigenvectors [B, R, K] of symmetric matrices, ascending.
 
     For large matrices, only the leading ones are computed, from a block Krylov space of
     approximations X: the Rayleigh–Ritz values of the span of X, AX, …, A^p X (Golub and Van Loan

@@ -256,7 +256,7 @@ def _entries(model: Model, axis: Axis | Caps, layers: Layers | None,
     except (TypeError, ValueError, OverflowError):
         given = np.array(np.nan)
     if np.isnan(given).any():
-        raise UserError(f"floor is {floor!r}; give numbers, none of them NaN")
+        raise UserError(f"floor is {floor!r}; give numbers other than NaN")
     if given.shape == (total,):
         given = given[list(chosen)]
     if given.shape not in ((), (len(chosen),)):

@@ -1,8 +1,8 @@
 """Generate and judge the rollouts of a run, in one stream over all roles.
 
 Finished rollouts and verdicts are immediately appended to the live files of their role. As soon as
-all rollouts of a role are generated and judged, the role is closed (`runs.closing`): its response
-means are added to sums by score.
+all rollouts of a role have been generated and judged, the role is closed (`runs.closing`): its
+response means are added to sums by score.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class Collection:
         """Copy the missing rollouts of all roles from an older run."""
         for name in list(self._have):
             self._take_over(name, older)
-            if not self._left[name] and judging.after:  # the missing rollouts need the model first
+            if not self._left[name] and judging.after:  # judge after all rollouts are generated
                 self._ready.append(name)
                 self._states.pop(name, None)
             elif not self._left[name]:
@@ -264,11 +264,11 @@ class Collection:
         self._states.pop(name, None)
 
     def _played_all(self, judging: Judging, name: str) -> None:
-        """Judge a role whose rollouts are all generated, and close the role.
+        """Judge a role whose rollouts have all been generated, and close the role.
 
         If the judge runs in its own thread, this method only sends the unjudged rollouts to that
-        thread, and `_judged` closes the role later; a role without unjudged rollouts is closed at
-        once. All processes must call this method for the same roles in the same order.
+        thread, and `_judged` closes the role later; a role without unjudged rollouts is closed
+        immediately. All processes must call this method for the same roles in the same order.
         """
         state = self._state(name) if self._owned[name] else None
         keys = [] if state is None else state.unjudged(name)

@@ -49,7 +49,7 @@ class Exported:
       folder: the written folder.
       rollouts, scores, means: the numbers of exported rollouts, scores and response means.
       roles: the roles whose vectors define the exported axis; [] if there is no axis.
-      notes: sentences about missing data and about the use of the folder with the published code.
+      notes: notes on omitted data and on the use of the folder with the published code.
     """
 
     __repr__ = brief
@@ -238,7 +238,7 @@ class _Export:
         return found, known - set(found) - empty
 
     def _vector(self, name: str, sums: Sums | None) -> None:
-        """Write a role's vector, unless it is held out, has no sums, or has too few scores of 3."""
+        """Write a role's vector, unless the role is held out or has too little data."""
         label = "mean" if name == DEFAULT else "pos_3"
         found = {} if sums is None else sums.vectors(science.LABELS)
         if not found:
@@ -266,13 +266,13 @@ class _Export:
         return used
 
     def _notes(self, used: Sequence[str]) -> list[str]:
-        """Return sentences about missing data and about use with the published code."""
+        """Return notes on omitted data and on the use of the folder with the published code."""
         found = []
         for names, why in ((self.omitted, "incomplete, therefore omitted"),
                            (self.unsummed, f"no sums by the scores of the judge {self.judge!r}, "
                                            "therefore no vector; run `jaxpersona axis` with this "
                                            "judge"),
-                           (self.few, f"fewer than {count(self.least, 'rollout')} of score 3, "
+                           (self.few, f"fewer than {count(self.least, 'rollout')} with score 3, "
                                       "therefore no vector"),
                            (sorted(self.held_out - set(self.omitted)),
                             "held out, therefore no vector; 4_vectors.py ignores this, so "

@@ -199,11 +199,11 @@ def axis_of(model: Model, run: Run, roles: Sequence[Role], judge: Judge, min_cou
     used = {name: vector for name, vector in role_means.items() if name not in held_out}
     if len(used) < 2:
         raise UserError(
-            f"too few roles that are not held out ({len(used)} of {len(names) - 1} roles) have at "
-            f"least {min_count} rollouts with score 3 from the judge {judge.name}; the axis needs "
+            f"too few roles have at least {min_count} rollouts with score 3 from the judge "
+            f"{judge.name!r} and are not held out: {len(used)} of {len(names) - 1}; the axis needs "
             f"at least two such roles. {run.folder} keeps all rollouts and verdicts: use the same "
             "folder with more questions, a lower min_count, or another judge")
-    for name in owned:  # only now: without an axis, the files of an earlier axis remain
+    for name in owned:  # not before the check above, so that files of an earlier axis are kept
         run.save_vectors(name, vectors[name])
     analysis = science.analyse(default, used)
     projections, stored = {}, {}

@@ -42,8 +42,8 @@ class Extraction(Table):
         ends of the 95 % bootstrap interval of each threshold.
       rounds: the rounds of a run with a precision, or None.
       pca: the bootstrap intervals of the principal components at the middle layer, `n_layers // 2`
-        (the only one); None for a run with several processes, or if no role and not the default
-        persona has two stored response means.
+        (the only one); None for a run with several processes, or if neither the default persona nor
+        any role has two stored response means.
     """
 
     __repr__ = brief

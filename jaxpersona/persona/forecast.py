@@ -281,8 +281,8 @@ def describe(found: Forecast, *, judge: str, cost: float | None = None) -> list[
         f"roles: {found.roles:,} besides the default persona, system prompts: {found.prompts:,}",
         f"questions: {found.questions:,}, samples: {found.samples:,}",
         *([] if found.precision is None else [
-            f"precision {found.precision:g}: the following numbers are those of all questions; the "
-            "run stops earlier for roles that are settled"]),
+            f"precision {found.precision:g}: the following numbers are upper bounds, for a run of "
+            "all questions; settled roles get fewer"]),
         f"rollouts: {found.rollouts:,}" + (
             "" if found.missing == found.rollouts else
             f", of which the folder contains {found.rollouts - found.missing:,}; the following "

@@ -62,7 +62,7 @@ class Imported:
       rollouts, scores, means: role → number of imported rollouts, scores and response means.
       extraction: the axis and its statistics; None if there are too few response means or scores
         for an axis.
-      notes: sentences about what was not imported and about limits of the imported run.
+      notes: notes on data that was not imported and on limits of the imported run.
     """
 
     __repr__ = brief
@@ -100,9 +100,9 @@ def import_reference(
       run: the run folder; it must be new or empty, unless `overwrite` is true.
       model: the model that generated the responses. Up to four response means are recomputed with
         the model and compared, and `extract_axis` can then continue the run with this model. None:
-        the model is unknown, and `extract_axis` refuses the run.
-      roles: the roles, whose prompts must be those of the responses. None: the prompts are read
-        from the responses. The scores are valid only for the `eval_prompt` of these roles.
+        the model is unknown, and `extract_axis` raises an error for the run.
+      roles: the roles; their prompts must equal those in the responses. None: the prompts are
+        read from the responses. The scores are valid only for the `eval_prompt` of these roles.
       judge: the name under which the scores are stored.
       settings: the generation settings with which `extract_axis` continues the run; `samples` must
         be 1. Default: `Settings()`, which has the published values.
@@ -110,19 +110,20 @@ def import_reference(
       held_out: names of roles that are not included in the axis.
       keep_means: the number of rollouts per role whose response means are stored; None: all.
       overwrite: whether to replace a run in the folder. The old run is deleted only after the whole
-        source was read without faults.
+        source was read without errors.
       report: by default, a call of more than three seconds shows its progress; False shows
-        nothing. A function is called instead with (step, done, total, 0); the steps are "checking",
-        "comparing" (stored response means with recomputed ones) and "import".
+        nothing. A function is called instead with (step, done, total, tokens), where `tokens` is
+        always 0; the steps are "checking", "comparing" (stored response means with recomputed
+        ones) and "import".
 
     Returns:
       The numbers of imported rollouts, scores and response means, the axis, and notes.
 
     Raises:
-      UserError: `source` has faults (the message lists them all, with line numbers); `model` did
-        not generate the responses; neither `model` nor the folder determines the shape of response
-        means; an argument is invalid, such as an unknown name in `held_out`; a package is missing;
-        or `run` contains a run or other files.
+      UserError: `source` contains invalid data (the message lists all errors, with line numbers);
+        `model` did not generate the responses; neither `model` nor the folder determines the shape
+        of response means; an argument is invalid, such as an unknown name in `held_out`; a package
+        is missing; or `run` contains a run or other files.
 
     Examples:
       >>> import tempfile
@@ -176,7 +177,7 @@ def _write(run: Run, source: Source, judge: str, min_count: int, held_out: Seque
     """Write all files of the imported run except the manifest.
 
     Raises:
-      UserError: response means are not valid; the message lists all faults.
+      UserError: response means are not valid; the message lists all errors.
     """
     scored: dict[str, int] = {}
     held: dict[str, int] = {}
@@ -252,7 +253,7 @@ def _store(run: Run, role: Role, texts: published.Texts, scores: Mapping[str, in
 def _notes(source: Source, scored: Mapping[str, int], held: Mapping[str, int],
            summed: Mapping[str, Sums], used: Sequence[str], found: Extraction | None,
            min_count: int) -> list[str]:
-    """Return sentences about what was not imported and about limits of the imported run."""
+    """Return notes on data that was not imported and on limits of the imported run."""
     roles = [name for name in source.roles if name != DEFAULT]
     empty = {name: sum(group == EMPTY for group in sums.groups.values())
              for name, sums in summed.items()}
@@ -274,8 +275,8 @@ def _notes(source: Source, scored: Mapping[str, int], held: Mapping[str, int],
             f"{name:.40} ({count(n, 'rollout')})" for name, n in sorted(source.extra.items())))
     if source.model is None:
         name = source.origin().get("model")
-        notes.append("the model is unknown, so `jaxpersona axis` refuses the run; to continue it, "
-                     "import it with the model (--model"
+        notes.append("the model is unknown, so `jaxpersona axis` cannot continue the run; to "
+                     "continue it, import it with the model (--model"
                      f"{f'; the exported run had the model {name!r:.80}' if name else ''})")
     elif source.distance is not None:
         notes.append("median relative distance of imported response means from those of "
@@ -285,8 +286,8 @@ def _notes(source: Source, scored: Mapping[str, int], held: Mapping[str, int],
                      "no stored response mean belongs to a reply with valid text")
     if found is None:
         notes.append(f"no axis was computed: roles with at least {count(min_count, 'rollout')} "
-                     f"of score 3 that have a response mean: {len(used)}; the axis needs at least "
-                     "two such roles and the default persona's response means")
+                     f"with score 3 that have a response mean: {len(used)}; the axis needs at "
+                     "least two such roles and the default persona's response means")
     elif source.axis is not None and source.axis.values.shape == found.axis.values.shape:
         far = np.linalg.norm(found.axis.values - source.axis.values) / np.linalg.norm(
             source.axis.values)

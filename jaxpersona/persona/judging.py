@@ -17,10 +17,9 @@ Found = tuple[str, str, dict[str, Any], float]
 class Judging:
     """Runs a judge on the rollouts of a run.
 
-    A judge whose attribute `together` is True runs a model on the devices of the run, so it scores
-    one role at a time in the caller's thread. So does a judge whose attribute `after` is True, and
-    every judge if the run has several processes. Otherwise the judge scores in its own thread while
-    the caller generates.
+    The judge scores one role at a time in the caller's thread if its attribute `together` is True
+    (it runs a model on the devices of the run), if its attribute `after` is True, or if the run has
+    several processes. Otherwise the judge scores in its own thread while the caller generates.
 
     Attributes:
       whole: whether the judge scores in the caller's thread, one role at a time (`now`).

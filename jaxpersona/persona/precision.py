@@ -113,7 +113,7 @@ class _Means:
         return _Means(self.halves + factor * other.halves, self.without + factor * other.without)
 
     def padded(self, questions: int) -> _Means:
-        """Extend `without` to more questions, which the role was not asked."""
+        """Extend `without` to further questions that the role was not asked."""
         more = np.arange(len(self.without), questions) % 2
         return _Means(self.halves, np.concatenate([self.without, self.halves[more]]))
 
@@ -137,11 +137,11 @@ def spearman_brown(cosine: np.ndarray | float) -> np.ndarray:
 
 
 def question_slope(default: Cells, roles: Mapping[str, Cells]) -> float:
-    """Return the share of a question's effect on the default persona that the roles share.
+    """Return the slope of the regression of the roles' question effects on the default persona's.
 
     x(q) is the default persona's mean over its replies to question q, minus the mean of x over the
-    questions of the role, and y(r, q) is the same for role r. The share is the slope of the
-    regression of y on x, Σ ⟨x(q), y(r, q)⟩ / Σ |x(q)|² over all roles and their questions.
+    questions of the role, and y(r, q) is the same for role r. The slope of the regression of y on x
+    is Σ ⟨x(q), y(r, q)⟩ / Σ |x(q)|² over all roles and their questions.
 
     Args:
       default: the cells of the default persona, [n, D].
@@ -178,7 +178,8 @@ def measure(default: Cells, roles: Mapping[str, Cells], used: Sequence[str],
       roles: role → cells [n(r), D] of the first n(r) ≤ n questions.
       used: the names of the roles that define the axis and the mean of all roles. Those with
         replies to fewer than two questions of a half are ignored.
-      slope: the share of a question's effect that all personas have; default: `question_slope`.
+      slope: the fraction of a question's effect that all personas share; default: the result of
+        `question_slope`.
 
     Returns:
       (reliability of the axis, role → reliability of its centred vector). With fewer than two used
@@ -228,12 +229,12 @@ def measure(default: Cells, roles: Mapping[str, Cells], used: Sequence[str],
 
 
 def _means(cells: Cells) -> _Means:
-    """Return the means of the two halves, and the means without single questions."""
+    """Return the means of the two halves, and the leave-one-out means, without each question."""
     totals, counts = cells.totals.astype(np.float64), cells.counts.astype(np.float64)
     half = np.arange(len(counts)) % 2
     sums = np.stack([totals[h::2].sum(0) for h in (0, 1)])
     sizes = np.array([counts[h::2].sum() for h in (0, 1)])
-    with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 is NaN: no reply
+    with np.errstate(invalid="ignore", divide="ignore"):  # NaN (0 / 0) without replies
         return _Means(sums / sizes[:, None],
                       (sums[half] - totals) / (sizes[half] - counts)[:, None])
 
@@ -245,7 +246,7 @@ def _reliability(means: _Means, asked: np.ndarray) -> Reliability:
       means: the means of the vector.
       asked: [n] bool, the questions that have replies.
     """
-    student = require("scipy.stats", "intervals of a precision need scipy").t
+    student = require("scipy.stats", "intervals of a reliability need scipy").t
 
     half = np.arange(len(means.without)) % 2
     asked = np.pad(asked, (0, len(half) - len(asked)))

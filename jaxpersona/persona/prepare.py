@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jaxpersona.brief import named
+from jaxpersona.brief import count, named
 from jaxpersona.data.texts import DEFAULT, Question, Role, all_of
 from jaxpersona.engine.sampling import sampling
 from jaxpersona.errors import UserError
@@ -74,15 +74,15 @@ def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: 
     if twice:
         raise UserError(f"question id {twice[0]} is given more than once; ids identify rollouts: "
                         "give every question a unique id")
-    most = sorted(count for name, count in rollouts_of(roles, questions, settings).items()
+    most = sorted(total for name, total in rollouts_of(roles, questions, settings).items()
                   if name not in (DEFAULT, *held_out))[-2:]
     if most and min_count > most[0]:
         raise UserError(f"min_count is {min_count}; the axis needs at least two roles with that "
                         "many rollouts; with these prompts, questions and samples, min_count can "
                         f"be at most {most[0]}: lower min_count or add questions")
-    if len(roles) - 1 - len(held_out) < 2:
-        raise UserError("roles has too few entries besides the default persona and the held-out "
-                        f"roles ({len(roles) - 1 - len(held_out)}); the axis needs at least two")
+    if (left := len(roles) - 1 - len(held_out)) < 2:
+        raise UserError(f"roles has {count(left, 'role')} besides the default persona and the "
+                        "held-out roles; the axis needs at least two")
     if getattr(judge, "reads_eval_prompt", False) and (bare := [
             role.name for role in roles if role.name != DEFAULT and not role.eval_prompt]):
         raise UserError(f"the judge needs an eval_prompt, missing for {named(bare, 'role')}; add "
@@ -132,8 +132,8 @@ def check_prompts(model: Model, roles: Sequence[Role], questions: Sequence[Quest
         size = found.tokens.size
         if size >= context:
             raise UserError(f"the prompt {prompt[:40]!r} with the question {question[:40]!r} has "
-                            f"{size} tokens; prompt and reply must fit into the context of "
-                            f"{context} tokens: shorten the prompt or the question")
+                            f"{size} tokens; prompt and reply must fit into the context "
+                            f"length of {context} tokens: shorten the prompt or the question")
         return found
 
     longest = max(questions, key=lambda q: len(q.text)).text

@@ -128,8 +128,8 @@ def _roles(path: pathlib.Path, layers: int, layer: int) -> dict[str, float]:
     """
     found: Any = read_json(path)
     if not isinstance(found, dict) or not isinstance(found.get("roles"), dict):
-        raise UserError(f"{path}: damaged (no object 'roles'); delete it, or run `jaxpersona axis` "
-                        "again")
+        raise UserError(f"{path}: field 'roles' is missing or invalid; delete the file, or run "
+                        "`jaxpersona axis` again")
     if found.get("layers") != layers:
         raise UserError(f"{path}: has {found.get('layers')!r:.20} layers, but the axis in its "
                         f"folder has {layers}; move one of the two files to another folder")
@@ -137,8 +137,8 @@ def _roles(path: pathlib.Path, layers: int, layer: int) -> dict[str, float]:
     for name, role in found["roles"].items():
         value = _value(role, layers, layer)
         if value is None:
-            raise UserError(f"{path}: damaged (no valid mean_projection of {name!r:.60}); delete "
-                            "it, or run `jaxpersona axis` again")
+            raise UserError(f"{path}: mean_projection of {name!r:.60} is missing or invalid; "
+                            "delete the file, or run `jaxpersona axis` again")
         if name != "default" and np.isfinite(value):
             roles[name] = value
     return roles

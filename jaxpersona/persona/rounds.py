@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from jaxpersona.judges.protocol import Judge
     from jaxpersona.models.model import Model
 
-PLAYED = "3"  # the group of sums that role vectors use
+PLAYED = "3"  # the group of sums (score 3) for role vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,8 @@ class Rounds:
       settled: the names of the settled roles, sorted.
       rollouts: the number of rollouts of all roles in these rounds.
       quota: the number of rollouts if all roles were asked all questions.
-      slope: the share of a question's effect that all personas have (`precision.question_slope`).
+      slope: the fraction of a question's effect that all personas share
+        (`precision.question_slope`).
     """
 
     __repr__ = brief
@@ -114,7 +115,7 @@ class Rounds:
                        for one in self.rounds]}
 
     def brief_value(self) -> dict[str, Any]:
-        """Return the result without the single rounds as a JSON object."""
+        """Return the result without the individual rounds as a JSON object."""
         return {"target": self.target, "layer": self.layer,
                 "axis": _listed(self.rounds[-1].axis), "rounds": len(self.rounds),
                 "settled": len(self.settled), "roles": len(self.asked) - 1,
@@ -155,17 +156,17 @@ def rounds_and_quota(precision: float | None, rounds: Sequence[int] | None,
       (the number of questions after each round, the fields to record in the manifest's "last").
 
     Raises:
-      UserError: `check_precision` refuses them, there are rounds without a precision, or the judge
-        scores only after all rollouts are generated.
+      UserError: an argument is invalid (see `check_precision`), `rounds` is given without
+        `precision`, or the judge scores only after all rollouts are generated.
     """
     if precision is None:
         if rounds is not None:
-            raise UserError(f"rounds is {rounds!r:.40}, but there is no precision; give both or "
-                            "omit rounds")
+            raise UserError(f"rounds is {rounds!r:.40}, but precision is None; give both or omit "
+                            "rounds")
         return [], {}
     if after:
-        raise UserError("judge scores only after all rollouts (--judge-after), but precision needs "
-                        "scores after each round; omit one of the two")
+        raise UserError("the judge scores only after all rollouts (--judge-after), but precision "
+                        "needs scores after each round; omit one of the two")
     sizes = check_precision(precision, rounds, len(questions))
     return sizes, {"precision": float(precision), "rounds": sizes}
 
@@ -224,7 +225,7 @@ def collect(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[Q
 
 def _cells(run: Run, roles: Sequence[Role], judge: str, asked: Mapping[str, Sequence[int]],
            ) -> dict[str, Cells]:
-    """Return the sums per question of all roles; `asked` maps a role to the ids of questions."""
+    """Return the sums per question of all roles; `asked` maps roles to the ids of questions."""
     own = {}
     for i, role in enumerate(roles):
         if processes.owns(i):
@@ -234,7 +235,7 @@ def _cells(run: Run, roles: Sequence[Role], judge: str, asked: Mapping[str, Sequ
             own[role.name] = sums.by_question(group, asked[role.name])
     cells = {name: Cells(*found) for name, found in processes.merge(own).items()}
     width = max(found.totals.shape[1] for found in cells.values())
-    return {name: found if found.totals.shape[1] else  # a role without replies has no width
+    return {name: found if found.totals.shape[1] else  # without replies, D is unknown
             Cells(np.zeros((len(found.counts), width), np.float32), found.counts)
             for name, found in cells.items()}
 
@@ -249,11 +250,11 @@ def question_shifts(run: Run, sums: Mapping[str, Sums], slope: float) -> dict[st
     Args:
       run: the open run.
       sums: role → sums, of the roles that this process owns.
-      slope: the share of a question's effect that all personas have.
+      slope: the fraction of a question's effect that all personas share.
 
     Returns:
-      role → correction [L, D] float64, without the roles whose questions are those of the default
-      persona.
+      role → correction [L, D] float64, for the roles whose questions differ from the default
+      persona's.
     """
     asked = processes.merge({name: tuple(sorted({place_of_key(key)[0] for key in one.groups}))
                              for name, one in sums.items()})
@@ -262,7 +263,8 @@ def question_shifts(run: Run, sums: Mapping[str, Sums], slope: float) -> dict[st
         sample = run.sample(DEFAULT)
         finite = [i for i, value in enumerate(sample.differences)
                   if np.isfinite(value.astype(np.float32)).all()]
-        means = sample.differences[finite].astype(np.float64)  # the base cancels
+        # the differences are relative to a base, which cancels out below
+        means = sample.differences[finite].astype(np.float64)
         of = np.array([place_of_key(sample.keys[i])[0] for i in finite])
         for some in set(asked.values()) - {asked[DEFAULT]}:
             if (inside := np.isin(of, some)).any():

@@ -99,7 +99,9 @@ def _never() -> bool:
 
 
 class Session:
-    """A conversation whose last reply can be regenerated with and without the interventions.
+    """A multi-turn conversation with a model, with or without interventions.
+
+    `compare` generates the last reply again, without and with the interventions.
 
     Requests with and without the interventions have the same pytree structure, so all replies use
     the same compiled programs, and `compare` generates its two replies in one batch.
@@ -108,7 +110,7 @@ class Session:
       model: the model.
       edits: the interventions.
       monitor: the `Monitor` that projects the replies, or None.
-      settings: a dictionary with max_new_tokens, temperature, top_p and seed (`Request`).
+      settings: a dict of the `Request` arguments max_new_tokens, temperature, top_p and seed.
       system: the system prompt, or None.
       turns: the turns so far.
       edited: whether the interventions apply to the next reply.

@@ -61,8 +61,8 @@ class Source:
             and "comparing".
 
         Raises:
-          UserError: the folder has faults (the message lists them all), or `model` is not the model
-            that generated the responses.
+          UserError: the folder contains invalid data (the message lists all errors), or `model` is
+            not the model that generated the responses.
         """
         require_folder(folder)
         names = published.roles_in(folder, published.RESPONSES)
@@ -133,7 +133,7 @@ class Source:
         self.scores(name, texts)
 
     def _axis(self) -> Axis | None:
-        """Read the axis in the folder, if there is one; record a damaged file as a fault."""
+        """Read the axis in the folder, if there is one; record an error if the file is damaged."""
         path = self.folder / published.AXIS
         if not path.exists():
             return None
@@ -231,7 +231,7 @@ class Source:
                 "questions": {str(q.id): digest([q.text]) for q in questions},
                 "numerics": {}, "judges": {judge: {}},
                 "last": {"model": "", "judge": judge, **last, "versions": {}}}
-        for name in self.gaps:  # a digest that no role can have, so `extract_axis` refuses the run
+        for name in self.gaps:  # `extract_axis` raises an error: no role can have this digest
             value["roles"][name] = digest(["gaps", list(self.roles[name].prompts)])
         return value | {IMPORTED: {"folder": os.fspath(self.folder), "distance": self.distance,
                                    "rollouts": sum(self.rollouts.values())}}

@@ -40,7 +40,7 @@ def distances(found: Extraction, layer: int) -> dict[str, float]:
     Returns:
       role → distance in standard deviations of the default persona's projections, in descending
       order. The distance is negative if the role's mean is below the default persona's. Roles
-      without a non-empty reply are omitted.
+      whose replies are all empty are omitted.
     """
     own = found.projections[DEFAULT][:, layer]
     spread = max(float(own[np.isfinite(own)].std()), 1e-12)
@@ -75,7 +75,7 @@ def summary(found: Extraction, folder: str | os.PathLike[str], layer: int, *,
           [f"judge {axis.notes['judge']}: {_scores(found.counts)}"]),
     ]
     if few:
-        lines.append(f"left out, with fewer than {count(least, 'reply')} of score 3: "
+        lines.append(f"left out, with fewer than {count(least, 'reply')} with score 3: "
                      f"{_names(few)}")
     if held_out:
         lines.append(f"held out: {_names(sorted(held_out))}")

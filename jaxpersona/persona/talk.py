@@ -87,7 +87,13 @@ def project_conversation(
 
 def _project(model: Model, rows: Sequence[chat.Row], vectors: Sequence[Vector],
              **settings: Any) -> list[list[TurnProjection]]:
-    """Project the assistant messages of N encoded conversations; pass `settings` to `extract`."""
+    """Project the assistant messages of encoded conversations onto directions.
+
+    The remaining keyword arguments are passed to `extract`.
+
+    Returns:
+      For each conversation, one `TurnProjection` per assistant message with response tokens.
+    """
     directions = np.stack([vector.values for vector in vectors], 1)
     known = [i for i, layer in enumerate(directions) if layer.any(1).all()]
     if not known:

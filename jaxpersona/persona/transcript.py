@@ -122,7 +122,7 @@ def _replies(value: Any, wanted: int) -> list[_Reply]:
     """Validate the records of replies.
 
     Raises:
-      UserError: a record is invalid (the message describes the first fault), or the number of
+      UserError: a record is invalid (the message describes the first error), or the number of
         records is not `wanted`.
     """
     try:

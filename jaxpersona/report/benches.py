@@ -1,4 +1,4 @@
-"""Figures of benchmark results, which the programs in `bench/` write as JSON files."""
+"""Draw figures of the benchmark results that the programs in `bench/` write as JSON files."""
 
 from __future__ import annotations
 

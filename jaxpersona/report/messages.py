@@ -60,7 +60,7 @@ def drawn(turns: Sequence[int], values: np.ndarray, names: Sequence[str], layer:
     roles = any(known is not None and known.roles for known in references)
     panels[0].set_title("Projection of each assistant message"
                         + (", with its nearest role" if roles else ""), pad=38)  # above the legend
-    figure.draw_without_rendering()  # the layout, which names beside the points do not change
+    figure.draw_without_rendering()  # fix the layout before the labels are placed
     figure.set_layout_engine("none")
     for k, panel in enumerate(panels):
         points = [(role.replace("_", " "), float(turn), float(value))

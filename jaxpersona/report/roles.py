@@ -1,4 +1,4 @@
-"""Figures of roles: ranking on the axis, principal components and explained variance."""
+"""Draw figures of roles: ranking on the axis, principal components and explained variance."""
 
 from __future__ import annotations
 

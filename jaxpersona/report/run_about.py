@@ -79,7 +79,7 @@ def state(found: Contents) -> dict[str, Any]:
 
 
 def facts(found: Contents, data: dict[str, Any]) -> Rows:
-    """Return the main results as pairs (name, value)."""
+    """Return the main results as (name, value) pairs."""
     rows: Rows = []
     if found.analysis is not None:
         used = sum(role.in_axis for role in found.analysis.roles.values())
@@ -109,7 +109,7 @@ def facts(found: Contents, data: dict[str, Any]) -> Rows:
 
 
 def gaps(found: Contents, data: dict[str, Any], bars: PcaIntervals | None = None) -> Rows:
-    """Return pairs (part that is missing from the page, reason)."""
+    """Return the parts that are missing from the page, as (part, reason) pairs."""
     rows: Rows = []
     if found.analysis is None:
         done = found.status is not None and found.status["state"] == "complete"
@@ -125,9 +125,9 @@ def gaps(found: Contents, data: dict[str, Any], bars: PcaIntervals | None = None
             "the run stores the response means of too few replies: at least two roles need two "
             "replies each with score 3, and the default persona needs two replies")))
     if bars is not None and bars.fixed:
-        rows.append(("Roles that do not move in the bootstrap of the values by layer, whose "
-                     "intervals are therefore too narrow", "fewer than two stored replies with "
-                     f"score 3: {_names(bars.fixed)}"))
+        rows.append(("Roles with the same vector in all bootstrap samples, so that the "
+                     "intervals of the values by layer are too narrow",
+                     f"fewer than two stored replies with score 3: {_names(bars.fixed)}"))
     elif found.analysis is not None and bars is None and data["pca"] is not None:
         rows.append(("Intervals of the values by layer", "the run stores the response means of "
                      "fewer than two replies with score 3 for every role"))
@@ -190,14 +190,15 @@ def _dialogue(item: Item) -> dict[str, str]:
 
 
 def provenance(found: Contents, version: str) -> list[dict[str, Any]]:
-    """Return the settings, software and device of the run, as groups of pairs (name, value)."""
+    """Return the settings, software and device of the run, as groups of (name, value) pairs."""
     manifest = found.manifest
     model, last, numerics = (manifest.get(key, {}) for key in ("model", "last", "numerics"))
     status = found.status or {}
     arguments = {name: value for name, value in manifest.get("arguments", {}).items()}
     of_axis = {name: last[name] for name in (
         "min_count", "held_out", "keep_means", "precision", "rounds") if name in last}
-    if found.axis is not None and found.analysis is not None:  # a stopped call may have others
+    # the last call may have other values, if it stopped before it computed an axis
+    if found.axis is not None and found.analysis is not None:
         of_axis |= {k: v for k, v in found.axis.notes.items() if k == "min_count"}
         of_axis["held_out"] = sorted(n for n, role in found.analysis.roles.items() if role.held_out)
     texts = digest([manifest.get("roles"), manifest.get("questions")])

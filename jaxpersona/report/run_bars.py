@@ -27,7 +27,7 @@ def intervals(found: Contents, report: Callable[[str, int, int, int], None] | No
 
     Returns:
       The intervals; None if there is no axis, if a vector of the axis is missing or not finite, or
-      if no role and not the default persona has two stored response means.
+      if neither the default persona nor any role has two stored response means.
 
     Raises:
       UserError: a file is damaged, or the run changed while the page was written.

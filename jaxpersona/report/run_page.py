@@ -153,7 +153,7 @@ def _document(context: dict[str, Any], data: dict[str, Any], library: str) -> st
     from markupsafe import Markup
 
     def finalize(value: Any) -> Any:
-        return clean(value) if type(value) is str else value  # not Markup, which is a subclass
+        return clean(value) if type(value) is str else value  # but not `Markup`
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined,
                                      finalize=finalize, trim_blocks=True, lstrip_blocks=True)

@@ -91,7 +91,7 @@ class Contents:
       status: the content of status.json; None if the file is missing.
       axis, analysis: the results of the run; None if it has not computed them yet.
       roles: the names of the roles, sorted, without the default persona.
-      closed: names of the roles (and "default") whose replies are all generated and judged.
+      closed: names of the roles (and "default") whose replies have all been generated and judged.
       counts: role → score as text, "None" or "failed" → number of replies; closed roles only.
       rollouts: closed role or "default" → number of rollouts.
       replies: closed role or "default" → (reply, score), a reply with the role's highest score.

@@ -45,10 +45,10 @@ class Curve:
 
     @classmethod
     def read(cls, about: Any) -> Curve:
-        """Convert the field "precision" of `analysis.json`; a wrong type or shape is an error."""
+        """Convert the field "precision" of `analysis.json`; raise an error for an invalid value."""
         names = sorted(str(name) for name in about["asked"] if name != "default")
         if not names:
-            raise ValueError("asked names no role")
+            raise ValueError("asked contains no role")
         known: dict[str, float] = {}
         axis, roles, questions, settled = [], [], [], []
         for one in about["rounds"]:
@@ -61,7 +61,7 @@ class Curve:
             settled.append(int(one["settled"]) / len(names))
         rollouts, quota = int(about["rollouts"]), int(about["quota"])
         if not axis or not 0 < rollouts <= quota:
-            raise ValueError("precision must have a round, and rollouts up to its quota")
+            raise ValueError("precision needs at least one round, and at most `quota` rollouts")
         done = {str(name) for name in about["settled"]}
         return cls(float(about["target"]), int(about["layer"]), questions, np.transpose(axis),
                    np.transpose(roles), np.array(settled),
@@ -78,7 +78,7 @@ class Curve:
             "settled": notes.series("share of settled roles", self.settled, **more)}
 
     def facts(self) -> list[tuple[str, str]]:
-        """Return the results as pairs (name, value)."""
+        """Return the results as (name, value) pairs."""
         saved = self.quota - self.rollouts
         return [(f"reliability of the axis at layer {self.layer}",
                  shown(Reliability(*map(float, self.axis[:, -1])))),

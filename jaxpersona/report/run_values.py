@@ -128,7 +128,7 @@ def values(found: Contents, notes: Notes, drift: Drift | None,
 def _bars(bars: PcaIntervals, notes: Notes) -> Values:
     """Return the ends of the intervals of the values by layer.
 
-    Fewer components than in `COMPONENTS` explain the same share as all that there are.
+    If there are fewer components than a number in `COMPONENTS`, all components are used.
     """
     def ends(name: str, values: np.ndarray) -> Values:
         return {end: notes.series(f"interval of {name} ({end})", row)

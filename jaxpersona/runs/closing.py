@@ -170,7 +170,7 @@ def needed(state: State, role: str, layer: int | None = None, *,
 
 
 def summed(state: State, role: str, keys: Set[str], layer: int) -> bool:
-    """Return whether the sums include the given rollouts, and the live files none of them.
+    """Return whether the sums include the given rollouts, and the live files contain none of them.
 
     Args:
       state, role: as in `close`.
@@ -183,7 +183,7 @@ def summed(state: State, role: str, keys: Set[str], layer: int) -> bool:
 
 
 def _usable(sums: Sums | None, scores: Mapping[str, int | None], layer: int | None) -> Sums:
-    """Return `sums`, or empty sums if `sums` is None, or has other scores or another layer."""
+    """Return `sums`, or empty sums if `sums` is None or was made with other scores or layers."""
     usable = sums is not None and sums.agrees(scores) and layer in (None, sums.layer)
     return sums if sums is not None and usable else Sums({}, {}, layer)
 

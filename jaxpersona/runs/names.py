@@ -32,7 +32,7 @@ def judge_folder(judge: str) -> str:
 
 
 def check_names(roles: Iterable[str]) -> None:
-    """Check that every role name can be a file name.
+    """Check that every role name can be used as a file name.
 
     Raises:
       UserError: `roles` is not iterable; a name is empty, not a string, not valid UTF-8 or too

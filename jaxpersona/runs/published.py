@@ -8,7 +8,7 @@
 
 A key is `<label>_p<prompt_index>_q<question_index>`. The published code labels every rollout "pos".
 A run folder of this package labels the rollouts of the default persona "default", so the functions
-below convert the keys. The readers append all faults to a list, so that one error reports them all.
+below convert the keys. The readers append errors to a list, so that one message reports them all.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def published_record(record: Mapping[str, Any], *, fold_system: bool = False) ->
 
 
 def check_role(role: str) -> None:
-    """Check that a role's name can be a file name without escaping.
+    """Check that a role's name can be used as a file name without escaping.
 
     Raises:
       UserError: the name is empty, too long or not valid UTF-8, begins with a dot, or contains a
@@ -96,8 +96,8 @@ def check_role(role: str) -> None:
     """
     plain = role.isprintable() and not role.startswith(".") and not set(role) & set("/\\:")
     if not role or not plain or len(role.encode("utf-8", "replace")) > _LONGEST:
-        raise UserError(f"the role name {role[:40]!r} cannot be a file name in the published "
-                        "format; use a shorter name, or one without a leading dot, path "
+        raise UserError(f"the role name {role[:40]!r} cannot be used as a file name in the "
+                        "published format; use a shorter name, or one without a leading dot, path "
                         "separators, colons and non-printable characters")
 
 
@@ -125,7 +125,7 @@ def roles_in(folder: pathlib.Path, part: str) -> list[str]:
 
 
 def read_responses(folder: pathlib.Path, role: str, faults: Faults) -> Texts:
-    """Read and check the rollouts of a role; record each fault with its line number."""
+    """Read and check the rollouts of a role; record each error with its line number."""
     path, found = folder / RESPONSES / f"{role}.jsonl", Texts()
     prompts: dict[int, str] = {}
     questions: dict[int, str] = {}
@@ -180,7 +180,7 @@ def read_activations(folder: pathlib.Path, role: str, texts: Texts, shape: tuple
       role: the name of the role.
       texts: the rollouts of the role.
       shape: (L, D); None if unknown, in which case all means must have the shape of the first.
-      faults: the list to which faults are appended.
+      faults: the list to which error messages are appended.
     """
     path = folder / ACTIVATIONS / f"{role}.pt"
     try:
@@ -204,7 +204,7 @@ def read_activations(folder: pathlib.Path, role: str, texts: Texts, shape: tuple
 
 
 def _unknown(path: pathlib.Path, keys: Iterable[str], texts: Texts, faults: Faults) -> None:
-    """Record a fault if there are keys without a rollout."""
+    """Record an error if there are keys without a rollout."""
     if more := [key for key in keys if key not in texts.names]:
         faults.append(f"{path}: keys without a rollout in {RESPONSES}: {_some(more)}")
 
@@ -216,7 +216,7 @@ def _some(keys: list[str]) -> str:
 
 
 def _record(raw: Any, role: str, where: str, faults: Faults) -> dict[str, Any] | None:
-    """Convert a line to a rollout of a run folder; if it is faulty, record why and return None."""
+    """Convert a line to a rollout of a run folder; record any errors and then return None."""
     before = len(faults)
     if not isinstance(raw, dict):
         faults.append(f"{where}: contains {kind(raw)}, not an object")
@@ -244,7 +244,7 @@ def _record(raw: Any, role: str, where: str, faults: Faults) -> dict[str, Any] |
 
 
 def _fault_of(talk: Any) -> str:
-    """Describe the first fault of a conversation; return "" if there is none."""
+    """Describe the first error in a conversation; return "" if there is none."""
     if not isinstance(talk, list) or not all(
             isinstance(m, dict) and set(m) == {"role", "content"}
             and all(isinstance(x, str) for x in m.values()) for m in talk):

@@ -12,10 +12,10 @@
     status.json                        progress, rate and time left (`runs.status`)
     .lock                              exists while a process uses the folder
 
-A role is live until all its rollouts are generated and judged; `runs.closing` then writes the files
-of the closed role. All files except live files are written under a temporary name and then renamed,
-and only status.json contains timestamps. A run that was killed at any point can therefore be
-resumed, and all files except status.json become identical to those of an uninterrupted run.
+A role is live until all its rollouts have been generated and judged; `runs.closing` then writes the
+files of the closed role. All files except live files are written under a temporary name and then
+renamed, and only status.json contains timestamps. A run that was killed at any point can therefore
+be resumed, and all files except status.json become identical to those of an uninterrupted run.
 
 Sealed files (`runs.seal`) contain a digest of their content, the name of their role, and the role's
 binding: the digest of the data that determine the role's rollouts. Sample files also contain the
@@ -367,7 +367,7 @@ class Run:
         return read_sealed(self.path("vectors", role), role, self.binding(role))[0]
 
     def discard(self, role: str) -> None:
-        """Delete a role's files, so that the role is generated again.
+        """Delete a role's files, so that its rollouts are generated again.
 
         Raises:
           UserError: a file cannot be deleted.

@@ -118,7 +118,7 @@ def read_status(folder: str | os.PathLike[str]) -> dict[str, Any]:
              or not (is_finite(found.get(name)) if kind is float
                      else isinstance(found.get(name), kind))]
     if wrong:
-        raise UserError(f"{folder / STATUS}: damaged (no valid field {wrong[0]}); resume "
+        raise UserError(f"{folder / STATUS}: field {wrong[0]!r} is missing or invalid; resume "
                         "the run with `jaxpersona axis` to write the file again")
     if found["state"] == "running" and found["host"] == socket.gethostname() and not alive(
             found["process"]):

@@ -363,7 +363,7 @@ def _tokenise(template: Template, text: str, kind: np.ndarray, turn: np.ndarray,
 
 def _spans(template: Template, text: str, *, lead: bool = True,
            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokenize a text; return the ids, [T] int32, and each token's start and stop character.
+    """Tokenize a text; return the ids, [T] int32, and each token's start and end character offsets.
 
     If a token starts after the end of the previous token, its start is moved back to that end,
     because some tokenizers exclude whitespace from the offsets. For base models, the result begins

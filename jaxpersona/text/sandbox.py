@@ -1,6 +1,6 @@
-"""Render chat templates in a subprocess with limits on time, memory and size.
+"""Render chat templates in a subprocess with limits on time, memory, input and output size.
 
-One worker process (`sandbox_worker`) renders the templates of all tokenizers. It starts on the
+One worker process (`sandbox_worker`) renders the templates of all tokenizers. It starts at the
 first rendering and is restarted after a rendering that exceeds the time limit or crashes the
 process. Short renderings that depend only on the request are cached, because `template.locate`
 renders each conversation several times, and most of these renderings are the same for all
@@ -29,9 +29,10 @@ from typing import Any
 from jaxpersona.errors import UserError
 
 SECONDS = 10.0  # CPU time limit for one rendering and for all renderings of one conversation
-MEMORY = 2 << 30  # maximum bytes of the worker's address space, including the interpreter
+MEMORY = 2 << 30  # maximum size of the worker's address space in bytes, with the interpreter
 CHARACTERS = 1 << 26  # maximum length of a request (with the template) and of a rendering
-_LARGEST_REPLY = 6 * CHARACTERS + (1 << 16)  # maximum bytes of an answer; a character takes up to 6
+# a character takes up to six bytes in an answer
+_LARGEST_REPLY = 6 * CHARACTERS + (1 << 16)  # maximum size of an answer in bytes
 _WAIT = 10  # wall-clock timeout for an answer in multiples of SECONDS; the machine may be busy
 _START = 120.0  # wall-clock timeout in seconds for the start of the process
 _CACHED = 256  # maximum number of cached renderings

@@ -40,7 +40,7 @@ class _Piece(NamedTuple):
     what: str = "text"  # or "tag", or "joint" for a separator
 
 
-_Found = tuple[_Piece, int, int]  # piece, start and end character in the rendering
+_Found = tuple[_Piece, int, int]  # piece, start and end character offsets in the rendered text
 
 
 class Template:
@@ -371,7 +371,7 @@ def _mark_thinking(text: str, kind: np.ndarray, turn: np.ndarray, messages: list
             # `starts` is sorted; `one` indexes the first span that starts in or after the block
             one = bisect.bisect_left(starts, begin)
             own = one < len(content) and content[one][1] <= inner
-            own = own or bool((kind[begin:end] & ASSISTANT).any())  # otherwise by the tags' kind
+            own = own or bool((kind[begin:end] & ASSISTANT).any())  # or part of it is content
             kind[begin:end] = (ASSISTANT if own else TEMPLATE) | THINKING
 
 

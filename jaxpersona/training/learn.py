@@ -54,7 +54,7 @@ class Direction(nnx.Module):
 
     def __init__(self, width: int, layers: Layers, *, where: Where | str = everywhere,
                  site: Site = "residual", size: float = 0.1, seed: int = 0) -> None:
-        """Initialize the vectors of all layers with small random values.
+        """Initialize the vectors of the chosen layers with random values.
 
         Args:
           width: the width D of the model's residual stream.

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 
 class Saved:
-    """A direction or caps, which can be written to a file."""
+    """The base class of directions and caps, with a method that writes the object to a file."""
 
     write: ClassVar[Callable[[Any, Any], list[str]]]
 

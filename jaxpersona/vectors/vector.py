@@ -34,7 +34,7 @@ def float32(values: Any, field: str) -> np.ndarray:
         # an overflow results in infinity, which the caller rejects
         with np.errstate(over="ignore"):
             return np.asarray(values, np.float32)
-    except (OverflowError, RuntimeError, TypeError, ValueError) as error:  # 10**400, {} or text
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:  # e.g. 10**400, {}
         raise UserError(f"{field} cannot be converted to float32 ({error})") from None
 
 
@@ -172,8 +172,8 @@ class Vector(Table, Saved):
         Raises:
           UserError: always.
         """
-        raise UserError(f"{self.kind} {self.name!r} has no thresholds, because it is not an Axis "
-                        "(nor is a part, multiple or sum of an axis); give the axis itself with "
+        raise UserError(f"{self.kind} {self.name!r} has no thresholds: only an Axis has them, "
+                        "not parts, multiples or sums of an axis; give the axis itself with "
                         "layers=, or the floor as numbers")
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -211,7 +211,7 @@ class Vector(Table, Saved):
         return self._with(self.values / np.float32(divisor), f"{self.name}/{divisor:g}")
 
     def __radd__(self, start: Any) -> Vector:
-        """Return the direction itself for 0, the start of Python's `sum`."""
+        """Return the direction unchanged for 0, the initial value of Python's `sum`."""
         return self if type(start) is int and start == 0 else NotImplemented
 
     def __add__(self, other: Vector) -> Vector:

@@ -182,7 +182,7 @@ def test_a_single_reply_is_streamed_to_a_terminal(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("arguments", "wanted"), [
-    ([], "there is no prompt; give a message, or a file with --prompts"),
+    ([], "there is no prompt; give one, or a file with --prompts"),
     (["Hi", "--out", "."], "--out is ., a folder; give the name of a file"),
     (["Hi", "--prompts", "none.txt"], "none.txt: no such file"),
     (["Hi", "--compare"], "--compare needs interventions; give --cap, --steer or --spec"),

@@ -83,7 +83,7 @@ def test_a_choice_has_the_values_of_the_options_and_refuses_those_of_other_judge
             ("model:m", JudgeOptions(key_env="K"), False, "--judge-key-env"),
             ("human:x.csv", JudgeOptions(rubric=pathlib.Path("r")), False, "--judge-rubric"),
             ("http:m", JudgeOptions(), True, "--judge-after")):
-        with pytest.raises(UserError, match=f"{name} is given, but the judge is {judge}"):
+        with pytest.raises(UserError, match=f"{name} is given, but the judge is '{judge}'"):
             choose(judge, options, own=False, after=after)
     # with one rubric for all roles, no role needs its own
     for judge, needs in (("self", True), ("model:m", True), ("http:m", True), ("none", False),

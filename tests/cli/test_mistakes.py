@@ -75,7 +75,7 @@ def test_a_run_that_cannot_end_well_is_refused_before_its_folder(checkpoint, tmp
     out = tmp_path / "out"
     cases = (
         (s.axis_command(checkpoint, tmp_path / "long", out),
-         "must fit into the context of 256 tokens"),
+         "must fit into the context length of 256 tokens"),
         (s.axis_command(checkpoint, tmp_path / "good", out, "--limit", "0"),
          "needs at least two"),
         (s.axis_command(checkpoint, tmp_path / "good", out, "--min-count", "0"), "min_count"),
@@ -183,8 +183,8 @@ def test_a_mistake_is_exactly_one_line_of_a_process(tmp_path, arguments, wanted)
     (["--cap-layers", "1:2"], "--cap-layers needs --cap"),
     (["--steer-layers", "1:2"], "--steer-layers needs --steer"),
     (["--of", "all", "--steer-layers", "2"], "--of needs --cap, and --steer-layers needs --steer"),
-    (["--cap", "run"], "run: is a folder; did you mean run/axis.safetensors?"),
-    (["--cap", "empty"], "empty: is a folder; give a file"),
+    (["--cap", "run"], "run is a folder; did you mean run/axis.safetensors?"),
+    (["--cap", "empty"], "empty is a folder; give a file"),
     (["--cap", "run/axis.safetensors", "--percentile", "25"],
      "percentile is '25' (write p25); this axis has p5, p25, p50"),
 ])
@@ -207,8 +207,8 @@ def no_load(*_, **__):
 
 
 @pytest.mark.parametrize(("arguments", "wanted"), [
-    (["generate", ""], "prompt is ''; give a message that is not blank"),
-    (["generate", "Hi", " \n"], "prompt is ' \\n'; give a message that is not blank"),
+    (["generate", ""], "prompt is ''; give a prompt that is not blank"),
+    (["generate", "Hi", " \n"], "prompt is ' \\n'; give a prompt that is not blank"),
     (["axis", "--out", "file"], "--out is file, a file; give a folder"),
     (["demo", "--out", "file"], "--out is file, a file; give a folder"),
     (["axis", "--max-new-tokens", "0"], "max_new_tokens is 0; it must be positive"),

@@ -116,12 +116,12 @@ def test_the_numbers_of_the_paper(folder, opened, called):
     (["--paper", "--precision", "0.9"], "--precision is 0.9, but --paper omits it"),
     (["--paper", "--limit-questions", "9"], "--limit-questions is 9, but --paper omits it"),
     (["--precision", "1"], "precision is 1.0; give a reliability between 0 and 1"),
-    (["--rounds", "8"], "rounds is [8], but there is no precision"),
+    (["--rounds", "8"], "rounds is [8], but precision is None"),
     (["--precision", "0.9", "--rounds", "8,x"], "--rounds is '8,x'; give numbers of questions"),
     (["--precision", "0.9", "--rounds", "5"], "rounds contains 5; give even numbers"),
     (["--precision", "0.9", "--limit-questions", "3"], "precision needs at least 4 questions"),
     (["--model", "m", "--precision", "0.9", "--judge", "model:j", "--judge-after"],
-     "judge scores only after all rollouts (--judge-after), but precision needs scores")])
+     "the judge scores only after all rollouts (--judge-after), but precision needs scores")])
 def test_mistakes_about_the_number_of_rollouts_are_found_before_a_model_is_loaded(
         folder, opened, capsys, more, said):
     assert s.run_command(["axis", "--out", "out", *more]) == 2

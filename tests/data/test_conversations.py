@@ -39,7 +39,7 @@ def test_all_faults_are_listed(tmp_path):
     with pytest.raises(jp.UserError) as error:
         read_prompts(write(tmp_path, "p.jsonl", *bad), "Be short.")
     text = str(error.value)
-    assert text.startswith(f"{tmp_path}/p.jsonl: 7 faults")
+    assert text.startswith(f"{tmp_path}/p.jsonl: 7 errors")
     for wanted in ("line 2: invalid JSON", "line 3: contains a number", "line 4: the object has no",
                    "line 5: message 0 has no 'content'", "line 6: the last message is blank",
                    "line 7: has a system message", "line 8: the last message has role"):

@@ -60,7 +60,7 @@ def faults(load: Callable[[Any], Any], path: Any) -> list[str]:
     head, *lines = str(caught.value).splitlines()
     if not lines:  # a single fault is one line
         return [head]
-    assert len(lines) > 1 and head.endswith(f"{len(lines)} faults")
+    assert len(lines) > 1 and head.endswith(f"{len(lines)} errors")
     return lines
 
 

@@ -78,7 +78,7 @@ REFUSED = {
     "of is 'all'": lambda: AXIS.thresholds("p25", of="all"),
     "percentile is 'p50'": lambda: AXIS.thresholds("p50", of="default"),
     "percentile is 25 \\(write p25\\); this axis has p25": lambda: AXIS.thresholds(25),
-    "'vector' has no thresholds, because it is not an Axis": lambda: Vector(np.ones((4, 8)))
+    "'vector' has no thresholds: only an Axis has them": lambda: Vector(np.ones((4, 8)))
     .thresholds("p25"),
     "axis 'vector' has no thresholds; give the floor as numbers": lambda: Axis(np.ones((4, 8)))
     .thresholds("p25"),

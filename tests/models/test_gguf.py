@@ -211,7 +211,7 @@ def test_split_files(tmp_path):
     for key, kind, number, words in (
             ("split.no", "H", 2, f"{parts[0].name}: split.no is 2, but .* whose split.no is 0"),
             ("split.tensors.count", "i", 7, "tensors; split.tensors.count is 7"),
-            ("split.count", "H", 2, "one of 2 parts; rename"),
+            ("split.count", "H", 2, "one of 2 parts, but its name does not end in .*; rename"),
             ("split.count", "H", 2000, "split.count is 2000; it must be in 0…1024")):
         at = first.index(key.encode()) + len(key) + 4  # after the type
         parts[0].write_bytes(first[:at] + struct.pack(f"<{kind}", number)

@@ -179,8 +179,8 @@ def test_only_replies_that_the_vector_averages_are_used():
 @pytest.mark.parametrize(("change", "wanted"), [
     (dict(roles={}), "roles has 0 entries; PCA needs at least two roles"),
     (dict(draws=0), "draws is 0; give a positive integer"),
-    (dict(stored={}), "stored lacks 'a'; give one number per role"),
-    (dict(sizes={"a": 1, "b": 1}), "sizes lacks 'default'")])
+    (dict(stored={}), "stored has no entry for 'a'; give one number per role"),
+    (dict(sizes={"a": 1, "b": 1}), "sizes has no entry for 'default'")])
 def test_wrong_arguments_are_refused_in_one_line(change, wanted):
     ones, counts = np.ones((1, 2)), {"a": 2, "b": 2, "default": 2}
     arguments = dict(default=ones, roles={"a": ones, "b": ones}, stored=counts, sizes=counts,

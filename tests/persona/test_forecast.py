@@ -106,7 +106,7 @@ def test_what_would_fail_later_is_refused_and_nothing_is_written(made, tmp_path)
     (tmp_path / "full" / "x").write_text("mine")
     for call, wanted in (
         (lambda: predict(out, min_count=3), "min_count is 3"),
-        (lambda: predict(out, roles=ROLES[:2]), "needs at least two"),
+        (lambda: predict(out, roles=ROLES[:2]), "roles has 1 role besides .* needs at least two"),
         (lambda: predict(out, judge=SelfJudge(MODEL)),
          r"needs an eval_prompt, missing for \d+ roles \(role0, .*…\); .*give one rubric"),
         (lambda: predict(folder, settings=dataclasses.replace(SETTINGS, seed=1)),
@@ -199,7 +199,7 @@ def test_scores_and_roles_left_out_are_named(made):
                                  axis=dataclasses.replace(found.axis, notes=notes))
     lines = summary(judged, folder, 1)
     assert lines[1] == "judge digits: 1 undecided, 22 with score 3, 1 with score 0"
-    assert "left out, with fewer than 1 reply of score 3: 1 (role5)" in lines
+    assert "left out, with fewer than 1 reply with score 3: 1 (role5)" in lines
 
 
 @pytest.mark.parametrize("count", [10, 11])
@@ -221,7 +221,7 @@ def test_a_short_ranking_is_printed_whole_and_empty_roles_are_not_in_it(count):
     assert distances(found, 1) == {name: -float(i) for i, name in enumerate(names)}
     lines = summary(found, "a b", 1, held_out=names[:9])
     assert ("  nearest to farthest: " in "".join(lines)) == (count == 10)
-    assert "left out, with fewer than 2 replies of score 3: 1 (silent)" in lines
+    assert "left out, with fewer than 2 replies with score 3: 1 (silent)" in lines
     assert f"held out: 9 ({', '.join(names[:8])}, …)" in lines
     assert ("|cos(PC1, axis)| at layer 1: 0.250; PC1 explains 50% of the role vectors' variance"
             in lines)

@@ -74,11 +74,12 @@ def test_an_axis_brings_its_percentiles_and_its_run_the_roles(tmp_path):
 
 @pytest.mark.parametrize(("change", "wanted"), [
     ({"layers": 4}, "has 4 layers, but the axis in its folder has 3"),
-    ({"roles": 5}, "no object 'roles'"),
-    ({"roles": {"ghost": 5}}, "no valid mean_projection of 'ghost'"),
-    ({"roles": {"ghost": {"mean_projection": [1.0]}}}, "no valid mean_projection of 'ghost'"),
-    ({"roles": {"ghost": {"mean_projection": ["a"] * 3}}}, "no valid mean_projection of 'ghost'"),
-    ({"roles": {"ghost": {"mean_projection": [10**400] * 3}}}, "valid mean_projection of 'ghost'"),
+    ({"roles": 5}, "field 'roles' is missing"),
+    ({"roles": {"ghost": 5}}, "mean_projection of 'ghost' is missing"),
+    ({"roles": {"ghost": {"mean_projection": [1.0]}}}, "mean_projection of 'ghost' is missing"),
+    ({"roles": {"ghost": {"mean_projection": ["a"] * 3}}}, "mean_projection of 'ghost' is missing"),
+    ({"roles": {"ghost": {"mean_projection": [10**400] * 3}}},
+     "mean_projection of 'ghost' is missing"),
 ])
 def test_a_damaged_analysis_is_named(tmp_path, change, wanted):
     analysis(tmp_path, **change)

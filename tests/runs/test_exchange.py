@@ -170,7 +170,7 @@ def test_another_min_count_or_held_out_role_changes_the_imported_axis(tmp_path):
     assert near(without.extraction.axis.values, steps_4_and_5(source, LEAST)[1])
     assert not near(with_all.extraction.axis.values, steps_4_and_5(source, LEAST)[1])
     few = import_reference(source, tmp_path / "few")
-    assert few.extraction is None and "at least 50 rollouts of score 3" in " ".join(few.notes)
+    assert few.extraction is None and "at least 50 rollouts with score 3" in " ".join(few.notes)
 
 
 def test_what_a_folder_lacks_is_said_and_is_not_in_the_sums(tmp_path):
@@ -372,5 +372,5 @@ def test_a_default_persona_needs_no_min_count_in_an_export(tmp_path):
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", "C:x", ".x", "a\nb", "x" * 201, ""])
 def test_a_role_name_that_is_no_plain_file_name_is_refused(name):
-    with pytest.raises(UserError, match="cannot be a file name in the published format"):
+    with pytest.raises(UserError, match="cannot be used as a file name in the published format"):
         check_role(name)

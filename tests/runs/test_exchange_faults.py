@@ -98,7 +98,7 @@ FAULTS = {
     "a damaged axis": (lambda f: (f / "axis.pt").write_bytes(b"PK\3\4"), "axis.pt: invalid"),
     "scores of no role": (lambda f: (f / "scores" / "z.json").write_text("{}"),
                           "z.json: the role is unknown"),
-    "a name": (rename, "cannot be a file name in the published format"),
+    "a name": (rename, "cannot be used as a file name in the published format"),
 }
 
 

@@ -114,7 +114,7 @@ def test_what_is_not_imported_is_said_and_a_run_is_judged_and_exported(tmp_path)
     assert about["activations"] == "all" and about["imported"]["rollouts"] == 32
     assert "4_vectors.py needs --min_count 2 to use the same roles" in said.notes
     most = export_reference(out, tmp_path / "few", min_count=6, activations="sample").notes
-    assert "3 roles (a, b, c): fewer than 6 rollouts of score 3, therefore no vector" in most
+    assert "3 roles (a, b, c): fewer than 6 rollouts with score 3, therefore no vector" in most
     assert any(note.startswith("activations_sample contains only") for note in most)
     judge_run(out, roles, NoJudge())
     other = export_reference(out, tmp_path / "none", judge="none", activations="none")

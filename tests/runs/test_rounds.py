@@ -123,7 +123,7 @@ def test_the_summary_and_the_forecast_name_the_precision(done, tmp_path):
     most = forecast(MODEL, ROLES, QUESTIONS, tmp_path / "new", precision=TARGET, **options)
     plain = forecast(MODEL, ROLES, QUESTIONS, tmp_path / "new", **options)
     assert most.rollouts == most.missing == 40 and most.disk_bytes > plain.disk_bytes
-    assert any("the run stops earlier for roles that are settled" in line
+    assert any("are upper bounds, for a run of all questions" in line
                for line in describe(most, judge="test"))
     assert not any("precision" in line for line in describe(plain, judge="test"))
     with pytest.raises(UserError, match="rounds contains 3"):
@@ -199,7 +199,7 @@ def test_mistakes_are_found_before_the_first_rollout(tmp_path, played):
     later.after = True
     for changes, said in (
             ({"precision": 1.5}, "precision is 1.5; give a reliability between 0 and 1"),
-            ({"precision": None, "rounds": [4]}, "rounds is [4], but there is no precision"),
+            ({"precision": None, "rounds": [4]}, "rounds is [4], but precision is None"),
             ({"rounds": [3]}, "rounds contains 3; give even numbers of questions from 4 to 8"),
             ({"judge": later}, "judge scores only after all rollouts (--judge-after)")):
         with pytest.raises(UserError) as error:
