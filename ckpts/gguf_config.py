@@ -32,6 +32,8 @@ _KNOWN = frozenset("""
 _UNSUPPORTED = {"expert_count": 0, "use_parallel_residual": False, "attention.causal": True,
                 "logit_scale": 1.0, "residual_scale": 1.0, "embedding_scale": 1.0,
                 "attention.clamp_kqv": 0.0, "attention.max_alibi_bias": 0.0}
+# settings for sampling that `generate` does not support, each with the value that has no effect
+_SAMPLING = {"top_k": 0, "min_p": 0.0, "xtc_probability": 0.0, "penalty_repeat": 1.0, "mirostat": 0}
 
 
 def check_architecture(name: str) -> None:
@@ -39,6 +41,30 @@ def check_architecture(name: str) -> None:
     if name not in ARCHITECTURES:
         raise UserError(f"architecture is {name!r:.80}; it must be one of "
                         f"{', '.join(ARCHITECTURES)} (Mistral models have architecture 'llama')")
+
+
+def warn_sampling(fields: Mapping[str, Any], place: str) -> None:
+    """Warn once about settings for sampling that `generate` does not support.
+
+    Args:
+      fields: the metadata, with such settings under "general.sampling.".
+      place: the file's path, for the warning.
+    """
+    def has_effect(value: Any, neutral: float) -> bool:
+        if type(value) not in (int, float, bool):
+            return value is not None
+        return value > 0 if neutral == 0 else value != neutral
+
+    def shown(value: Any) -> str:  # a float32 as its shortest decimal
+        with np.errstate(all="ignore"):
+            return str(np.float32(value)) if type(value) is float else reprlib.repr(value)
+
+    settings = {key: fields.get(f"general.sampling.{key}") for key in _SAMPLING}
+    listed = [f"{key}={shown(value)}"
+              for key, value in settings.items() if has_effect(value, _SAMPLING[key])]
+    if listed:
+        warnings.warn(f"{place}: ignored {', '.join(listed)}, which generate does not support; "
+                      "replies may differ from those of llama.cpp", stacklevel=2)
 
 
 class _Metadata:

@@ -8,6 +8,7 @@ from the token scores, or for Gemma from the token ids).
 
 from __future__ import annotations
 
+import array
 import reprlib
 import warnings
 from collections.abc import Mapping, Sequence
@@ -187,6 +188,13 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], gemma: bool,
         backend.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
     else:
         prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
+        if prefix:
+            warnings.warn("the tokenizer of this GGUF file adds a space before a text "
+                          "(tokenizer.ggml.add_space_prefix), as in transformers only at its "
+                          "start; llama.cpp also adds one after every special token, so token ids "
+                          "of chat prompts may differ from those that the model was trained with. "
+                          "The model's folder in the Hugging Face layout has the released "
+                          "tokenizer", stacklevel=2)
         backend.pre_tokenizer = pre_tokenizers.Metaspace(
             replacement="▁", prepend_scheme="first" if prefix else "never", split=False)
         if prefix:
@@ -196,15 +204,25 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], gemma: bool,
 
 
 def _derive_merges(vocabulary: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Return every split of a token into two tokens, by descending score of the whole token."""
-    merges = []
-    for token, index in vocabulary.items():
-        pairs = [(token[:i], token[i:]) for i in range(1, len(token))
-                 if token[:i] in vocabulary and token[i:] in vocabulary]
-        pairs.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
-        merges += [(scores[index], len(left), len(right), left, right) for left, right in pairs]
-    merges.sort(key=lambda merge: merge[:3], reverse=True)
-    return [merge[3:] for merge in merges]
+    """Return every split of a token into two tokens, by descending score of the whole token.
+
+    Splits of equal scores are ordered by descending length of the left token, then of the right.
+    Large vocabularies have half a million splits, so they are collected as integers (16 bytes per
+    split), and the result contains the strings of the vocabulary instead of copies.
+    """
+    tokens = list(vocabulary)
+    place = {token: i for i, token in enumerate(tokens)}
+    found = array.array("i")
+    for token in tokens:
+        for i in range(1, len(token)):
+            if (left := place.get(token[:i])) is not None and (
+                    right := place.get(token[i:])) is not None:
+                found.extend((place[token], i, left, right))
+    whole, cut, left, right = np.array(found, np.int32).reshape(-1, 4).T
+    lengths = np.array([len(token) for token in tokens], np.int32)
+    score = np.array([scores[index] for index in vocabulary.values()], np.float64)
+    order = np.lexsort((cut - lengths[whole], -cut, -score[whole]))
+    return [(tokens[left[i]], tokens[right[i]]) for i in order]
 
 
 def _add_tokens(backend: Any, fields: Mapping[str, Any], tokens: list[str]) -> None:

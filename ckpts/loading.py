@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxpersona.ckpts import gguf_model, gguf_tokenizer, hf, orbax
+from jaxpersona.ckpts import gguf_config, gguf_model, gguf_tokenizer, hf, orbax
 from jaxpersona.ckpts.adapter import attached, check_adapter, check_folder, merged, read_adapter
 from jaxpersona.ckpts.hub import download
 from jaxpersona.ckpts.quantize import Form, load_int8, parse_form
@@ -307,6 +307,7 @@ def _gguf(path: pathlib.Path, name: str, form: Form, mesh: Mesh | None,
     checkpoint = gguf_model.open_checkpoint(path)
     config, source = checkpoint.config, checkpoint.source
     _check_form(config, form, name)
+    gguf_config.warn_sampling(checkpoint.fields, name)
     mesh = None if mesh is None else sharding.fit(mesh, config)
 
     def build() -> tuple[Any, tuple[int, ...]]:

@@ -16,6 +16,9 @@ from jaxpersona.inputs import read_json, require_files
 
 _FILES = (".json", ".jinja", ".model", ".txt")  # suffixes of files that a tokenizer may consist of
 _T = TypeVar("_T")
+# classes of transformers that read tokenizer.json as it is
+_READ_WHOLE = ("TokenizersBackend", "PreTrainedTokenizerFast")
+_PROBE = "Hello,  world!\n\n\tI'll PAY 12345 (3.14)... e\u0301 日本 x_y <tag>"
 _STDERR = threading.Lock()  # guards file descriptor 2
 
 
@@ -43,6 +46,7 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **_named_class(folder))
         encode_once(tokenizer)
+        _warn_rebuilt(folder / "tokenizer.json", tokenizer)
         return tokenizer
 
     tokenizer = checked(folder, read)
@@ -52,6 +56,29 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
         raise UserError(f"{folder}: chat_template in tokenizer_config.json is {template!r:.60}; "
                         "it must be a string or a JSON object of strings")
     return tokenizer
+
+
+def _warn_rebuilt(path: pathlib.Path, tokenizer: Any) -> None:
+    """Warn if the tokenizer that transformers built differs from its tokenizer.json.
+
+    Classes with their own `__init__`, such as GPT2Tokenizer, take only the vocabulary, the merges
+    and the post-processor from the file, but not its normalizer and its pre-tokenizer.
+    """
+    kind = type(tokenizer)
+    if kind.__name__ in _READ_WHOLE or "__init__" not in vars(kind) or not path.is_file():
+        return
+    from tokenizers import Tokenizer
+
+    stored = Tokenizer.from_file(str(path))
+    stored.no_truncation()
+    stored.no_padding()
+    text = _PROBE + "".join(f"{token}a 1" for token in tokenizer.all_special_tokens[:2])
+    if tokenizer.encode(text, add_special_tokens=False) != stored.encode(
+            text, add_special_tokens=False).ids:
+        warnings.warn(f"{path}: {kind.__name__} of transformers splits texts differently from this "
+                      "file; it is used, as in transformers. If the model was trained with the "
+                      "file, set tokenizer_class in tokenizer_config.json to "
+                      "PreTrainedTokenizerFast", stacklevel=2)
 
 
 def warn_unused_template(folder: pathlib.Path, tokenizer: Any) -> None:

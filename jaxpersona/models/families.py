@@ -2,8 +2,9 @@
 
 To add a family, add an entry to `FAMILIES` with the architecture name, the fields of `config.json`
 and their conversion to `ModelConfig`. An unsupported field that changes the computation raises an
-error, because ignoring the field would silently change the model's outputs. An unknown key is
-ignored as in transformers, but with a warning unless its value is null, false or 0.
+error, because ignoring the field would silently change the model's outputs. Any other key that the
+family does not read, such as a key added by training code, is ignored as in transformers, but with
+a warning unless its value is null, false or 0.
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ def _qwen3(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gemma(raw: Mapping[str, Any]) -> dict[str, Any]:
+    if raw.get("use_bidirectional_attention"):
+        raise UserError("use_bidirectional_attention is true; only causal attention is supported")
     bias = bool(raw.get("attention_bias", False))
     return {
         "qkv_bias": bias, "o_bias": bias, "norm_offset": 1.0, "post_norms": True,
@@ -113,8 +116,6 @@ def _gemma2(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gemma3(raw: Mapping[str, Any]) -> dict[str, Any]:
-    if raw.get("use_bidirectional_attention"):
-        raise UserError("use_bidirectional_attention is true; only causal attention is supported")
     if raw.get("attn_logit_softcapping") is not None:
         raise UserError(f"attn_logit_softcapping is {raw['attn_logit_softcapping']}; it must be "
                         "null for Gemma 3, which has no attention soft-cap")
@@ -133,12 +134,12 @@ _QWEN_DEFAULT = {"hidden_act": "silu", "sliding_window": 4096, "num_key_value_he
 _QWEN = _WINDOW | {"use_sliding_window", "max_window_layers"}
 _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 # `sliding_window_size`, an older name of `sliding_window`, is accepted but not used
-_GEMMA2 = _WINDOW | {"query_pre_attn_scalar", "hidden_activation", "sliding_window_size", *_CAPS}
+_GEMMA2 = _WINDOW | {"query_pre_attn_scalar", "hidden_activation", "sliding_window_size",
+                     "use_bidirectional_attention", *_CAPS}
 _GEMMA_DEFAULT = {
     "hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "sliding_window": 4096,
     "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "tie_word_embeddings": True}
-_GEMMA3 = _GEMMA2 | {"rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern",
-                     "use_bidirectional_attention"}
+_GEMMA3 = _GEMMA2 | {"rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"}
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -236,7 +237,8 @@ def _read_rope(raw: Mapping[str, Any], by_layer: bool) -> Rope:
 def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfig:
     """Convert a Hugging Face `config.json` (transformers v4 or v5) to a `ModelConfig`.
 
-    Unknown keys are ignored, with a single warning for those whose value is not null, false or 0.
+    Keys that the family does not read are ignored unless they are known to change the computation.
+    A single warning names those whose value is not null, false or 0.
 
     Args:
       raw: the contents of `config.json`.
@@ -266,8 +268,7 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
                         f"architectures are {known}")
     family = (by_architecture + by_type)[0]
     own = _COMMON | family.fields
-    others = frozenset().union(*(other.fields for other in FAMILIES.values())) - own
-    check_keys(raw, family.name, own, others, place)
+    check_keys(raw, family.name, own, place)
     given = {key: value for key, value in raw.items() if value is not None}
     # an explicit null overrides the default: no soft-cap, no window, one key head per query head
     nulls = {key: None for key in _NULLABLE if key in raw and raw[key] is None}

@@ -2,8 +2,8 @@
 
 Known metadata and known settings of training code are ignored. A known field of another
 architecture raises an error unless its value leaves the forward pass unchanged, because ignoring
-the field would silently change the model's outputs. Any other key is ignored, with a warning unless
-its value is null, false or 0.
+the field would silently change the model's outputs. Any other key, also one that only other
+families read, is ignored as in transformers, with a warning unless its value is null, false or 0.
 """
 
 from __future__ import annotations
@@ -84,15 +84,13 @@ _CHANGES |= {"attention_multiplier": None, "is_causal": True, "causal": True, "n
              "use_rope": True, "use_rotary": True, "use_rotary_embedding": True}
 
 
-def check_keys(raw: Mapping[str, Any], family: str, own: frozenset[str], others: frozenset[str],
-               place: str) -> None:
-    """Raise an error for unsupported keys that change the computation; warn about unknown keys.
+def check_keys(raw: Mapping[str, Any], family: str, own: frozenset[str], place: str) -> None:
+    """Raise an error for unsupported keys that change the computation; warn about the other keys.
 
     Args:
       raw: the contents of `config.json`.
-      family: the family's name, for the error message.
+      family: the family's name, for the messages.
       own: the keys that the family reads.
-      others: the keys that other families read.
       place: the path of the file, for the warning.
 
     Raises:
@@ -104,10 +102,9 @@ def check_keys(raw: Mapping[str, Any], family: str, own: frozenset[str], others:
         value, neutral = raw[key], _CHANGES.get(key)
         if value is None or (value is False and neutral is not True):
             return False
-        if isinstance(value, (list, dict)) and value:
-            return key in others or key in _CHANGES
-        return key in others or (key in _CHANGES and (
-            bool(value) if neutral is None else value != neutral))
+        if key not in _CHANGES or (isinstance(value, (list, dict)) and value):
+            return key in _CHANGES
+        return bool(value) if neutral is None else value != neutral
 
     unsupported = [key for key in unread if changes(key)]
     if unsupported:
@@ -115,8 +112,8 @@ def check_keys(raw: Mapping[str, Any], family: str, own: frozenset[str], others:
                         f"{_listed(raw, unsupported)}")
     unknown = [key for key in unread if key not in _CHANGES and raw[key] not in (None, False)]
     if unknown:
-        warnings.warn(f"{place}: ignored unknown keys ({_listed(raw, unknown)}), as transformers "
-                      "does", stacklevel=4)
+        warnings.warn(f"{place}: ignored keys that the family {family} does not read "
+                      f"({_listed(raw, unknown)}), as transformers does", stacklevel=4)
 
 
 def _is_unused(raw: Mapping[str, Any], key: str) -> bool:

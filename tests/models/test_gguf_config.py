@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import warnings
 
+import gguf_files
+import hf
 import numpy as np
 import pytest
 from jaxpersona.ckpts import gguf_config
 
+import jaxpersona as jp
 from jaxpersona.errors import UserError
 from jaxpersona.models.config import Rope
 
@@ -140,3 +143,28 @@ def test_unknown_fields_are_ignored_with_one_warning():
         config = converted(fields={"beta": 1, "expert_count": 0, "logit_scale": 1.0}, license="mit")
     with warnings.catch_warnings(action="error"):
         assert config == converted()
+
+
+def test_settings_for_sampling_that_generate_does_not_support_are_named_once():
+    """`temp` and `top_p` are arguments of `generate`; the others may be turned off by a value."""
+    fields = {"temp": 0.6, "top_p": 0.95, "top_k": 40, "min_p": float(np.float32(0.05)),
+              "xtc_probability": 0.5, "xtc_threshold": 0.1, "penalty_repeat": 1.1000000238418579,
+              "penalty_last_n": 64, "mirostat": 2, "mirostat_tau": 5.0}
+    with pytest.warns(UserWarning, match="m.gguf: ignored top_k=40, min_p=0.05, xtc_probability="
+                                         "0.5, penalty_repeat=1.1, mirostat=2, which") as caught:
+        gguf_config.warn_sampling({f"general.sampling.{k}": v for k, v in fields.items()}, "m.gguf")
+    assert len(caught) == 1
+    off = {"top_k": 0, "min_p": 0.0, "xtc_probability": -1.0, "penalty_repeat": 1.0, "mirostat": 0}
+    for neutral in ({}, off, {"top_k": -1}):  # warnings are errors in this test suite
+        gguf_config.warn_sampling({f"general.sampling.{k}": v for k, v in neutral.items()}, "m")
+    with pytest.warns(UserWarning, match=r"ignored top_k=array\(\[1, 2\]\), which"):
+        gguf_config.warn_sampling({"general.sampling.top_k": np.array([1, 2])}, "m")
+
+
+def test_load_names_such_settings_with_the_file(tmp_path):
+    pytest.importorskip("gguf")
+    path = gguf_files.write(tmp_path / "m.gguf", hf.model("qwen3", num_hidden_layers=1), fields={
+        "general.sampling.top_k": 20, "general.sampling.temp": 0.5})
+    with pytest.warns(UserWarning, match=f"{path}: ignored top_k=20, which generate") as caught:
+        jp.load(path)
+    assert len(caught) == 1

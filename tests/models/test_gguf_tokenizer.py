@@ -88,6 +88,36 @@ def test_gemma_merges_by_id_and_has_tokens_of_several_spaces():
     assert texts(llama, "abc") == ["<bos>", "ab", "c"]  # by score
 
 
+SPACED = pytest.mark.filterwarnings("ignore:.*adds a space before a text")
+
+
+def test_derived_merges_are_in_the_order_of_the_whole_tokens():
+    """By descending score, then by the lengths of the left and the right token."""
+    words = ["a", "b", "ab", "aa", "aab", "aba", "abab", "bab", "▁", "▁a", "▁ab", "é", "éa"]
+    scores = [0.0, 0.0, -3.0, -2.0, -5.0, -5.0, -1.0, -3.0, 0.0, -4.0, -5.0, 0.0, -3.0]
+    want = []
+    for score, token in zip(scores, words, strict=True):
+        want += [(score, i, len(token) - i, (token[:i], token[i:])) for i in range(1, len(token))
+                 if token[:i] in words and token[i:] in words]
+    want.sort(key=lambda merge: merge[:3], reverse=True)
+    found = gguf_tokenizer._derive_merges({word: i for i, word in enumerate(words)}, scores)
+    assert found == [merge[3] for merge in want] and len(found) == 13
+    assert gguf_tokenizer._derive_merges({"a": 0, "b": 1}, [0.0, 0.0]) == []
+
+
+def test_a_space_is_added_at_the_start_of_a_text_alone_and_the_file_is_named():
+    """As by transformers' reader; llama.cpp adds a space after each special token as well."""
+    tokens = ["<unk>", "<s>", "▁", "H", "i", "Hi", "▁Hi"]
+    made = fields("llama", tokens, [2, 3, 1, 1, 1, 1, 1], unknown_token_id=0, bos_token_id=1,
+                  scores=np.array([0.0] * 5 + [-1.0, -2.0]), add_bos_token=False)
+    with pytest.warns(UserWarning, match="adds a space before a text .* llama.cpp also adds one "
+                                         "after every special token") as caught:
+        assert texts(made, "Hi<s>Hi") == ["▁Hi", "<s>", "Hi"]
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match="adds a space before a text"):
+        assert texts(made, "<s>Hi") == ["<s>", "Hi"]
+
+
 def test_merges_of_a_file_are_used_instead_of_its_scores():
     made = fields("llama", ["<unk>", "a", "b", "c", "bc", "ab"], unknown_token_id=0,
                   scores=np.array([0.0] * 4 + [-1.0, -9.0]), merges=["a b", "b c"],
@@ -110,6 +140,7 @@ def test_a_damaged_vocabulary_is_named(changes, words):
         gguf_tokenizer.build(made)
 
 
+@SPACED
 def test_a_sentencepiece_vocabulary_merges_by_score():
     words = ["he", "ll", "hell", "o", "▁hello", "hello", "▁"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *"hel", *words]

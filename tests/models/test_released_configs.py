@@ -130,12 +130,13 @@ CHANGES: dict[str, tuple[Any, tuple]] = {
     "attn_logit_softcap": (50.0, (0.0, None)),
     "vision_config": ({"depth": 27}, ({}, None)),
     "num_kv_shared_layers": (10, (0, None)),
+    "no_bias": (False, (True, None)),
 }
-# keys that only other families read, by family; their values and those that change nothing
+# keys that only other families read, by family; their values, and those without a warning
 FOREIGN: dict[str, dict[str, tuple[Any, tuple]]] = {
     "llama": {"sliding_window": (4096, (None,)), "use_sliding_window": (True, (False, None)),
               "layer_types": ([SLIDING, FULL], (None,)),
-              "final_logit_softcapping": (30.0, (None,)), "no_bias": (False, (None, True)),
+              "final_logit_softcapping": (30.0, (None,)),
               "hidden_activation": ("gelu", (None, "silu"))},
     "mistral": {"mlp_bias": (True, (False, None)), "use_sliding_window": (True, (False, None)),
                 "attn_logit_softcapping": (50.0, (None,))},
@@ -144,28 +145,35 @@ FOREIGN: dict[str, dict[str, tuple[Any, tuple]]] = {
     "qwen3": {"mlp_bias": (True, (False, None)), "final_logit_softcapping": (30.0, (None,)),
               "use_bidirectional_attention": (True, (False, None))},
     "gemma2": {"mlp_bias": (True, (False, None)), "use_sliding_window": (True, (False, None)),
-               "rope_local_base_freq": (1e4, (None,)),
-               "use_bidirectional_attention": (True, (False, None))},
+               "rope_local_base_freq": (1e4, (None,))},
     "gemma3_text": {"mlp_bias": (True, (False, None)), "use_sliding_window": (True, (False, None))},
 }
 
 
-def _changes(name: str) -> dict[str, tuple[Any, tuple]]:
-    return CHANGES | FOREIGN[RAW[name]["model_type"]]
+@pytest.mark.parametrize(("name", "key"), [
+    pytest.param(name, key, id=f"{name}-{key}") for name in RAW for key in CHANGES])
+def test_a_key_that_changes_the_computation_is_refused_with_its_value(name, key):
+    value = CHANGES[key][0]
+    with pytest.raises(UserError, match=re.escape(f"{key}={reprlib.repr(value)}")):
+        from_hf(RAW[name] | {key: value})
 
 
 @pytest.mark.parametrize(("name", "key"), [
-    pytest.param(name, key, id=f"{name}-{key}") for name in RAW for key in _changes(name)])
-def test_a_key_that_changes_the_computation_is_refused_with_its_value(name, key):
-    value = _changes(name)[key][0]
-    with pytest.raises(UserError, match=re.escape(f"{key}={reprlib.repr(value)}")):
-        from_hf(RAW[name] | {key: value})
+    pytest.param(name, key, id=f"{name}-{key}") for name in RAW
+    for key in FOREIGN[RAW[name]["model_type"]]])
+def test_a_key_that_only_other_families_read_is_ignored_with_a_warning(name, key):
+    """`test_foreign_keys.py` compares the logits with those of transformers."""
+    value = FOREIGN[RAW[name]["model_type"]][key][0]
+    with pytest.warns(UserWarning, match=re.escape(f"{key}={reprlib.repr(value)}")) as caught:
+        assert from_hf(RAW[name] | {key: value}, place="m/config.json") == from_hf(RAW[name])
+    assert len(caught) == 1 and str(caught[0].message).startswith(
+        "m/config.json: ignored keys that the family")
 
 
 @pytest.mark.parametrize("name", RAW)
 def test_such_a_key_is_read_without_a_warning_where_it_changes_nothing(name):
     """Warnings are errors in this test suite."""
-    for key, (_, neutral) in _changes(name).items():
+    for key, (_, neutral) in (CHANGES | FOREIGN[RAW[name]["model_type"]]).items():
         for value in neutral:
             assert from_hf(RAW[name] | {key: value}) == from_hf(RAW[name]), f"{key}={value}"
 
@@ -265,10 +273,10 @@ def _malformed(name: str) -> Iterator[tuple[str, dict[str, Any], str]]:
     if _is_gemma(name):
         yield "scalar-text", {"query_pre_attn_scalar": "256"}, "query_pre_attn_scalar is '256'"
         yield "softcap-list", {"final_logit_softcapping": [30.0]}, "final_logit_softcapping is [30"
-    if family == "gemma3_text":
-        yield "attention-softcap", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping is 5.0"
         yield ("bidirectional", {"use_bidirectional_attention": True},
                "use_bidirectional_attention is true")
+    if family == "gemma3_text":
+        yield "attention-softcap", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping is 5.0"
         yield "pattern-list", {"sliding_window_pattern": [6]}, "sliding_window_pattern is [6]"
         yield "local-theta-text", {"rope_local_base_freq": "1e4"}, "rope_local_base_freq is '1e4'"
         for kind in (FULL, SLIDING):

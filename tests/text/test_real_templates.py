@@ -6,11 +6,14 @@ In the spans, {s0} begins text of kind "s" (`published_templates.LETTERS`) and t
 from __future__ import annotations
 
 import copy
+import dataclasses
+import itertools
 import re
 from datetime import datetime
 
 import numpy as np
 import pytest
+import support as s
 from published_templates import (
     CHATML_EMPTY,
     COMMON_CONTENTS,
@@ -314,6 +317,36 @@ def test_the_mean_of_the_response_has_no_template_token(name):
         assert selected(tokenizer, batch, jp.response, row=i) == want
     special = np.isin(np.asarray(batch.tokens), [*tokenizer.all_special_ids])
     assert special.any() and not (chosen & special).any()
+
+
+def reply_tokens(tokenizer, ids, spans):
+    """Return which tokens lie in the assistant's messages of handwritten spans."""
+    parts = re.split(r"(\{[a-z]+\d+\})", spans)[1:]
+    owner = [mark[1:-1].rstrip("0123456789") for mark, text in zip(parts[::2], parts[1::2],
+                                                                  strict=True) for _ in text]
+    ends = [len(tokenizer.decode(ids[:i])) for i in range(len(ids) + 1)]
+    assert ends[-1] == len(owner)
+    return np.array([set(owner[low:high]) == {"a"} for low, high in itertools.pairwise(ends)])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_mean_of_the_response_is_the_mean_over_handwritten_spans(name):
+    """Both rows run in one batch, so the shorter one is padded."""
+    tokenizer = make_tokenizer(name)
+    model = dataclasses.replace(s.tiny_model(vocab_size=1024), tokenizer=tokenizer)
+    said = ("I am a pirate.", "I am a helpful pirate.\nWhy the sea  the ship: the sea the ship?")
+    talks = [[TALK[0], TALK[1], {"role": "assistant", "content": text}, TALK[3]] for text in said]
+    rows = [chat.encode_row(tokenizer, talk) for talk in talks]
+    assert len(rows[0].tokens) + 9 < len(rows[1].tokens) < 1024 // 2
+    found = jp.extract(model, rows, batch_tokens=1024, capture=[
+        jp.capture.mean(jp.response), jp.capture.full(jp.everywhere)]).captured
+    for text, row, mean, full in zip(said, rows, found["mean"], found["full"], strict=True):
+        chosen = reply_tokens(tokenizer, row.tokens.tolist(), TALKS[name].replace(said[0], text))
+        assert tokenizer.decode(row.tokens[chosen]).strip() == text
+        np.testing.assert_allclose(mean, full[:, chosen].mean(1), rtol=1e-4, atol=1e-5)
+        for extra in np.flatnonzero(~chosen):  # one more token would be noticed
+            more = full[:, [*np.flatnonzero(chosen), extra]].mean(1)
+            assert s.rowwise(more[None], mean[None]).min() > 1e-3, extra
 
 
 @pytest.mark.parametrize("variables", [None, {"date_string": "1 May 2025"}], ids=["clock", "given"])
