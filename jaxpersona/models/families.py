@@ -3,8 +3,7 @@
 To add a family, add an entry to `FAMILIES` with the architecture name, the fields of `config.json`
 and their conversion to `ModelConfig`. An unsupported field that changes the computation raises an
 error, because ignoring the field would silently change the model's outputs. Any other key that the
-family does not read, such as a key added by training code, is ignored as in transformers, but with
-a warning unless its value is null, false or 0.
+family does not read is ignored with a warning, unless its value is null, false or 0.
 """
 
 from __future__ import annotations
