@@ -250,6 +250,7 @@ def test_a_missing_field_is_named():
         from_hf({k: v for k, v in BASE.items() if k != "vocab_size"})
 
 
+<<<<<<< ours
 def test_gemma_refuses_what_its_attention_does_not_do():
     for family, key, value in (("Gemma3", "attn_logit_softcapping", 5.0),
                                ("Gemma3", "use_bidirectional_attention", True),
@@ -258,3 +259,32 @@ def test_gemma_refuses_what_its_attention_does_not_do():
         from_hf(raw)
         with pytest.raises(ValueError, match=key):
             from_hf(raw | {key: value})
+=======
+def test_gemma3_refuses_what_its_attention_does_not_do():
+    raw = oracle.config("gemma3").to_dict() | {"architectures": ["Gemma3ForCausalLM"]}
+    from_hf(raw)
+    for change in ({"attn_logit_softcapping": 5.0}, {"use_bidirectional_attention": True}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            from_hf(raw | change)
+
+
+@pytest.mark.parametrize(("model", "change", "windows"), [
+    ("gemma3", {}, (9,) * 5 + (None, 9)),
+    ("gemma3", {"sliding_window_pattern": 3}, (9, 9, None) * 2 + (9,)),
+    ("gemma3", {"_sliding_window_pattern": 3}, (9, 9, None) * 2 + (9,)),
+    ("gemma3", {"sliding_window_pattern": 2, "_sliding_window_pattern": 3}, (9, None) * 3 + (9,)),
+    ("gemma2", {}, (9, None) * 3 + (9,)), ("mistral", {}, (9,) * 7),
+    ("mistral", {"sliding_window": None}, (None,) * 7),
+    ("qwen3", {"max_window_layers": 5}, (None,) * 7),
+    ("qwen3", {"use_sliding_window": True, "max_window_layers": 5}, (None,) * 5 + (9,) * 2),
+    ("qwen3", {"use_sliding_window": True, "max_window_layers": 0}, (9,) * 7),
+    ("qwen3", {"use_sliding_window": True, "num_hidden_layers": 30}, (None,) * 28 + (9,) * 2),
+])
+def test_unlisted_layers_have_the_windows_of_their_family(model, change, windows):
+    """Gemma 3 files give the period of full attention under one of two names."""
+    raw = {key: value for key, value in oracle.config(model).to_dict().items()
+           if key not in ("layer_types", "max_window_layers") and "pattern" not in key}
+    raw |= {"architectures": [oracle.architecture(model).__name__], "num_hidden_layers": 7,
+            "sliding_window": 9}
+    assert from_hf(raw | change).windows == windows
+>>>>>>> theirs
