@@ -250,7 +250,6 @@ def test_a_missing_field_is_named():
         from_hf({k: v for k, v in BASE.items() if k != "vocab_size"})
 
 
-<<<<<<< ours
 def test_gemma_refuses_what_its_attention_does_not_do():
     for family, key, value in (("Gemma3", "attn_logit_softcapping", 5.0),
                                ("Gemma3", "use_bidirectional_attention", True),
@@ -259,13 +258,6 @@ def test_gemma_refuses_what_its_attention_does_not_do():
         from_hf(raw)
         with pytest.raises(ValueError, match=key):
             from_hf(raw | {key: value})
-=======
-def test_gemma3_refuses_what_its_attention_does_not_do():
-    raw = oracle.config("gemma3").to_dict() | {"architectures": ["Gemma3ForCausalLM"]}
-    from_hf(raw)
-    for change in ({"attn_logit_softcapping": 5.0}, {"use_bidirectional_attention": True}):
-        with pytest.raises(ValueError, match=next(iter(change))):
-            from_hf(raw | change)
 
 
 @pytest.mark.parametrize(("model", "change", "windows"), [
@@ -287,4 +279,3 @@ def test_unlisted_layers_have_the_windows_of_their_family(model, change, windows
     raw |= {"architectures": [oracle.architecture(model).__name__], "num_hidden_layers": 7,
             "sliding_window": 9}
     assert from_hf(raw | change).windows == windows
->>>>>>> theirs
