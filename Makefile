@@ -1,6 +1,7 @@
 # make install: install the package into .venv.
 # make demo: install and run the whole method on the embedded model.
-# make test: run the tests but those marked `slow`.  make test-all: run these too.
+# make test: run the tests but those marked `slow`, with a released model (downloaded once, 98 MB).
+# make test-all: run the slow ones too.
 # make test-real: fetch released checkpoints (1.5 GB) and compare with transformers.
 # make docs: build the documentation into build/site.  make notebooks: execute the tutorials again.
 PYTHON ?= python3

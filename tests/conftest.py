@@ -49,6 +49,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Warn about tests of released checkpoints that were skipped, with the reasons."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", ())
+               if "/real/" in report.nodeid and isinstance(report.longrepr, tuple)]
+    if skipped:
+        terminalreporter.section("released checkpoints were not tested", yellow=True)
+    for report in skipped:
+        terminalreporter.line(f"WARNING: {report.nodeid}: {report.longrepr[2]}", yellow=True)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """A random Qwen 3 checkpoint saved by transformers, with a byte-level tokenizer."""

