@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import itertools
 import json
@@ -27,7 +28,8 @@ BENCH = pathlib.Path(__file__).parents[1] / "bench"
 def bench_folder(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     yield
-    for name in ("common", "decoding", "conversations", "roofline", "exported"):
+    for name in ("common", "decoding", "conversations", "mixed", "peers", "report", "roofline",
+                 "suite", "exported"):
         sys.modules.pop(name, None)
 
 
@@ -282,3 +284,67 @@ def test_the_roofline_counts_the_cache_halfway_through_the_steps(monkeypatch):
     attention = 4 * config.n_layers * config.n_heads * config.head_dim * (6 + 4)
     assert told["points"][0]["flops_per_second"] == 2 * (2 * weights + attention)
     assert told["points"][1]["flops_per_second"] == config.prefill_flops(32)
+
+
+def test_a_failed_benchmark_fails_the_suite_and_the_others_are_kept(tmp_path, monkeypatch):
+    """The report is written in any case; `cap_overhead` gets the options of the suite."""
+    import suite
+
+    ran = []
+
+    def run(command, **_):
+        ran.append([pathlib.Path(command[1]).stem, *command[2:]])
+        if ran[-1][0] == "rows":
+            raise subprocess.CalledProcessError(1, command)
+        last = "no JSON" if ran[-1][0] == "decode" else '{"bench": "cap_overhead"}'
+        return types.SimpleNamespace(stdout=f"a table\n{last}\n")
+
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(suite, "HERE", tmp_path)
+    monkeypatch.setattr(suite.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["suite.py", "--only", "rows", "decode", "cap_overhead"])
+    with pytest.raises(SystemExit) as ended:
+        suite.main()
+    assert ended.value.code == "failed: rows, decode"  # a text is exit status 1
+    assert ran == [["rows"], ["decode"], ["cap_overhead", "--sweep"], ["report"]]
+    (file,) = (tmp_path / "results").iterdir()
+    assert file.name == "cap_overhead-cpu.json"
+    assert json.loads(file.read_text()) == {"bench": "cap_overhead"}
+    monkeypatch.setattr(sys, "argv", ["suite.py", "--only", "cap_overhead"])
+    suite.main()
+
+
+def test_ratios_to_a_peer_are_its_seconds_divided_by_ours():
+    from mixed import role_prompts, summary
+
+    arm = {"ratio": 2.0, "interval": [1.9, 2.1], "unresolved": False, "pairs": 10}
+    found = summary({"hooks": {**arm, "seconds": 8.0}, "sorted": {**arm, "seconds": 6.0},
+                     "ours": {**arm, "seconds": 4.0}})
+    assert found["ratio"] == 2.0 and found["ratio_to_sorted"] == 1.5
+    assert found["seconds"] == {"hooks": 8.0, "sorted": 6.0, "ours": 4.0}
+    talks = role_prompts(7, "Ada")
+    assert len({talk[-1]["content"] for talk in talks}) == len(talks) == 7
+
+
+def test_the_fastest_arm_of_a_side_is_that_of_its_best_run_after_the_first():
+    from peers import fastest
+
+    def arm(*seconds):
+        return iter(seconds).__next__
+
+    arms = {"ours a": arm(0.1, 5.0, 5.0, 5.0), "ours b": arm(9.0, 6.0, 4.0, 6.0),
+            "hooks a": arm()}
+    assert fastest(arms, "ours") == "ours b"
+    assert fastest(arms, "hooks") == "hooks a"  # a single arm is not run
+
+
+def test_a_report_names_the_arguments_of_a_run_and_marks_unresolved_ratios():
+    report = importlib.import_module("report")
+
+    value = {"bench": "rows", "model": "mini", "device": "cpu", "date": "today",
+             "arguments": {"batch": 8, "temperature": 0.0, "top_p": 0.9, "distinct": [],
+                           "dtype": None},
+             "distinct_over_shared": 0.98, "interval": [0.9, 1.1], "unresolved": True}
+    assert report.describe(value) == "mini, batch 8, top_p 0.9, cpu, today"
+    assert report.figures(value) == [("distinct ÷ shared", "0.98 [0.9, 1.1] *unresolved*")]
+    assert report.figures({**value, "unresolved": False})[0][1] == "0.98 [0.9, 1.1]"

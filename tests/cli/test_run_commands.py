@@ -92,6 +92,27 @@ def test_the_status_of_a_running_run_has_rate_and_time_left(tmp_path, monkeypatc
             read_status(tmp_path)
 
 
+def test_a_further_round_carries_on_the_start_the_tokens_and_the_cost(tmp_path, monkeypatch):
+    """The rates are those of the round."""
+    clock = [1000.0]
+    monkeypatch.setattr("jaxpersona.runs.status.time.time", lambda: clock[0])
+    one = Status(tmp_path, total=10, to_judge=8, roles=2)
+    one.begin()
+    clock[0] += 50
+    one.tokens, one.cost, one.done = 400, 0.5, 10
+    two = Status(tmp_path, total=20, to_judge=16, roles=2, before=one)
+    two.done = 10
+    two.begin()
+    clock[0] += 10
+    two.tokens += 100
+    two.cost += 0.25
+    two.done += 5
+    found = two.value("running")
+    assert found["started"] == one.value("running")["started"] and found["seconds"] == 60
+    assert found["tokens"] == 500 and found["cost"] == 0.75
+    assert found["tokens_per_second"] == 10 and found["rollouts_per_second"] == 0.5
+
+
 @pytest.mark.parametrize(("name", "text", "wanted"), [
     ("status.json", "[]", "field 'state' is"), ("status.json", '{"state": 5}', "field 'state' is"),
     ("status.json", None, "no such file"), ("run.json", None, "contains no run"),

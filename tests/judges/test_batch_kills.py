@@ -177,6 +177,25 @@ def test_a_busy_endpoint_is_asked_again(tmp_path, monkeypatch):
     assert server.batches.sizes == [5]
 
 
+def test_only_failures_in_a_row_end_the_wait_for_a_batch(tmp_path, monkeypatch):
+    from jaxpersona.judges import batch
+
+    with fake.serving() as server:
+        server.batches.polls = 4
+        kept, asked = server.batches._polled, []
+
+        def polled(of, one):
+            asked.append(one)
+            if len(asked) % 3:  # two of three requests fail
+                raise ConnectionResetError
+            return kept(of, one)
+
+        monkeypatch.setattr(server.batches, "_polled", polled)
+        monkeypatch.setattr(batch, "IN_A_ROW", 3)
+        scored(in_order(batch_judge(server, tmp_path / "v.jsonl"), items(5)), items(5))
+    assert len(asked) == 12 and server.batches.sizes == [5]
+
+
 @pytest.mark.parametrize("line", [
     '{"batch": "", "id": "x", "url": "u"}', '{"batch": 5, "id": "x", "url": "u"}',
     '{"batch": "a", "id": 5, "url": "u"}', '{"batch": "a", "id": "x"}', '{"batch": "a"}',

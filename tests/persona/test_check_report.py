@@ -23,6 +23,19 @@ def test_a_floor_just_beyond_the_limit_is_named_and_one_just_within_is_not():
                 assert fine == (beyond < 0) and (fine or (words in said and "layer 3" in said))
 
 
+def test_a_limit_is_that_of_the_replies_on_its_side():
+    """Above the default persona, its own spread counts; below the roles, that of the roles."""
+    def replies(mean, spread):
+        return np.array([[mean - spread], [mean + spread]])
+
+    for own, other, high, low in ((0.5, 5.0, 20.0, -20.0), (5.0, 0.5, 30.0, -10.0)):
+        for floor, wanted in ((high - 0.01, True), (high + 0.01, False), (low + 0.01, True),
+                              (low - 0.01, False)):
+            fine, _ = module._scale((3,), replies(10.0, own), replies(0.0, other),
+                                    np.array([floor]), np.ones(1), np.zeros(1))
+            assert fine == wanted, (own, other, floor)
+
+
 def test_a_floor_above_most_default_projections_gets_a_warning():
     """Distances are in the default's standard deviation at the layer."""
     ours, theirs = np.array([[9.0, 9.0], [11.0, 11.0]]), np.array([[0.0, 0.0], [0.0, 0.0]])
@@ -104,7 +117,8 @@ def test_a_shift_of_the_layers_is_found_on_layers_that_all_shifts_have():
 def checked(monkeypatch, tmp_path):
     """Run `vectors check` on an axis, with a result in place of the self-test's generation."""
     table = {f"p{q}": np.arange(8.0) + q for q in (1, 25, 50, 75, 99)}
-    axis = Axis(np.ones((8, 4)), percentiles={"default": table, "all": table})
+    every = {name: values + 1000 for name, values in table.items()}
+    axis = Axis(np.ones((8, 4)), percentiles={"default": table, "all": every})
     save_vector(tmp_path / "axis.safetensors", axis)
     seen = []
 
@@ -140,7 +154,7 @@ def test_the_command_prints_distances_by_layer(checked, capsys):
 def test_the_command_tests_the_chosen_layers_and_floors(checked, capsys):
     code, seen = checked("--cap-layers", "4:6", "--percentile", "p75", "--of", "all")
     assert code == 0 and seen[-1]["layers"] == "4:6"
-    assert seen[-1]["floor"].tolist() == [75, 76, 77, 78, 79, 80, 81, 82]
+    assert seen[-1]["floor"].tolist() == [1075, 1076, 1077, 1078, 1079, 1080, 1081, 1082]
     capsys.readouterr()
     for more, wanted in ((["--percentile", "p33"], "percentile is 'p33'"),
                          (["--experiment", "x"], "--experiment applies only to files of caps"),
@@ -148,6 +162,14 @@ def test_the_command_tests_the_chosen_layers_and_floors(checked, capsys):
         count = len(seen)
         assert checked(*more)[0] == 2 and len(seen) == count
         assert wanted in capsys.readouterr().err
+
+
+def test_a_percentile_or_a_population_may_be_given_alone(checked):
+    """The other of the two is p25 or the default persona."""
+    _, seen = checked("--of", "all")
+    assert seen[-1]["floor"].tolist() == [x + 1025 for x in range(8)]
+    _, seen = checked("--percentile", "p75")
+    assert seen[-1]["floor"].tolist() == [x + 75 for x in range(8)]
 
 
 def test_a_failed_test_is_one_line_and_exit_code_2(checked, capsys):

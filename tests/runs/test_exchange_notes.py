@@ -154,3 +154,19 @@ def test_four_means_of_replies_that_can_be_encoded_are_compared(monkeypatch):
     for factor in (1.51, float("nan")):
         with pytest.raises(UserError, match="are not those of mini .*over 1 rollouts"):
             compared(monkeypatch, {"b": "x"}, {"b": factor})
+
+
+def test_rollouts_of_the_default_persona_may_have_its_label(tmp_path):
+    """The keys of its response means then begin with this label."""
+    plain, named = write(tmp_path / "plain"), write(tmp_path / "named")
+    path = named / "responses" / "default.jsonl"
+    path.write_text(path.read_text().replace('"label": "pos"', '"label": "default"'))
+    with pytest.raises(UserError, match=r"default\.pt: keys without a rollout .*pos_p0_q0"):
+        import_reference(named, tmp_path / "run", min_count=2)
+    path = named / "activations" / "default.pt"
+    means = torch.load(path, weights_only=True)
+    torch.save({key.replace("pos", "default"): mean for key, mean in means.items()}, path)
+    one, two = (import_reference(folder, tmp_path / f"run-{folder.name}", min_count=2)
+                for folder in (plain, named))
+    assert one.means == two.means and one.extraction and two.extraction
+    assert np.array_equal(one.extraction.axis.values, two.extraction.axis.values)
