@@ -357,8 +357,7 @@ def spoil(folder, value, *keys):
     (lambda folder: (folder / "analysis.json").write_text("["), "analysis.json: invalid JSON"),
     (lambda folder: (folder / "rollouts" / "far.jsonl").write_text("{}\n"),
      "far.jsonl: damaged (differs from"),
-    (lambda folder: (folder / "status.json").write_text("[]"),
-     "status.json: field 'state' is missing"),
+    (lambda folder: (folder / "status.json").write_text("[]"), "json: field 'state' is missing"),
     (lambda folder: (folder / PAGE).mkdir(), "report.html, a folder; give the name of a file"),
 ])
 def test_what_cannot_be_reported_is_one_line(run, tmp_path, capsys, spoil, wanted):
