@@ -299,7 +299,7 @@ def one_cap(cap=1.0, **vector):
     ({**one_cap(), "vectors": {}}, "'q', which is not in vectors"),
     (one_cap(layer="2"), "'layer' an int"), (one_cap(layer=-2), "integer in 0"),
     (one_cap("x"), "cap is 'x'; it must be a number"), (one_cap(1e300), "non-finite"),
-    (one_cap(vector=torch.ones(1, 3)), r"tensor \[D\]"), (one_cap(True), "cap is True; it must"),
+    (one_cap(vector=torch.ones(1, 3)), r"tensor \[D\]"), (one_cap(True), "cap is True; it must be"),
     ({**one_cap(), "experiments": one_cap()["experiments"] * 2}, "contains 'a' twice"),
 ])
 def test_a_pt_file_of_another_content_is_named(tmp_path, content, words):
