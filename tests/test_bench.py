@@ -29,7 +29,7 @@ def bench_folder(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     yield
     for name in ("common", "decoding", "conversations", "mixed", "peers", "report", "roofline",
-                 "suite", "exported"):
+                 "suite", "exported", "same_bits"):
         sys.modules.pop(name, None)
 
 
@@ -257,6 +257,17 @@ def test_an_exported_program_has_its_arrays_as_arguments_and_the_rest_as_constan
     count = len(shared)
     assert count == 2 and np.array_equal(exported.timer(tmp_path / "b", shared)[1], found)
     assert len(shared) == count, "equal arguments must be one array on the device"
+
+
+def test_arrays_are_the_same_only_if_every_bit_is():
+    import same_bits
+
+    a = np.array([0.0, np.nan, 1.0], np.float32)
+    assert same_bits.same(a, a.copy())
+    for other in (a * -1, a.astype(np.float64), a[:2], a[None], np.nextafter(a, 2)):
+        assert not same_bits.same(a, other)
+    assert same_bits.difference(np.array([1.0, 4.0]), np.array([1.0, 5.0])) == 0.2
+    assert same_bits.difference(a, a[:2]) == "(3,) (2,)"
 
 
 def test_a_matmul_counts_a_multiplication_and_an_addition_per_term(monkeypatch):
