@@ -14,7 +14,16 @@ from jaxpersona import interrupt
 from jaxpersona.brief import named
 from jaxpersona.cli import support
 from jaxpersona.cli.groups import grouped
-from jaxpersona.cli.judges import JUDGES, JudgeOptions, choose, closed, of_model, opened, rubric_of
+from jaxpersona.cli.judges import (
+    JUDGES,
+    JudgeOptions,
+    check_cache,
+    choose,
+    closed,
+    of_model,
+    opened,
+    rubric_of,
+)
 from jaxpersona.cli.output import say
 from jaxpersona.cli.support import DtypeOption, kept_of, progress
 from jaxpersona.errors import UserError
@@ -61,6 +70,7 @@ def run(
         raise UserError(f"the judge needs an eval_prompt, missing for {named(bare, 'role')}; add "
                         "one to each, or give one rubric for all roles with --judge-rubric")
     chosen: Judge | None = opened(choice, folder)
+    check_cache(chosen)
     if chosen is None and choice.kind == "self":
         from jaxpersona.judges.judges import SelfJudge
 
