@@ -156,6 +156,8 @@ def _paired(entries: Mapping[str, Entry], expected: Mapping[str, names.Tensor],
             faults.append(f"{name}: dtype is {entry.dtype} and shape is {list(entry.shape)}; a "
                           "factor must be a matrix with one of the dtypes "
                           f"{', '.join(DTYPES)}")
+        elif match[2] in by_weight.get(weight, {}):
+            faults.append(f"{name}: the weight has a second lora_{match[2]} with another name")
         else:
             by_weight.setdefault(weight, {})[match[2]] = entry
     pairs = {}

@@ -43,7 +43,35 @@ def count(number: int, noun: str) -> str:
 
 def named(names: Sequence[str], noun: str) -> str:
     """Format a count with the first five names, such as "1 role (pirate)"."""
-    return f"{count(len(names), noun)} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
+    return (f"{count(len(names), noun)} ({', '.join(map(escaped, names[:5]))}"
+            f"{', …' if len(names) > 5 else ''})")
+
+
+def escaped(name: str) -> str:
+    r"""Return a name for a message, with escape sequences for characters that cannot be printed.
+
+    Examples:
+      >>> from jaxpersona.brief import escaped
+      >>> escaped("ghost"), escaped("a\nb")
+      ('ghost', 'a\\nb')
+    """
+    return name if name.isprintable() else repr(name)[1:-1]
+
+
+def shown(value: object, most: int = 40) -> str:
+    """Return the repr of a value for a message, truncated to `most` characters.
+
+    Examples:
+      >>> from jaxpersona.brief import shown
+      >>> shown(10**5000)
+      'an int with too many digits'
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # an integer beyond Python's limit of digits, or a list of such integers
+        name = type(value).__name__
+        return f"{'an' if name[0] in 'aeiou' else 'a'} {name} with too many digits"
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def quoted(text: str, most: int = 40) -> str:

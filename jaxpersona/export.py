@@ -43,7 +43,8 @@ class Table:
 
         NaN and infinity become null, because JSON cannot represent them.
         """
-        return json.dumps({"kind": type(self).__name__, **plain(self.facts()),
+        return json.dumps({"kind": type(self).__name__,
+                           **others(plain(self.facts()), ("kind", "records")),
                            "records": plain(self.records())}, ensure_ascii=False, allow_nan=False)
 
     def _repr_html_(self) -> str:
@@ -56,6 +57,19 @@ class Table:
     def _left_out(self, column: str) -> bool:
         """Return whether a column is omitted in notebooks."""
         return False
+
+
+def others(found: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
+    """Return entries of a file beside the fields of a result.
+
+    An entry with the name of a field gets the prefix "notes.", so that it cannot replace the field.
+
+    Examples:
+      >>> from jaxpersona.export import others
+      >>> others({"judge": "none", "name": "mine"}, ["name"])
+      {'judge': 'none', 'notes.name': 'mine'}
+    """
+    return {f"notes.{name}" if name in fields else name: value for name, value in found.items()}
 
 
 def page(caption: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 import threading
 import time
@@ -24,8 +25,19 @@ State = tuple[str, int, int, str]  # (step, number done, total number, note)
 SECONDS = 3.0  # seconds before progress is shown
 EVERY = 30.0  # seconds between lines if standard error is not a terminal
 _REWRITE = 0.5  # seconds between two versions of the line on a terminal
+# errors of a standard error that is closed, is None, or lacks methods of a stream
+_NO_STREAM = (OSError, ValueError, AttributeError)
 _lock = threading.Lock()
 _muted = 0  # the number of running functions that suppress other displays
+
+
+def _forked() -> None:
+    """Replace the lock in a forked child, because a thread of the parent may hold it forever."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 @contextlib.contextmanager
@@ -99,16 +111,16 @@ class _Display:
             return
         from jaxpersona.distributed import processes
 
-        if not processes.first():
+        if not processes.leads():
             return
         rewritten = _rewrites()
         while True:
-            with contextlib.suppress(OSError, ValueError):  # standard error is closed
+            with contextlib.suppress(*_NO_STREAM):
                 self._write(self._text(), rewritten)
             if self._ended.wait(_REWRITE if rewritten else EVERY):
                 break
         if rewritten:
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(*_NO_STREAM):
                 self._write("", True)
                 sys.stderr.write("\r")
                 sys.stderr.flush()
@@ -135,7 +147,9 @@ class _Display:
 def _rewrites() -> bool:
     """Return whether a line on standard error can be rewritten: in a terminal or a notebook."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return sys.stderr.isatty() or type(shell).__name__ == "ZMQInteractiveShell"
+    with contextlib.suppress(*_NO_STREAM):
+        return sys.stderr.isatty() or type(shell).__name__ == "ZMQInteractiveShell"
+    return False
 
 
 def tokens(step: str) -> Callable[[int, int, int], State]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import time
 
 import pytest
@@ -108,3 +110,40 @@ def test_the_public_functions_accept_true_and_false():
         assert len(out.text) == 1
     with pytest.raises(jp.UserError, match="no run"):
         jp.report.page("none", report=False)
+
+
+@pytest.mark.parametrize("screen", [None, "closed", "bare"])
+def test_a_missing_or_closed_standard_error_ends_no_thread(monkeypatch, screen):
+    closed = io.StringIO()
+    closed.close()
+    bare = type("Bare", (), {"write": lambda self, text: None})()
+    errors = []
+    monkeypatch.setattr("threading.excepthook", lambda found: errors.append(found.exc_value))
+    monkeypatch.setattr("sys.stderr", {None: None, "closed": closed, "bare": bare}[screen])
+    assert callable(work(4)) and not errors
+
+
+def test_a_display_initializes_no_backend_and_a_forked_child_has_its_own_lock():
+    """The lock may be held by a thread of the parent."""
+    code = """
+import os, time
+from jax.extend import backend
+from jaxpersona import progress
+from jax._src import xla_bridge
+progress.SECONDS = 0.01
+@progress.shows(progress.steps, "report")
+def slow(*, report=None):
+    time.sleep(0.3)
+slow()
+assert not xla_bridge.backends_are_initialized()
+progress._lock.acquire()
+child = os.fork()
+if not child:
+    slow()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    found = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True,
+                           text=True, timeout=120, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "slow is running" in found.stderr

@@ -125,6 +125,14 @@ def global_names() -> Found:
     """Return module-level names that have mutable values or that a function reassigns."""
     found: Found = collections.defaultdict(list)
     for path, tree in trees().items():
+        for node in (n for statement in tree.body if not isinstance(
+                statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+                for n in ast.walk(statement)):
+            # a statement that is run on import, and changes an object of this or another module
+            changed = getattr(node, "targets", [getattr(node, "target", None)])
+            for target in changed if isinstance(node, (ast.Assign, ast.AugAssign)) else ():
+                if isinstance(target, (ast.Attribute, ast.Subscript)):
+                    found[path, ast.unparse(target)].append(node.lineno)
         for node in tree.body:
             targets = (node.targets if isinstance(node, ast.Assign) else
                        [node.target] if isinstance(node, ast.AnnAssign) else [])

@@ -17,6 +17,7 @@ from jaxpersona.cli.judges import (
     JUDGES,
     AfterOption,
     JudgeOptions,
+    check_cache,
     choose,
     closed,
     of_model,
@@ -50,6 +51,7 @@ _OWN_QUESTIONS = "the built-in ones for mini without --roles, otherwise `data`"
 
 @grouped
 def axis(
+    context: typer.Context,
     model: ModelOption = "mini",
     out: Annotated[pathlib.Path, typer.Option(help="The run folder.")] = pathlib.Path("runs/axis"),
     roles: Annotated[str | None, typer.Option(show_default=_OWN, help=(
@@ -163,7 +165,7 @@ def axis(
                  "limit_roles": limit_roles, "limit_questions": limit_questions, "samples": samples,
                  "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
                  "min_count": min_count, "precision": quota.precision}
-        fixed = of_paper(given)
+        fixed = of_paper(given, support.typed(context))
         roles, questions, max_new_tokens, min_count = (
             fixed[name] for name in ("roles", "questions", "max_new_tokens", "min_count"))
     own = model == "mini" and roles is None
@@ -186,6 +188,8 @@ def axis(
     found: Extraction | None = None
     with progress(log=True, note=lambda: getattr(judged, "note", str)()) as report:
         judged = opened(choice, out)
+        if not dry_run:
+            check_cache(judged)
         if choice.kind == "model" and choice.after:
             judged = of_model(choice, lambda: support.open_model(choice.argument, dtype, mesh),
                               lambda: loaded)

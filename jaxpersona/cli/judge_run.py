@@ -14,7 +14,16 @@ from jaxpersona import interrupt
 from jaxpersona.brief import named
 from jaxpersona.cli import support
 from jaxpersona.cli.groups import grouped
-from jaxpersona.cli.judges import JUDGES, JudgeOptions, choose, closed, of_model, opened, rubric_of
+from jaxpersona.cli.judges import (
+    JUDGES,
+    JudgeOptions,
+    check_cache,
+    choose,
+    closed,
+    of_model,
+    opened,
+    rubric_of,
+)
 from jaxpersona.cli.output import say
 from jaxpersona.cli.support import DtypeOption, kept_of, progress
 from jaxpersona.errors import UserError
@@ -60,6 +69,7 @@ def run(
     chosen: Any = None
     with progress(log=True, note=lambda: getattr(chosen, "note", str)()) as report:
         chosen = opened(choice, folder)
+        check_cache(chosen)
         if chosen is None and choice.kind == "self":
             from jaxpersona.judges.judges import SelfJudge
 

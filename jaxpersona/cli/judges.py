@@ -274,6 +274,20 @@ def of_model(choice: Choice, load: Callable[[], Model], target: Callable[[], Mod
     return judge
 
 
+def check_cache(judge: Judge | None) -> None:
+    """Open the existing cache of a judge, before a model is loaded.
+
+    A new cache is created only with the run, because it may be in the run folder.
+
+    Raises:
+      UserError: the cache is damaged, or another process uses it.
+    """
+    from jaxpersona.judges.http import HttpJudge
+
+    if isinstance(judge, HttpJudge) and judge.path.exists():
+        judge.begin()
+
+
 @contextlib.contextmanager
 def closed(judge: Judge) -> Iterator[None]:
     """Close a judge's files and connections at the end of a `with` block."""

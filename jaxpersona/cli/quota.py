@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
 import typer
 
+from jaxpersona.brief import shown
 from jaxpersona.errors import UserError
 
 # option → (value of Lu et al. 2026, arXiv 2601.10387; value if the option is not given)
@@ -49,17 +51,18 @@ class QuotaOptions:
         if self.rounds is None:
             return None
         parts = [part.strip() for part in self.rounds.split(",")]
-        if not all(part.isascii() and part.isdecimal() for part in parts):
-            raise UserError(f"--rounds is {self.rounds!r:.60}; give numbers of questions, such as "
-                            "8,16,32")
+        if not all(re.fullmatch("[0-9]{1,9}", part) for part in parts):
+            raise UserError(f"--rounds is {shown(self.rounds, 60)}; give numbers of questions, "
+                            "such as 8,16,32")
         return [int(part) for part in parts]
 
 
-def of_paper(given: Mapping[str, Any]) -> dict[str, Any]:
+def of_paper(given: Mapping[str, Any], typed: Collection[str] = ()) -> dict[str, Any]:
     """Return the values that `--paper` sets, by the names of the options.
 
     Args:
       given: the values of the options in `PAPER`.
+      typed: the names of the options that the user gave, also with their default value.
 
     Raises:
       UserError: an option is given with a value that differs from the paper's.
@@ -70,7 +73,7 @@ def of_paper(given: Mapping[str, Any]) -> dict[str, Any]:
       50
     """
     for name, (value, default) in PAPER.items():
-        if given[name] not in (value, default):
+        if given[name] != value and (given[name] != default or name in typed):
             option = f"--{name.replace('_', '-')}"
             means = "omits it" if value is None else f"sets it to {value}"
             raise UserError(f"{option} is {given[name]}, but --paper {means}; omit one of the two")

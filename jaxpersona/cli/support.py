@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jaxpersona import interrupt
+from jaxpersona.brief import shown
 from jaxpersona.cli.output import console, say, write
 from jaxpersona.errors import UserError
 
@@ -56,10 +57,17 @@ def kept_means(text: str) -> int | None:
 
     if text == "all":
         return None
-    if not text.isdecimal():
-        raise UserError(f"--keep-means is {text!r}; give a number of replies, or all")
+    if not text.isdecimal() or len(text) > 9:
+        raise UserError(f"--keep-means is {shown(text)}; give a number of replies, or all")
     check_keep(int(text))
     return int(text)
+
+
+def typed(context: typer.Context) -> set[str]:
+    """Return the names of the running command's options that the user gave."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items()
+            if source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")}
 
 
 def open_model(source: str, dtype: str | None, mesh: str | None = None,

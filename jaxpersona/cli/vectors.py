@@ -217,12 +217,15 @@ def _described(found: Vector | Caps) -> str:
 def _show_facts(found: Vector | Caps, shape: str) -> None:
     from rich.table import Table
 
+    from jaxpersona.export import others
+
     table = Table("field", "value", show_header=False)
     facts = {"kind": found.kind, "name": found.name, "model": found.model or "unknown",
              "fingerprint": (f"{found.fingerprint} (scheme {found.fingerprint_scheme})"
                              if found.fingerprint else "unknown"),
              "site": getattr(found, "site", "residual"), "layers": "zero-based, after the block",
-             "shape": shape, **found.notes}
+             "shape": shape}
+    facts |= others(found.notes, list(facts))
     for key, value in facts.items():
         table.add_row(cell(key), cell(value))
     console().print(table)

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 from collections.abc import Sequence
 
+from jaxpersona.brief import escaped
 from jaxpersona.data.texts import DEFAULT, Role
 from jaxpersona.errors import UserError
 
@@ -21,7 +22,7 @@ def roles_named(roles: Sequence[Role], names: Sequence[str]) -> list[Role]:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), 3)
             raise UserError(f"{name!r} is not the name of a role" + (
-                f"; similar names: {', '.join(near)}" if near else
+                f"; similar names: {', '.join(map(escaped, near))}" if near else
                 "; `jaxpersona data show role` lists the roles of the package"))
     return _default_first(roles, names)
 
@@ -39,7 +40,8 @@ def some_roles(roles: Sequence[Role], count: int) -> list[Role]:
       ['default', 'mirror', 'trickster_god', 'werewolf']
     """
     others = sorted((role.name for role in roles if role.name != DEFAULT),
-                    key=lambda name: hashlib.sha256(name.encode()).digest())[:count]
+                    key=lambda name: hashlib.sha256(
+                        name.encode("utf-8", "surrogateescape")).digest())[:count]
     return _default_first(roles, others)
 
 

@@ -100,6 +100,15 @@ def first() -> bool:
     return not many() or jax.process_index() == 0
 
 
+def leads() -> bool:
+    """Return whether this is process 0, without initializing a backend."""
+    if not joined():
+        return True
+    from jax._src.distributed import global_state  # JAX has no public way without a backend
+
+    return not global_state.process_id
+
+
 def index() -> int:
     """Return the zero-based index of this process."""
     return jax.process_index()

@@ -318,10 +318,11 @@ class Batches:
                 continue
             last = str(outcome)
             journal.failed(key, last, bound if outcome.maybe_paid else 0.0)
-            unsent += outcome is missing and state.status == "failed" and not unread
             if other and isinstance(outcome, OtherLength):
                 self._repeat = True
+                unsent += 1  # the endpoint processed nothing, and the request is sent again
             else:
+                unsent += outcome is missing and state.status == "failed" and not unread
                 failures[key] = last
         journal.ended(held.name, state.status, unsent)
         if state.status == "failed" and _QUEUE in state.problems:

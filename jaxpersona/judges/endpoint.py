@@ -32,6 +32,7 @@ _USD = 1e6  # a larger cost of one answer is ignored
 _SHOWN = 160  # maximum number of characters that are kept of each text from the endpoint
 _CHAT = "/v1/chat/completions"  # the URL in a batch file, which does not depend on the base URL
 _FILE_SECONDS = 600.0  # timeout of the upload and the download of a file
+RESULT_BYTES = 1 << 30  # maximum size of a file with results
 _LISTED = 1000  # number of recent batches among which `Endpoint.find_batch` searches
 _NAME = "jaxpersona"  # the field of a batch's metadata that contains its name
 
@@ -198,11 +199,18 @@ class Endpoint:
         """Return the content of a results file.
 
         Raises:
-          Failure: the endpoint did not return it.
+          Failure: the endpoint did not return it, or it has more than `RESULT_BYTES` bytes.
         """
         with self._translated("a file"):
-            return bytes(self._client.with_options(timeout=_FILE_SECONDS).files.content(
-                file).content)
+            client = self._client.with_options(timeout=_FILE_SECONDS)
+            with client.files.with_streaming_response.content(file) as found:
+                data = bytearray()
+                for part in found.iter_bytes():
+                    data += part
+                    if len(data) > RESULT_BYTES:
+                        raise Failure(f"a file with results has more than {RESULT_BYTES:,} bytes; "
+                                      "give a smaller --judge-batch-size", maybe_paid=True)
+                return bytes(data)
 
     def outcome(self, line: bytes) -> tuple[str, Reply | Failure] | None:
         """Return the custom_id and the outcome in one line of a results file.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import pathlib
 import queue
 import random
 import threading
@@ -79,7 +80,7 @@ class HttpJudge:
                      f"{endpoint.temperature:g} tokens {endpoint.max_tokens}")
         self._identity = f"{endpoint.model} {endpoint.temperature:g} {endpoint.max_tokens}"
         self.failed = 0  # number of items that could not be scored
-        self._path, self._journal = journal, None
+        self.path, self._journal = pathlib.Path(journal), None
         self._concurrency, self._budget = concurrency, budget or Budget()
         self._price, self._tariff = price, Tariff(price, endpoint.max_tokens)
         self._pace = Pace(rpm, tpm)
@@ -112,8 +113,16 @@ class HttpJudge:
             if self._closed:
                 raise UserError(f"the judge {self.endpoint.model} was closed; create a new one")
             if self._journal is None:
-                self._journal = Journal(self._path)
+                self._journal = Journal(self.path)
             return self._journal
+
+    def begin(self) -> None:
+        """Open the journal now, so that a journal in use is noticed before anything is generated.
+
+        Raises:
+          UserError: as for `journal`.
+        """
+        _ = self.journal
 
     def note(self) -> str:
         """Describe the requests in the journal (number and cost) and the number of failed items.
@@ -222,7 +231,7 @@ class HttpJudge:
     def _stop(self, why: str) -> NoReturn:
         why = why or "it was closed before all items were judged"
         raise JudgeStopped(f"the judge {self.endpoint.model} stopped: {why}; all verdicts are kept "
-                           f"in {self._path}")
+                           f"in {self.path}")
 
     def _send(self, groups: dict[str, tuple[str, list[Item]]], open_: queue.SimpleQueue[str],
               left: int) -> Iterator[Verdict]:

@@ -45,6 +45,7 @@ class HumanJudge:
     def __init__(self, path: str | os.PathLike[str], scale: tuple[int, ...] = ROLE_SCALE) -> None:
         self.path, self.scale = pathlib.Path(path), scale
         self.name = f"human {self.path.name} scale {scale[0]}-{scale[-1]}"
+        self._read: tuple[tuple[int, ...], dict[str, dict[str, str]]] | None = None
 
     def __repr__(self) -> str:
         return line("HumanJudge", quoted(str(self.path), 70),
@@ -76,6 +77,39 @@ class HumanJudge:
             else:
                 yield Verdict(item.key, score, refused=score == 0 and self.scale == ROLE_SCALE,
                               raw=row["score"])
+
+
+    def outdated(self, items: Sequence[Item], scores: Mapping[str, int | None]) -> set[str]:
+        """Return the keys of the items whose score in the file is not their score in `scores`.
+
+        Such a score was corrected in the file, or comes from another file with the same name.
+
+        Args:
+          items: the items.
+          scores: key of an item → its score in an earlier call.
+
+        Raises:
+          UserError: the file cannot be read, or contains an invalid score.
+        """
+        rows = self._rows()
+        found = set()
+        for item in items:
+            row = rows.get(identity(item))
+            if item.key in scores and (row is None or row["digest"] != digest_of(item) or score_of(
+                    row, self.scale, self.path) != scores[item.key]):
+                found.add(item.key)
+        return found
+
+    def _rows(self) -> dict[str, dict[str, str]]:
+        """Return the rows of the file, which is read again only after it changed."""
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return read_rows(self.path) if self.path.exists() else {}
+        now = status.st_ino, status.st_size, status.st_mtime_ns
+        if self._read is None or self._read[0] != now:
+            self._read = now, read_rows(self.path)
+        return self._read[1]
 
 
 def identity(item: Item) -> str:

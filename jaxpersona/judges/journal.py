@@ -13,8 +13,8 @@ The first line identifies the file format. Each further line is a JSON object of
 
 A request of a batch also has the batch's name, {"sent": key, "cost": c, "batch": name}. These lines
 are written before the batch is submitted, so that no request is submitted in two batches. After the
-end of a batch, each of its requests has an outcome; the `unsent` requests were not processed and do
-not count as calls.
+end of a batch, each of its requests has an outcome; the `unsent` requests were not processed, or
+were refused because of the name of a field, and do not count as calls.
 
 All costs are in USD. If the outcome of a request is not recorded, its maximum cost is counted. A
 key is a digest of the judge's model, its settings and the prompt. If a process is killed, the last

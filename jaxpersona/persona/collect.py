@@ -20,7 +20,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.judges.protocol import Item, Judge
 from jaxpersona.persona.judging import Found, Judging
 from jaxpersona.persona.reread import reply_ids, reread
-from jaxpersona.persona.verdicts import items_of
+from jaxpersona.persona.verdicts import items_of, outdated_of
 from jaxpersona.runs.closing import PLAIN, State, close, needed, state_of, summed
 from jaxpersona.runs.damage import Damaged, remedy
 from jaxpersona.runs.older import Older, same
@@ -335,7 +335,7 @@ class Collection:
 
     def _read(self, name: str, texts: bool = True) -> State:
         return state_of(self.run, name, self.judge.name, rubric_of(self.roles[name]), self._shape,
-                        texts=texts)
+                        texts=texts, outdated=outdated_of(self.judge, self.roles[name]))
 
     def _planned(self, role: Role) -> Iterator[dict[str, Any]]:
         return planned(role, self.questions[role.name], self.settings)

@@ -5,7 +5,10 @@ exported without loss. A run folder stores the response means of a sample of the
 bfloat16 differences from their average (`runs.sums.Sample`). If the response means of all replies
 of a role with the same score are stored, the export shifts them by a constant, so that their
 average equals the exact sum divided by the number of replies. Steps 4 and 5 of the published code
-then reproduce the run's vectors and axis.
+then reproduce the run's vectors and axis, unless the run corrects them for questions that roles
+were not asked (`persona.unequal`): the published code has no such correction. The exported vectors
+and axis are the corrected ones, and `jaxpersona.json` contains the slope of the correction, so that
+an import corrects them again.
 """
 
 from __future__ import annotations
@@ -26,6 +29,16 @@ from jaxpersona.data.texts import DEFAULT
 from jaxpersona.errors import UserError
 from jaxpersona.extras import require
 from jaxpersona.persona import axis as science
+from jaxpersona.persona.precision import Cells
+from jaxpersona.persona.unequal import (
+    Correction,
+    cells_of,
+    corrected,
+    correction,
+    merged_cells,
+    order_of,
+    questions_of,
+)
 from jaxpersona.progress import shows, steps
 from jaxpersona.runs import published
 from jaxpersona.runs.compare import LAST
@@ -139,6 +152,10 @@ class _Export:
         self.shape = (about["layers"], about["width"])
         self.rollouts = self.scores = self.means = 0
         self.vectors: dict[str, np.ndarray] = {}
+        self.found: dict[str, dict[str, tuple[np.ndarray, int]]] = {}  # role → `Sums.vectors`
+        self.asked: dict[str, Mapping[int, int]] = {}  # role → question id → number of rollouts
+        self.corrected: list[str] = []  # roles whose vector is corrected for its questions
+        self.problem = ""  # see `Correction.problem`
         self.omitted: list[str] = []  # incomplete roles
         self.unsummed: list[str] = []  # roles without sums by the judge's scores
         self.few: list[str] = []  # roles with fewer than `least` rollouts with score 3
@@ -151,6 +168,11 @@ class _Export:
             self._role(name)
             if report is not None:
                 report("export", i + 1, len(names), 0)
+        change = self._correction()
+        for name in names:
+            if name not in self.omitted:
+                self._vector(name, change.shifts.get(name))
+        self.corrected, self.problem = sorted(change.shifts), change.problem
         used = self._axis(names)
         last = self.run.manifest.get(LAST, {})
         about = self.run.manifest["model"]
@@ -158,7 +180,9 @@ class _Export:
             "format": FORMAT, "model": last.get("model", ""), "fingerprint": about["fingerprint"],
             "fingerprint_scheme": about["fingerprint_scheme"], "judge": self.judge,
             "min_count": self.least, "held_out": sorted(self.held_out), "roles_in_axis": used,
-            "activations": self.activations, "arguments": self.run.manifest["arguments"],
+            "activations": self.activations,
+            "question_slope": change.slope if change.shifts else None,
+            "arguments": self.run.manifest["arguments"],
             **({IMPORTED: self.run.manifest[IMPORTED]} if IMPORTED in self.run.manifest else {})})
         return Exported(self.target, self.rollouts, self.scores, self.means, used,
                         self._notes(used))
@@ -192,7 +216,9 @@ class _Export:
                        json.dumps(scores, indent=2) + "\n")
             self.scores += len(scores)
         sums = self.run.sums(name, self.judge)
-        self._vector(name, sums)
+        if sums is not None:
+            self.found[name] = sums.vectors(science.LABELS)
+            self.asked[name] = questions_of(self.run, name, self.judge, sums)
         if self.activations == "none":
             return
         means, lost = self._means(name, set(known), sums, live)
@@ -237,10 +263,22 @@ class _Export:
         found = {key: mean for key, mean in means.items() if key in known - empty}
         return found, known - set(found) - empty
 
-    def _vector(self, name: str, sums: Sums | None) -> None:
+    def _correction(self) -> Correction:
+        """Return the corrections with which `extract_axis` computes the vectors of these roles."""
+        if DEFAULT not in self.asked:
+            return Correction(None, {}, "")
+        cells: dict[str, Cells | None] = {}
+        if len({frozenset(some) for some in self.asked.values()}) > 1:
+            order = order_of(self.asked, self.run.manifest["arguments"]["seed"])
+            for name, some in self.asked.items():
+                sums = self.run.sums(name, self.judge)
+                cells[name] = None if sums is None else cells_of(sums, name, order, some)
+        return correction(self.run, self.asked, merged_cells(cells) if cells else None)
+
+    def _vector(self, name: str, shift: np.ndarray | None) -> None:
         """Write a role's vector, unless the role is held out or has too little data."""
         label = "mean" if name == DEFAULT else "pos_3"
-        found = {} if sums is None else sums.vectors(science.LABELS)
+        found = corrected(self.found.get(name, {}), shift)
         if not found:
             self.unsummed.append(name)
             return
@@ -282,6 +320,13 @@ class _Export:
         if not used:
             found.append(f"{published.AXIS} was not written; the axis needs the sums of all roles "
                          "and at least two roles with a vector")
+        if self.corrected:
+            found.append(f"{named(self.corrected, 'role')}: asked other questions than the default "
+                         "persona; the exported vectors and the axis are corrected for this, and "
+                         "4_vectors.py and 5_axis.py, which have no such correction, compute others"
+                         )
+        if self.problem:
+            found.append(self.problem)
         if self.activations == "none":
             found.append("the response means were not exported; 2_activations.py computes them "
                          "again")

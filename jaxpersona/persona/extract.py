@@ -27,8 +27,16 @@ from jaxpersona.persona.bootstrap import averaged_rows, pca_intervals
 from jaxpersona.persona.collect import Collection, Report
 from jaxpersona.persona.extraction import Extraction, save_analysis
 from jaxpersona.persona.prepare import check_prompts, check_redo, check_texts
-from jaxpersona.persona.rounds import Rounds, collect, question_shifts, rounds_and_quota
+from jaxpersona.persona.rounds import Rounds, collect, measured, rounds_and_quota
 from jaxpersona.persona.thresholds import percentiles_of
+from jaxpersona.persona.unequal import (
+    cells_of,
+    corrected,
+    correction,
+    merged_cells,
+    order_of,
+    questions_of,
+)
 from jaxpersona.persona.verdicts import verdict_counts
 from jaxpersona.progress import shows, steps
 from jaxpersona.runs.manifest import manifest
@@ -77,6 +85,10 @@ def extract_axis(
     The axis is written to `axis.safetensors` in the folder, and its statistics to `analysis.json`.
     If the judge fails on some replies, a warning is issued, and no vector includes these replies.
 
+    The vectors average all rollouts of the roles in the folder. If roles have rollouts of different
+    questions, for example after a call with `precision`, the vectors are corrected for this
+    (`persona.unequal`); a warning is issued if the folder lacks the data.
+
     Args:
       model: the model to analyze.
       roles: the roles, one of them named "default".
@@ -96,8 +108,8 @@ def extract_axis(
         Its rollouts are copied instead of being generated again; this folder is not changed.
       precision: the reliability, between 0 and 1, at which the axis or a role's vector is settled
         (`persona.precision`). The rollouts are generated in rounds; settled roles get no further
-        questions. The vectors of such roles are corrected for the questions that they were not
-        asked (`persona.rounds`). Default: all roles are asked all questions.
+        questions. The default persona is asked all questions of which a role has rollouts.
+        Default: all roles are asked all questions.
       rounds: the number of questions after each round, such as [8, 16, 32], in ascending order;
         with `precision` only. Default: `precision.rounds_of`.
       report: by default, a call of more than three seconds shows its progress; False shows
@@ -162,24 +174,36 @@ def extract_axis(
                     "command again to judge them")
             warnings.warn(text, stacklevel=3)
         work.status.write("complete")
-        return axis_of(model, run, roles, judge, min_count, held_out, work.status.tokens, found)
+        return axis_of(model, run, roles, judge, min_count, held_out, work.status.tokens, found,
+                       warn=lambda text: warnings.warn(text, stacklevel=5))
 
 
 def axis_of(model: Model, run: Run, roles: Sequence[Role], judge: Judge, min_count: int,
-            held_out: Sequence[str], tokens: int, rounds: Rounds | None = None) -> Extraction:
-    """Compute the axis from the sums of response means in a run folder, and write the results."""
+            held_out: Sequence[str], tokens: int, rounds: Rounds | None = None, *,
+            warn: Notice) -> Extraction:
+    """Compute the axis from the sums of response means in a run folder, and write the results.
+
+    `warn` is called with a sentence if roles were asked different questions and their vectors
+    cannot be corrected for this (`persona.unequal`).
+    """
     names = [role.name for role in roles]
     owned = [name for i, name in enumerate(names) if processes.owns(i)]
     vectors: dict[str, dict[str, tuple[np.ndarray, int]]] = {}
     sizes: dict[str, tuple[int, int]] = {}  # role → (rollouts, rollouts with a non-empty reply)
     counts: dict[str, dict[str, int]] = {}
     summed = {name: _sums(run, name, judge.name) for name in owned}
-    shifts = {} if rounds is None else question_shifts(run, summed, rounds.slope)
+    asked = processes.merge({name: questions_of(run, name, judge.name, sums)
+                             for name, sums in summed.items()})
+    cells = None
+    if rounds is not None or len({frozenset(some) for some in asked.values()}) > 1:
+        order = order_of(asked, run.manifest["arguments"]["seed"])
+        cells = merged_cells({name: cells_of(sums, name, order, asked[name])
+                              for name, sums in summed.items()})
+    change = correction(run, asked, cells, owns_default=DEFAULT in summed)
+    if change.problem and processes.first():
+        warn(change.problem)
     for name, sums in summed.items():
-        vectors[name] = sums.vectors(science.LABELS)
-        if name in shifts:
-            vectors[name] = {label: ((vector + shifts[name]).astype(np.float32), n)
-                             for label, (vector, n) in vectors[name].items()}
+        vectors[name] = corrected(sums.vectors(science.LABELS), change.shifts.get(name))
         verdicts = run.verdicts(name, judge.name)
         whole = len(sums.groups) if verdicts is None else len(verdicts["scores"])
         sizes[name] = whole, len(sums.groups) - sums.count(EMPTY)
@@ -203,6 +227,9 @@ def axis_of(model: Model, run: Run, roles: Sequence[Role], judge: Judge, min_cou
             f"{judge.name!r} and are not held out: {len(used)} of {len(names) - 1}; the axis needs "
             f"at least two such roles. {run.folder} keeps all rollouts and verdicts: use the same "
             "folder with more questions, a lower min_count, or another judge")
+    if rounds is not None:
+        assert cells is not None and change.slope is not None
+        rounds = measured(rounds, asked, cells, list(used), change.slope)
     for name in owned:  # not before the check above, so that files of an earlier axis are kept
         run.save_vectors(name, vectors[name])
     analysis = science.analyse(default, used)

@@ -23,6 +23,7 @@ from jaxpersona.persona.axis import LABELS
 from jaxpersona.persona.collect import AWAITED, rubric_of
 from jaxpersona.persona.prepare import check_prompts, check_redo, check_texts, rollouts_of
 from jaxpersona.persona.rounds import rounds_and_quota
+from jaxpersona.persona.verdicts import outdated_of
 from jaxpersona.runs.closing import state_of
 from jaxpersona.runs.manifest import manifest
 from jaxpersona.runs.rollouts import Settings, draw_id, generation, planned, rollout_key
@@ -154,7 +155,7 @@ def forecast(
     rounds_and_quota(precision, rounds, questions,
                      getattr(judge, "after", False))
     have, judged_now = _done(Run(folder, expected), [r for r in roles if r.name not in redo],
-                             judge.name, (model.config.n_layers, model.config.d_model), overwrite)
+                             judge, (model.config.n_layers, model.config.d_model), overwrite)
     sizes = rollouts_of(roles, questions, settings)
     missing = [(role.name, record) for role in roles
                for record in planned(role, questions, settings)
@@ -191,7 +192,7 @@ def forecast(
     )
 
 
-def _done(run: Run, roles: Sequence[Role], judge: str, shape: tuple[int, int], overwrite: bool,
+def _done(run: Run, roles: Sequence[Role], judge: Judge, shape: tuple[int, int], overwrite: bool,
           ) -> tuple[dict[str, set[str]], int]:
     """Verify the run folder and count its rollouts and verdicts, without changing it.
 
@@ -207,8 +208,8 @@ def _done(run: Run, roles: Sequence[Role], judge: str, shape: tuple[int, int], o
         return {}, 0
     have, judged = {}, 0
     for role in roles:
-        state = state_of(run, role.name, judge, rubric_of(role), shape, texts=False,
-                         repair=False)
+        state = state_of(run, role.name, judge.name, rubric_of(role), shape, texts=False,
+                         repair=False, outdated=outdated_of(judge, role))
         have[role.name] = set(state.records)
         judged += len(state.records) - len(state.unjudged(role.name)) if (
             role.name != DEFAULT) else 0

@@ -3,7 +3,8 @@
 The module `runs.published` describes the files. The texts and scores are copied, the response means
 are added to sums by score, and a sample of the means is stored, as in any run of this package. With
 the same `min_count`, the axis of the imported run therefore equals the result of the published
-steps 4 and 5, computed in float64.
+steps 4 and 5, computed in float64. The vectors of a run that `export_reference` exported with
+corrections for unequal questions (`persona.unequal`) are corrected again.
 
 All texts and scores are checked first, and the response means while they are imported. The run
 folder is written under a temporary name and moved to its final place at the end, so a failed or
@@ -182,14 +183,17 @@ def _write(run: Run, source: Source, judge: str, min_count: int, held_out: Seque
     scored: dict[str, int] = {}
     held: dict[str, int] = {}
     summed: dict[str, Sums] = {}
-    closed = 0
+    closed, notes = 0, []
+    slope = source.origin().get("question_slope")
+    layer = None if slope is None else source.shape[0] // 2  # of sums per question
     for i, (name, role) in enumerate(source.roles.items()):
         texts = source.texts(name)
         scores = source.scores(name, texts)
         means = source.means(name, texts, source.shape)
         held[name], scored[name] = len(means), len(scores)
         if not source.faults:
-            sums = _store(run, role, texts, scores, means, source.shape, judge, keep, seed)
+            sums = _store(run, role, texts, scores, means, source.shape, judge, keep, seed,
+                          layer)
             closed += len(sums.groups) == len(texts.records)
             if any(group != EMPTY for group in sums.groups.values()):
                 summed[name] = sums
@@ -207,20 +211,21 @@ def _write(run: Run, source: Source, judge: str, min_count: int, held_out: Seque
     if DEFAULT in summed and len(used) >= 2:
         found = axis_of(cast("Model", source.model or _UNKNOWN), run,
                         [source.roles[name] for name in summed],
-                        cast(Any, types.SimpleNamespace(name=judge)), min_count, held_out, 0)
+                        cast(Any, types.SimpleNamespace(name=judge)), min_count, held_out, 0,
+                        warn=notes.append)
     return Imported(run.folder, dict(source.rollouts), scored, held, found,
-                    _notes(source, scored, held, summed, used, found, min_count))
+                    [*_notes(source, scored, held, summed, used, found, min_count), *notes])
 
 
 def _store(run: Run, role: Role, texts: published.Texts, scores: Mapping[str, int],
            means: Mapping[str, np.ndarray], shape: tuple[int, int], judge: str, keep: int | None,
-           seed: int) -> Sums:
+           seed: int, layer: int | None) -> Sums:
     """Write the rollouts, sample, scores and sums of a role, and return the sums.
 
     The sums contain only rollouts with both a score and a response mean; the default persona needs
     no scores. Rollouts that have a response mean but no score are also written to the live files,
     where `runs.closing` expects them until they are judged. `extract_axis` recomputes missing
-    response means from the replies.
+    response means from the replies. `layer` is that of sums per question, or None to keep none.
     """
     name, default = role.name, role.name == DEFAULT
     records = dict(sorted(texts.records.items(), key=lambda item: place_of(item[1])))
@@ -237,7 +242,7 @@ def _store(run: Run, role: Role, texts: published.Texts, scores: Mapping[str, in
     if scores:
         run.save_verdicts(name, judge, rubric_of(role), {key: scores.get(key) for key in records},
                           {key: _UNJUDGED for key in records if key not in scores})
-    sums = Sums({}, {})
+    sums = Sums({}, {}, layer)
     for key in records:
         if key in known and (default or key in scores):
             sums.add(key, scores.get(key), known[key])

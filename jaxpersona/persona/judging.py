@@ -32,7 +32,12 @@ class Judging:
         Args:
           judge: the judge.
           alone: whether the run has only this process.
+
+        Raises:
+          UserError: the judge cannot begin (`Judge`).
         """
+        if (begin := getattr(judge, "begin", None)) is not None:
+            begin()
         self.judge = judge
         self.after = bool(getattr(judge, "after", False))
         self.whole = not alone or self.after or bool(getattr(judge, "together", False))

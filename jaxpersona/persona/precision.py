@@ -8,8 +8,8 @@ even questions and half 1 the odd ones.
 With R roles, the centred vector is v(r, h) − Σₛ v(s, h) / R, and the axis is v(default, h) −
 Σₛ v(s, h) / R.
 
-**Unequal questions.** A question changes the response means of all personas. If role r was asked
-fewer questions than the default persona, b · (v(default, h) − u(r, h)) is therefore added to
+**Unequal questions.** A question changes the response means of all personas. If role r was not
+asked all questions of the default persona, b · (v(default, h) − u(r, h)) is therefore added to
 v(r, h), where u(r, h) is the mean of the default persona over the questions of role r, and b is the
 slope of the least-squares regression of the roles' means per question on those of the default
 persona (`question_slope`).
@@ -33,11 +33,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from jaxpersona.brief import brief
+from jaxpersona.brief import brief, shown
 from jaxpersona.data.texts import Question
 from jaxpersona.errors import UserError
 from jaxpersona.extras import require
@@ -81,16 +81,30 @@ class Cells:
       totals: [n, D], the sum over the role's replies to each question, in the order of the
         questions, in units of the residual stream.
       counts: [n], the number of added replies.
+      asked: [n] bool, the questions that the role was asked; None: all. The others have no replies.
     """
 
     __repr__ = brief
 
     totals: np.ndarray
     counts: np.ndarray
+    asked: np.ndarray | None = None
 
     def first(self, questions: int) -> Cells:
         """Return the cells of the first questions only."""
-        return Cells(self.totals[:questions], self.counts[:questions])
+        return Cells(self.totals[:questions], self.counts[:questions],
+                     None if self.asked is None else self.asked[:questions])
+
+    def padded(self, questions: int) -> Cells:
+        """Extend the cells to more questions, which the role was not asked."""
+        n = len(self.counts)
+        more, asked = questions - n, np.ones(n, bool) if self.asked is None else self.asked
+        return Cells(np.pad(self.totals, ((0, more), (0, 0))), np.pad(self.counts, (0, more)),
+                     np.pad(asked, (0, more)))
+
+    def within(self, asked: np.ndarray) -> Cells:
+        """Return the cells with the replies to some of the questions, [n] bool, only."""
+        return Cells(self.totals * asked[:, None], self.counts * asked, asked)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,20 +126,15 @@ class _Means:
         """Return the sum of these means and of other means multiplied by `factor`."""
         return _Means(self.halves + factor * other.halves, self.without + factor * other.without)
 
-    def padded(self, questions: int) -> _Means:
-        """Extend `without` to further questions that the role was not asked."""
-        more = np.arange(len(self.without), questions) % 2
-        return _Means(self.halves, np.concatenate([self.without, self.halves[more]]))
-
 
 def spearman_brown(cosine: np.ndarray | float) -> np.ndarray:
     """Return the reliability 2c / (1 + c) of a whole, for the agreement c of its halves.
 
     Args:
-      cosine: c, of any shape, greater than -1.
+      cosine: c, of any shape, from -1 to 1.
 
     Returns:
-      The reliabilities, float64, of the same shape.
+      The reliabilities, float64, of the same shape; -inf for a cosine of -1.
 
     Examples:
       >>> from jaxpersona.persona.precision import spearman_brown
@@ -133,7 +142,8 @@ def spearman_brown(cosine: np.ndarray | float) -> np.ndarray:
       [0.0, 0.6667, 0.9899]
     """
     cosine = np.asarray(cosine, np.float64)
-    return 2 * cosine / (1 + cosine)
+    with np.errstate(divide="ignore"):
+        return 2 * cosine / (1 + cosine)
 
 
 def question_slope(default: Cells, roles: Mapping[str, Cells]) -> float:
@@ -213,17 +223,21 @@ def measure(default: Cells, roles: Mapping[str, Cells], used: Sequence[str],
     if len(used) < 2:
         return nothing, dict.fromkeys(roles, nothing)
     slope = question_slope(default, roles) if slope is None else slope
-    own = {size: _means(default.first(size)).padded(n)
-           for size in sorted({n, *(len(cells.counts) for cells in roles.values())})}
+    roles = {name: cells.padded(n) for name, cells in roles.items()}
+    full, own = _means(default), {}
+    for cells in roles.values():
+        if (key := cells.asked.tobytes()) not in own:  # type: ignore[union-attr]
+            own[key] = _means(default.within(cells.asked))  # type: ignore[arg-type]
 
     def corrected(name: str) -> _Means:
         cells = roles[name]
-        return _means(cells).padded(n).plus(own[n] - own[len(cells.counts)], slope)
+        key = cells.asked.tobytes()  # type: ignore[union-attr]
+        return _means(cells).plus(full - own[key], slope)
 
     mean = _Means(np.zeros((2, default.totals.shape[1])), np.zeros(default.totals.shape))
     for name in used:
         mean = mean.plus(corrected(name), 1 / len(used))
-    return _reliability(own[n] - mean, np.ones(n, bool)), {
+    return _reliability(full - mean, np.ones(n, bool)), {
         name: _reliability(corrected(name) - mean, cells.counts > 0)
         for name, cells in roles.items()}
 
@@ -249,11 +263,10 @@ def _reliability(means: _Means, asked: np.ndarray) -> Reliability:
     student = require("scipy.stats", "intervals of a reliability need scipy").t
 
     half = np.arange(len(means.without)) % 2
-    asked = np.pad(asked, (0, len(half) - len(asked)))
     sizes = _answered(asked)
     whole = float(spearman_brown(_cosines(means.halves[:1], means.halves[1:])[0]))
     left = spearman_brown(_cosines(means.without[asked], means.halves[1 - half[asked]]))
-    if min(sizes) < 2 or not np.isfinite(whole) or not np.isfinite(left).all():
+    if min(sizes) < 2 or np.isnan(whole) or np.isnan(left).any():
         return Reliability(math.nan, math.nan, math.nan)
     left = _logit(left)
     square = 0.0
@@ -261,8 +274,10 @@ def _reliability(means: _Means, asked: np.ndarray) -> Reliability:
         one = left[half[asked] == h]
         square += (m - 1) / m * float(((one - one.mean()) ** 2).sum())
     radius = float(student.ppf((100 + LEVEL) / 200, sum(sizes) - 2)) * math.sqrt(square)
-    middle = float(_logit(np.array(whole)))
-    return Reliability(max(whole, 0.0), _logistic(middle - radius), _logistic(middle + radius))
+    middle, value = float(_logit(np.array(whole))), max(whole, 0.0)
+    # outside the limits of the logarithm, the interval is extended to the value
+    return Reliability(value, min(_logistic(middle - radius), value),
+                       max(_logistic(middle + radius), value))
 
 
 def _answered(counts: np.ndarray) -> list[int]:
@@ -273,7 +288,7 @@ def _answered(counts: np.ndarray) -> list[int]:
 def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return the cosines [k] of the rows of two arrays [k, D]; NaN for a vector of length 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+        return np.clip((a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1)), -1, 1)
 
 
 def _logit(values: np.ndarray) -> np.ndarray:
@@ -301,8 +316,12 @@ def ordered(questions: Sequence[Question], seed: int) -> list[Question]:
       >>> [one.id for one in ordered([Question(i, "Why?") for i in range(6)], 0)]
       [2, 5, 3, 1, 0, 4]
     """
-    return sorted(questions, key=lambda question: hashlib.sha256(
-        f"{seed}/question {question.id}".encode()).digest())
+    return sorted(questions, key=lambda question: rank(seed, question.id))
+
+
+def rank(seed: int, question: int) -> bytes:
+    """Return the sort key of a question in `ordered`, from the seed and the question's id."""
+    return hashlib.sha256(f"{seed}/question {question}".encode()).digest()
 
 
 def rounds_of(questions: int) -> list[int]:
@@ -344,18 +363,21 @@ def check_precision(precision: float, rounds: Sequence[int] | None, questions: i
     """
     if isinstance(precision, bool) or not isinstance(precision, (int, float)) or not (
             0 < precision < 1):
-        raise UserError(f"precision is {precision!r:.40}; give a reliability between 0 and 1, such "
-                        "as 0.99")
+        raise UserError(f"precision is {shown(precision)}; give a reliability between 0 and 1, "
+                        "such as 0.99")
     if questions < FIRST:
         raise UserError(f"precision needs at least {FIRST} questions, two in each half, but the "
                         f"run has {questions}; add questions or omit precision")
     if rounds is None:
         return rounds_of(questions)
+    if not isinstance(rounds, Iterable):
+        raise UserError(f"rounds is {shown(rounds)}; give numbers of questions in ascending order, "
+                        "such as [8, 16, 32]")
     sizes = list(rounds)
     for before, size in zip([0, *sizes], sizes, strict=False):
         if isinstance(size, bool) or not isinstance(size, int) or not (
                 FIRST <= size <= questions) or (size % 2 and size < questions):
-            raise UserError(f"rounds contains {size!r:.40}; give even numbers of questions from "
+            raise UserError(f"rounds contains {shown(size)}; give even numbers of questions from "
                             f"{FIRST} to {questions}")
         if size <= before:
             raise UserError(f"rounds contains {size} after {before}; give the numbers of questions "

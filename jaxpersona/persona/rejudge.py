@@ -6,12 +6,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from jaxpersona.brief import escaped
 from jaxpersona.data.texts import DEFAULT, Role
 from jaxpersona.errors import UserError
 from jaxpersona.judges.protocol import Item
 from jaxpersona.persona.collect import rubric_of
 from jaxpersona.persona.judging import Judging
-from jaxpersona.persona.verdicts import items_of, verdict_counts
+from jaxpersona.persona.verdicts import items_of, outdated_of, verdict_counts
 from jaxpersona.progress import shows, steps
 from jaxpersona.runs.closing import State, save_verdicts, state_of
 from jaxpersona.runs.run import Run
@@ -60,7 +61,7 @@ def judge_run(folder: str | os.PathLike[str], roles: Sequence[Role], judge: Judg
     known = {role.name: role for role in roles}
     names = [name for name in found.manifest["roles"] if name != DEFAULT]
     if missing := [name for name in names if name not in known]:
-        raise UserError(f"{folder}: the run's roles {', '.join(missing[:5])}"
+        raise UserError(f"{folder}: the run's roles {', '.join(map(escaped, missing[:5]))}"
                         f"{' …' if len(missing) > 5 else ''} are missing from roles; give "
                         "the roles with which the run was started (--roles)")
     about = found.manifest["model"]
@@ -100,4 +101,5 @@ def judge_run(folder: str | os.PathLike[str], roles: Sequence[Role], judge: Judg
 
 def _state(run: Run, role: Role, judge: Judge, shape: tuple[int, int],
            texts: bool = True) -> State:
-    return state_of(run, role.name, judge.name, rubric_of(role), shape, texts=texts)
+    return state_of(run, role.name, judge.name, rubric_of(role), shape, texts=texts,
+                    outdated=outdated_of(judge, role))

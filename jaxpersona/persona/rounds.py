@@ -15,34 +15,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from jaxpersona.brief import brief
+from jaxpersona.brief import shown as brief_repr
 from jaxpersona.data.texts import DEFAULT, Question, Role
 from jaxpersona.distributed import processes
 from jaxpersona.errors import UserError
 from jaxpersona.persona.collect import Collection, Report
-from jaxpersona.persona.precision import (
-    Cells,
-    Reliability,
-    check_precision,
-    measure,
-    ordered,
-    question_slope,
-)
+from jaxpersona.persona.precision import Cells, Reliability, check_precision, measure, ordered
+from jaxpersona.persona.unequal import cells_of, merged_cells, questions_of
 from jaxpersona.runs.older import Older
-from jaxpersona.runs.rollouts import Settings, place_of_key
+from jaxpersona.runs.rollouts import Settings
 from jaxpersona.runs.run import Run
-from jaxpersona.runs.sums import Sums
 
 if TYPE_CHECKING:
     from jaxpersona.judges.protocol import Judge
     from jaxpersona.models.model import Model
-
-PLAYED = "3"  # the group of sums (score 3) for role vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +63,16 @@ class Rounds:
       target: the reliability at which a vector is settled.
       layer: the layer of the measurements.
       rounds: the measurements, one entry per round.
-      asked: role or "default" → number of questions that it was asked.
+      asked: role or "default" → number of questions that it was asked in these rounds.
       settled: the names of the settled roles, sorted.
-      rollouts: the number of rollouts of all roles in these rounds.
-      quota: the number of rollouts if all roles were asked all questions.
+      rollouts: the number of rollouts of all roles that the vectors average. If the run folder
+        already contained more rollouts than the rounds need, these are included.
+      quota: the number of rollouts if all roles were asked all questions of the call, including
+        those that the folder has of other questions.
       slope: the fraction of a question's effect that all personas share
-        (`precision.question_slope`).
+        (`precision.question_slope`), with which the vectors are corrected.
+      axis: the reliability of the axis of the averaged rollouts. It is that of the last round,
+        unless the folder already contained more rollouts.
     """
 
     __repr__ = brief
@@ -90,6 +85,7 @@ class Rounds:
     rollouts: int
     quota: int
     slope: float
+    axis: Reliability
 
     @property
     def saved(self) -> int:
@@ -108,7 +104,7 @@ class Rounds:
         return {
             "target": self.target, "layer": self.layer, "rollouts": self.rollouts,
             "quota": self.quota, "slope": round(self.slope, 6), "asked": self.asked,
-            "settled": self.settled,
+            "settled": self.settled, "axis": _listed(self.axis),
             "rounds": [{"questions": one.questions, "axis": _listed(one.axis),
                         "settled": one.settled,
                         "roles": {name: _listed(own) for name, own in one.roles.items()}}
@@ -117,13 +113,13 @@ class Rounds:
     def brief_value(self) -> dict[str, Any]:
         """Return the result without the individual rounds as a JSON object."""
         return {"target": self.target, "layer": self.layer,
-                "axis": _listed(self.rounds[-1].axis), "rounds": len(self.rounds),
+                "axis": _listed(self.axis), "rounds": len(self.rounds),
                 "settled": len(self.settled), "roles": len(self.asked) - 1,
                 "rollouts_saved": self.saved, "quota": self.quota}
 
     def lines(self) -> list[str]:
         """Return the result as lines of text for the user."""
-        axis, roles = self.rounds[-1].axis, len(self.asked) - 1
+        axis, roles = self.axis, len(self.asked) - 1
         open_ = sorted(set(self.asked) - {DEFAULT, *self.settled})
         lines = [
             f"precision {self.target:g} at layer {self.layer}: the axis has reliability "
@@ -161,8 +157,8 @@ def rounds_and_quota(precision: float | None, rounds: Sequence[int] | None,
     """
     if precision is None:
         if rounds is not None:
-            raise UserError(f"rounds is {rounds!r:.40}, but precision is None; give both or omit "
-                            "rounds")
+            raise UserError(f"rounds is {brief_repr(rounds)}, but there is no precision; "
+                            "give both or omit rounds")
         return [], {}
     if after:
         raise UserError("the judge scores only after all rollouts (--judge-after), but precision "
@@ -186,7 +182,8 @@ def collect(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[Q
       notice: a function that is called with a line of text after each round.
 
     Returns:
-      (the work of the last round, the measurements).
+      (the work of the last round, the measurements). `measured` adds the number of rollouts and
+      the slope after the vectors are computed.
 
     Raises:
       UserError: as for `Collection` and `Collection.work`.
@@ -196,14 +193,21 @@ def collect(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[Q
     asked, active, done = dict.fromkeys([DEFAULT, *names], 0), set(names), []
     work: Collection | None = None
     cells: dict[str, Cells] = {}
+    stored: dict[str, Counter[int]] = {}
+    ids = [one.id for one in order]
+
+    def collected(of: Mapping[str, Sequence[Question]]) -> Collection:
+        found = Collection(model, run, roles, of, judge, settings, keep=keep, older=older,
+                           report=report, layer=layer,
+                           before=None if work is None else work.status)
+        found.work()
+        return found
+
     for size in rounds:
         asked |= dict.fromkeys([DEFAULT, *active], size)
-        work = Collection(model, run, roles, {name: order[:n] for name, n in asked.items()}, judge,
-                          settings, keep=keep, older=older, report=report, layer=layer,
-                          before=None if work is None else work.status)
-        work.work()
-        cells = _cells(run, roles, judge.name, {name: [one.id for one in order[:n]]
-                                                for name, n in asked.items()})
+        work = collected({name: order[:n] for name, n in asked.items()})
+        cells, stored = _stored(run, roles, judge.name, {name: ids[:n]
+                                                         for name, n in asked.items()})
         enough = [name for name in names if cells[name].counts.sum() >= min_count]
         axis, found = measure(cells[DEFAULT], {name: cells[name] for name in names},
                               [name for name in enough if name not in held_out])
@@ -216,61 +220,57 @@ def collect(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[Q
         if not active:
             break
     assert work is not None
-    each = {role.name: len(role.prompts) * settings.samples for role in roles}
+    # the vectors average all rollouts in the folder, and the correction of a role for its questions
+    # needs the default persona's replies to all of them
+    if more := set().union(*stored.values()) & set(ids) - set(stored[DEFAULT]):
+        own = [one for i, one in enumerate(order) if i < asked[DEFAULT] or one.id in more]
+        work = collected({name: order[:n] for name, n in asked.items()} | {DEFAULT: own})
+        asked[DEFAULT] = len(own)
+    each = sum(len(role.prompts) for role in roles) * settings.samples
+    others = sum(n for some in stored.values() for i, n in some.items() if i not in ids)
     return work, Rounds(
         float(precision), layer, done, dict(sorted(asked.items())), sorted(set(names) - active),
-        sum(each[name] * n for name, n in asked.items()), sum(each.values()) * len(questions),
-        question_slope(cells[DEFAULT], {name: cells[name] for name in names}))
+        0, each * len(questions) + others, 0.0, done[-1].axis)
 
 
-def _cells(run: Run, roles: Sequence[Role], judge: str, asked: Mapping[str, Sequence[int]],
-           ) -> dict[str, Cells]:
-    """Return the sums per question of all roles; `asked` maps roles to the ids of questions."""
-    own = {}
+def _stored(run: Run, roles: Sequence[Role], judge: str, asked: Mapping[str, Sequence[int]],
+            ) -> tuple[dict[str, Cells], dict[str, Counter[int]]]:
+    """Return the sums per question of all roles, and the questions of all their rollouts.
+
+    Args:
+      run, roles: as for `collect`.
+      judge: the name of the judge.
+      asked: role → the ids of the questions for the sums.
+    """
+    cells, stored = {}, {}
     for i, role in enumerate(roles):
         if processes.owns(i):
             sums = run.sums(role.name, judge)
             assert sums is not None, f"{role.name} is not closed"
-            group = None if role.name == DEFAULT else PLAYED
-            own[role.name] = sums.by_question(group, asked[role.name])
-    cells = {name: Cells(*found) for name, found in processes.merge(own).items()}
-    width = max(found.totals.shape[1] for found in cells.values())
-    return {name: found if found.totals.shape[1] else  # without replies, D is unknown
-            Cells(np.zeros((len(found.counts), width), np.float32), found.counts)
-            for name, found in cells.items()}
+            cells[role.name] = cells_of(sums, role.name, asked[role.name])
+            stored[role.name] = questions_of(run, role.name, judge, sums)
+    found = merged_cells(cells)
+    assert found is not None, "a role has no sums per question"
+    return found, processes.merge(stored)
 
 
-def question_shifts(run: Run, sums: Mapping[str, Sums], slope: float) -> dict[str, np.ndarray]:
-    """Return the corrections of role vectors for questions that the roles were not asked.
-
-    For a role that was asked other questions than the default persona, the correction is `slope`
-    times the difference between the default persona's mean over all its replies and its mean over
-    the replies to the role's questions ("Unequal questions" in `persona.precision`).
+def measured(rounds: Rounds, asked: Mapping[str, Mapping[int, int]], cells: Mapping[str, Cells],
+             used: Sequence[str], slope: float) -> Rounds:
+    """Return the result of `collect` with the numbers of all rollouts that the vectors average.
 
     Args:
-      run: the open run.
-      sums: role → sums, of the roles that this process owns.
-      slope: the fraction of a question's effect that all personas share.
-
-    Returns:
-      role → correction [L, D] float64, for the roles whose questions differ from the default
-      persona's.
+      rounds: the result of `collect`.
+      asked: role or "default" → question id → number of rollouts.
+      cells: role or "default" → sums per question, all with the same questions.
+      used: the names of the roles that define the axis.
+      slope: the slope of the correction.
     """
-    asked = processes.merge({name: tuple(sorted({place_of_key(key)[0] for key in one.groups}))
-                             for name, one in sums.items()})
-    own: dict[Any, np.ndarray] = {}
-    if DEFAULT in sums:
-        sample = run.sample(DEFAULT)
-        finite = [i for i, value in enumerate(sample.differences)
-                  if np.isfinite(value.astype(np.float32)).all()]
-        # the differences are relative to a base, which cancels out below
-        means = sample.differences[finite].astype(np.float64)
-        of = np.array([place_of_key(sample.keys[i])[0] for i in finite])
-        for some in set(asked.values()) - {asked[DEFAULT]}:
-            if (inside := np.isin(of, some)).any():
-                own[some] = slope * (means.mean(0) - means[inside].mean(0))
-    shifts = processes.merge(own)
-    return {name: shifts[some] for name, some in asked.items() if some in shifts}
+    axis, _ = measure(cells[DEFAULT], {name: cells[name] for name in sorted(cells)
+                                       if name != DEFAULT}, sorted(used), slope)
+    return dataclasses.replace(rounds, axis=axis, slope=slope,
+                               rollouts=sum(sum(some.values()) for some in asked.values()))
+
+
 
 
 def _listed(found: Reliability) -> list[float] | None:

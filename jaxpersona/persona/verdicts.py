@@ -13,6 +13,7 @@ from jaxpersona.data.texts import DEFAULT, Role
 from jaxpersona.errors import UserError
 from jaxpersona.judges.human import read_rows, score_of
 from jaxpersona.judges.protocol import ROLE_SCALE, Item
+from jaxpersona.runs.closing import Outdated
 from jaxpersona.runs.rollouts import rollout_key
 from jaxpersona.runs.run import Run
 
@@ -28,6 +29,14 @@ def items_of(role: Role, records: Sequence[Mapping[str, Any]]) -> list[Item]:
         found.append(Item(rollout_key(record), role, record["question"], reply,
                           record["system_prompt"]))
     return found
+
+
+def outdated_of(judge: object, role: Role) -> Outdated | None:
+    """Return the argument `outdated` of `closing.state_of` for a judge and a role."""
+    found = getattr(judge, "outdated", None)
+    if found is None or role.name == DEFAULT:
+        return None
+    return lambda records, scores: found(items_of(role, records), scores)
 
 
 def scores_of(source: str | os.PathLike[str]) -> dict[str, int | None]:

@@ -58,7 +58,7 @@ def parse(topology: str) -> tuple[Chip, int]:
     """
     if not isinstance(topology, str):
         raise UserError(f"topology is {topology!r:.60}; use chip:extents, such as {EXAMPLES}")
-    matched = re.fullmatch(r"(\w+):(\d{1,9}(?:x\d{1,9})*)", topology)
+    matched = re.fullmatch(r"(\w+):(\d{1,9}(?:x\d{1,9}){0,9})", topology)
     if matched is None:
         raise UserError(f"topology is {topology!r}; use chip:extents, such as {EXAMPLES}")
     name, extents = matched.group(1).lower(), [int(n) for n in matched.group(2).split("x")]

@@ -208,8 +208,9 @@ def _read_role(run: Run, name: str, found: Contents) -> dict[str, int | None]:
             sample, used = run.sample(name), None if name == DEFAULT else scores
             found.halves.add(name, sample, used)
             found.stored[name] = [sample.keys[i] for i in averaged_rows(sample, used)]
-            found.averaged[name] = len(found.stored[name]) if used is None else sum(
-                score == 3 for score in used.values())
+            # without empty replies, which have no response mean
+            sums = None if used is None else run.sums(name, found.judge)
+            found.averaged[name] = len(found.stored[name]) if sums is None else sums.count("3")
     return scores
 
 

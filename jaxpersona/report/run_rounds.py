@@ -29,6 +29,7 @@ class Curve:
       settled: [K], the share of settled roles.
       open: the names of the roles that are not settled after the last round.
       rollouts, quota: the number of rollouts, and that of all questions.
+      final: [3], the reliability of the axis of all rollouts in the folder, and its interval.
     """
 
     __repr__ = brief
@@ -42,6 +43,7 @@ class Curve:
     open: list[str]
     rollouts: int
     quota: int
+    final: np.ndarray
 
     @classmethod
     def read(cls, about: Any) -> Curve:
@@ -65,7 +67,8 @@ class Curve:
         done = {str(name) for name in about["settled"]}
         return cls(float(about["target"]), int(about["layer"]), questions, np.transpose(axis),
                    np.transpose(roles), np.array(settled),
-                   [name for name in names if name not in done], rollouts, quota)
+                   [name for name in names if name not in done], rollouts, quota,
+                   _three(about["axis"]) if "axis" in about else axis[-1])
 
     def value(self, notes: Notes) -> dict[str, Any]:
         """Return the numbers of the figure as a JSON object."""
@@ -81,7 +84,7 @@ class Curve:
         """Return the results as (name, value) pairs."""
         saved = self.quota - self.rollouts
         return [(f"reliability of the axis at layer {self.layer}",
-                 shown(Reliability(*map(float, self.axis[:, -1])))),
+                 shown(Reliability(*map(float, self.final)))),
                 ("rollouts saved", f"{saved:,} of {self.quota:,} ({saved / self.quota:.0%})")]
 
     def caption(self) -> str:

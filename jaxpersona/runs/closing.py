@@ -23,6 +23,8 @@ from jaxpersona.runs.sample import chosen
 from jaxpersona.runs.sums import Sums, sampled
 
 Reread = Callable[[Sequence[Mapping[str, Any]]], Iterator[np.ndarray]]
+# (rollouts, key → score) → the keys whose score is not valid any more
+Outdated = Callable[[Sequence[Mapping[str, Any]], Mapping[str, int | None]], Set[str]]
 PLAIN = {"score": None, "expected": None, "mass": None, "refused": False, "error": None, "raw": ""}
 
 
@@ -53,7 +55,8 @@ class State:
 
 
 def state_of(run: Run, role: str, judge: str, rubric: str, shape: tuple[int, int], *,
-             texts: bool = True, repair: bool = True) -> State:
+             texts: bool = True, repair: bool = True, outdated: Outdated | None = None,
+             ) -> State:
     """Read and verify a role's rollouts, scores, sums and live files, and return its state.
 
     Args:
@@ -66,6 +69,8 @@ def state_of(run: Run, role: str, judge: str, rubric: str, shape: tuple[int, int
         closed role is {}.
       repair: whether to delete scores that are based on another rubric, and invalid data in the
         live files. If false, both are ignored.
+      outdated: a function that returns the keys of the rollouts whose score is not valid any more
+        (`Judge`), or None. Their verdicts are omitted.
 
     Raises:
       Damaged: a file differs from the content that the run wrote.
@@ -82,6 +87,10 @@ def state_of(run: Run, role: str, judge: str, rubric: str, shape: tuple[int, int
         for key, score in stored["scores"].items()}
     verdicts |= live.verdicts.get(f"{judge}/{rubric}", {})
     verdicts = {k: verdict for k, verdict in verdicts.items() if verdict.get("error") is None}
+    if outdated is not None and verdicts:
+        every = [*(() if data is None else run.parsed(data)), *live.records.values()]
+        gone = outdated(every, _scores(verdicts))
+        verdicts = {k: verdict for k, verdict in verdicts.items() if k not in gone}
     closed = False
     if data is not None and sums is not None and not live.records and not live.verdicts:
         known = list(sums.groups if role == DEFAULT else verdicts)

@@ -50,6 +50,26 @@ def folders_of(folder: pathlib.Path, judges: Iterable[str]) -> Iterator[tuple[st
                 yield part, folder / part / judge_folder(judge)
 
 
+def check_links(folder: pathlib.Path) -> None:
+    """Check that no folder in a run folder is a symbolic link.
+
+    The files of a run would be written or deleted outside the run folder.
+
+    Raises:
+      UserError: a folder with files of roles, or the folder of a judge, is a symbolic link.
+    """
+    places = [folder / name for name in (live.FOLDER, *PARTS, "means")]
+    for part in JUDGED:
+        if (folder / part).is_dir() and not (folder / part).is_symlink():
+            # the file of the default persona is replaced as a whole, so it may be a link
+            places += sorted(path for path in (folder / part).iterdir()
+                             if path.is_dir() or not path.name.endswith(PARTS[part]))
+    for place in places:
+        if place.is_symlink():
+            raise UserError(f"{place}: is a symbolic link; a run keeps its files in its own "
+                            "folders: replace the link by the folder itself")
+
+
 def delete_run(folder: pathlib.Path, roles: Iterable[str], judges: Iterable[str]) -> int:
     """Delete the files of a run, and then its empty subfolders.
 
@@ -64,9 +84,10 @@ def delete_run(folder: pathlib.Path, roles: Iterable[str], judges: Iterable[str]
       The number of deleted files, not counting temporary files.
 
     Raises:
-      UserError: a file cannot be deleted.
+      UserError: a file cannot be deleted, or a folder of the run is a symbolic link.
     """
     roles, judges = list(roles), list(judges)
+    check_links(folder)
     remove_leftovers(folder, roles, judges)
     count = sum(delete(folder / name) for name in (*RESULTS, *FIGURES, STATUS))
     count += sum(delete_role(folder, role, judges) for role in roles)
@@ -119,7 +140,8 @@ def remove_leftovers(folder: pathlib.Path, roles: Iterable[str], judges: Iterabl
         if target in (MANIFEST, STATUS, *RESULTS) or (target in FIGURES and not alive(process)):
             path.unlink(missing_ok=True)
     for part, place in folders_of(folder, judges):
-        for path, target, _ in leftovers(place) if place.is_dir() else ():
+        inside = place.is_dir() and not place.is_symlink() and not place.parent.is_symlink()
+        for path, target, _ in leftovers(place) if inside else ():
             if target.endswith(PARTS[part]) and target.removesuffix(PARTS[part]) in stems:
                 path.unlink(missing_ok=True)
 

@@ -59,6 +59,7 @@ from jaxpersona.runs.files import (
     MANIFEST,
     PARTS,
     STATUS,
+    check_links,
     delete,
     delete_role,
     delete_run,
@@ -102,10 +103,13 @@ class Run:
         """Open the run in a folder read-only.
 
         Raises:
-          UserError: the folder contains no run of this format, or its manifest is damaged.
+          UserError: the folder contains no run of this format, its manifest is damaged, or one of
+            its folders is a symbolic link.
         """
         folder = pathlib.Path(folder)
-        return cls(folder, manifest_of(folder))
+        found = manifest_of(folder)
+        check_links(folder)
+        return cls(folder, found)
 
     @classmethod
     @contextlib.contextmanager
@@ -122,7 +126,8 @@ class Run:
 
         Raises:
           UserError: the folder belongs to another run (the message lists the differing fields),
-            has a damaged manifest, is in use, contains other files, or cannot be written.
+            has a damaged manifest, is in use, contains other files or symbolic links to folders, or
+            cannot be written.
         """
         run = cls(folder, manifest)
         folder, path = run.folder, run.folder / MANIFEST
@@ -174,14 +179,19 @@ class Run:
         files of a process that was killed at startup are also ignored.
 
         Raises:
-          UserError: the folder has no manifest and contains other files.
+          UserError: the folder has no manifest and contains other files, or one of the folders of a
+            run is a symbolic link.
         """
-        if not self.folder.is_dir() or (self.folder / MANIFEST).exists():
+        if not self.folder.is_dir():
+            return
+        check_links(self.folder)
+        if (self.folder / MANIFEST).exists():
             return
         left = {path.name for path, target, _ in leftovers(self.folder)
                 if target in (MANIFEST, STATUS)}
         if not all(is_lock(entry.name) or entry.name in left or entry.name == STATUS
-                   or (entry.name in (*PARTS, live.FOLDER) and entry.is_dir()
+                   or (entry.name in (*PARTS, live.FOLDER)
+                       and entry.is_dir() and not entry.is_symlink()
                        and not any(p.is_file() for p in entry.rglob("*")))
                    for entry in self.folder.iterdir()):
             raise UserError(f"{self.folder}: is not empty and has no run.json; choose another "

@@ -13,6 +13,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Mapping
 
+from jaxpersona.brief import shown
 from jaxpersona.errors import UserError
 
 KEEP = 16
@@ -25,7 +26,8 @@ def check_keep(keep: int | None) -> None:
       UserError: `keep` is neither None nor an integer of at least 2.
     """
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 2):
-        raise UserError(f"keep_means is {keep!r}; give an integer of at least 2, or None for all")
+        raise UserError(f"keep_means is {shown(keep)}; give an integer of at least 2, or None for "
+                        "all")
 
 
 def chosen(prompts: Mapping[str, int], keep: int | None, *, seed: int, role: str) -> list[str]:

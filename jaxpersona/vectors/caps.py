@@ -11,15 +11,16 @@ import numpy as np
 from jaxpersona.brief import count, line, quoted
 from jaxpersona.calls import checked_class
 from jaxpersona.errors import UserError
-from jaxpersona.export import Table
+from jaxpersona.export import Table, others
 from jaxpersona.interventions.bank import normalised
 from jaxpersona.interventions.compose import Interventions, chain
 from jaxpersona.interventions.operators import cap
 from jaxpersona.interventions.where import Where, everywhere
 from jaxpersona.models.config import MAX_LAYERS, ModelConfig
 from jaxpersona.models.params import SCHEME
+from jaxpersona.vectors.fields import check_names, float32
 from jaxpersona.vectors.saved import Saved
-from jaxpersona.vectors.vector import CONTROL_VECTOR, Vector, check_names, float32
+from jaxpersona.vectors.vector import CONTROL_VECTOR, Vector
 
 
 @checked_class
@@ -102,7 +103,7 @@ class Caps(Table, Saved):
     def facts(self) -> dict[str, Any]:
         """Return the name, the model, the fingerprint and the notes."""
         return {"name": self.name, "model": self.model, "fingerprint": self.fingerprint,
-                **self.notes}
+                **others(self.notes, ("name", "model", "fingerprint"))}
 
     def tables(self) -> list[tuple[Vector, tuple[int, ...], np.ndarray]]:
         """Return the arguments of successive calls of `cap`.

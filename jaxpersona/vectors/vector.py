@@ -16,64 +16,15 @@ import numpy as np
 from jaxpersona.brief import line, quoted
 from jaxpersona.calls import checked_class
 from jaxpersona.errors import UserError
-from jaxpersona.export import Table
-from jaxpersona.interventions.bank import Layers, normalised, plain, resolve_layers
+from jaxpersona.export import Table, others
+from jaxpersona.interventions.bank import Layers, normalised, resolve_layers
 from jaxpersona.interventions.table import SITES, Site
 from jaxpersona.models.params import SCHEME, origin
+from jaxpersona.vectors.fields import check_names, finite, float32
 from jaxpersona.vectors.saved import Saved
 
 POPULATIONS = ("default", "all")
 CONTROL_VECTOR = "GGUF control vector"  # notes["source"] of a vector written by another program
-
-
-def float32(values: Any, field: str) -> np.ndarray:
-    values = plain(values)
-    if np.iscomplexobj(values):
-        raise UserError(f"{field} is complex; give real numbers")
-    try:
-        # an overflow results in infinity, which the caller rejects
-        with np.errstate(over="ignore"):
-            return np.asarray(values, np.float32)
-    except (OverflowError, RuntimeError, TypeError, ValueError) as error:  # e.g. 10**400, {}
-        raise UserError(f"{field} cannot be converted to float32 ({error})") from None
-
-
-def check_names(found: Any) -> None:
-    """Check the metadata of a direction or of caps, and convert the notes to Python values.
-
-    Raises:
-      UserError: a field is invalid.
-    """
-    for field in ("name", "model", "fingerprint"):
-        value = getattr(found, field)
-        if not isinstance(value, str):
-            raise UserError(f"{field} is {value!r}; it must be a string")
-    if not re.fullmatch(r"([0-9a-f]{16})?", found.fingerprint):
-        raise UserError(f"fingerprint is {found.fingerprint!r}; it must be sixteen hexadecimal "
-                        "digits in lower case, or empty")
-    scheme = found.fingerprint_scheme
-    if type(scheme) is not int or scheme < 1:
-        raise UserError(f"fingerprint_scheme is {scheme!r}; it must be a positive integer "
-                        f"({SCHEME} for a fingerprint that this version computes)")
-    object.__setattr__(found, "notes", _plain(found.notes))
-
-
-def _plain(notes: Any) -> dict[str, Any]:
-    """Convert NumPy and JAX scalars in notes to Python scalars, which all file formats support.
-
-    Raises:
-      UserError: the notes are not a dict from strings to strings or numbers.
-    """
-    if not isinstance(notes, Mapping):
-        raise UserError(f"notes is a {type(notes).__name__}; it must be a dict")
-    plain = {}
-    for name, value in notes.items():
-        value = value.item() if getattr(value, "ndim", None) == 0 else value
-        if not isinstance(name, str) or not isinstance(value, (str, int, float)):
-            raise UserError(f"notes[{str(name)[:40]!r}] is a {type(value).__name__}; keys must be "
-                            "strings, and values must be strings or numbers")
-        plain[name] = value
-    return plain
 
 
 @checked_class
@@ -142,7 +93,7 @@ class Vector(Table, Saved):
     def facts(self) -> dict[str, Any]:
         """Return the name, the model, the fingerprint, the site and the notes."""
         return {"name": self.name, "model": self.model, "fingerprint": self.fingerprint,
-                "site": self.site, **self.notes}
+                "site": self.site, **others(self.notes, ("name", "model", "fingerprint", "site"))}
 
     @property
     def n_layers(self) -> int:
@@ -197,7 +148,9 @@ class Vector(Table, Saved):
         """Return the direction scaled by a number."""
         if not isinstance(factor, (int, float, np.number)):
             return NotImplemented
-        return self._with(self.values * np.float32(factor), f"{factor:g}·{self.name}")
+        number = finite(factor, f"{self.kind} {self.name!r} was multiplied by")
+        with np.errstate(over="ignore"):
+            return self._with(self.values.astype(np.float64) * number, f"{number:g}·{self.name}")
 
     __rmul__ = __mul__
 
@@ -208,7 +161,9 @@ class Vector(Table, Saved):
         if divisor == 0:
             raise UserError(f"{self.kind} {self.name!r} was divided by {divisor}; use another "
                             "number")
-        return self._with(self.values / np.float32(divisor), f"{self.name}/{divisor:g}")
+        number = finite(divisor, f"{self.kind} {self.name!r} was divided by")
+        with np.errstate(over="ignore"):
+            return self._with(self.values.astype(np.float64) / number, f"{self.name}/{number:g}")
 
     def __radd__(self, start: Any) -> Vector:
         """Return the direction unchanged for 0, the initial value of Python's `sum`."""

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import pathlib
 import subprocess
 import sys
@@ -308,3 +309,33 @@ def test_every_from_pretrained_forbids_remote_code():
 def test_encode_takes_a_bare_tokenizer():
     ids = chat.encode(model().tokenizer, [TALK[:1]]).tokens
     assert 258 in np.asarray(ids)  # without a model, ids are not limited
+
+
+def test_commands_work_without_a_home_folder(tmp_path):
+    """Containers run as a user that the user database lacks, and without HOME."""
+    code = """
+import os, pwd, sys
+def absent(uid):
+    raise KeyError("uid not found")
+pwd.getpwuid = absent
+from jaxpersona.cli.main import main
+for arguments in (["--version"], ["data", "show", "role", "mirror"],
+                  ["plan", "~/model", "--topology", "v5e:2x2"],
+                  ["generate", "Hello", "--max-new-tokens", "2", "--adapter", "~/adapter"],
+                  ["generate", "Hello", "--max-new-tokens", "2"]):
+    try:
+        main(arguments)
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    print("code", code)
+"""
+    known = {name: value for name, value in os.environ.items()
+             if name not in ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME", "HF_HOME")}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                           timeout=300, check=False, cwd=tmp_path, env=known)
+    assert found.returncode == 0 and "Traceback" not in found.stderr, found.stderr
+    codes = [line for line in found.stdout.splitlines() if line.startswith("code ")]
+    assert codes == ["code 0", "code 0", "code 2", "code 2", "code 0"]
+    errors = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2 and all("~/" in line for line in errors)

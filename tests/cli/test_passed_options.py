@@ -112,6 +112,9 @@ def test_the_numbers_of_the_paper(folder, opened, called):
 
 
 @pytest.mark.parametrize(("more", "said"), [
+    (["--paper", "--min-count", "10"], "--min-count is 10, but --paper sets it to 50; omit one"),
+    (["--precision", "0.9", "--rounds", "9" * 5000], "--rounds is '9999"),
+    (["--keep-means", "9" * 5000], "--keep-means is '9999"),
     (["--paper", "--samples", "2"], "--samples is 2, but --paper sets it to 1; omit one"),
     (["--paper", "--precision", "0.9"], "--precision is 0.9, but --paper omits it"),
     (["--paper", "--limit-questions", "9"], "--limit-questions is 9, but --paper omits it"),

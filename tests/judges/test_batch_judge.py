@@ -12,12 +12,14 @@ import pytest
 from asking import KEY, ROLE, batch_judge, items, prompt, scored, until_stopped
 
 import jaxpersona as jp
+from jaxpersona.cli.judges import check_cache
 from jaxpersona.data.texts import Role
-from jaxpersona.judges import http
+from jaxpersona.judges import endpoint, http
 from jaxpersona.judges.endpoint import Endpoint
 from jaxpersona.judges.journal import Journal
 from jaxpersona.judges.limits import Batch, Budget
 from jaxpersona.judges.protocol import Item, in_order
+from jaxpersona.persona.judging import Judging
 
 pytest.importorskip("openai")
 
@@ -164,8 +166,11 @@ def test_a_batch_that_exceeds_the_queue_of_the_endpoint_waits_for_the_others(tmp
 def test_a_model_that_wants_another_field_of_the_limit_gets_it(tmp_path):
     with fake.serving() as server:
         server.batches.wants_other_length = True
-        judge = batch_judge(server, tmp_path / "v.jsonl", size=20)
+        judge = batch_judge(server, tmp_path / "v.jsonl", size=20, budget=Budget(calls=30))
         scored(in_order(judge, items(30)), items(30))
+        assert judge.journal.calls == 30  # the refused requests are no calls
+        judge.close()
+        assert Journal(tmp_path / "v.jsonl").calls == 30
         assert server.batches.sizes == [20, 10, 20, 10]
         assert all(b"max_completion_tokens" in server.batches.files[
             server.batches.batches[f"batch_{i}"]["input_file_id"]] for i in (2, 3))
@@ -239,6 +244,46 @@ def test_the_items_of_all_roles_share_their_batches(tmp_path):
             found = in_order(judge, asked)
             assert [v.error is not None for v in found] == [i == 7 for i in range(20)]
         assert server.batches.sizes == [40] and judge.note() == "calls: 40, failed: 2"
+
+
+def test_a_journal_in_use_is_noticed_before_anything_is_generated(tmp_path):
+    held = Journal(tmp_path / "v.jsonl")
+    with fake.serving() as server:
+        judge = batch_judge(server, tmp_path / "v.jsonl")
+        with pytest.raises(jp.UserError, match="is in use by another process"):
+            Judging(judge, alone=True)
+        with pytest.raises(jp.UserError, match="is in use by another process"):
+            check_cache(judge)
+        held.close()
+        check_cache(judge)
+        judge.close()
+        new = batch_judge(server, tmp_path / "new.jsonl")
+        check_cache(new)
+        assert not new.path.exists()  # a new file would be in the folder of the run
+        Judging(new, alone=True)
+        assert new.path.exists()
+        new.close()
+
+
+def test_a_file_with_results_has_a_limited_size(tmp_path, monkeypatch):
+    with fake.serving() as server:
+        monkeypatch.setattr(endpoint, "RESULT_BYTES", 1000)
+        found, why = until_stopped(batch_judge(server, tmp_path / "v.jsonl"), items(30))
+        assert not found and "a file with results has more than 1,000 bytes; give a smaller" in why
+        monkeypatch.undo()
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        scored(in_order(batch_judge(server, tmp_path / "v.jsonl"), items(30)), items(30))
+    assert server.batches.sizes == [30]
+
+
+def test_verdicts_are_those_of_a_model_at_any_url(tmp_path):
+    """The key of a request omits the URL: a model keeps its verdicts if its server moves."""
+    with fake.serving() as one, fake.serving() as two:
+        first = batch_judge(one, tmp_path / "v.jsonl")
+        found = in_order(first, items(5))
+        first.close()
+        again = batch_judge(two, tmp_path / "v.jsonl")
+        assert in_order(again, items(5)) == found and not two.batches.sizes
 
 
 def test_closing_ends_the_wait_and_the_batch_stays_in_the_journal(tmp_path):

@@ -254,6 +254,13 @@ def test_tensors_that_do_not_fit_are_all_listed(base, tmp_path):
     text = str(caught.value)
     assert "the model has no weight model.layers.7.self_attn.q_proj.weight" in text
     assert "up_proj.lora_Q.weight: not a LoRA factor" in text and "only lora_B is present" in text
+    write(tmp_path / "twice")
+    path = tmp_path / "twice" / "adapter_model.safetensors"
+    held = load_file(path)
+    name = next(name for name in held if name.endswith("lora_A.weight"))
+    save_file(held | {name.replace(".weight", ".default.weight"): held[name] + 1}, path)
+    with pytest.raises(jp.UserError, match=r"weight: the weight has a second lora_A with another"):
+        jp.load(base, adapter=tmp_path / "twice")
     other = tmp_path / "b"
     write(other)
     wide = dataclasses.replace(CONFIG, d_ff=64)

@@ -123,6 +123,38 @@ def test_the_slope_is_that_of_a_regression_over_all_roles():
     assert p.question_slope(own, {"one": cells([[5, 5]])}) == 0.0
 
 
+def test_opposite_halves_and_noiseless_halves_have_an_interval_with_the_value():
+    """The reliability of a cosine of −1 is 0; without noise, it is 1."""
+    with np.errstate(all="raise"):
+        up = cells([[2, 1], [-2, 1], [2, 1], [-2, 1]])
+        down = cells([[-2, 1], [2, 1], [-2, 1], [2, 1]])
+        _, roles = p.measure(nothing(4), {"up": up, "down": down}, ["up", "down"])
+        assert roles["up"].value == 0 == roles["up"].low and roles["up"].high < 1e-5
+        same = cells([[1, 2]] * 4)
+        axis, roles = p.measure(nothing(4), {"a": same, "b": cells([[3, 1]] * 4)}, ["a", "b"])
+        for found in (axis, *roles.values()):
+            assert found.value == pytest.approx(1) and found.low <= found.value <= found.high
+            assert found.reached(0.99)
+        assert p.spearman_brown(-1.0) == -math.inf
+
+
+def test_cells_of_some_questions_are_those_of_the_first_ones_in_their_order():
+    """A mask of questions gives the numbers of a shorter list, at any place."""
+    rng = np.random.default_rng(3)
+    own, rows = rng.normal(size=(8, 3)), rng.normal(size=(8, 3)) + 2
+    first, mask = cells(rows[:4]), np.arange(8) < 4
+    some = p.Cells(np.where(mask[:, None], rows, 0).astype(np.float32), mask.astype(int), mask)
+    cast = {"a": cells(rng.normal(size=(8, 3)) - 3)}
+    one, two = (p.measure(cells(own), {**cast, "b": b}, ["a", "b"]) for b in (first, some))
+    assert one == two
+    places = [2, 3, 6, 7, 0, 1, 4, 5]  # the same halves, in another order
+    moved = p.Cells(some.totals[places], some.counts[places], mask[places])
+    _, roles = p.measure(cells(own[places]), {"a": cells(cast["a"].totals[places]), "b": moved},
+                         ["a", "b"])
+    assert roles["b"].value == pytest.approx(one[1]["b"].value, rel=1e-6)
+    assert some.padded(9).asked.tolist() == [*mask, False] and some.first(2).asked.all()
+
+
 def test_too_few_replies_have_no_reliability():
     full = cells([[1, 2], [2, 1], [1, 3], [2, 2]])
     few = cells([[1, 2], [0, 0], [1, 3], [0, 0]], [1, 0, 1, 0])
@@ -218,7 +250,9 @@ def test_rounds_grow_by_half_and_end_with_all_questions():
     (0.9, [5], 8, "rounds contains 5; give even numbers of questions from 4 to 8"),
     (0.9, [2], 8, "rounds contains 2"), (0.9, [10], 8, "rounds contains 10"),
     (0.9, [6.0], 8, "rounds contains 6.0"), (0.9, [6, 4], 8, "rounds contains 4 after 6"),
-    (0.9, [4, 4], 8, "rounds contains 4 after 4")])
+    (0.9, [4, 4], 8, "rounds contains 4 after 4"), (0.9, 7, 8, "rounds is 7; give numbers of"),
+    pytest.param(0.9, [10**5000], 8, "rounds contains an int with too many", id="digits"),
+    pytest.param(10**5000, None, 8, "precision is an int with too many digits", id="large")])
 def test_mistakes_of_the_arguments(target, rounds, questions, said):
     with pytest.raises(UserError) as error:
         p.check_precision(target, rounds, questions)

@@ -58,6 +58,7 @@ def test_settled_roles_get_no_more_questions(done):
     assert rounds.settled == ["pirate", "sage", "tutor"] == sorted(
         set(NAMES) - set(rounds.rounds[2].roles))
     assert (rounds.rollouts, rounds.quota, rounds.saved) == (34, 40, 6)
+    assert rounds.axis == rounds.rounds[-1].axis
     assert found.rollouts == 34 and full.rollouts == 40 and full.rounds is None
     run = Run.read(folder / "stopped")
     for name, n in rounds.asked.items():
@@ -150,7 +151,10 @@ def test_a_call_without_precision_completes_the_quota(done, tmp_path, played):
     np.testing.assert_allclose(again.axis.values, full.axis.values, rtol=1e-5, atol=1e-6)
     assert "precision" not in json.loads((copy / "analysis.json").read_text())
     before = contents(copy)
-    assert extract(copy).rounds.value() == found.rounds.value()  # the sums continued
+    last = extract(copy).rounds  # the sums continued
+    assert (last.rounds, last.asked) == (found.rounds.rounds, found.rounds.asked)
+    # the vectors average all rollouts in the folder
+    assert (last.rollouts, last.saved, last.quota) == (40, 0, 40)
     del played[:]
     after = contents(copy)
     assert {name for name in before if before[name] != after[name]} == {

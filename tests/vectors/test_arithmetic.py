@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import support as s
@@ -119,3 +121,41 @@ def test_tensors_of_pytorch_are_accepted(dtype):
     assert s.same_bits(jp.steer(values[4], layers=4), of_array)
     assert s.same_bits(jp.steer([values[4]], layers=4, rows=[0]),
                        jp.steer(np.ones((1, 128)), layers=4, rows=[0]))
+
+
+def test_products_are_computed_in_float64_and_factors_are_finite_real_numbers():
+    """A factor beyond float32 is no error as long as the product is in its range."""
+    large = jp.Vector(np.full((2, 3), 1e20), "a")
+    small = jp.Vector(np.full((2, 3), 1e-20), "a")
+    for found, wanted in ((large / 1e39, 1e-19), (large * 1e-46, 1e-26), (1e50 * small, 1e30),
+                          (small / 1e-50, 1e30), (np.float32(2) * large, 2e20)):
+        np.testing.assert_allclose(found.values, wanted, rtol=1e-6)
+        assert found.values.dtype == np.float32
+    for wrong in (10**400, -10**400, np.nan, np.inf, np.complex64(1 + 1j), 10**5000):
+        for act, verb in ((lambda x: large * x, "multiplied"), (lambda x: large / x, "divided")):
+            with pytest.raises(jp.UserError, match=f"'a' was {verb} by .*; use a finite") as error:
+                act(wrong)
+            assert "\n" not in str(error.value)
+    with pytest.raises(jp.UserError, match="non-finite"):
+        large * 1e30
+
+
+def test_notes_of_a_file_do_not_replace_the_fields_of_an_export(tmp_path, capsys):
+    notes = {"name": "other", "model": "m", "kind": "k", "records": 1, "judge": "none", "site": "s",
+             "shape": "x"}
+    vector = jp.Vector(np.ones((2, 3)), "mine", notes=notes)
+    caps = jp.Caps(np.ones((1, 3)), layers=(1,), floors=np.ones(1), labels=("a",), name="mine",
+                   notes=notes)
+    for one in (vector, caps):
+        found = json.loads(one.to_json())
+        assert (found["kind"], found["name"], found["model"]) == (type(one).__name__, "mine", "")
+        assert isinstance(found["records"], list) and found["judge"] == "none"
+        assert (found["notes.name"], found["notes.kind"], found["notes.records"]) == (
+            "other", "k", 1)
+    assert json.loads(vector.to_json())["site"] == "residual"
+    vector.save(tmp_path / "v.safetensors")
+    assert s.run_command(["vectors", "show", str(tmp_path / "v.safetensors")]) == 0
+    said = capsys.readouterr().out
+    assert "[2 layers, width 3]" in said and "notes.shape" in said and "notes.name" in said
+    with pytest.raises(jp.UserError, match=r"notes\['x'\] has 16,610 bits"):
+        jp.Vector(np.ones((2, 3)), notes={"x": 10**5000})
