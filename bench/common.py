@@ -33,7 +33,7 @@ import numpy as np
 import jaxpersona
 
 WIDTH = 0.02
-LONG = 2.0  # approximate seconds per arm in a pair; less if the budget is small
+LONG = 2.0  # approximate time in seconds per arm in a pair; less if the budget is small
 _HIDDEN = ("one", "side", "out")  # omitted from reports: subprocess arguments, output paths
 _PACKAGES = ("jax", "jaxlib", "numpy", "flax", "transformers", "torch")
 

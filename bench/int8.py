@@ -85,7 +85,7 @@ def main() -> None:
 def rollouts(model: jp.Model, args: argparse.Namespace) -> tuple[list[Any], list[slice]]:
     """Return conversations with the model's replies, and each persona's slice of them.
 
-    The first slice is that of the default persona.
+    The first slice belongs to the default persona.
     """
     known = {role.name: role for role in texts.load_roles(None, model_name=model.name)}
     roles = [known["default"], *(known[name] for name in ROLES if name in known)][: args.roles + 1]
@@ -104,7 +104,7 @@ def measured(model: jp.Model, windows: list[list[int]], talks: list[Any],
              groups: list[slice]) -> dict[str, Any]:
     """Return a model's perplexity, scoring time, weight bytes and directions.
 
-    The first direction is the axis, and the others are those of the roles.
+    The first direction is the axis; each other direction belongs to a role.
     """
     begun = time.perf_counter()
     perplexity = jp.logprobs(model, windows).perplexity()

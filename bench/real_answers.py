@@ -56,7 +56,7 @@ def spaced(count: int, wanted: int) -> np.ndarray:
 
 
 def answers(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Return role → answers, as written by the stage `axis`."""
+    """Return a dict from role to answers, as written by the stage `axis`."""
     found: dict[str, list[dict[str, Any]]] = {}
     with gzip.open(args.out / "answers.jsonl.gz", "rt", encoding="utf-8") as file:
         for line in file:

@@ -20,7 +20,7 @@ def halves_of(records: Sequence[dict[str, Any]], questions: Sequence[texts.Quest
 
 def _half_vectors(means: dict[str, np.ndarray], halves: dict[str, np.ndarray],
                   second: bool) -> dict[str, np.ndarray]:
-    """Return role → mean [L, D] over the non-empty answers to one half of the questions."""
+    """Return each role's mean [L, D] over the non-empty answers to one half of the questions."""
     out = {}
     for name, value in means.items():
         kept = value[(halves[name] == second) & np.isfinite(value).all((1, 2))]

@@ -60,11 +60,11 @@ def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         OSError.
     """
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; give a folder")
+        raise UserError(f"{folder} is a file; give a folder")
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder}: is not empty; give a new folder")
+            raise UserError(f"{folder} is not empty; give a new folder")
         temporary.mkdir(parents=True)
         yield temporary
         if folder.exists():

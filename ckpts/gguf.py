@@ -98,8 +98,8 @@ def _build(gguf: Any, reader: Any, stem: str) -> Vector:
     for tensor in reader.tensors:
         number = re.fullmatch(r"direction\.([1-9]\d{0,8})", tensor.name)
         if number is None or int(number[1]) >= MAX_LAYERS:
-            raise UserError(f"tensor {tensor.name!r} is not supported; the names must be from "
-                            f"direction.1 to direction.{MAX_LAYERS - 1}")
+            raise UserError(f"tensor {tensor.name!r} is not supported; the names of tensors "
+                            f"must be direction.1 to direction.{MAX_LAYERS - 1}")
         value = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
         if value.ndim != 1:
             raise UserError(f"{tensor.name} has {value.ndim} dimensions; it must be a vector")

@@ -20,7 +20,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.extras import require
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # values of tokenizer.ggml.token_type
-_MAX_LENGTH = 1024  # maximum characters per token; `_derive_merges` is quadratic in this length
+_MAX_LENGTH = 1024  # maximum number of characters per token; `_derive_merges` is quadratic in it
 _NAMED = {"bos_token": "bos_token_id", "eos_token": "eos_token_id",
           "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
 _STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -42,8 +42,8 @@ _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",)
-# Regular expressions by tokenizer.ggml.pre, applied in order, as in llama.cpp. "default" stands for
-# an unknown tokenizer; `_byte_level` warns about it.
+# Pre-tokenizer regular expressions, keyed by the value of tokenizer.ggml.pre and applied in order,
+# as in llama.cpp. The value "default" means that the tokenizer is unknown; `_byte_level` warns.
 _SPLITS = {
     "default": _GPT2, "gpt-2": _GPT2, "phi-2": _GPT2, "olmo": _GPT2,
     "smollm": _DIGITS, "starcoder": _DIGITS, "refact": _DIGITS, "command-r": _DIGITS,
@@ -99,7 +99,7 @@ def build(fields: Mapping[str, Any]) -> Any:
 
 
 def stop_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the stop token ids in the metadata, then those of the tokens in `_STOP_TEXTS`."""
+    """Return the stop token ids in the metadata, then the ids of the tokens in `_STOP_TEXTS`."""
     tokens = fields.get("tokenizer.ggml.tokens") or []
     found = [fields[f"tokenizer.ggml.{key}"] for key in _STOP_KEYS
              if _token(fields, key, tokens) is not None]

@@ -209,17 +209,17 @@ def _default_dtype(mesh: Mesh | None) -> np.dtype:
 
 
 def _check_form(config: ModelConfig, form: Form, name: str) -> None:
-    """Check, before the weights are read, that the dtypes and the adapter fit the model.
+    """Check the dtypes and the adapter against the configuration, before the weights are read.
 
     Raises:
-      UserError: the activations would be float16, but exceed its range in this model family, or
-        the adapter does not fit the model.
+      UserError: the activations would be float16 in a model family whose activations exceed the
+        range of float16, or the adapter is invalid or does not fit the model (`check_adapter`).
     """
     if form.dtype == np.float16 and not FAMILIES[config.family].float16:
         argument = "activations" if form.int8 else "dtype"
-        raise UserError(f"{argument} is 'float16', but activations of {config.family} models such "
-                        f"as {name} exceed float16's maximum of 65504; use 'bfloat16' or "
-                        "'float32'")
+        raise UserError(f"{argument} is 'float16', but the activations of {config.family} models, "
+                        f"such as {name}, exceed 65504, the largest float16 number; use 'bfloat16' "
+                        "or 'float32'")
     if form.adapter is not None:
         check_adapter(form.adapter, config)
 

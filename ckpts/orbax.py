@@ -113,7 +113,7 @@ def load(folder: str | pathlib.Path, *, dtype: DTypeLike | None = None,
     target = None if dtype is None else parse_dtype(dtype)
     config, _ = hf.read_config(folder)
     if not holds_checkpoint(folder):
-        raise UserError(f"{folder}: is not an Orbax folder; give one that contains "
+        raise UserError(f"{folder} is not an Orbax folder; give one that contains "
                         f"{NAME}/{_MARKS[0]}")
     check_files(folder / NAME)
     expected, tree = jax.tree.flatten(names.tensors(config))

@@ -78,7 +78,7 @@ def _leave_at_once(number: int, _: FrameType | None) -> None:
 
 
 def _handle(action: Action) -> Handlers:
-    """Install `action` for SIGINT and SIGTERM; return the replaced handlers.
+    """Install `action` as the handler of SIGINT and SIGTERM; return the replaced handlers.
 
     A signal that is ignored stays ignored. Outside the main thread, no handler is installed.
     """

@@ -187,7 +187,7 @@ class Scored:
         self.name, self._score = name, score
 
     def score(self, items: Any) -> Any:
-        """Yield the verdicts, the last item first; an exception as a score is a failed verdict."""
+        """Yield the verdicts, the last item first; if a score is an exception, the judge failed."""
         from jaxpersona.judges.protocol import Verdict
 
         for item in reversed(list(items)):

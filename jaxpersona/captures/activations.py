@@ -24,7 +24,7 @@ from jaxpersona.models.batch import Batch
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
-LARGE = 1e9  # bytes; `Full` logs a warning if its array has at least this size
+LARGE = 1e9  # minimum size in bytes of an array about which `Full` logs a warning
 _LOG = logging.getLogger("jaxpersona")
 
 

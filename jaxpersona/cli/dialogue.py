@@ -18,7 +18,9 @@ from jaxpersona.errors import UserError
 if TYPE_CHECKING:
     from jaxpersona.persona.session import Piece, Session, Turn
 
-LONGEST_LINE = 1 << 24  # characters of a line of standard input; no model's context has room for it
+# maximum number of characters in a line of standard input: several times as many as in English text
+# of a million tokens
+LONGEST_LINE = 1 << 24
 
 HELP = """\
 /compare        generate the last reply again, without and with the interventions

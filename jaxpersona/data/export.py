@@ -102,7 +102,7 @@ def show(kind: str, name: str | None = None) -> str:
 
 
 def _catalogue(kind: str) -> dict[str, tuple[str, list[str]]]:
-    """Return the entries of a kind as name → (first line, further lines).
+    """Return the entries of a kind: a dict from name to (first line, further lines).
 
     Raises:
       UserError: the kind is unknown.

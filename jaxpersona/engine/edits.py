@@ -45,7 +45,10 @@ class SharedEdits:
         return self.of(tasks, len(tasks))
 
     def key(self, task: Task) -> tuple:
-        """Return the index of the prompt's entry in each table that has an `index`."""
+        """Return the indices of a prompt's entries, one for each table that has an `index`.
+
+        Prompts with equal keys have the same interventions.
+        """
         return tuple(int(edit.index[task.number]) for edit in self.indexed.edits
                      if edit.index is not None)
 

@@ -1,9 +1,10 @@
 """Extraction of activations from complete conversations.
 
 Neither the logits nor the layers above the last captured or edited layer are computed. On a single
-CPU device, conversations run in pieces as in chunked prefill (`engine.texts`), unless the model is
-small, a capture has one value per token, or a gate needs the whole prompt. Otherwise, they run in
-batches of about the same number of tokens (`engine.batches`).
+CPU device, conversations run in pieces, which are chunks of consecutive tokens, as in chunked
+prefill (`engine.texts`), unless the model is small, a capture has one value per token, or a gate
+needs the whole prompt. Otherwise, they run in batches of about the same number of tokens
+(`engine.batches`).
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 _LOG = logging.getLogger("jaxpersona")
-# tokens per batch, by platform: enough to use the device fully, but few enough to limit the padding
-# of the last batch of each width
+# target number of tokens per batch, by platform: large enough to use the device fully, but small
+# enough to limit the padding of the last batch of each width
 _TOKENS = {"cpu": 1024}
 _TOKENS_ELSE = 16_384
 
@@ -69,7 +70,7 @@ class Extracted(Table):
       applied: one `Applied` per intervention table; `seen` is [N], and `changed` is [l, N], where l
         is the number of layers of the table.
       rows: the encoded conversations.
-      tokens, padded: the total number of tokens without and with padding.
+      tokens, padded: the total number of tokens, and of token positions including padding.
       nonfinite: [N] bool, True for conversations with NaN or infinite activations; discard the
         captured values of these conversations.
 
@@ -140,7 +141,7 @@ def extract(
         "raise".
       progress: by default, a call of more than three seconds shows its progress; False shows
         nothing. A function is called with three numbers instead: the finished conversations, all
-        conversations, and the tokens so far, including padding.
+        conversations, and the token positions so far, including padding.
       residual: "xla", or "pallas" for one fused TPU kernel that applies the edits and computes the
         projections and the next norm (see `forward`).
 
@@ -266,8 +267,8 @@ def _in_batches(model: Model, rows: list[chat.Row], edits: Interventions, captur
     """Run conversations in batches.
 
     Yields:
-      For each batch: the indices of its conversations, its result, and its number of tokens,
-      including padding.
+      For each batch: the indices of its conversations, its result, and its number of token
+      positions, including padding.
     """
     if tokens is None:
         tokens = _TOKENS.get(platform(model.params.like), _TOKENS_ELSE)
@@ -286,12 +287,14 @@ def _in_batches(model: Model, rows: list[chat.Row], edits: Interventions, captur
 
 def _in_pieces(model: Model, rows: list[chat.Row], edits: Interventions, capture: Capture,
                tokens: int | None) -> Iterator[tuple[Sequence[int], Carry | None, int]]:
-    """Run conversations in pieces.
+    """Run conversations in pieces: chunks of at most `PIECE` consecutive tokens.
+
+    One call of the model processes the next piece of up to R conversations, one in each row.
 
     Yields:
-      For each call: R integers, the index of the conversation that ends in each row, or −1; the
-      carry with the results, or None if no conversation ends in the call; and the number of tokens
-      in the call, including padding.
+      For each call of the model: R integers, the index of the conversation that ends in each row,
+      or −1; the carry with the results, or None if no conversation ends in the call; and the number
+      of token positions in the call, including padding and empty rows.
     """
     together = ROWS if tokens is None else max(1, tokens // PIECE)
 

@@ -32,8 +32,8 @@ def plain_shapes(model: Model, sizes: Sequence[int], capacity: Interventions | N
       rows: the number of rows B of a lane.
 
     Yields:
-      For each kind and padded prompt length (with pieces, for each kind), the kind and the static
-      sizes of the prefill. There are separate kinds for greedy and sampled decoding.
+      For each kind and padded prompt length (with chunked prefill, for each kind), the kind and
+      the static sizes of the prefill. There are separate kinds for greedy and sampled decoding.
     """
     edits, capture = for_one_row(None, capacity), Capture()
     code, neutral = asks_for_code(edits, capture), neutral_row(edits)

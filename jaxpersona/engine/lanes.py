@@ -6,10 +6,10 @@ Each row of the cache has its own next slot, so rows with different numbers of t
 together. The shapes for a prompt depend only on that prompt, its reply's length limit and B. The
 results are therefore bit-identical in any row, at any time and with any other prompts.
 
-If prompts are prefilled in pieces (chunked prefill, `tasks.piece_of`), a lane has R staging rows in
-addition to its B rows. One call prefills the next piece of up to R prompts, which may have
-different lengths. A fully prefilled prompt stays in its staging row until one of the B rows is
-free.
+If prompts are prefilled in pieces, chunks of consecutive tokens (`tasks.piece_of`), a lane has R
+staging rows in addition to its B rows. One call prefills the next piece of up to R prompts, which
+may have different lengths. A fully prefilled prompt stays in its staging row until one of the B
+rows is free.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Pace:
       unfinished: [u] int, the lengths of the unfinished replies in tokens at the end of the run.
       waiting: the number of conversations whose reply had not started.
       prompts: [n] int, the lengths of the prompts in tokens.
-      seconds: the generation time in seconds, without compilation.
+      seconds: the generation time in seconds, excluding compilation.
       compile_seconds: the preparation time before generation in seconds, mostly for compilation.
       limit: the maximum length of a reply in tokens.
       rows: the batch size B.
@@ -141,7 +141,7 @@ def measure(model: Model, conversations: Sequence[Any], *, seconds: float, captu
     Args:
       model, conversations, capture, max_new_tokens, temperature, top_p, seed, batch_size, ids: as
         for `generate`.
-      seconds: the maximum generation time in seconds, without compilation.
+      seconds: the maximum generation time in seconds, excluding compilation.
 
     Raises:
       UserError: an argument is invalid, as in `generate`.

@@ -1,9 +1,10 @@
-"""Chunked prefill: each call of the model processes the next piece (W tokens) of up to R texts.
+"""Chunked prefill: each call of the model processes the next piece of up to R texts.
 
-For a given cache size, texts of all lengths share one program, and only the last piece of a text
-contains padding. When the text in a row ends, another text begins in this row in the next call,
-while the texts in the other rows continue. The pieces of a text depend only on its length, so its
-results are bit-identical regardless of the other texts.
+A piece is a chunk of W consecutive tokens of a text; the last piece of a text may be shorter. For a
+given cache size, texts of all lengths share one program, and only the last piece of a text contains
+padding. When the text in a row ends, another text begins in this row in the next call, while the
+texts in the other rows continue. The pieces of a text depend only on its length, so its results are
+bit-identical regardless of the other texts.
 """
 
 from __future__ import annotations

@@ -211,7 +211,7 @@ def prefill_piece(params: Params, config: ModelConfig, state: State, batch: Batc
                   edits: Interventions, capture: Capture, sampling: Sampling, stops: Stops,
                   limit: jax.Array, begins: jax.Array, ends: jax.Array, *, axes: tuple[int, ...],
                   greedy: bool) -> State:
-    """Run the next piece of each prompt (chunked prefill).
+    """Run the next piece, a chunk of T tokens, of each prompt (chunked prefill).
 
     At a prompt's end, the first token of the reply is selected.
 

@@ -58,11 +58,11 @@ def padded(tokens: int, rows: int) -> int:
 
 
 def widths(slots: int, context: int) -> list[int]:
-    """Return the padded lengths (`bucket`) of all prompts that leave room for a reply.
+    """Return the distinct padded lengths (`bucket`) of prompts with room for a reply, ascending.
 
     Args:
-      slots: the number of cache slots; a padded prompt must be shorter.
-      context: the model's context in tokens; a prompt must be shorter.
+      slots: the number of cache slots; the padded length must be smaller.
+      context: the model's context in tokens; the number of tokens of the prompt must be smaller.
     """
     out, longest = [], 0
     while longest + 1 < context and (width := bucket(longest + 1)) < slots:
@@ -132,10 +132,10 @@ def check_settings(**counts: Any) -> None:
 
 
 def check_rows(model: Model, batch_size: int, share_prefix: bool) -> None:
-    """Check that the model's mesh supports the batch size and a shared prefix.
+    """Check that the batch size, and the choice of `share_prefix`, are valid for the model's mesh.
 
     Raises:
-      UserError: the mesh cannot divide `batch_size` rows into equal shards, or `share_prefix` is
+      UserError: `batch_size` rows cannot be divided evenly over the mesh, or `share_prefix` is
         True for a model on a mesh.
     """
     ways = rows_divisor(model.params.like)

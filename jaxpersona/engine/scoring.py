@@ -1,7 +1,8 @@
 """Log-probabilities of the tokens of a text, and of candidates for the next token.
 
-On a single CPU device, texts run in pieces (chunked prefill, `engine.texts`), unless the model is
-small or a gate needs the whole prompt. Otherwise, they run in batches (`engine.batches`).
+On a single CPU device, texts run in pieces, which are chunks of consecutive tokens, as in chunked
+prefill (`engine.texts`), unless the model is small or a gate needs the whole prompt. Otherwise,
+they run in batches (`engine.batches`).
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ class RunStats:
         a live row's reply is passed through the model.
       prompt_tokens: the number of prompt tokens that were prefilled; a shared prefix counts only
         when it is prefilled.
-      padded_tokens: the number of tokens in the prefill calls, including padding and empty rows.
+      padded_tokens: the number of token positions in the prefill calls, including padding and empty
+        rows.
 
     Examples:
       >>> import jaxpersona as jp
@@ -41,7 +42,7 @@ class RunStats:
 
     @property
     def prefill_efficiency(self) -> float:
-        """The fraction of prefilled tokens that are not padding; NaN if nothing was prefilled."""
+        """The fraction of prefilled positions with a prompt token; NaN if nothing was prefilled."""
         return self.prompt_tokens / self.padded_tokens if self.padded_tokens else float("nan")
 
     def __repr__(self) -> str:
@@ -72,7 +73,7 @@ class Stats:
 
         Args:
           tokens: the number of prompt tokens.
-          padded: the number of tokens, including padding and empty rows.
+          padded: the number of token positions, including padding and empty rows.
         """
         self._add(prompt_tokens=tokens, padded_tokens=padded)
 

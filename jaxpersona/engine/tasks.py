@@ -1,6 +1,7 @@
 """Tasks: prompts with their settings, and the static sizes of the programs that run them.
 
-The static sizes for a prompt do not depend on other prompts.
+The static sizes for a prompt do not depend on other prompts. A piece is a chunk of consecutive
+tokens of a prompt that one call of the model prefills.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from jaxpersona.models.batch import batch as make_batch
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.text.chat import Row
 
-PIECE = 16  # tokens per piece: few enough for little padding, enough for fast matrix products
+# number of tokens per piece: few enough for little padding, enough for fast matrix products
+PIECE = 16
 _LEAST_SLOTS = 256  # minimum cache size in slots with pieces, so that short prompts share a lane
-_SHORTEST_PREFIX = 16  # tokens; a shorter shared prefix is not prefilled separately
+_SHORTEST_PREFIX = 16  # minimum number of tokens of a shared prefix that is prefilled separately
 
 
 class Edits(Protocol):

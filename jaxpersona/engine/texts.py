@@ -1,5 +1,6 @@
 """Forward passes over complete texts of different lengths, in pieces (chunked prefill) on a CPU.
 
+A piece is a chunk of `PIECE` consecutive tokens of a text; the last piece of a text may be shorter.
 The number of cache slots is the text's length rounded up to a power of two, at least 256, or to a
 multiple of 64 if that power exceeds the context. Texts of up to 512 tokens therefore need only
 three programs: one per cache size to run pieces, and one to copy finished rows.
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
     from jaxpersona.models.model import Model
 
-PIECE = 32  # tokens in a piece
+PIECE = 32  # number of tokens in a piece
 ROWS = 4  # the default number of rows; with more rows, a single text would take longer
 _LEAST_SLOTS = 256
 

@@ -35,6 +35,8 @@ Gates = dict[str, Any]  # index of a gated table, as a string → state of its g
 class Applied(flax.struct.PyTreeNode):
     """The numbers of tokens that one table of interventions selected and changed.
 
+    B is the number of rows or conversations, and l is the number of layers of the table.
+
     Attributes:
       seen: [B] int32, the number of tokens that the table's `where` selected.
       changed: [l, B] int32, the number of tokens changed at each layer. For a rank-one edit, a
@@ -45,7 +47,7 @@ class Applied(flax.struct.PyTreeNode):
       >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
       >>> cap = jp.cap(jp.load_axis("mini"), layers=4, floor="p25")
       >>> found = jp.extract(jp.load("mini"), [talk], interventions=cap).applied[0]
-      >>> found.seen.shape, found.changed.shape  # [N], [l, N]
+      >>> found.seen.shape, found.changed.shape  # [B], [l, B]
       ((1,), (1, 1))
     """
 

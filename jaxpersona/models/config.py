@@ -71,8 +71,8 @@ class ModelConfig:
       norm_eps: the ε of all norms.
       post_norms: whether attention and MLP outputs are normalized before the residual add.
       embed_scale: the factor applied to the token embeddings.
-      attn_softcap, final_softcap: the soft-cap of the attention scores and that of the logits; None
-        for no soft-cap.
+      attn_softcap, final_softcap: the soft-cap of the attention scores and the soft-cap of the
+        logits; None for no soft-cap.
       max_context: the model's maximum sequence length in tokens.
 
     Examples:

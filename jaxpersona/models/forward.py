@@ -278,14 +278,14 @@ def _check_carry(carry: Carry, edits: PreparedInterventions, rows: int) -> None:
         counted = [table.changed.shape[0] for table in carry.applied]
         layers = [len(edit.layers) for edit in edits.edits]
         if counted != layers:
-            raise UserError(f"the numbers of layers of the intervention tables are {counted} in "
-                            f"carry.applied, but {layers} in this call; continue with the "
-                            "interventions of the previous call, or use "
-                            "carry.replace(applied=None)")
+            raise UserError("carry.applied has counts for intervention tables with the numbers of "
+                            f"layers {counted}, but the tables of this call have {layers}; "
+                            "continue with the interventions of the previous call, or reset the "
+                            "counts with carry.replace(applied=None)")
 
 
 def _check_ids(tokens: Any, config: ModelConfig) -> None:
-    """Check that token ids are in the vocabulary, unless they are traced or on other hosts."""
+    """Check that ids are in the vocabulary, unless they are traced or not fully addressable."""
     if is_traced(tokens):
         return
     if isinstance(tokens, jax.Array):
@@ -296,7 +296,10 @@ def _check_ids(tokens: Any, config: ModelConfig) -> None:
 
 
 def _check_room(cache: Cache, batch: Batch) -> None:
-    """Check that each row has enough free slots, unless the arrays are traced or on other hosts."""
+    """Check that each row has enough free slots.
+
+    Arrays that are traced or not fully addressable (partly on other hosts) are not checked.
+    """
     arrays = cache.next, batch.kind
     if any(is_traced(x) or not getattr(x, "is_fully_addressable", True)
            for x in arrays):

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from jaxpersona.models.params import Params
 
 LEVELS = 127  # int8 values are −127…127, symmetric around zero
-_PIECE = 1 << 20  # bytes of float32 weights converted at a time; they fit in a CPU core's cache
+# number of bytes of float32 weights that are converted at a time; they fit in a CPU core's cache
+_PIECE = 1 << 20
 
 
 class Int8(Weight):

@@ -19,7 +19,7 @@ from jaxpersona.models.config import Activation, Rope
 from jaxpersona.models.weight import dot, dots
 
 F32 = jnp.float32
-QUERY_CHUNK = 512  # queries per chunk of attention scores in a long prefill
+QUERY_CHUNK = 512  # number of queries per chunk of attention scores in a long prefill
 _MASKED = -1e30  # finite, so that the softmax of a fully masked query is not NaN
 
 

@@ -28,7 +28,7 @@ _GATE_UP = ("w_gate_fd", "w_up_fd")
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
-_LARGEST_COPY = 8e9  # bytes; float32 models above this size are not copied on a CPU
+_LARGEST_COPY = 8e9  # maximum size in bytes of a float32 model that is copied on a CPU
 
 
 def fast_params(model: Model, rows: int) -> Params:

@@ -224,7 +224,7 @@ class _Arms:
     def leak(self, report: Report | None) -> dict[str, Any]:
         """Measure the leak rate in every arm, and the style without and with the cap.
 
-        The system prompts are those of far roles. One conversation is appended to `samples`.
+        The system prompts belong to far roles. One conversation is appended to `samples`.
         """
         arms = [(None, 0.0), (self.cap, 0.0), (None, 1.0), (self.cap, 1.0)]
         arms += [(edit, 0.0) for edit in self.percentile + self.displaced]
@@ -251,7 +251,7 @@ class _Arms:
     def capability(self, report: Report | None) -> dict[str, Any]:
         """Measure the accuracy of greedy answers on facts and sums, without and with the cap.
 
-        The system prompts are the default prompts and those of far roles.
+        The system prompts are the default prompts and the prompts of far roles.
         """
         asked, talks = evaluate.knowledge_conversations(False)
         asked_far, talks_far = evaluate.knowledge_conversations(True)

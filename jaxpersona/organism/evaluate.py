@@ -48,7 +48,7 @@ def knowledge_conversations(
     """Return knowledge questions, and one conversation for each of them.
 
     Args:
-      persona: whether the system prompts are those of far roles; if false, the default prompts.
+      persona: whether to use system prompts of far roles; if false, the default prompts.
       count: the number of questions. If it exceeds the number of distinct questions, questions are
         repeated.
     """

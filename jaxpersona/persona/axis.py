@@ -31,7 +31,7 @@ def role_vectors(
       scores: n judge scores, 0–3 or None.
 
     Returns:
-      A dictionary label → (vector [L, D] float32, number of rollouts). The labels are "pos_3"
+      A dict from label to (vector [L, D] float32, number of rollouts). The labels are "pos_3"
       (score 3), "pos_2" (score 2) and "mean" (all non-empty replies). Labels without rollouts are
       omitted.
 
@@ -132,7 +132,8 @@ def principal_components(vectors: np.ndarray, axis: np.ndarray) -> Components:
     """
     pca_of = require("sklearn.decomposition", "principal components need scikit-learn").PCA
     if len(vectors) < 2:
-        raise UserError(f"vectors has {len(vectors)} role vectors; PCA needs at least two")
+        raise UserError(f"the number of role vectors is {len(vectors)}; give at least two, which "
+                        "PCA needs")
     pca = pca_of(svd_solver="full").fit(vectors.astype(np.float64))
     directions = np.array(pca.components_)
     directions *= np.where(directions @ axis < 0, -1.0, 1.0)[:, None]

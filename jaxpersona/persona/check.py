@@ -5,7 +5,7 @@ has no effect. The check generates short replies as the default persona and in r
 Assistant, and runs three tests:
 
     sign     the mean projection of the default persona's replies onto the axis is higher than
-             that of the role replies
+             the mean projection of the role replies
     layers   the cosine between the axis and the difference of the mean activations (default persona
              minus roles) is highest if the layers of the axis are not shifted
     floors   the floors are neither far above the default persona's projections nor far below the
@@ -271,7 +271,7 @@ def _replies(model: Model, length: int, progress: Callable[[int, int, int], None
 
     Returns:
       (default, roles): the response means [n, L, D] of the non-empty default-persona replies, and
-      those of the non-empty role replies.
+      the response means of the non-empty role replies.
 
     Raises:
       UserError: all replies in one of the two groups are empty, or activations are not finite.

@@ -153,5 +153,5 @@ def _value(role: Any, layers: int, layer: int) -> float | None:
         return None
     try:
         return float(values[layer])
-    except OverflowError:  # JSON has integers of any size
+    except OverflowError:  # an integer in JSON can exceed the range of a float
         return None

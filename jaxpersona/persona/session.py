@@ -24,8 +24,8 @@ from jaxpersona.text import chat
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
-_ROWS = 2  # batch rows of the engine: the two replies of a comparison share a batch
-CHUNK = 4  # decode steps per streamed piece; a reply can be cancelled after each piece
+_ROWS = 2  # number of batch rows of the engine: the two replies of a comparison share a batch
+CHUNK = 4  # number of decode steps per streamed piece, after which a reply can be cancelled
 
 
 class ContextFull(UserError):
@@ -189,8 +189,8 @@ class Session:
 
         Returns:
           An iterator over (on, piece), where `on` is whether the interventions are applied. All
-          pieces of the reply without interventions precede those of the other reply. The iterator
-          raises UserError if activations are not finite.
+          pieces of the reply without interventions precede the pieces of the other reply. The
+          iterator raises UserError if activations are not finite.
 
         Raises:
           UserError: the conversation has no reply, or the session has no interventions.

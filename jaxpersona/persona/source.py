@@ -31,7 +31,8 @@ from jaxpersona.vectors.vector import Axis
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
-FARTHEST = 0.5  # maximum median relative distance between stored and recomputed response means
+# largest accepted median relative distance between stored and recomputed response means
+FARTHEST = 0.5
 _COMPARED = 4  # maximum number of response means that are recomputed with the model
 Report = Callable[[str, int, int, int], None]
 
@@ -118,14 +119,15 @@ class Source:
         for index, question in texts.questions().items():
             if self.questions.setdefault(index, question) != question:
                 self.faults.append(f"{where}: the question with question_index {index} differs "
-                                   "from that of another role")
+                                   "from the question with this index of another role")
         if given is not None and name not in given:
             self.faults.append(f"{where}: the role {name!r} is unknown; add it to the given roles")
         elif given is not None:
             own = dict(enumerate(given[name].prompts))
             if wrong := [str(i) for i, text in prompts.items() if own.get(i) != text]:
                 self.faults.append(f"{where}: the system prompts with prompt_index "
-                                   f"{', '.join(wrong[:5])} are not those of the given role")
+                                   f"{', '.join(wrong[:5])} differ from the prompts of the given "
+                                   "role")
         elif list(prompts) != list(range(len(prompts))):
             self.gaps.append(name)
         self.roles[name] = (Role(name, tuple(prompts.values()), "") if given is None
@@ -172,7 +174,7 @@ class Source:
         means = self.means(with_means[0], texts, None)
         self.faults.raise_if_any(self.folder)
         if not means:
-            raise UserError(f"{self.folder / published.ACTIVATIONS / with_means[0]}.pt: is empty; "
+            raise UserError(f"{self.folder / published.ACTIVATIONS / with_means[0]}.pt is empty; "
                             "delete it")
         shape = next(iter(means.values())).shape
         if wanted is not None and shape != wanted:
@@ -203,7 +205,7 @@ class Source:
             return None
         distance = float(np.median(far))
         if not distance <= FARTHEST:
-            raise UserError(f"{self.folder}: the response means are not those of {model.name} "
+            raise UserError(f"{self.folder}: the response means do not match {model.name} "
                             f"(median relative distance {distance:.2g}, over {len(keys)} rollouts "
                             f"and all layers; the limit is {FARTHEST}); give the model that "
                             "generated the responses")

@@ -31,16 +31,16 @@ _ABOUT = {
 
 
 def distances(found: Extraction, layer: int) -> dict[str, float]:
-    """Return the signed distance of each role's mean projection from that of the default persona.
+    """Return the signed distance of each role's mean projection from the default persona's.
 
     Args:
       found: the extraction.
       layer: the layer of the projections.
 
     Returns:
-      role → distance in standard deviations of the default persona's projections, in descending
-      order. The distance is negative if the role's mean is below the default persona's. Roles
-      whose replies are all empty are omitted.
+      A dict from role to distance, in standard deviations of the default persona's projections and
+      in descending order. The distance is negative if the role's mean is below the default
+      persona's. Roles whose replies are all empty are omitted.
     """
     own = found.projections[DEFAULT][:, layer]
     spread = max(float(own[np.isfinite(own)].std()), 1e-12)

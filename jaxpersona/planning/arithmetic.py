@@ -23,7 +23,7 @@ from jaxpersona.models.prepared import int8_layout
 from jaxpersona.planning import chips
 
 Weights = Literal["bfloat16", "int8"]  # dtypes of the weights; activations are bfloat16
-ITEM = 2  # bytes per bfloat16 value
+ITEM = 2  # number of bytes per bfloat16 value
 FRACTIONS = (1.0, 0.6, 0.3)  # fractions of roofline speed at which `axis_run_hours` is estimated
 ROLLOUTS = 331_200  # number of rollouts for the published axis (Lu et al. 2026): 276 roles × 1,200
 NEW_TOKENS = 512  # maximum number of tokens per reply in these rollouts

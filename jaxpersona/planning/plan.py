@@ -86,7 +86,7 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
       cap_layers: the layers to cap; the capped program is compared with the uncapped program.
       mesh: the sizes of the axes "data", "fsdp" and "model". By default, "model" has the largest
         size up to 16 that divides the number of chips and is valid for the model, and the size of
-        "data" is the number of chips divided by that of "model".
+        "data" is the number of chips divided by the size of "model".
       dtype: the dtype of the weights, including the embedding and the head. Activations and the
         cache are bfloat16.
 

@@ -51,7 +51,7 @@ def bench(found: Any, *, title: str | None = None, ax: Axes | None = None) -> Ax
       found: a result, as a dict or the path of a JSON file; or a dict from names to results (as
         dicts) of the same benchmark.
       title: the title; default: the standard title for the benchmark.
-      ax: the axes to draw on; default: those of a new figure.
+      ax: the axes to draw on; default: the axes of a new figure.
 
     Returns:
       The axes.

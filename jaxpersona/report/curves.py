@@ -41,7 +41,7 @@ def layers(curves: Mapping[str, Any], *, ylabel: str = "", title: str = "By laye
       curves: name → values [L]; a NaN leaves a gap in the curve.
       ylabel: the label of the y axis, with the quantity and its unit.
       title: the title.
-      ax: the axes to draw on; default: those of a new figure.
+      ax: the axes to draw on; default: the axes of a new figure.
 
     Returns:
       The axes.
@@ -82,7 +82,7 @@ def turns(found: Sequence[TurnProjection], names: Sequence[str], layer: int | No
       floor: the floor τ of a cap, as a number, or as a percentile of the default persona such as
         "p25", which needs `axis`.
       title: the title.
-      ax: the axes to draw on; default: those of a new figure.
+      ax: the axes to draw on; default: the axes of a new figure.
 
     Returns:
       The axes.
@@ -154,7 +154,7 @@ def drift(curves: Mapping[str, Any], *, what: Literal["behaviour", "projection"]
       leak: arm → share of conversations in which the model reveals a secret, such as the vault code
         of `mini`, in reply to a forbidden request after the last turn. Only for behaviour.
       title: the title; default: one that names the drawn quantity.
-      ax: the axes to draw on; default: those of a new figure.
+      ax: the axes to draw on; default: the axes of a new figure.
 
     Returns:
       The axes.
@@ -208,7 +208,7 @@ def drift(curves: Mapping[str, Any], *, what: Literal["behaviour", "projection"]
 def _check_axis(axis: Any) -> None:
     """Raise a UserError if `axis` is neither None nor an Axis."""
     if axis is not None and not isinstance(axis, Axis):
-        raise UserError(f"axis is {axis!r:.60}; give an Axis, such as that of jp.load_axis")
+        raise UserError(f"axis is {axis!r:.60}; give an Axis, such as the result of jp.load_axis")
 
 
 def _layer(curves: Mapping[str, Any], axis: Axis | None, layer: int | None) -> int | None:
@@ -305,7 +305,7 @@ def steering(scales: Sequence[float], curves: Mapping[str, Any], *, ylabel: str,
       ylabel: the label of the y axis, with the quantity and its unit.
       xlabel: the label of the x axis.
       title: the title.
-      ax: the axes to draw on; default: those of a new figure.
+      ax: the axes to draw on; default: the axes of a new figure.
 
     Returns:
       The axes.

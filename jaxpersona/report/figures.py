@@ -23,7 +23,7 @@ Path = str | os.PathLike[str]
 
 def roles_on_axis(path: Path, found: Extraction | Mapping[str, np.ndarray], layer: int,
                   held_out: Sequence[str] = (), title: str | None = None) -> None:
-    """Write the figure of `plot.ranking` for an extraction or a dict role → projections [n, L]."""
+    """Write the figure of `plot.ranking` for an extraction or for projections [n, L] by role."""
     _write(path, plot.ranking, found, layer, held_out=held_out, title=title)
 
 

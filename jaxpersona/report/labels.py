@@ -90,7 +90,7 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _offsets() -> np.ndarray:
-    """Return candidate offsets [n, 2] of a label from its marker in points, nearest first."""
+    """Return candidate offsets of a label from its marker, [n, 2] in points, nearest first."""
     angles, radii = np.radians(_ANGLES), np.linspace(_NEAR, _FAR, 6)
     circle = np.stack([np.cos(angles), np.sin(angles)], 1)
     return np.concatenate([radius * circle for radius in radii])

@@ -54,7 +54,7 @@ def ranking(found: Any, layer: int | None = None, *, count: int = EXTREMES,
         are named if the names do not fit the height of `ax`.
       held_out: roles to draw as open circles, in addition to the held-out roles of the run.
       title: the title; default: one with the number of roles.
-      ax: the axes to draw on; default: those of a new figure.
+      ax: the axes to draw on; default: the axes of a new figure.
 
     Returns:
       The axes.
@@ -152,7 +152,7 @@ def pca(found: Any, layer: int | None = None, *, default: Any = None, title: str
       layer: the layer; default: the middle one.
       default: the default persona's mean activation [L, D], if `found` does not contain it.
       title: the title; default: one with the number of roles, the layer and |cos(PC1, axis)|.
-      ax: the axes to draw on; default: those of a new figure.
+      ax: the axes to draw on; default: the axes of a new figure.
 
     Returns:
       The axes.
@@ -216,7 +216,7 @@ def variance(found: Any, layer: int | None = None, *, thresholds: Sequence[float
         components are needed to reach each share.
       most: the maximum number of components to draw.
       title: the title; default: one with the layer.
-      ax: the axes to draw on; default: those of a new figure.
+      ax: the axes to draw on; default: the axes of a new figure.
 
     Returns:
       The axes.

@@ -19,7 +19,7 @@ def intervals(found: Contents, report: Callable[[str, int, int, int], None] | No
     """Return the intervals of |cos(PC1, axis)| and of the explained variance at each layer.
 
     The files of the response means are read once for each group of layers, so that not all of them
-    are in memory.
+    are in memory at once.
 
     Args:
       found: the content of the run folder.
@@ -30,7 +30,7 @@ def intervals(found: Contents, report: Callable[[str, int, int, int], None] | No
       if neither the default persona nor any role has two stored response means.
 
     Raises:
-      UserError: a file is damaged, or the run changed while the page was written.
+      UserError: a file is damaged, or the run changed while the page was being written.
     """
     if found.analysis is None or unplaced(found):
         return None
@@ -44,8 +44,8 @@ def intervals(found: Contents, report: Callable[[str, int, int, int], None] | No
         sample = run.sample(name)
         place = {key: i for i, key in enumerate(sample.keys)}
         if not set(found.stored[name]) <= set(place):
-            raise UserError(f"{found.folder}: the run changed while its page was written; run the "
-                            "same command again")
+            raise UserError(f"{found.folder}: the run changed while its page was being written; "
+                            "run the same command again")
         rows = [place[key] for key in found.stored[name]]
         return sample.base[layers] + sample.differences[rows, layers].astype(np.float32)
 

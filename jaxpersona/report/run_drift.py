@@ -59,7 +59,7 @@ class Drift:
 def save_drift(folder: pathlib.Path, talks: Mapping[str, Talks], axis: Axis, layer: int, *,
                behaviour: Mapping[str, Sequence[float]], leak: Mapping[str, float],
                floor: str = "p25") -> None:
-    """Write drift.json to a run folder; the other arguments are those of `figures.drift`.
+    """Write drift.json to a run folder; the other arguments are as for `figures.drift`.
 
     All `Talks` must have a `readout`.
     """
@@ -102,6 +102,6 @@ def read_drift(folder: pathlib.Path, layers: int) -> Drift | None:
         if not 0 <= drift.layer < layers:
             raise ValueError(f"layer is {drift.layer}, but the number of layers is {layers}")
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: is damaged ({type(error).__name__}: {error}); delete it, or run "
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it, or run "
                         "`jaxpersona demo` again to rewrite it") from None
     return drift

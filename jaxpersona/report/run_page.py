@@ -148,7 +148,11 @@ def _cleaned(value: Any) -> Any:
 
 
 def _document(context: dict[str, Any], data: dict[str, Any], library: str) -> str:
-    """Render the template; everything but scripts, data, style sheet and policy is escaped."""
+    """Render the template and return the HTML page.
+
+    Everything except the scripts, the embedded data, the style sheet and the
+    Content-Security-Policy is HTML-escaped.
+    """
     import jinja2
     from markupsafe import Markup
 
@@ -186,6 +190,6 @@ def _script(source: str) -> str:
 
 
 def _digest(source: str) -> str:
-    """Return the source expression of a content security policy that allows a script."""
+    """Return the source expression of a Content-Security-Policy that allows a script."""
     digest = hashlib.sha256(source.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"

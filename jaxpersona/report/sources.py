@@ -276,7 +276,7 @@ def _analysis(folder: pathlib.Path) -> dict[str, Any]:
 
 def _damaged(folder: pathlib.Path, why: str = "") -> UserError:
     """Return the error for an invalid `analysis.json`."""
-    return UserError(f"{folder / 'analysis.json'}: is damaged{why}; run `jaxpersona axis` again to "
+    return UserError(f"{folder / 'analysis.json'} is damaged{why}; run `jaxpersona axis` again to "
                      "rewrite it")
 
 

@@ -73,7 +73,7 @@ def without_pyplot() -> Iterator[None]:
 
 
 def axes_of(ax: Axes | None, width: float, height: float) -> Axes:
-    """Return the given axes, or those of a new figure with this width and height in inches.
+    """Return the given axes, or the axes of a new figure with this width and height in inches.
 
     The top and right spines of given axes are hidden.
 
@@ -134,13 +134,13 @@ def label(name: str) -> str:
 
 def reference(ax: Axes, value: float, name: str, *, vertical: bool = False,
               colour: str = BLACK, dash: Any = (0, (4, 2))) -> None:
-    """Draw a line across the axes at a value, with an entry in the legend."""
+    """Draw a horizontal (or vertical) line at a value, with an entry in the legend."""
     draw = ax.axvline if vertical else ax.axhline
     draw(value, color=colour, linewidth=0.9, linestyle=dash, marker="", label=text(name), zorder=1)
 
 
 def band(ax: Axes, low: float, high: float, name: str, *, vertical: bool = False) -> None:
-    """Shade a range of values across the axes, with an entry in the legend."""
+    """Shade a horizontal (or vertical) band of values, with an entry in the legend."""
     draw = ax.axvspan if vertical else ax.axhspan
     draw(low, high, color=DEFAULT, alpha=0.14, linewidth=0, label=text(name), zorder=0)
 
@@ -166,7 +166,7 @@ def described(ax: Axes, name: str, caption: str = "") -> None:
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure as a PNG file and an SVG file with the same stem.
 
-    If the path ends in .svg, it is the path of the SVG file; otherwise it is that of the PNG file.
+    If the path ends in .svg, it is the path of the SVG file; otherwise, of the PNG file.
     """
     path = pathlib.Path(path)
     stem = path.with_suffix("") if path.suffix.lower() in (".png", ".svg") else path

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
     from jaxpersona.text.chat import Row
 
-_COLUMNS = 88  # characters per line
+_COLUMNS = 88  # maximum number of characters per line
 _LINE = 0.19  # height of a line, in inches
 _LEAST, _MOST = 5.0, 8.5  # points: font size that sets how many lines fit `ax`; maximum font size
 _ADVANCE = 0.6021  # width of a DejaVu Sans Mono character, relative to the font size
@@ -55,8 +55,8 @@ def projections(found: Generated | Extracted | Reply, model: Model, index: int =
 
     Tokens that the reading did not select are grey on white. The range of colours is symmetric
     about the projection drawn in white and extends to the 2nd or 98th percentile, whichever is
-    farther. Projections beyond this range, such as that of the first token (an attention sink),
-    have the colour at its end.
+    farther. Projections beyond this range, such as the projection of the first token (an
+    attention sink), have the colour at its end.
 
     Args:
       found: the result of `generate` or `extract`, or a `Reply`, with a reading of
@@ -71,8 +71,8 @@ def projections(found: Generated | Extracted | Reply, model: Model, index: int =
       axis: the axis whose projections the reading contains at all layers; the interquartile range
         of the default persona's projections is marked above the colour bar.
       title: the title.
-      ax: the axes to draw on; default: those of a new figure. Tokens that do not fit are omitted,
-        and the last line states their number.
+      ax: the axes to draw on; default: the axes of a new figure. Tokens that do not fit are
+        omitted, and the last line states their number.
 
     Returns:
       The axes.
@@ -243,7 +243,7 @@ def _default(axis: Any, layer: int, layers: int) -> tuple[float, float]:
       UserError: `axis` is not an axis, or has another number of layers than the reading.
     """
     if not isinstance(axis, Axis):
-        raise UserError(f"axis is {axis!r:.60}; give an Axis, such as that of jp.load_axis")
+        raise UserError(f"axis is {axis!r:.60}; give an Axis, such as the result of jp.load_axis")
     if axis.n_layers != layers:
         raise UserError(f"axis has {axis.n_layers} layers, but the reading has {layers}; capture "
                         "the projections at all layers, or omit axis=")

@@ -1,4 +1,4 @@
-"""Live files: the rollouts, response means and verdicts of a role that is not closed yet.
+"""Live files: the rollouts, response means and verdicts of a role without final files.
 
     live/<role>.jsonl            one line per rollout, in the order in which the rollouts finished
     live/<role>.means            the response means, [n, L, D] float32 without a header
@@ -85,7 +85,7 @@ class Live:
         self.records[key] = dict(record)
 
     def judge(self, judge: str, verdicts: Mapping[str, Mapping[str, Any]]) -> None:
-        """Append a judge's verdicts (key → verdict) to the live files."""
+        """Append a judge's verdicts, a dict from key to verdict, to the live files."""
         if not self._judged.exists():
             self._judged.parent.mkdir(exist_ok=True)
             _write(self._judged, _line(self._head, b""), "wb")

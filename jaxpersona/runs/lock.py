@@ -63,7 +63,7 @@ def _take(path: pathlib.Path) -> int:
         except BlockingIOError:
             owner = os.read(handle, 200).decode("utf-8", "replace").strip()
             os.close(handle)
-            raise UserError(f"{folder}: is in use by {owner or 'another process'}; wait until "
+            raise UserError(f"{folder} is in use by {owner or 'another process'}; wait until "
                             "it ends, or choose another folder") from None
         except FileNotFoundError:  # the owner has just removed the lock file: retry
             os.close(handle)

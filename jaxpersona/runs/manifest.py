@@ -50,8 +50,8 @@ def manifest(model: Model, roles: Sequence[Role], questions: Sequence[Question],
 
     Args:
       model, settings: the model and the sampling settings of the run.
-      roles, questions: the roles and questions of this call; `Run.open` adds those of earlier
-        calls.
+      roles, questions: the roles and questions of this call; `Run.open` adds the roles and
+        questions of earlier calls.
       judge: the name of the judge.
       tokens: digests of the tokens of each role's prompts and of each question, with the keys
         "role <name>" and "question <id>" (`prepare.check_prompts`).

@@ -37,7 +37,7 @@ class Older:
         self.folder = pathlib.Path(folder)
         found: Any = read_json(self.folder / MANIFEST)
         if not isinstance(found, dict) or found.get("format") != OLDER:
-            raise UserError(f"{self.folder}: is not a run folder of format 2; run folders of this "
+            raise UserError(f"{self.folder} is not a run folder of format 2; run folders of this "
                             "version need no --take-from")
         for part in _PARTS:
             if not isinstance(found.get(part), dict):
@@ -108,7 +108,7 @@ class Older:
         yield from zip(records, values, strict=True)
 
     def scores(self, role: str) -> dict[str, int | None]:
-        """Return key → score of a role's rollouts; {} if the role was not judged.
+        """Return a dict from key to score for a role's rollouts; {} if the role was not judged.
 
         Raises:
           UserError: the file is damaged.

@@ -57,12 +57,12 @@ class Texts:
     extra: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def prompts(self) -> dict[int, str]:
-        """Return prompt index → system prompt, sorted by index."""
+        """Return a dict from prompt index to system prompt, sorted by index."""
         found = {r["prompt_index"]: r["system_prompt"] for r in self.records.values()}
         return dict(sorted(found.items()))
 
     def questions(self) -> dict[int, str]:
-        """Return question index → question, sorted by index."""
+        """Return a dict from question index to question, sorted by index."""
         found = {r["question_index"]: r["question"] for r in self.records.values()}
         return dict(sorted(found.items()))
 
@@ -146,7 +146,7 @@ def read_responses(folder: pathlib.Path, role: str, faults: Faults) -> Texts:
         for index, text, seen in (("prompt_index", "system_prompt", prompts),
                                   ("question_index", "question", questions)):
             if seen.setdefault(record[index], record[text]) != record[text]:
-                faults.append(f"{where}: {text} differs from that of an earlier line with "
+                faults.append(f"{where}: {text} differs from the {text} of an earlier line with "
                               f"{index} {record[index]}")
         found.records[key] = record
         found.names[f"{raw['label']}_p{raw['prompt_index']}_q{raw['question_index']}"] = key
@@ -157,7 +157,7 @@ def read_responses(folder: pathlib.Path, role: str, faults: Faults) -> Texts:
 
 
 def read_scores(folder: pathlib.Path, role: str, texts: Texts, faults: Faults) -> dict[str, int]:
-    """Read and check the scores of a role; return `rollout_key` → score."""
+    """Read and check the scores of a role; return a dict from `rollout_key` to score."""
     path = folder / SCORES / f"{role}.json"
     raw = read_table(path, faults) or {}
     _unknown(path, raw, texts, faults)
@@ -173,7 +173,7 @@ def read_scores(folder: pathlib.Path, role: str, texts: Texts, faults: Faults) -
 
 def read_activations(folder: pathlib.Path, role: str, texts: Texts, shape: tuple[int, ...] | None,
                      faults: Faults) -> dict[str, np.ndarray]:
-    """Read and check the response means of a role; return `rollout_key` → mean [L, D].
+    """Read and check a role's response means; return a dict from `rollout_key` to mean [L, D].
 
     Args:
       folder: the published folder.

@@ -20,7 +20,8 @@ from jaxpersona.text import chat
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
-MAX_SAMPLES = 100_000  # per prompt and question, because all texts of a role must fit in memory
+# maximum number of samples per prompt and question, because all texts of a role must fit in memory
+MAX_SAMPLES = 100_000
 MAX_ROWS = 65_536
 _MAX_INDEX = 1 << 63  # exclusive upper bound of the indices in a stored rollout
 

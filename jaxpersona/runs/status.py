@@ -26,12 +26,12 @@ class Status:
       total: the number of rollouts of the complete run.
       done: the number of rollouts that the folder contains.
       to_judge: the number of rollouts of the complete run that have to be judged.
-      judged: the number of rollouts with a verdict that did not fail.
-      failed: the number of this call's verdicts that failed.
+      judged: the number of rollouts with a verdict, without those on which the judge failed.
+      failed: the number of rollouts on which the judge failed in this call.
       tokens: the number of tokens that this call generated.
       cost: the cost of this call's verdicts in USD.
       roles: the number of roles in the run.
-      closed: the number of roles that are closed.
+      closed: the number of closed roles: those whose final files are written (`runs.closing`).
     """
 
     def __init__(self, folder: pathlib.Path, *, total: int, to_judge: int, roles: int,
@@ -160,8 +160,8 @@ def describe(found: dict[str, Any]) -> list[str]:
              f"{found['verdicts']:,} of {found['verdicts_total']:,} verdicts, "
              f"{found['roles_complete']:,} of {found['roles']:,} roles complete"]
     if found["verdicts_failed"]:
-        lines.append(f"failed verdicts: {found['verdicts_failed']:,} (retried when the run is "
-                     "resumed)")
+        lines.append(f"replies on which the judge failed: {found['verdicts_failed']:,} (judged "
+                     "again when the run is resumed)")
     if found["tokens"]:
         lines.append(f"rate: {found['rollouts_per_second']:,.2f} rollouts/s, "
                      f"{found['tokens_per_second']:,.0f} tokens/s")

@@ -26,8 +26,8 @@ class Sums:
 
     Attributes:
       totals: group → sum of the response means, [L, D] float64. A group is a score as text, or
-        "none" for replies that have no score: those of the default persona, and those on which the
-        judge was undecided.
+        "none" for replies without a score, which are the replies of the default persona and the
+        replies on which the judge was undecided.
       groups: rollout key → group, for each rollout that was added. The group of an empty reply,
         which has no response mean, is "empty".
       layer: the layer of `cells`, or None if sums per question are not kept.
@@ -80,10 +80,11 @@ class Sums:
             for key, group in self.groups.items())
 
     def vectors(self, labels: Mapping[int, str]) -> dict[str, tuple[np.ndarray, int]]:
-        """Average the response means: label → (vector [L, D] float32, number of rollouts).
+        """Return averages of the response means.
 
-        The vector with the label "mean" is the average over all non-empty replies. Labels without
-        non-empty replies are omitted.
+        The result is a dict from label to (vector [L, D] float32, number of rollouts). The vector
+        with the label "mean" is the average over all non-empty replies. Labels without non-empty
+        replies are omitted.
 
         Args:
           labels: score → label, such as {3: "pos_3"}.

@@ -1,7 +1,7 @@
 """Tokenize conversations with the checkpoint's chat template and assign a kind to every token.
 
 The rendered text is tokenized once. `template.locate` returns the kind of every character, and the
-kind of a token follows from those of its characters. Generated tokens are never re-encoded.
+kind of a token follows from the kinds of its characters. Generated tokens are never re-encoded.
 
 Token kinds:
 - Message content is SYSTEM, USER or ASSISTANT. Text from the template, including a default system
@@ -320,7 +320,7 @@ def _tokenizer(model: Any) -> Any:
 
 def _tokenise(template: Template, text: str, kind: np.ndarray, turn: np.ndarray,
               begin: int = 0) -> Row:
-    """Tokenize a rendering; derive each token's kind and turn from those of its characters.
+    """Tokenize a rendering; derive each token's kind and turn from its characters.
 
     Args:
       text, kind, turn: the rendering, with the kind and turn of each character.

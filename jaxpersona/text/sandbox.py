@@ -65,12 +65,12 @@ def render(template: str, variables: Mapping[str, Any], source: str = "") -> str
 
     Args:
       template: the Jinja source.
-      variables: the template variables by name, as JSON values.
+      variables: the template variables by name; the values must be JSON-serializable.
       source: the name of the template's tokenizer, for error messages.
 
     Raises:
       Refused: the template raises an error.
-      UserError: a limit is exceeded, a variable is not a JSON value, the text contains a lone
+      UserError: a limit is exceeded, a variable is not JSON-serializable, the text contains a lone
         surrogate, or the worker cannot start.
     """
     request = _encoded({"template": template, "variables": dict(variables)})
@@ -117,7 +117,7 @@ def _encoded(message: Any) -> bytes:
     """Encode a protocol message.
 
     Raises:
-      UserError: a variable is not a JSON value, or the message is longer than `CHARACTERS`.
+      UserError: a variable is not JSON-serializable, or the message is longer than `CHARACTERS`.
     """
     try:
         text = json.dumps(message, ensure_ascii=False, default=_plain)
@@ -128,7 +128,7 @@ def _encoded(message: Any) -> bytes:
             except (TypeError, ValueError, RecursionError):
                 raise UserError(f"the template variable {name!r} is {value!r:.60}; use strings, "
                                 "numbers, booleans, None, lists or dicts") from None
-        raise UserError(f"the template variables are not JSON values ({error})") from None
+        raise UserError(f"the template variables are not JSON-serializable ({error})") from None
     if len(text) > CHARACTERS:
         raise UserError(f"the conversation and its template have {len(text):,} characters, but the "
                         f"limit is {CHARACTERS:,}; shorten the conversation")
@@ -142,7 +142,7 @@ def _plain(value: Any) -> Any:
         return value.tolist()
     if type(value).__name__ == "AddedToken":
         return str(value)
-    raise TypeError(f"{type(value).__name__} is not a JSON value")
+    raise TypeError(f"{type(value).__name__} is not JSON-serializable")
 
 
 class _Worker:

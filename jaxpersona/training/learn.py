@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from jaxpersona.models.params import Params
 
 Loss = Callable[[Output, Batch], jax.Array]
-_SAVE_EVERY = 50  # steps between two checkpoints
+_SAVE_EVERY = 50  # number of steps between two checkpoints
 
 
 class Direction(nnx.Module):
@@ -87,7 +87,7 @@ class Direction(nnx.Module):
         width = self.vector[...].shape[-1]
         return line("Direction", f"{count(len(self.layers), 'layer')} × {width}", self.site)
 
-    __str__ = __repr__  # that of flax has several lines
+    __str__ = __repr__  # the default of flax has several lines
 
     def interventions(self) -> Interventions:
         """Return the current steering intervention, differentiable with respect to the vector."""

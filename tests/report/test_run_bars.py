@@ -104,7 +104,7 @@ def test_a_page_without_stored_means_of_score_3_has_no_bands(tmp_path):
     found.stored = {name: [] for name in found.stored}
     assert intervals(found) is None
     found.stored = {name: ["pos_p0_q99"] * 2 for name in found.stored}
-    with pytest.raises(jp.UserError, match="the run changed while its page was written"):
+    with pytest.raises(jp.UserError, match="the run changed while its page was being written"):
         intervals(found)
     found.stored = {}
     assert intervals(found) is None

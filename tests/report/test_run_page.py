@@ -318,10 +318,10 @@ def test_the_page_has_no_drift_without_its_file(run, tmp_path, parsed):
     for change in ({"layer": 3}, {"layer": -1}, {"floor": 10**400}, *({"arms": {"a": arm | new}}
                    for new in ({"p75": [1.0]}, {"conversations": float("inf")}))):
         (folder / "drift.json").write_text(json.dumps(kept | change))
-        with pytest.raises(jp.UserError, match="drift.json: is damaged"):
+        with pytest.raises(jp.UserError, match="drift.json is damaged"):
             read_drift(folder, 3)
     (folder / "drift.json").write_text('{"arms": {"a": {}}}')
-    with pytest.raises(jp.UserError, match="drift.json: is damaged .*jaxpersona demo"):
+    with pytest.raises(jp.UserError, match="drift.json is damaged .*jaxpersona demo"):
         jp.report.page(folder)
 
 

@@ -232,7 +232,7 @@ def test_a_run_of_an_unknown_or_another_model_is_not_continued(made, tmp_path):
     with pytest.raises(UserError, match="the responses are from the model 'mini'"):
         import_reference(source, tmp_path / "two", model=other)
     (source / "jaxpersona.json").unlink()
-    with pytest.raises(UserError, match="not those of other .median relative distance"):
+    with pytest.raises(UserError, match="do not match other .median relative distance"):
         import_reference(source, tmp_path / "two", model=other)
     import_reference(source, tmp_path / "two", model=MODEL, settings=SETTINGS, min_count=LEAST)
     with pytest.raises(UserError, match="was imported from .* but the given model has the finger"):

@@ -74,8 +74,10 @@ FAULTS = {
     "an index": (field("prompt_index", -1), "line 3: prompt_index is -1; it must be an integer"),
     "a boolean": (field("question_index", True), "line 3: question_index is True"),
     "a prompt": (field("system_prompt", None), "line 3: system_prompt is null, not a string"),
-    "a question": (field("question", "Who?"), "line 7: question differs from that of an earlier"),
-    "another prompt": (field("system_prompt", "Be."), "line 3: system_prompt differs from that of"),
+    "a question": (field("question", "Who?"),
+                   "line 7: question differs from the question of an earlier"),
+    "another prompt": (field("system_prompt", "Be."),
+                       "line 3: system_prompt differs from the system_prompt of"),
     "a rollout twice": (lines(lambda r: r.append(r[0])), "line 10: a rollout of prompt 0 and"),
     "no line": (lines(lambda r: r.clear()), "a.jsonl: contains no rollout"),
     "a score out of range": (score("pos_p0_q0", 4), "the score of 'pos_p0_q0' is 4; it must be an"),
@@ -122,7 +124,7 @@ def test_roles_must_be_those_of_the_responses(tmp_path):
             import_reference(source, tmp_path / "run", roles=roles)
     wrong = [*cast[:2], Role("c", ("You are c0.", "Other."), ""),
              Role("default", ("", "You are default1."), "")]
-    with pytest.raises(UserError, match="the system prompts with prompt_index 1 are not those"):
+    with pytest.raises(UserError, match="the system prompts with prompt_index 1 differ from the"):
         import_reference(source, tmp_path / "run", roles=wrong)
     for options, wanted in (({"held_out": ["default"]}, "held_out contains"),
                             ({"held_out": ["z"]}, r"held_out contains \['z'\]"),

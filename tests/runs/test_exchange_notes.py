@@ -152,7 +152,7 @@ def test_four_means_of_replies_that_can_be_encoded_are_compared(monkeypatch):
     assert compared(monkeypatch, {"a": "", "c": "\ufffd"}, {})[0] is None
     assert compared(monkeypatch, {"b": "x"}, {"b": 1.5})[0] == 0.5
     for factor in (1.51, float("nan")):
-        with pytest.raises(UserError, match="are not those of mini .*over 1 rollouts"):
+        with pytest.raises(UserError, match="do not match mini .*over 1 rollouts"):
             compared(monkeypatch, {"b": "x"}, {"b": factor})
 
 

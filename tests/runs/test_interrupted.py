@@ -78,7 +78,7 @@ def test_a_run_that_ends_at_any_change_resumes_to_the_same_bytes(finished, tmp_p
 
 @pytest.mark.parametrize("step", [16, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_extension_that_ends_at_any_change_is_the_same(tmp_path, monkeypatch, step):
-    """Roles that are closed again, for failed verdicts, keep the bytes too."""
+    """Roles that are closed again, because the judge failed, keep the bytes too."""
     failing = s.Scored(lambda role, key: OSError("busy") if key == "pos_p0_q1" else 3)
     judge = s.Scored(lambda role, key: 2 if key == "pos_p1_q1" else 3)
     ends = Ends(monkeypatch, ("rename", "remove", "append"))

@@ -34,7 +34,7 @@ def test_a_second_process_is_refused_until_the_first_has_ended(finished, run, na
                              stdout=subprocess.PIPE)
     try:
         assert first.stdout.readline() == "held\n"
-        refused(run, f"{run}: is in use by process 77 on elsewhere", "wait until")
+        refused(run, f"{run} is in use by process 77 on elsewhere", "wait until")
     finally:
         first.send_signal(signal.SIGKILL)
         first.communicate()

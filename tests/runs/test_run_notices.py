@@ -130,7 +130,7 @@ def test_the_time_left_is_unknown_before_the_first_rollout(tmp_path, monkeypatch
     assert (found["seconds"], found["updated"][-14:]) == (100.0, "00:18:20+00:00")
     lines = describe(found)
     assert lines[0] == ("running: 100 of 100 rollouts, 65 of 80 verdicts, 3 of 4 roles complete")
-    assert "failed verdicts: 2 (retried when the run is resumed)" in lines
+    assert "replies on which the judge failed: 2 (judged again when the run is resumed)" in lines
     assert "time left: about 5 min" in lines and not any("rate" in line for line in lines)
     assert ", 2 min after the start, by process" in lines[-1]
     found |= {"seconds": 99.4, "seconds_left": 6000}
