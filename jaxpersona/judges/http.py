@@ -117,18 +117,11 @@ class HttpJudge:
             return self._journal
 
     def begin(self) -> None:
-        """Open the journal now, so that a journal in use is noticed before anything is generated.
-
-        Raises:
-          UserError: as for `journal`.
-        """
+        """Open the journal; raise the errors of `journal` before anything is generated."""
         _ = self.journal
 
     def note(self) -> str:
-        """Describe the requests in the journal (number and cost) and the number of failed items.
-
-        Return "" if the journal is not open yet.
-        """
+        """Describe the journal's requests and the failed items; "" if no journal is open."""
         if self._journal is None:
             return ""
         parts = [f"calls: {self._journal.calls:,}"]
@@ -252,8 +245,8 @@ class HttpJudge:
                     done.put((key, self._ask(key, groups[key][0], stopped)))
                     if self._why:
                         raise _Halt
-            except queue.Empty:
-                pass  # no key is left
+            except queue.Empty:  # no key is left
+                pass
             except _Halt:
                 stopped.set()
             except BaseException as error:  # raised again in the caller's thread
