@@ -157,7 +157,7 @@ def rounds_and_quota(precision: float | None, rounds: Sequence[int] | None,
     """
     if precision is None:
         if rounds is not None:
-            raise UserError(f"rounds is {brief_repr(rounds)}, but there is no precision; "
+            raise UserError(f"rounds is {brief_repr(rounds)}, but precision is None; "
                             "give both or omit rounds")
         return [], {}
     if after:
