@@ -130,7 +130,7 @@ def test_the_figures_of_a_folder_have_the_numbers_of_its_run(run, tmp_path):
         sources.places(tmp_path / "run", 1)
     shutil.copy(run / "analysis.json", tmp_path / "run")
     spoil(tmp_path / "run", [1, 10**400, 1], *NEAR)
-    with pytest.raises(jp.UserError, match=r"analysis\.json: is damaged \(OverflowError"):
+    with pytest.raises(jp.UserError, match=r"analysis\.json is damaged \(OverflowError"):
         sources.places(tmp_path / "run", 1)
 
 
