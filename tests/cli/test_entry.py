@@ -320,7 +320,7 @@ def absent(uid):
 pwd.getpwuid = absent
 from jaxpersona.cli.main import main
 for arguments in (["--version"], ["data", "show", "role", "mirror"],
-                  ["plan", "~/model", "--topology", "v5e:2x2"],
+                  ["plan", "--model", "~/model", "--topology", "v5e:2x2"],
                   ["generate", "Hello", "--max-new-tokens", "2", "--adapter", "~/adapter"],
                   ["generate", "Hello", "--max-new-tokens", "2"]):
     try:
