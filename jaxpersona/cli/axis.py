@@ -206,7 +206,6 @@ def axis(
             "judge": judged, "settings": settings, "min_count": min_count, "held_out": named,
             "keep_means": kept, "redo": redo or [], "overwrite": overwrite,
             "precision": quota.precision, "rounds": sizes}
-        middle = loaded.config.n_layers // 2
         if dry_run:
             if sample_seconds and not as_json:
                 say(f"timing a sample of the generation for about {sample_seconds:g} s", error=True)
@@ -217,12 +216,13 @@ def axis(
                 found = extract_axis(loaded, cast, asked, out, take_from=take_from, report=report,
                                      notice=lambda line: say(line, error=True), **common)
                 if joining.first():
-                    support.draw_run(out, found, middle, named)
+                    support.draw_run(out, found, loaded.config.n_layers // 2, named)
     if cost is not None:
         _show_forecast(cost, choice.judge, judge_cost, out, as_json)
         return
     if found is None or not joining.first():
         return
+    middle = loaded.config.n_layers // 2
     if as_json:
         print(json.dumps({
             "run": str(out), "model": loaded.name, "roles": len(found.analysis.names),
