@@ -136,7 +136,7 @@ def test_the_figures_of_a_folder_have_the_numbers_of_its_run(run, tmp_path):
 
 def test_the_main_results_are_those_of_the_middle_layer(parsed):
     for line in ("roles in the axis 2 of 6; 1 held out", "rollouts 14", "judge test",
-                 "|cos(PC1, axis)| at layer 1 0.949", "variance of PC1 at layer 1 100%",
+                 "|cos(PC1, axis)| at layer 1 0.949", "variance of PC1 at layer 1 100 %",
                  "split-half agreement at layer 1 0.917",
                  f"most like the Assistant at layer 1 far, kept, silent, {'x' * 59}…, near",
                  f"least like the Assistant at layer 1 {ODD}, near, {'x' * 59}…, silent, kept",
