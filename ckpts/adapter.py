@@ -65,7 +65,7 @@ def check_folder(folder: pathlib.Path) -> dict[str, Any]:
     require_folder(folder)
     place = folder / ADAPTER
     if not place.exists():
-        raise UserError(f"{folder}: is not an adapter; give a folder that contains {ADAPTER}")
+        raise UserError(f"{folder} is not an adapter; give a folder that contains {ADAPTER}")
     raw = read_json(place)
     if not isinstance(raw, dict):
         raise UserError(f"{place}: contains a {type(raw).__name__}, not a JSON object")

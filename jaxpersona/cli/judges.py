@@ -128,7 +128,7 @@ def choose(judge: str, options: JudgeOptions, *, own: bool, after: bool = False)
       after: whether `--judge-after` was given.
 
     Raises:
-      UserError: the judge is unknown, the judge is "rules" but the roles are not those of `mini`,
+      UserError: the judge is unknown, the judge is "rules" but the roles do not belong to `mini`,
         or an option does not apply to the judge.
     """
     kind, colon, argument = judge.partition(":")

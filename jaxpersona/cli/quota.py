@@ -1,4 +1,4 @@
-"""Options of `jaxpersona axis` that set the number of rollouts: a precision, or fixed quotas."""
+"""Options of `jaxpersona axis` that set the number of rollouts: a target precision, or counts."""
 
 from __future__ import annotations
 

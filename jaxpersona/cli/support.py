@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Report = Callable[[str, int, int, int], None]  # step, done, total, tokens
 _SHOWING: list[Report] = []  # the report function of the running display, if there is one
-LOG_SECONDS = 30.0  # seconds between progress lines if standard error is not a terminal
+LOG_SECONDS = 30.0  # time in seconds between progress lines if standard error is not a terminal
 ModelOption = Annotated[str, typer.Option("--model", help=(
     "A checkpoint folder, a .gguf file, `mini`, `random:<preset>` or the name of a model on the "
     "Hugging Face Hub."))]
@@ -142,7 +142,7 @@ def _bars(shown: Console, note: Callable[[], str] | None) -> Iterator[Report]:
             interrupt.check()
             if step not in tasks:
                 tasks[step] = bar.add_task(step, total=total, rate="")
-            if done < latest.get(step, math.inf):  # the first report, or that of another model
+            if done < latest.get(step, math.inf):  # the first report, or a report on another model
                 begun[step] = time.perf_counter()
             latest[step] = done
             spent = max(time.perf_counter() - begun[step], 1e-9)
@@ -197,7 +197,7 @@ def _logged(note: Callable[[], str] | None) -> Iterator[Report]:
 
     def report(step: str, done: int, total: int, tokens: int) -> None:
         interrupt.check()
-        if done < latest.get(step, math.inf):  # the first report, or that of another model
+        if done < latest.get(step, math.inf):  # the first report, or a report on another model
             begun[step] = (time.perf_counter(), done)
         latest[step] = done
         state[:] = [(step, done, total, tokens, time.perf_counter())]

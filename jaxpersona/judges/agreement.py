@@ -11,7 +11,9 @@ from jaxpersona.brief import brief
 from jaxpersona.errors import UserError
 
 _SAMPLES = 2000  # number of bootstrap samples
-_SHOWN = 12  # if any score is higher, each row and column of the matrix covers ten scores
+# highest score for which the matrix has a row and a column for each score; if any score is higher,
+# each row and column covers a range of ten scores
+_SHOWN = 12
 
 
 @dataclasses.dataclass(frozen=True)

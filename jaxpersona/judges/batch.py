@@ -3,7 +3,7 @@
 A batch is recorded in the journal before it is submitted, and again with the endpoint's identifier
 when it is accepted. A process that is killed at any point therefore finds its batch again: by the
 identifier or, if the process was killed between these two records, by the batch's name, which is
-part of its metadata. The answers of a batch are recorded like those of single requests.
+part of its metadata. The answers of a batch are recorded like the answers to single requests.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxpersona.judges.protocol import Item
 from jaxpersona.judges.waiting import ABSENT, GRACE, Ended, Waiting
 
 FILE_BYTES = 100_000_000  # maximum size of a batch file; OpenAI allows 200 MB
-_FIRST_POLL = 5.0  # seconds before the first poll; later delays are longer, up to `Batch.poll`
+_FIRST_POLL = 5.0  # delay in seconds before the first poll; later ones grow up to `Batch.poll`
 _GROWTH = 1.5
 _QUEUE = "token_limit"  # part of the error code if too many tokens wait at the endpoint
 Wanted = Callable[[], Iterable[tuple[str, str]]]  # returns (key, prompt) pairs

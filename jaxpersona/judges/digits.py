@@ -73,7 +73,7 @@ class DigitJudge:
     If each integer of the scale is a single token, such as 0 to 3, a reply is scored from the
     next-token probabilities after its prompt, without generation (Chen et al. 2025 score traits
     this way). If the tokenizer splits an integer into several tokens, such as 57 into 5 and 7, its
-    probability is the product p(57) = p(5)·p(7 | 5), and the probability of the score 5 is that of
+    probability is the product p(57) = p(5)·p(7 | 5), and the score 5 has the probability of
     a 5 without a further digit. The next-token probabilities are then also computed after each
     digit prefix with a probability of at least `LEAST_BRANCH`, and after the greedy prefix.
 

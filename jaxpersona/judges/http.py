@@ -25,7 +25,7 @@ from jaxpersona.judges.protocol import Item, JudgeStopped, Verdict
 from jaxpersona.judges.rubric import ROLES, Rubric
 from jaxpersona.judges.waiting import join, pause
 
-_BACKOFF = 0.5  # seconds before the first retry
+_BACKOFF = 0.5  # delay in seconds before the first retry
 
 
 class HttpJudge:

@@ -124,7 +124,7 @@ def digest_of(item: Item) -> str:
 
 
 def row_of(item: Item) -> dict[str, str]:
-    """Return a CSV row for an item, as column → text, with an empty score.
+    """Return a CSV row for an item: a dict from column to text, with an empty score.
 
     A text that a spreadsheet would evaluate as a formula is prefixed with an apostrophe.
     """
@@ -183,7 +183,7 @@ def read_rows(path: str | os.PathLike[str]) -> dict[str, dict[str, str]]:
     try:
         text = data.decode("utf-8-sig")
     except ValueError as error:
-        raise UserError(f"{path}: is not UTF-8 ({error}); save it as UTF-8") from None
+        raise UserError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from None
     head = text.partition("\n")[0]
     marks = max(",;\t", key=head.count)  # some spreadsheets use a semicolon or tab as separator
     try:
@@ -191,7 +191,7 @@ def read_rows(path: str | os.PathLike[str]) -> dict[str, dict[str, str]]:
         found = [{name: value for name, value in row.items() if name and isinstance(value, str)}
                  for row in reader]
     except csv.Error as error:
-        raise UserError(f"{path}: is not a CSV file ({error})") from None
+        raise UserError(f"{path} is not a CSV file ({error})") from None
     columns = reader.fieldnames or ()
     lacking = [name for name in ("item", "score", "digest") if name not in columns]
     if lacking:

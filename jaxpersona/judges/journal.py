@@ -39,7 +39,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.inputs import is_finite
 
 FORMAT = {"format": "jaxpersona-verdicts 1"}
-LINE_BYTES = 1 << 20  # maximum size of a line; the client keeps 160 characters of an answer
+LINE_BYTES = 1 << 20  # maximum size of a line in bytes; only 160 characters of an answer are kept
 _FIRST = json.dumps(FORMAT).encode() + b"\n"
 
 
@@ -109,12 +109,12 @@ class Journal:
             raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from None
         if not stat.S_ISREG(os.fstat(self._file).st_mode):
             self._release()
-            raise UserError(f"{self.path}: is not a regular file; choose another file")
+            raise UserError(f"{self.path} is not a regular file; choose another file")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._release()
-            raise UserError(f"{self.path}: is in use by another process; wait until it ends, or "
+            raise UserError(f"{self.path} is in use by another process; wait until it ends, or "
                             "choose another file") from None
         try:
             self._read()
@@ -314,9 +314,9 @@ def _text(value: Any) -> str:
 
 
 def _cost(value: dict[str, Any]) -> float:
-    """Return the cost of a line in USD.
+    """Return the cost in USD that a line of the journal records.
 
-    A budget would not limit the cost if NaN or a negative number were accepted.
+    NaN and negative costs are errors, because with them, the total cost could exceed the budget.
 
     Raises:
       UserError: the cost is not a finite number, or is negative.

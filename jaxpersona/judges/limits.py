@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ATTEMPTS = 6  # maximum number of times that a request is sent in one call
 MOST = 1_000_000  # maximum of `Batch.size`
 IN_A_ROW = 20  # number of consecutive failures after which a judge stops
-LONGEST_WAIT = 600.0  # seconds; if the endpoint requests a longer delay, the judge stops
+LONGEST_WAIT = 600.0  # maximum delay in seconds; if the endpoint requests more, the judge stops
 _AROUND = 64  # assumed number of chat template tokens, for the upper bound of a request's cost
 
 

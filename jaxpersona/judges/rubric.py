@@ -24,7 +24,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.judges.protocol import ROLE_SCALE, TRAIT_SCALE, Item
 
 REFUSAL = "REFUSAL"
-# an integer with an optional minus sign; the digits of decimal numbers do not match
+# an integer with an optional minus sign; the digits of a decimal number, such as 2.5, do not match
 _NUMBER = re.compile(r"(?P<sign>(?<![^\s(:*])[-−])?(?<![\d.])(?<!\d[-,])(?P<digits>\d+)"
                      r"(?![\d.,]*\d)")
 

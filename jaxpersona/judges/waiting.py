@@ -11,8 +11,8 @@ from jaxpersona.judges.endpoint import Failure
 from jaxpersona.judges.limits import ATTEMPTS, LONGEST_WAIT
 
 ABSENT = (404, 405, 501)  # HTTP status codes of an endpoint without the batch interface
-GRACE = 10.0  # seconds to wait for requests in progress when a judge is closed
-_LONGEST_BACKOFF = 30.0  # seconds
+GRACE = 10.0  # maximum time in seconds to wait for requests in progress when a judge is closed
+_LONGEST_BACKOFF = 30.0  # maximum delay in seconds between two repetitions of a request
 _Got = TypeVar("_Got")
 
 

@@ -37,7 +37,7 @@ Report = Callable[[str, int, int, int], None]
 # generated roles wait for verdicts from the judge's thread.
 AWAITED = 8
 _AHEAD = 2048  # roles in `_ready` wait while at least this many items are sent but not judged
-_TOGETHER = 64  # new rollouts of an unfinished role are judged in groups of at least this many
+_TOGETHER = 64  # minimum number of new rollouts of an unfinished role that are judged together
 
 
 class _Found(NamedTuple):
@@ -63,7 +63,8 @@ class Collection:
 
     Attributes:
       status: the progress of the run.
-      failures: the error message of one of the failed verdicts; "" if none failed.
+      failures: the error message for one of the replies on which the judge failed; "" if the judge
+        failed on none.
     """
 
     def __init__(self, model: Model, run: Run, roles: Sequence[Role],
@@ -341,7 +342,7 @@ class Collection:
         return planned(role, self.questions[role.name], self.settings)
 
     def _scan(self) -> dict[str, _Found]:
-        """Verify the files of all roles, and return role → `_Found`.
+        """Verify the files of all roles, and return a dict from role to `_Found`.
 
         Raises:
           UserError: files are damaged; the message lists all damaged files of all processes.

@@ -78,9 +78,9 @@ def extract_axis(
     """Extract a model's Assistant Axis, reusing the results in the run folder.
 
     If the folder contains a run of the same model, settings and device, its rollouts and verdicts
-    are reused. The judge, roles, questions, `min_count` and `held_out` may differ from those of
-    earlier calls. If the judge differs, response means that are not stored are recomputed from the
-    replies, in batched forward passes.
+    are reused. The judge, roles, questions, `min_count` and `held_out` may differ from the values
+    in earlier calls. If the judge differs, response means that are not stored are recomputed from
+    the replies, in batched forward passes.
 
     The axis is written to `axis.safetensors` in the folder, and its statistics to `analysis.json`.
     If the judge fails on some replies, a warning is issued, and no vector includes these replies.
@@ -114,7 +114,7 @@ def extract_axis(
         with `precision` only. Default: `precision.rounds_of`.
       report: by default, a call of more than three seconds shows its progress; False shows
         nothing. A function is called instead with (step, done, total, tokens). The step is
-        "rollouts" or "judging". With `precision`, the total is that of the current round.
+        "rollouts" or "judging". With `precision`, `total` counts up to the current round only.
       notice: a function that is called with a line of text for each difference in roles, questions
         or arguments from the previous call, and after each round.
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _BYTES_PER_TOKEN = 4.5  # average for English text
 _GROUPS = 3  # typical number of distinct scores among a role's replies
-_SAMPLED = 64  # maximum number of prompts to tokenize for an estimate if nothing is timed
+_SAMPLED = 64  # maximum number of prompts to tokenize for an estimate without a timing run
 _TIMED = 256  # minimum number of rollouts to queue for the timed sample, if that many are missing
 
 
@@ -116,12 +116,12 @@ def forecast(
 ) -> Forecast:
     """Run the checks of `extract_axis` and estimate the cost of a run, without writing files.
 
-    With `precision`, the estimate is an upper bound: that of a run that needs all questions.
+    With `precision`, the estimate is an upper bound: the cost of a run that needs all questions.
 
     Args:
       model, roles, questions, folder, judge, settings, min_count, held_out, keep_means, redo,
         overwrite, precision, rounds: as for `extract_axis`.
-      sample_seconds: the time in seconds, without compilation, for which missing rollouts are
+      sample_seconds: the time in seconds, excluding compilation, for which missing rollouts are
         generated to measure the speed; 0: nothing is generated.
 
     Raises:
@@ -197,8 +197,8 @@ def _done(run: Run, roles: Sequence[Role], judge: Judge, shape: tuple[int, int],
     """Verify the run folder and count its rollouts and verdicts, without changing it.
 
     Returns:
-      (role → keys of the rollouts in the folder, number of rollouts with a verdict), or ({}, 0) if
-      the folder contains no run or the run will be overwritten.
+      (a dict from role to the keys of its rollouts in the folder, the number of rollouts with a
+      verdict), or ({}, 0) if the folder contains no run or the run will be overwritten.
 
     Raises:
       UserError: the folder contains another run or other files, or a file is damaged.

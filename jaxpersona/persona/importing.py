@@ -48,7 +48,7 @@ from jaxpersona.runs.sums import EMPTY, Sums, sampled
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
-MIN_COUNT = 50  # the default of the published script 4_vectors.py
+MIN_COUNT = 50  # default of `min_count`, as in the published script 4_vectors.py
 _UNJUDGED = {"error": "the imported folder has no score for this rollout"}
 # passed to `axis_of` in place of an unknown model
 _UNKNOWN = types.SimpleNamespace(name="", fingerprint="", params=types.SimpleNamespace(layers=()))
@@ -91,7 +91,7 @@ def import_reference(
     overwrite: bool = False,
     report: Report | bool | None = None,
 ) -> Imported:
-    """Make a run folder from the output folder of the published Assistant Axis code.
+    """Convert the output folder of the published Assistant Axis code to a run folder.
 
     The folder must contain `responses`; `scores` and `activations` may be missing, as a whole or
     for some roles. Tensor files are read without executing code in them.
@@ -111,20 +111,21 @@ def import_reference(
       held_out: names of roles that are not included in the axis.
       keep_means: the number of rollouts per role whose response means are stored; None: all.
       overwrite: whether to replace a run in the folder. The old run is deleted only after the whole
-        source was read without errors.
+        source has been read without errors.
       report: by default, a call of more than three seconds shows its progress; False shows
         nothing. A function is called instead with (step, done, total, tokens), where `tokens` is
         always 0; the steps are "checking", "comparing" (stored response means with recomputed
         ones) and "import".
 
     Returns:
-      The numbers of imported rollouts, scores and response means, the axis, and notes.
+      The numbers of imported rollouts, scores and response means, the axis, and notes on data that
+      was not imported and on limits of the imported run.
 
     Raises:
       UserError: `source` contains invalid data (the message lists all errors, with line numbers);
         `model` did not generate the responses; neither `model` nor the folder determines the shape
         of response means; an argument is invalid, such as an unknown name in `held_out`; a package
-        is missing; or `run` contains a run or other files.
+        is missing; or `run` contains a run and `overwrite` is false, or contains files but no run.
 
     Examples:
       >>> import tempfile
@@ -284,11 +285,11 @@ def _notes(source: Source, scored: Mapping[str, int], held: Mapping[str, int],
                      "continue it, import it with the model (--model"
                      f"{f'; the exported run had the model {name!r:.80}' if name else ''})")
     elif source.distance is not None:
-        notes.append("median relative distance of imported response means from those of "
-                     f"{source.model.name}: {source.distance:.2g}")
+        notes.append("median relative distance of imported response means from response means "
+                     f"recomputed with {source.model.name}: {source.distance:.2g}")
     elif source.model is not None:
-        notes.append(f"no response mean was compared with those of {source.model.name}, because "
-                     "no stored response mean belongs to a reply with valid text")
+        notes.append(f"no response mean was recomputed with {source.model.name} and compared, "
+                     "because no stored response mean belongs to a reply with valid text")
     if found is None:
         notes.append(f"no axis was computed: roles with at least {count(min_count, 'rollout')} "
                      f"with score 3 that have a response mean: {len(used)}; the axis needs at "
@@ -308,7 +309,7 @@ def _check_target(folder: pathlib.Path, overwrite: bool) -> None:
         is false.
     """
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; give a folder")
+        raise UserError(f"{folder} is a file; give a folder")
     Run(folder, {}).check_new()
     if (folder / MANIFEST).exists() and not overwrite:
         raise UserError(f"{folder}: contains a run; choose another folder, or delete that run with "

@@ -75,12 +75,12 @@ class Reliability:
 
 @dataclasses.dataclass(frozen=True)
 class Cells:
-    """The response means of one role at one layer, summed per question.
+    """The sums of the response means of one role at one layer, one sum for each of n questions.
 
     Attributes:
-      totals: [n, D], the sum over the role's replies to each question, in the order of the
-        questions, in units of the residual stream.
-      counts: [n], the number of added replies.
+      totals: [n, D], the sum of the response means of the role's replies to each question, in units
+        of the residual stream. The questions are in the order in which they are asked.
+      counts: [n], the number of replies in each sum.
       asked: [n] bool, the questions that the role was asked; None: all. The others have no replies.
     """
 
@@ -192,8 +192,8 @@ def measure(default: Cells, roles: Mapping[str, Cells], used: Sequence[str],
         `question_slope`.
 
     Returns:
-      (reliability of the axis, role → reliability of its centred vector). With fewer than two used
-      roles, all are NaN.
+      (the reliability of the axis, a dict from role to the reliability of its centred vector). With
+      fewer than two used roles, all are NaN.
 
     Raises:
       UserError: a role has more questions than the default persona, or `used` names a role that is
@@ -325,7 +325,7 @@ def rank(seed: int, question: int) -> bytes:
 
 
 def rounds_of(questions: int) -> list[int]:
-    """Return the default rounds: the number of questions after each round, in ascending order.
+    """Return the default rounds: the cumulative number of questions after each round, ascending.
 
     The first round has `FIRST` questions, and each further round has 1.5 or 4/3 times as many as
     the one before. The last round has all questions.
@@ -344,12 +344,12 @@ def rounds_of(questions: int) -> list[int]:
 
 
 def check_precision(precision: float, rounds: Sequence[int] | None, questions: int) -> list[int]:
-    """Check a target and its rounds, and return the rounds.
+    """Validate the target reliability and the rounds of a run, and return the rounds.
 
     Args:
-      precision: the reliability at which a vector is settled.
-      rounds: the number of questions after each round, or None for `rounds_of`.
-      questions: the number of questions of the run, which is added as the last round.
+      precision: the target reliability, at which a vector is settled: it gets no more questions.
+      rounds: the cumulative number of questions after each round, or None for `rounds_of`.
+      questions: the number of questions of the run; it is appended to `rounds` if it is missing.
 
     Raises:
       UserError: `precision` is not between 0 and 1, there are fewer than `FIRST` questions, or

@@ -28,8 +28,8 @@ def judge_run(folder: str | os.PathLike[str], roles: Sequence[Role], judge: Judg
     """Judge the rollouts in a run folder, and store the verdicts in addition to earlier ones.
 
     Rollouts with a verdict from the same judge, based on the same `eval_prompt`, are not judged
-    again unless that verdict failed. The axis in the folder is not updated; to compute it from the
-    new verdicts, call `extract_axis` with this judge and folder.
+    again, unless the judge failed on them. The axis in the folder is not updated; to compute it
+    from the new verdicts, call `extract_axis` with this judge and folder.
 
     Args:
       folder: the run folder, locked against other processes during the call.

@@ -4,8 +4,10 @@ Each round adds questions (`precision.ordered`). After a round, `precision.measu
 reliability of the axis and of each role's centred vector at the middle layer from sums per
 question, which the run folder keeps (`runs.sums`). The axis is settled if the lower end of its
 interval is at least the target; a role is settled if the axis is, if the same holds for the role's
-vector, and if the role has `min_count` rollouts with score 3. A settled role gets no more
-questions. The default persona is asked all questions of the last round.
+vector, and if the role has `min_count` rollouts with score 3. A settled role is asked no more
+questions: its prompts are combined with no further question. The default persona is asked all
+questions of the last round. The quota is the number of rollouts of a run in which all roles are
+asked all questions.
 
 The decisions after a round depend only on the rollouts of this round and of earlier ones. A
 resumed run therefore makes the same decisions, even if the folder already contains more rollouts.

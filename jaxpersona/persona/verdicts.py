@@ -40,7 +40,7 @@ def outdated_of(judge: object, role: Role) -> Outdated | None:
 
 
 def scores_of(source: str | os.PathLike[str]) -> dict[str, int | None]:
-    """Return the scores in a run folder or in a CSV file of `HumanJudge`, as "role/key" → score.
+    """Return a dict from "role/key" to score, read from a run folder or a CSV file of `HumanJudge`.
 
     The score of an undecided reply is None. CSV rows without a score are omitted.
 
@@ -65,7 +65,7 @@ def scores_of(source: str | os.PathLike[str]) -> dict[str, int | None]:
 
 
 def replies_of(run: Run, descriptions: Mapping[str, str] | None = None) -> dict[str, Item]:
-    """Return the replies of all roles except the default persona, as "role/key" → `Item`.
+    """Return a dict from "role/key" to `Item`, for all replies except the default persona's.
 
     Args:
       run: the run.

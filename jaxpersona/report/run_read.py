@@ -188,7 +188,10 @@ def read(folder: str | os.PathLike[str], *, report: Progress | None = None,
 
 
 def _read_role(run: Run, name: str, found: Contents) -> dict[str, int | None]:
-    """Add a closed role to `found`; return key → score, for the verdicts that did not fail."""
+    """Add a closed role to `found`; return a dict from key to score.
+
+    Rollouts on which the judge failed are omitted.
+    """
     given = run.verdicts(name, found.judge)
     scores: dict[str, int | None] = {}
     if given is not None:
@@ -239,18 +242,27 @@ def _results(folder: pathlib.Path, manifest: Mapping[str, Any],
     axis, about = load_axis(files[0]), read_json(files[1])
     model = manifest.get("model", {})
     if axis.fingerprint != model.get("fingerprint"):
-        raise UserError(f"{files[0]}: is the axis of a model other than that of the run; run "
+        raise UserError(f"{files[0]} is the axis of another model than the model of the run; run "
                         "`jaxpersona axis` again to rewrite it")
     try:
         return axis, _analysis(about, axis.n_layers)
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError,
             ValueError) as error:
-        raise UserError(f"{files[1]}: is damaged ({type(error).__name__}: {error}); run "
+        raise UserError(f"{files[1]} is damaged ({type(error).__name__}: {error}); run "
                         "`jaxpersona axis` again to rewrite it") from None
 
 
 def _analysis(about: Any, layers: int) -> Analysis:
-    """Convert the content of `analysis.json`; a wrong type or shape raises an error."""
+    """Convert the content of `analysis.json` to an `Analysis`.
+
+    Args:
+      about: the parsed JSON.
+      layers: the number of layers of the axis.
+
+    Raises:
+      AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError: a field is missing
+        or has a wrong type or shape.
+    """
     roles = {}
     for name, entry in about["roles"].items():
         mean = np.array(entry["mean_projection"], np.float64).reshape(layers)

@@ -20,15 +20,16 @@ class Curve:
     """The reliabilities after each of K rounds, as stored in `analysis.json`.
 
     Attributes:
-      target: the reliability at which a vector is settled.
+      target: the target reliability, at which a vector is settled: it gets no more questions.
       layer: the layer of the measurements.
-      questions: the number of questions after each round.
+      questions: the cumulative number of questions after each round.
       axis: [3, K], the reliability of the axis and the ends of its interval; NaN if unknown.
       roles: [3, K], median, 25th and 75th percentile of the last known reliabilities of the roles;
         NaN if none is known.
       settled: [K], the share of settled roles.
       open: the names of the roles that are not settled after the last round.
-      rollouts, quota: the number of rollouts, and that of all questions.
+      rollouts: the number of rollouts in these rounds.
+      quota: the number of rollouts if all roles were asked all questions.
       final: [3], the reliability of the axis of all rollouts in the folder, and its interval.
     """
 

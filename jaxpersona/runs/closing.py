@@ -36,7 +36,7 @@ class State:
       records: key → rollout; `close` sorts the rollouts by question, prompt and sample.
       live: the role's live files, to which rollouts and verdicts are appended.
       verdicts: key → the judge's verdict, a JSON object with a subset of the fields of `PLAIN`.
-        Verdicts that failed in an earlier call are omitted.
+        Rollouts on which the judge failed in an earlier call are omitted.
       sums: the sums of the response means by the judge's scores, or None if none are stored.
       closed: whether the role's final files contain all its rollouts and verdicts.
     """
@@ -108,7 +108,8 @@ def close(run: Run, role: str, state: State, *, judge: str, rubric: str, keep: i
           seed: int, reread: Reread, layer: int | None = None) -> Sums:
     """Write the final files of a role whose rollouts have all been judged; clear its live files.
 
-    Rollouts whose verdict failed remain in the live files, so that a later call can judge them.
+    Rollouts on which the judge failed remain in the live files, so that a later call can judge them
+    again.
 
     Args:
       run, role, judge, rubric: as in `state_of`.
@@ -168,8 +169,8 @@ def needed(state: State, role: str, layer: int | None = None, *,
       state: the role's state.
       role: the name of the role.
       layer: the layer at which sums per question are needed, or None.
-      unjudged: whether to include rollouts without a valid verdict, as if they were judged. Those
-        of the default persona are always included.
+      unjudged: whether to include rollouts without a valid verdict, as if they were judged. The
+        rollouts of the default persona are always included.
     """
     scores = dict.fromkeys(state.records) if role == DEFAULT else _scores(state.verdicts)
     sums = _usable(state.sums, scores, layer)
@@ -201,7 +202,7 @@ def save_verdicts(run: Run, role: str, state: State, judge: str, rubric: str) ->
     """Write the verdicts on a role's rollouts to the role's scores file.
 
     Returns:
-      key → score of the verdicts that did not fail.
+      A dict from key to score, without rollouts on which the judge failed.
     """
     ordered = {key: state.verdicts[key] for key in state.records if key in state.verdicts}
     run.save_verdicts(role, judge, rubric, {k: v["score"] for k, v in ordered.items()},
@@ -211,5 +212,5 @@ def save_verdicts(run: Run, role: str, state: State, judge: str, rubric: str) ->
 
 
 def _scores(verdicts: Mapping[str, Mapping[str, Any]]) -> dict[str, int | None]:
-    """Return key → score of the verdicts that did not fail."""
+    """Return a dict from key to score, without rollouts on which the judge failed."""
     return {k: v["score"] for k, v in verdicts.items() if v.get("error") is None}

@@ -1,27 +1,29 @@
 """The run folder: its files, their digests, and the checks before a run is resumed.
 
     run.json                           the manifest (`runs.manifest`)
-    live/<role>.*                      a role that is not closed yet (`runs.live`)
+    live/<role>.*                      data of a role without final files (`runs.live`)
     rollouts/<role>.jsonl              one rollout per line, in the order of `runs.rollouts`
     samples/<role>.safetensors         the response means of a sample of rollouts (`sums.Sample`)
-    scores/<judge>/<role>.json         a judge's verdicts
+    scores/<judge>/<role>.json         the verdicts of a judge
     sums/<judge>/<role>.safetensors    sums of the response means, grouped by score (`sums.Sums`)
-    vectors/<role>.safetensors         averages of the response means for the last judge's scores
+    vectors/<role>.safetensors         averages of the response means, by the last judge's scores
     axis.safetensors                   the axis with its thresholds
     analysis.json                      cosines, variance ratios and projections
     status.json                        progress, rate and time left (`runs.status`)
     .lock                              exists while a process uses the folder
 
-A role is live until all its rollouts have been generated and judged; `runs.closing` then writes the
-files of the closed role. All files except live files are written under a temporary name and then
-renamed, and only status.json contains timestamps. A run that was killed at any point can therefore
-be resumed, and all files except status.json become identical to those of an uninterrupted run.
+While rollouts of a role are generated and judged, they are appended to its live files. When all are
+judged, the role is closed: `runs.closing` writes its final files (rollouts, samples, scores and
+sums) and clears its live files. All files except live files are written under a temporary name and
+then renamed, and only status.json contains timestamps. A run that was killed at any point can
+therefore be resumed; all its files except status.json are then identical to the files of an
+uninterrupted run.
 
 Sealed files (`runs.seal`) contain a digest of their content, the name of their role, and the role's
 binding: the digest of the data that determine the role's rollouts. Sample files also contain the
-digest of the rollouts file. A call with another judge or min_count, with other held-out roles, or
-with additional questions or roles extends the run. Each call that starts or resumes a run
-recomputes the vectors, the axis and the analysis.
+digest of the rollouts file. A call with another judge or `min_count`, with other held-out roles, or
+with additional questions or roles extends the run and reuses its files. Each call that starts,
+resumes or extends a run recomputes the vectors, the axis and the analysis.
 """
 
 from __future__ import annotations
@@ -194,7 +196,7 @@ class Run:
                        and entry.is_dir() and not entry.is_symlink()
                        and not any(p.is_file() for p in entry.rglob("*")))
                    for entry in self.folder.iterdir()):
-            raise UserError(f"{self.folder}: is not empty and has no run.json; choose another "
+            raise UserError(f"{self.folder} is not empty and has no run.json; choose another "
                             "folder")
 
     def _extend(self, old: Mapping[str, Any]) -> None:
@@ -318,9 +320,9 @@ class Run:
         return found
 
     def scores(self, role: str, judge: str | None = None) -> dict[str, int | None] | None:
-        """Return `rollout_key` → score for a role, or None if there is no file.
+        """Return a dict from `rollout_key` to score for a role, or None if there is no file.
 
-        Rollouts whose verdict failed are omitted.
+        Rollouts on which the judge failed are omitted.
         """
         found = self.verdicts(role, judge)
         if found is None:
@@ -362,14 +364,14 @@ class Run:
                      {**about, "role": role, "binding": self.binding(role)})
 
     def save_vectors(self, role: str, vectors: Mapping[str, tuple[np.ndarray, int]]) -> None:
-        """Write a role's vectors: label → (vector [L, D], number of averaged rollouts)."""
+        """Write a role's vectors: a dict from label to (vector [L, D], number of rollouts)."""
         write_sealed(self.path("vectors", role),
                      {label: vector for label, (vector, _) in vectors.items()},
                      {"role": role, "binding": self.binding(role),
                       **{f"count_{label}": str(n) for label, (_, n) in vectors.items()}})
 
     def vectors(self, role: str) -> dict[str, np.ndarray]:
-        """Return a role's vectors: label → vector [L, D].
+        """Return a role's vectors: a dict from label to vector [L, D].
 
         Raises:
           Damaged: the file is missing or differs from the content that the run wrote.

@@ -129,7 +129,7 @@ def bounded():
 def test_a_pipe_or_a_device_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/zero", "/dev/null"):
-        with bounded(), pytest.raises(jp.UserError, match=f"{path}: is not a regular file"):
+        with bounded(), pytest.raises(jp.UserError, match=f"{path} is not a regular file"):
             Journal(path)
 
 

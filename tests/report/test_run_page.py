@@ -350,8 +350,8 @@ def spoil(folder, value, *keys):
     (lambda folder: shutil.rmtree(folder), "contains no run; give the folder that `jaxpersona"),
     (lambda folder: (folder / "run.json").write_text("{}"), "is not the manifest of a run"),
     (lambda folder: (folder / "analysis.json").write_text('{"roles": {}}'),
-     "analysis.json: is damaged"),
-    (lambda folder: spoil(folder, [10**400, 1, 1], *NEAR), "json: is damaged (OverflowError: int"),
+     "analysis.json is damaged"),
+    (lambda folder: spoil(folder, [10**400, 1, 1], *NEAR), "json is damaged (OverflowError: int"),
     (lambda folder: spoil(folder, float("inf"), *NEAR[:2], "rollouts"), "(OverflowError: cannot"),
     (lambda folder: spoil(folder, 0.5, "variance_ratio", 0), "variance_ratio must have a list"),
     (lambda folder: (folder / "analysis.json").write_text("["), "analysis.json: invalid JSON"),
@@ -374,7 +374,7 @@ def test_an_axis_of_another_model_is_refused(run, tmp_path):
 
     folder = changed(run, tmp_path / "run")
     save_vector(folder / "axis.safetensors", jp.load_axis("mini"))
-    with pytest.raises(jp.UserError, match="is the axis of a model other than that of the run"):
+    with pytest.raises(jp.UserError, match="is the axis of another model than the model of the run"):
         jp.report.page(folder)
 
 

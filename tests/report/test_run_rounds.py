@@ -63,7 +63,7 @@ def test_a_damaged_field_is_refused_in_one_line(folder, tmp_path, change):
     about = json.loads((copy / "analysis.json").read_text())
     about["precision"] = change(about["precision"])
     (copy / "analysis.json").write_text(json.dumps(about))
-    with pytest.raises(jp.UserError, match=r"analysis\.json: is damaged") as error:
+    with pytest.raises(jp.UserError, match=r"analysis\.json is damaged") as error:
         jp.report.page(copy)
     assert "\n" not in str(error.value)
 
