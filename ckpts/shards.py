@@ -19,8 +19,8 @@ def read_entries(folder: pathlib.Path, *,
     """Locate every tensor of a folder.
 
     As in transformers, the index is ignored if the folder contains a `model.safetensors` that the
-    index does not list. If `warn` is
-    true, a warning names any shards of the ignored index that exist.
+    index does not list. If `warn` is true, a warning names any shards of the ignored index that
+    exist.
 
     Returns:
       The tensor entries by name, and a list of the errors in the index and the files.

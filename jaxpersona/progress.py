@@ -95,7 +95,7 @@ class _Display:
     def tell(self, *numbers: Any) -> None:
         """Store the numbers of a call of the progress function."""
         state = self._read(*numbers)
-        self._begun.setdefault(state[0], (time.perf_counter(), 0))
+        self._begun.setdefault(state[0], (time.perf_counter(), state[1]))
         self._state = state
 
     def __enter__(self) -> None:
@@ -132,9 +132,9 @@ class _Display:
             return f"{self._name} is running, {now - self._start:.0f} s" + (
                 f", {note}" if note else "")
         parts = [f"{step} {done:,}/{total:,}", note, f"{now - self._start:.0f} s"]
-        if 0 < done < total:
-            spent = now - self._start if len(self._begun) == 1 else now - self._begun[step][0]
-            parts.append(f"about {spent / done * (total - done):.0f} s left")
+        begun, first = self._begun[step]
+        if first < done < total:
+            parts.append(f"about {(now - begun) / (done - first) * (total - done):.0f} s left")
         return ", ".join(part for part in parts if part)
 
     def _write(self, text: str, rewritten: bool) -> None:

@@ -52,6 +52,17 @@ def test_lines_appear_where_stderr_is_no_terminal(given, capfd):
     assert any(line.endswith("s left") for line in lines)
 
 
+def test_the_time_left_of_a_resumed_step_is_that_of_its_new_part(monkeypatch):
+    clock = iter([100.0, 100.0, 110.0, 110.0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    shown = progress._Display("run", progress.steps)
+    shown._start = 40.0
+    shown.tell("rollouts", 9_000, 10_000, 0)
+    assert "left" not in shown._text()
+    shown.tell("rollouts", 9_010, 10_000, 0)
+    assert shown._text() == "rollouts 9,010/10,000, 70 s, about 990 s left"
+
+
 def test_a_terminal_shows_one_line_that_is_cleared(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr("sys.stderr", screen)

@@ -87,15 +87,18 @@ def judge_run(folder: str | os.PathLike[str], roles: Sequence[Role], judge: Judg
         for name in names:
             role, state = known[name], _state(run, known[name], judge, shape)
             keys, rubric = state.unjudged(name), rubric_of(role)
+            by = f"{judge.name}/{rubric}"
             for _, key, verdict, price in judging.now(items_of(
                     role, [state.records[key] for key in keys])):
-                state.live.judge(f"{judge.name}/{rubric}", {key: verdict})
+                state.live.judge(by, {key: verdict})
                 state.verdicts[key] = verdict
                 cost, done = cost + price, done + 1
                 tell()
-            if run.path("rollouts", name).exists() and keys and not state.live.records:
+            # verdicts of this call, or of a call that was killed before it saved them
+            unsaved = by in state.live.verdicts and not state.live.records
+            if unsaved and run.path("rollouts", name).exists():
                 save_verdicts(run, name, state, judge.name, rubric)
-                state.live.forget(f"{judge.name}/{rubric}")
+                state.live.forget(by)
         return {name: verdict_counts(run.verdicts(name, judge.name)) for name in names}, cost
 
 

@@ -25,7 +25,7 @@ from jaxpersona.distributed import sharding
 from jaxpersona.engine.programs import Stops, decode, prefill
 from jaxpersona.engine.sampling import sampling
 from jaxpersona.errors import UserError
-from jaxpersona.interventions import Interventions, cap
+from jaxpersona.interventions import Interventions, cap, resolve_layers
 from jaxpersona.models.batch import Batch
 from jaxpersona.models.config import ModelConfig, replace
 from jaxpersona.models.params import Params
@@ -109,6 +109,7 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
     if context > config.max_context:
         raise UserError(f"context is {context}; the model supports at most {config.max_context} "
                         "tokens")
+    cap_layers = resolve_layers(cap_layers, config.n_layers) if len(cap_layers) else ()
     sizes = choose_mesh(config, count) if mesh is None else _checked(mesh, count)
     shapes = Shapes.of(batch, context)
     devices = chips.tpu_devices(topology) if chip.name in chips.TPUS else None

@@ -223,8 +223,8 @@ def provenance(found: Contents, version: str) -> list[dict[str, Any]]:
                        (f"replies with score {score}" if score.isdigit() else
                         f"replies {_NAMED.get(score, score)}", f"{number:,}")
                        for score, number in sorted(totals.items())]),
-                   ("cost of the verdicts", "unknown: no verdict states a cost"
-                    if found.cost is None else f"${found.cost:,.4f}")]),
+                   ("cost of the last call's verdicts", f"${status['cost']:,.4f}"
+                    if "cost" in status else "unknown")]),
         ("Axis", [(name.replace("_", " "), _text(value)) for name, value in of_axis.items()]),
         ("Device", [(name, _text(numerics.get(name))) for name in (
             "platform", "device", "devices", "mesh", "processes", "prng") if name in numerics]

@@ -104,7 +104,6 @@ class Contents:
       averaged: role of the axis or "default" → number of replies that its vector averages.
       halves: the halves of the stored response means, from which the split-half agreement of the
         axis is computed; None without an axis.
-      cost: the cost of the judge's verdicts in USD; None if no verdict states a cost.
     """
 
     __repr__ = brief
@@ -126,7 +125,6 @@ class Contents:
     stored: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     averaged: dict[str, int] = dataclasses.field(default_factory=dict)
     halves: Halves | None = None
-    cost: float | None = None
 
 
 def check_run(folder: str | os.PathLike[str]) -> pathlib.Path:
@@ -198,9 +196,6 @@ def _read_role(run: Run, name: str, found: Contents) -> dict[str, int | None]:
         found.counts[name] = verdict_counts(given)
         scores = {key: score for key, score in given["scores"].items()
                   if "error" not in given["details"].get(key, {})}
-        for about in given["details"].values():
-            if about.get("cost") is not None:
-                found.cost = (found.cost or 0.0) + float(about["cost"])
     found.closed.add(name)
     measured = None if found.analysis is None else found.analysis.roles.get(name)
     if measured is not None and found.halves is not None:

@@ -126,6 +126,15 @@ def test_low_precision_that_overflows_says_which_dtype_fits():
     assert "bfloat16" in said
 
 
+def test_bfloat16_that_overflows_is_not_told_of_the_range_of_float16():
+    """The range of bfloat16 is that of float32, so another dtype would not help."""
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), DAMAGED["large"][0].params)
+    model = dataclasses.replace(MODEL, params=params)
+    out, said = warned(lambda: jp.extract(model, ROWS[:2], capture=capture.norms(layers=[2])))
+    assert out.nonfinite.all() and "65504" not in said
+    assert "overflow bfloat16, probably because the weights of tiny are too large" in said
+
+
 @pytest.mark.parametrize("share", (False, True))
 def test_an_overflow_that_no_logit_depends_on_is_found_too(share):
     """In the last layer, no later token attends to the prompt, so only readings are affected."""

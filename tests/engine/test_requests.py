@@ -244,3 +244,24 @@ def test_a_lane_without_a_task_makes_room_for_another():
     made["c"].staged = [None]
     scheduler.lane_of("e")
     assert list(scheduler.lanes) == ["d", "e"]  # one idle lane is enough
+
+
+@pytest.mark.parametrize("piece", [None, 16])
+def test_an_error_at_an_admission_fails_all_prompts_of_the_lane(piece):
+    """The lane is dropped, so replies that it already decodes fail too, and no handle waits."""
+    def broken(*_):
+        raise RuntimeError("no memory")
+
+    ended = []
+    running, waiting = (types.SimpleNamespace(lane="a", shape=None, cancelled=False, number=n)
+                        for n in range(2))
+    busy = types.SimpleNamespace(
+        rows=2, free=1, together=1, piece=piece, filling=False, tasks=[running, None],
+        staged=[] if piece is None else [None], active=[running], unstage=lambda: None,
+        admit=broken, stage=broken)
+    scheduler = Scheduler(lambda _: busy, lambda *_: None, failed=lambda tasks, error: ended.append(
+        (sorted(task.number for task in tasks), str(error))))
+    scheduler.waiting.append(waiting)
+    scheduler.step()
+    assert ended == [([0, 1], "no memory")]
+    assert scheduler.idle and not scheduler.lanes

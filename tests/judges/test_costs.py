@@ -236,3 +236,26 @@ def test_a_share_of_a_budget_is_never_more_than_the_budget():
     assert str(Budget(calls=1500)) == "1,500 calls" and str(Budget(usd=2.5)) == "$2.50"
     with pytest.raises(jp.UserError, match="concurrency is 1025"):
         http.HttpJudge(Given(BUSY), "v.jsonl", concurrency=1025)
+
+
+def test_the_progress_of_a_batch_includes_the_requests_that_failed(monkeypatch):
+    """Numbers that are missing or invalid are 0, and only files that exist are named."""
+    from types import SimpleNamespace as Space
+
+    found = endpoint(monkeypatch)
+    found._client.close()
+
+    def state(**fields):
+        value = Space(id="b", status="In_Progress", **fields)
+        found._client = Space(batches=Space(retrieve=lambda name: value), close=lambda: None)
+        return found.batch("b")
+
+    counts = Space(completed=3, failed=2, total=10)
+    read = state(request_counts=counts, output_file_id="good", error_file_id="bad")
+    assert (read.status, read.done, read.total, read.files, read.ended) == (
+        "in_progress", 5, 10, ("good", "bad"), False)
+    read = state(request_counts=Space(completed="3", failed=2, total=-1), output_file_id=None,
+                 error_file_id="bad")
+    assert (read.done, read.total, read.files) == (2, 0, ("bad",))
+    read = state()
+    assert (read.done, read.total, read.files, read.problems) == (0, 0, (), "")

@@ -178,3 +178,13 @@ def test_the_interval_covers_the_kappa_of_the_population():
                               {f"r/{n}": b for n, (_, b) in enumerate(drawn)}).interval
         covered += low <= truth <= high
     assert covered >= 34
+
+
+def test_the_interval_has_95_percent_of_the_kappas_of_resampled_replies():
+    """The ends agree with those of a resampling of the replies; 90 % would be 0.035 away."""
+    rng = np.random.default_rng(5)
+    a = rng.integers(0, 4, 30)
+    b = np.where(rng.random(30) < 0.6, a, rng.integers(0, 4, 30))
+    found = agreement(*({f"x/{i}": int(v) for i, v in enumerate(one)} for one in (a, b)))
+    drawn = [kappa(a[rows], b[rows]) for rows in rng.integers(0, 30, (6000, 30))]
+    np.testing.assert_allclose(found.interval, np.percentile(drawn, (2.5, 97.5)), atol=0.015)

@@ -7,6 +7,8 @@ import pytest
 import support as s
 from jaxpersona.ckpts.vectors import save_vector
 
+from jaxpersona.cli import caps
+from jaxpersona.cli.edits import Edits
 from jaxpersona.persona import check as module
 from jaxpersona.vectors.caps import Caps
 from jaxpersona.vectors.vector import Axis
@@ -177,3 +179,25 @@ def test_a_failed_test_is_one_line_and_exit_code_2(checked, capsys):
     said = capsys.readouterr()
     assert said.err.count("\n") == 1 and "axis.safetensors: sign: wrong" in said.err
     assert "-3.0" in said.out  # the table is printed nevertheless
+
+
+def test_a_cap_is_tested_with_the_floor_of_its_population(monkeypatch, tmp_path):
+    """A cap of a file of interventions, and that of the options."""
+    seen = []
+
+    def tested(model, held, *, progress, layers, floor):
+        seen.append(np.asarray(floor)[1].item())
+        return module.Check(True, (), ("sign: fine",), (1,), *np.ones((2, 1)), 0, np.ones(1), None)
+
+    monkeypatch.setattr(module, "check", tested)
+    model, file = s.tiny_model(), tmp_path / "axis.safetensors"
+    table = {"p25": np.arange(3.0), "p50": np.arange(3.0) + 10}
+    save_vector(file, Axis(np.ones((3, 32)), percentiles={
+        "default": table, "all": {name: row + 100 for name, row in table.items()}}))
+    for of, percentile, wanted in (("default", "p25", 1), ("default", "p50", 11),
+                                   ("all", "p25", 101), ("all", "p50", 111)):
+        caps.spec_edits(model, {"operator": "cap", "vector": file.name, "layers": 1, "of": of,
+                                "floor": percentile}, tmp_path / "spec.json", True)
+        Edits(cap=str(file), of=of, percentile=percentile).read().build(model)
+        assert seen == [wanted] * 2, (of, percentile)
+        del seen[:]

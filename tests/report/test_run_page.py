@@ -217,7 +217,7 @@ def test_provenance_is_that_of_the_manifest(parsed, run):
     for value in (manifest["model"]["fingerprint"], "tiny <b>&", "float32", "judge of this page",
                   "test", manifest["last"]["versions"]["jax"], manifest["numerics"]["device"],
                   "max new tokens 8", "min count 2", "held out kept", "plotly.js (this page)",
-                  "unknown: no verdict states a cost"):
+                  "cost of the last call's verdicts $0.0000"):
         assert str(value) in said, value
     assert re.search(r"wall time of the last call [\d,.]+ s", said)
 
@@ -374,7 +374,7 @@ def test_an_axis_of_another_model_is_refused(run, tmp_path):
 
     folder = changed(run, tmp_path / "run")
     save_vector(folder / "axis.safetensors", jp.load_axis("mini"))
-    with pytest.raises(jp.UserError, match="is the axis of another model than the model of the run"):
+    with pytest.raises(jp.UserError, match="is the axis of another model than"):
         jp.report.page(folder)
 
 

@@ -16,6 +16,7 @@ import jaxpersona as jp
 from jaxpersona.data.texts import Question, Role
 from jaxpersona.judges.judges import NoJudge
 from jaxpersona.persona.extract import extract_axis
+from jaxpersona.report.run_rounds import Curve
 from jaxpersona.runs.rollouts import place_of_key
 from jaxpersona.runs.run import Run
 
@@ -122,3 +123,28 @@ def test_the_correction_removes_the_effect_of_the_questions(tmp_path):
                for value in (found.role_means[name], raw[name])]
         assert far[0] < 0.7 * far[1]
 
+
+def test_the_roles_of_a_round_are_all_roles_with_their_last_known_reliability():
+    """Settled roles, which later rounds do not measure, count too; null changes nothing."""
+    def found(value):
+        return None if value is None else [value, value - 0.1, value + 0.1]
+
+    measured = [(None, {"a": None, "b": None, "c": None}, 0),
+                (0.8, {"a": 0.95, "b": 0.5, "c": None}, 1), (0.9, {"b": 0.7, "c": 0.6}, 1),
+                (None, {"b": 0.9, "c": None}, 2)]
+    about = {"target": 0.9, "layer": 2, "asked": {"default": 16, "a": 6, "b": 16, "c": 16},
+             "settled": ["a", "b"], "rollouts": 54, "quota": 72, "rounds": [
+                 {"questions": 4 + 4 * i, "axis": found(axis), "settled": settled,
+                  "roles": {name: found(value) for name, value in roles.items()}}
+                 for i, (axis, roles, settled) in enumerate(measured)]}
+    curve = Curve.read(about)
+    wanted = [np.full(3, np.nan), *(np.percentile(some, [50, 25, 75]) for some in (
+        [0.95, 0.5], [0.95, 0.7, 0.6], [0.95, 0.9, 0.6]))]
+    np.testing.assert_allclose(curve.roles, np.transpose(wanted))
+    np.testing.assert_allclose(curve.axis[0], [np.nan, 0.8, 0.9, np.nan])
+    np.testing.assert_allclose(curve.settled, [0, 1 / 3, 1 / 3, 2 / 3])
+    assert curve.questions == [4, 8, 12, 16] and curve.open == ["c"]
+    assert curve.facts() == [("reliability of the axis at layer 2", "unknown"),
+                             ("rollouts saved", "18 of 72 (25%)")]
+    about["rounds"].pop()
+    assert Curve.read(about).facts()[0][1] == "0.900 (0.800 to 1.000)"

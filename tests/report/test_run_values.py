@@ -71,15 +71,15 @@ def test_notes_name_the_places_that_are_not_finite():
                            "c: not finite, and not drawn"]
 
 
-def test_failed_verdicts_are_not_scores_and_costs_are_added():
-    details = {"k0": {"cost": 0.5}, "k1": {"error": "HTTP 500", "cost": 0.25}, "k2": {}}
+def test_failed_verdicts_are_not_scores():
+    details = {"k0": {}, "k1": {"error": "HTTP 500"}, "k2": {}}
     given = {"scores": {"k0": 3, "k1": None, "k2": None}, "details": details}
     found = contents()
     found.analysis = None
     for name in ("a", "b"):
         assert _read_role(types.SimpleNamespace(verdicts=lambda *_: given), name, found) == {
             "k0": 3, "k2": None}
-    assert found.cost == 1.5 and found.closed == {"a", "b"}
+    assert found.closed == {"a", "b"}
     assert found.counts["a"] == {"0": 0, "1": 0, "2": 0, "3": 1, "None": 1, "failed": 1}
     assert _read_role(types.SimpleNamespace(verdicts=lambda *_: None), "c", found) == {}
     items = [Item(f"pos_p{i % 2}_q{i}_s{i}", Role("a", ("",), ""), "", "") for i in range(9)]
@@ -230,3 +230,17 @@ def test_lone_surrogates_are_written_as_escapes():
     assert json.loads(data) == {"a\\ud800": ["<\\udfff>\u2028", 1.5, None]}
     with pytest.raises(ValueError):
         run_page.embedded([float("nan")])
+
+
+def test_a_role_is_shown_with_a_reply_of_its_highest_score(tmp_path):
+    """A reply on which the judge was undecided comes last, whatever the order of the replies."""
+    scores = {"a": (3, None), "b": (None, 0), "c": (1, 2), "d": (3, 3), "e": (3, 3),
+              "f": (None, None)}
+    folder = made_runs.make(
+        tmp_path / "run", list(scores), lambda role, key: np.full((3, 32), len(key) + ord(role[0])),
+        lambda role, key: f"{role} {key}",
+        judge=s.Scored(lambda role, key: scores[role][int(key.endswith("q1"))]))
+    shown = {name: (item.answer[-2:], score) for name, (item, score) in read(folder).replies.items()
+             if name in "abcf"}
+    best = {"a": ("q0", 3), "b": ("q1", 0), "c": ("q1", 2)}
+    assert shown == {**best, "f": (shown["f"][0], None)}

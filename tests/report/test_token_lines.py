@@ -1,11 +1,13 @@
-"""How the figure of a text breaks its tokens into lines, and names the messages."""
+"""How the figure of a text breaks its tokens into lines, names the messages, and is coloured."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
+import jaxpersona as jp
 from jaxpersona.models.batch import ASSISTANT, SYSTEM, USER
-from jaxpersona.report import tokens
+from jaxpersona.report import style, tokens
 from jaxpersona.text.chat import Row
 
 
@@ -26,3 +28,23 @@ def test_lines_of_tokens_break_at_messages_newlines_and_the_last_column():
     assert tokens._messages(asked, 7) == roles + [(2, "assistant")] * 3
     bare = Row(np.zeros(4, np.int32), kind[:4], turn[:4], "")
     assert tokens._messages(bare, 6) == roles + [(2, "assistant")] * 2
+
+
+def test_the_colours_reach_the_farther_percentile_and_the_default_persona_s_quartiles():
+    """Without an axis, the second or the 98th percentile, whichever is farther from the centre."""
+    model, axis = jp.load("mini"), jp.load_axis("mini")
+    row = Row(np.arange(40, 61, dtype=np.int32), np.full(21, USER), np.zeros(21, np.int32), "")
+    values = np.tile(np.linspace(-1, 1, 21)[:, None], (8, 1, 1))
+    found = jp.Extracted({"projections": [values]}, (), [row], 21, 0, np.zeros(1, bool))
+
+    def limits(**more):
+        bar = jp.plot.projections(found, model, layer=4, **more).figure.axes[-1]
+        return bar.get_xlim(), [line.get_xdata() for line in bar.lines]
+
+    with style.without_pyplot():
+        for centre, ends in ((None, (-0.96, 0.96)), (0.5, (-0.96, 1.96)), (-0.5, (-1.96, 0.96))):
+            assert limits(centre=centre) == (pytest.approx(ends), [])
+        low, high = (float(axis.thresholds(name, of="default")[4]) for name in ("p25", "p75"))
+        assert high > 2  # beyond the projections of the tokens
+        ends, (mark,) = limits(axis=axis)
+        assert ends == pytest.approx((-high, high)) and list(mark) == [low, high]

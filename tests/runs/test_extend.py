@@ -26,6 +26,7 @@ from jaxpersona.data.texts import Question, Role
 from jaxpersona.engine import stream
 from jaxpersona.errors import UserError
 from jaxpersona.models.model import release
+from jaxpersona.persona import rejudge
 from jaxpersona.persona.extract import extract_axis
 from jaxpersona.persona.rejudge import judge_run
 from jaxpersona.persona.thresholds import percentiles_of
@@ -194,6 +195,22 @@ def test_a_role_that_is_being_extended_keeps_the_verdicts_of_another_judge(run):
         lambda role, key: asked.append((role, key)) or OTHER._score(role, key), "another"))
     assert result.counts["ghost"]["3"] == result.counts["ghost"]["None"] == 4
     assert len(asked) == 12 - sum(map(len, new.values()))
+
+
+def test_verdicts_of_a_killed_call_are_saved_by_the_next(run, monkeypatch):
+    """The process ends between the last verdict of a role and the file of its scores."""
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rejudge, "save_verdicts", dies)
+        with pytest.raises(KeyboardInterrupt):
+            judge_run(run, ROLES, OTHER)
+    counts, _ = judge_run(run, ROLES, OTHER)
+    assert all(count["3"] == count["None"] == 2 for count in counts.values())
+    found = Run.read(run)
+    assert all(found.scores(role.name, OTHER.name) for role in ROLES[1:])
+    assert judge_run(run, ROLES, OTHER)[0] == counts
 
 
 class Last(s.Scored):

@@ -202,3 +202,11 @@ def test_sums_by_score():
         with pytest.raises(ValueError, match="rollout f has non-finite values"):
             sums.add("f", 3, np.array([[wrong, 0, 0], [0, 0, 0]], np.float32))
     assert "f" not in sums.groups
+
+
+def test_an_interval_has_95_percent_of_the_draws_within_each_role():
+    """In 1 of 27 draws, all replies of a are the same one; the only reply of b is always drawn."""
+    kept = {"a": np.array([[0.0, 0.0], [1.0, -1.0], [2.0, -2.0]]), "b": np.array([[-5.0, 5.0]])}
+    _, between = percentiles_of(kept, {"a": 3, "b": 1}, at=(0, 100), draws=6000)
+    assert {name: np.stack(ends).tolist() for name, ends in between.items()} == {
+        "p0": [[-5, -2], [-5, 0]], "p100": [[0, 5], [2, 5]]}

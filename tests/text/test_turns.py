@@ -362,3 +362,14 @@ def test_what_is_no_list_of_conversations_is_refused_by_name(given, words):
 def test_a_list_of_mixed_types_is_one_conversation_and_refused(mixed):
     with pytest.raises(ValueError, match="is a single conversation; wrap it in a list"):
         chat.listed(mixed)
+
+
+def test_a_system_prompt_before_a_blank_message_is_followed_by_no_blank_line():
+    """Test a template without a system role that renders contents as they are."""
+    source = chat_templates.TEMPLATES["gemma2"].replace(" | trim", "")
+    t = with_template(tokenizer_of("gemma2"), source)
+    for blank in ("", " "):
+        row = chat.encode_row(t, says(blank, system="Be far."))
+        assert f"user\nBe far.{blank}<end_of_turn>" in row.text
+    row = chat.encode_row(t, says("hi", system=" "))
+    assert "user\nhi<end_of_turn>" in row.text  # and a blank system prompt is left out

@@ -82,6 +82,14 @@ def test_directions_of_other_models_or_sites_are_refused(other, field):
         ONE[4]
 
 
+def test_results_keep_the_site_and_an_array_is_taken_as_measured_there():
+    """A plain array has no site, so it is compared with a direction of any site."""
+    mine = jp.Vector(ONE.values, "one", "m", "a" * 16, site="mlp")
+    np.testing.assert_array_equal(mine.cosine(TWO.values), ONE.cosine(TWO))
+    for made in (-mine, 2 * mine, mine / 2, mine[1:3], mine + mine, mine - 0.5 * mine, sum([mine])):
+        assert made.site == "mlp"
+
+
 def test_percentiles_are_listed_by_number_and_names_without_a_number_last():
     axis = jp.Axis(ONE.values, percentiles={
         "all": {name: np.full(4, i) for i, name in enumerate(("p100", "best", "p5", "p25.5"))}})

@@ -284,3 +284,15 @@ def test_one_wrong_cap_of_two_is_refused(change, words):
     assert Caps(**fields).layers == (1, 1023)
     with pytest.raises(ValueError, match=words):
         Caps(**{**fields, **change})
+
+
+def test_a_given_kind_takes_precedence_over_the_name_of_the_file(tmp_path):
+    """The name only suggests the kind of a bare tensor, so any kind may be given with any name."""
+    torch = pytest.importorskip("torch")
+    for name in ("my_axis", "default_vector", "evil_response_avg_diff"):
+        path = tmp_path / f"{name}.pt"
+        torch.save(torch.tensor(VALUES), path)
+        axis, role, persona = (load_vector(path, kind=kind) for kind in ("axis", "role", "persona"))
+        assert [one.kind for one in (axis, role, persona)] == ["axis", "vector", "vector"]
+        assert [one.n_layers for one in (axis, role, persona)] == [4, 4, 3]
+        assert "pool" in persona.notes and "pool" not in {**axis.notes, **role.notes}
