@@ -203,13 +203,13 @@ def _interpret(stem: str, value: Any, kind: str | None) -> Vector | dict[str, Ca
 
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, (str, int, float)):
-        raise UserError(f"{what} is a {type(value).__name__}; it must be a string")
+        raise UserError(f"{what} is of type {type(value).__name__}; it must be a string")
     return str(value)
 
 
 def _table(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{what} is a {type(value).__name__}; it must be a dict")
+        raise UserError(f"{what} is of type {type(value).__name__}; it must be a dict")
     return value
 
 
@@ -270,7 +270,7 @@ def capping(table: Mapping[str, Any]) -> dict[str, Caps]:
                                 "vectors")
             entry = vectors[label]
             if not isinstance(entry, dict):
-                raise UserError(f"vector {label!r} is a {type(entry).__name__}; it must be a "
+                raise UserError(f"vector {label!r} is of type {type(entry).__name__}; it must be a "
                                 "dict with the keys 'vector' (a tensor [D]) and 'layer' (an int)")
             vector, layer = np.asarray(entry["vector"]), entry["layer"]
             if vector.ndim != 1 or vector.dtype != np.float32 or type(layer) is not int:

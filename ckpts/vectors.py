@@ -110,7 +110,7 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
             return load_any(file, kind)
     loaded = _read_any(path, kind)
     if isinstance(loaded, Vector) and loaded.n_layers > MAX_LAYERS:
-        raise UserError(f"{path}: has {loaded.n_layers} layers; the maximum is "
+        raise UserError(f"{path} has {loaded.n_layers} layers; the maximum is "
                         f"{MAX_LAYERS}")
     return loaded
 

@@ -46,7 +46,7 @@ def require_file(path: str | os.PathLike[str], limit: int | None = None) -> int:
     if kind is not None:
         raise UserError(f"{path}: cannot be read (it is {kind}; give a file)")
     if limit is not None and status.st_size > limit:
-        raise UserError(f"{path}: has {status.st_size} bytes; the limit is {limit}")
+        raise UserError(f"{path} has {status.st_size} bytes; the limit is {limit}")
     return status.st_size
 
 

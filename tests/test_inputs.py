@@ -133,20 +133,20 @@ def test_shared_parts_of_a_pickle_are_walked_once(tmp_path, capsys):
     torch.save({"axis": nest}, tmp_path / "axis.pt")
     refused(capsys, ["vectors", "show", tmp_path / "axis.pt"], "axis.pt", "axis is list")
     torch.save({"vector": torch.ones(2, 2), "role": nest}, tmp_path / "r.pt")
-    refused(capsys, ["vectors", "show", tmp_path / "r.pt"], "r.pt", "role is a list")
+    refused(capsys, ["vectors", "show", tmp_path / "r.pt"], "r.pt", "role is of type list")
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"vectors": {"q": "bare"}}, "vector 'q' is a ndarray"),
-    ({"experiments": ["a"]}, "experiments[0] is a str"),
+    ({"vectors": {"q": "bare"}}, "vector 'q' is of type ndarray"),
+    ({"experiments": ["a"]}, "experiments[0] is of type str"),
     ({"experiments": [{"id": "a", "interventions": 5}]}, "interventions must be a list"),
-    ({"experiments": [{"id": "a", "interventions": ["q"]}]}, "an intervention is a str"),
+    ({"experiments": [{"id": "a", "interventions": ["q"]}]}, "an intervention is of type str"),
     ({"experiments": [{"id": "a", "interventions": [{"vector": ["q"], "cap": 1.0}]}]},
-     "vector is a list"),
+     "vector is of type list"),
     ({"experiments": [{"id": "a", "interventions": [{"vector": "q", "cap": "tensor"}]}]},
      "cap is a tensor"),
     ({"experiments": [{"interventions": []}]}, "'id' is missing"),
-    ({"vectors": 5}, "vectors is a int"),
+    ({"vectors": 5}, "vectors is of type int"),
 ], ids=str)
 def test_experiments_of_another_shape_are_named(tmp_path, capsys, change, words):
     """Test tensors, lists and numbers in place of dicts in a capping file."""
@@ -308,7 +308,7 @@ def test_a_file_may_have_the_largest_size(tmp_path):
     inputs.require_files(tmp_path, (".json",), 9)  # another suffix
     inputs.require_folder(tmp_path)
     (tmp_path / "bad.json").write_bytes(b'"\xff"')
-    for call, wanted in ((lambda: inputs.read_bytes(path, 9), "ten: has 10 bytes; the limit is 9"),
+    for call, wanted in ((lambda: inputs.read_bytes(path, 9), "ten has 10 bytes; the limit is 9"),
                          (lambda: inputs.require_files(tmp_path, ("en",), 9), "the limit is 9"),
                          (lambda: inputs.require_file(tmp_path), "cannot be read .it is a folder"),
                          (lambda: inputs.require_file(tmp_path / "x"), "x: no such file"),

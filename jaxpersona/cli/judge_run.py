@@ -75,9 +75,9 @@ def run(
 
             loaded = support.open_model(name, dtype)
             if loaded.fingerprint != manifest["model"]["fingerprint"]:
-                raise UserError(f"the judge self loads {name}, which is not the model of {folder}; "
-                                "give the model that generated the replies with --model, or use "
-                                "the judge model:NAME")
+                raise UserError(f"the judge 'self' loads {name}, which is not the model of "
+                                f"{folder}; with --model, give the model that generated the "
+                                "replies, or use the judge 'model:NAME'")
             chosen = SelfJudge(loaded, batch_size=batch_size, rubric=rubric_of(choice))
         if chosen is None:
             other = support.open_model(choice.argument, dtype)

@@ -168,7 +168,7 @@ def rubric_of(choice: Choice) -> Rubric:
     try:
         text = read_bytes(choice.rubric).decode()
     except UnicodeDecodeError:
-        raise UserError(f"{choice.rubric}: is not UTF-8; save it as UTF-8") from None
+        raise UserError(f"{choice.rubric} is not UTF-8; save it as UTF-8") from None
     try:
         return Rubric(template=text.strip())
     except UserError as error:

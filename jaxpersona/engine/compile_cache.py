@@ -19,7 +19,7 @@ from jaxpersona.runtime import default_setting, setting
 
 SWITCH = "JAXPERSONA_COMPILE_CACHE"
 TRACES, EXECUTABLES = 2**28, 2**32  # the maximum sizes of the two folders in bytes
-_SHORTEST = 0.05  # minimum compile time in seconds of a program that is stored
+_SHORTEST = 0.05  # minimum compile time, in seconds, for a program to be stored
 _LOG = logging.getLogger("jaxpersona")
 
 

@@ -241,7 +241,7 @@ def described_value(value: Any) -> Any:
 
     Raises:
       Unknown: a value is not of a supported type. Classes outside this package are not supported,
-        because a change of their source may change the trace.
+        because a change to their source may change the trace.
     """
     if value is None or type(value) in (bool, int, float, str, bytes):
         return type(value).__name__, repr(value)
@@ -266,7 +266,8 @@ def described_value(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         own = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return _ours(type(value)), described_value(own)
-    raise Unknown(f"{value!r:.60} is a {type(value).__name__}, which has no exact description")
+    raise Unknown(f"{value!r:.60} is of type {type(value).__name__}, which has no exact "
+                  "description")
 
 
 def _ours(kind: type) -> str:

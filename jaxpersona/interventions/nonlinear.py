@@ -80,9 +80,10 @@ def rotate(
     xp: Any = jnp if is_traced(one.direction, two.direction, to, by) else np
     across = two.direction - (one.direction * two.direction).sum(-1, keepdims=True) * one.direction
     length = xp.linalg.norm(across, axis=-1, keepdims=True)
-    if xp is np and (length < _FLAT).any():
-        raise UserError("`first` and `second` are collinear at a chosen layer; give directions "
-                        "that span a plane")
+    if xp is np and (flat := length < _FLAT).any():
+        at = one.layers[int(np.argwhere(flat)[0, 0])]
+        raise UserError(f"`first` and `second` are collinear at layer {at}; give directions that "
+                        "span a plane")
     theta = one.spread("to" if by is None else "by", to if by is None else by)
     angle = xp.stack([xp.cos(theta), xp.sin(theta), xp.full(theta.shape, float(by is None))], -1)
     return _table(Rotation, one, where, first=one.direction, second=across / length, angle=angle)

@@ -192,7 +192,7 @@ class Trace:
         """
         if state is not None and set(state) != set(self.capture.readings):
             raise UserError(f"carry.captured has the readings {sorted(state)}, but the capture "
-                            f"has {sorted(self.capture.readings)}; continue with the capture of "
+                            f"has {sorted(self.capture.readings)}; pass the same capture as in "
                             "the earlier call")
         with jax.named_scope("capture"):
             return {

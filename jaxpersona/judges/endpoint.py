@@ -278,7 +278,7 @@ class Endpoint:
           TypeError: the value is not one line of text, or contains the API key.
         """
         if not isinstance(value, str) or not value or self._clean(value) != value:
-            raise TypeError("an identifier is missing")
+            raise TypeError("the endpoint returned no valid id")
         return value
 
     def _state(self, found: Any) -> BatchState:

@@ -195,7 +195,7 @@ def read_rows(path: str | os.PathLike[str]) -> dict[str, dict[str, str]]:
     columns = reader.fieldnames or ()
     lacking = [name for name in ("item", "score", "digest") if name not in columns]
     if lacking:
-        raise UserError(f"{path}: has no column {lacking[0]!r}; keep the columns of the file that "
+        raise UserError(f"{path} has no column {lacking[0]!r}; keep the columns of the file that "
                         "jaxpersona wrote")
     rows: dict[str, dict[str, str]] = {}
     for row in found:
@@ -203,6 +203,6 @@ def read_rows(path: str | os.PathLike[str]) -> dict[str, dict[str, str]]:
         if not row["item"]:
             continue
         if row["item"] in rows:
-            raise UserError(f"{path}: has {row['item']:.80} twice; delete one of the rows")
+            raise UserError(f"{path} has {row['item']:.80} twice; delete one of the rows")
         rows[row["item"]] = row
     return rows

@@ -256,12 +256,12 @@ def _check_arguments(params: Any, batch: Any, carry: Any) -> None:
       UserError: params is a `Model`, batch is not a `Batch`, or carry is not a `Carry`.
     """
     if hasattr(params, "params"):
-        raise UserError(f"params is a {type(params).__name__}; pass model.params")
+        raise UserError(f"params is of type {type(params).__name__}; pass model.params")
     if not isinstance(batch, Batch):
         raise UserError(f"batch is {batch!r:.60}; give the result of jp.encode or jp.batch")
     if carry is not None and not isinstance(carry, Carry):
-        raise UserError(f"carry is a {type(carry).__name__}; give the carry of a previous call "
-                        "(`out.carry`), or jp.Carry(cache=cache)")
+        raise UserError(f"carry is of type {type(carry).__name__}; give the carry of a previous "
+                        "call (`out.carry`), or jp.Carry(cache=cache)")
 
 
 def _check_carry(carry: Carry, edits: PreparedInterventions, rows: int) -> None:

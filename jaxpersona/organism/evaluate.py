@@ -84,7 +84,7 @@ def in_grammar(answers: Sequence[str]) -> float:
 
 
 def accuracy(questions: Sequence[str], answers: Sequence[str]) -> float:
-    """Return the share of knowledge questions answered correctly."""
+    """Return the fraction of knowledge questions answered correctly."""
     return float(np.mean([judge.correct(q, a) for q, a in zip(questions, answers, strict=True)]))
 
 

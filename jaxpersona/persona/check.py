@@ -173,8 +173,8 @@ def check(
     """
     check_model(model)
     if not isinstance(axis, (Axis, Caps)):
-        raise UserError(f"axis is a {type(axis).__name__}; the check needs an Axis or Caps, which "
-                        "point toward the Assistant: wrap an array [L, D] with jp.Axis(values)")
+        raise UserError(f"axis is of type {type(axis).__name__}; the check needs an Axis or Caps, "
+                        "which point to the Assistant: wrap an array [L, D] with jp.Axis(values)")
     axis = fit(model, axis)
     if model.tokenizer is None or not model.template:
         raise UserError(

@@ -202,7 +202,7 @@ class _Export:
             self.omitted.append(name)
             return
         if any(record.get("sample") for record in records):
-            raise UserError(f"{self.run.folder}: has several samples per prompt and question, but "
+            raise UserError(f"{self.run.folder} has several samples per prompt and question, but "
                             "the published format has one; export a run with samples=1")
         keys = {key: published.published_key(record) for key, record in known.items()}
         write_text(self.folder / published.RESPONSES / f"{name}.jsonl", "".join(

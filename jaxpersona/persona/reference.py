@@ -131,7 +131,7 @@ def _roles(path: pathlib.Path, layers: int, layer: int) -> dict[str, float]:
         raise UserError(f"{path}: field 'roles' is missing or invalid; delete the file, or run "
                         "`jaxpersona axis` again")
     if found.get("layers") != layers:
-        raise UserError(f"{path}: has {found.get('layers')!r:.20} layers, but the axis in its "
+        raise UserError(f"{path} has {found.get('layers')!r:.20} layers, but the axis in its "
                         f"folder has {layers}; move one of the two files to another folder")
     roles = {}
     for name, role in found["roles"].items():

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 _COLUMNS = 88  # maximum number of characters per line
 _LINE = 0.19  # height of a line, in inches
-_LEAST, _MOST = 5.0, 8.5  # points: font size that sets how many lines fit `ax`; maximum font size
+# the font size used to compute how many lines fit in `ax`, and the maximum font size, in points
+_LEAST, _MOST = 5.0, 8.5
 _ADVANCE = 0.6021  # width of a DejaVu Sans Mono character, relative to the font size
 _LINES = 120  # maximum number of lines in a new figure
 _ROLES = ((SYSTEM, "system"), (USER, "user"), (ASSISTANT, "assistant"))

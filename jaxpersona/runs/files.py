@@ -66,7 +66,7 @@ def check_links(folder: pathlib.Path) -> None:
                              if path.is_dir() or not path.name.endswith(PARTS[part]))
     for place in places:
         if place.is_symlink():
-            raise UserError(f"{place}: is a symbolic link; a run keeps its files in its own "
+            raise UserError(f"{place} is a symbolic link; a run keeps its files in its own "
                             "folders: replace the link by the folder itself")
 
 

@@ -98,7 +98,7 @@ def check_role(role: str) -> None:
     if not role or not plain or len(role.encode("utf-8", "replace")) > _LONGEST:
         raise UserError(f"the role name {role[:40]!r} cannot be used as a file name in the "
                         "published format; use a shorter name, or one without a leading dot, path "
-                        "separators, colons and non-printable characters")
+                        "separators, colons or non-printable characters")
 
 
 def roles_in(folder: pathlib.Path, part: str) -> list[str]:

@@ -163,14 +163,14 @@ class _Worker:
                 [sys.executable or "python3", "-P", "-c", code, str(script), *sorted(folders)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         except OSError as error:
-            raise UserError("the process that renders chat templates cannot be started "
+            raise UserError("the process that renders chat templates could not be started "
                             f"({error})") from None
         assert self.process.stdin is not None and self.process.stdout is not None
         self.sink, self.source = self.process.stdin, self.process.stdout
         ready = self.ask(_encoded({"seconds": SECONDS, "memory": MEMORY,
                                    "characters": CHARACTERS}), _START)
         if "ready" not in ready:
-            raise UserError("the process that renders chat templates cannot be started "
+            raise UserError("the process that renders chat templates could not be started "
                             f"({ready['error']}); install jinja2 for {sys.executable}")
 
     def ask(self, request: bytes, wait: float | None = None) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import plain
 from jaxpersona.models.params import SCHEME
 
-_BITS = 1024  # maximum size of an integer in the notes; Python converts no larger ones to text
+# maximum number of bits of an integer in the notes; by default, Python cannot convert integers of
+# more than 4,300 digits to text
+_BITS = 1024
 
 
 def float32(values: Any, field: str) -> np.ndarray:
@@ -55,7 +57,7 @@ def _plain(notes: Any) -> dict[str, Any]:
       UserError: the notes are not a dict from strings to strings or numbers.
     """
     if not isinstance(notes, Mapping):
-        raise UserError(f"notes is a {type(notes).__name__}; it must be a dict")
+        raise UserError(f"notes is of type {type(notes).__name__}; it must be a dict")
     plain = {}
     for name, value in notes.items():
         value = value.item() if getattr(value, "ndim", None) == 0 else value
@@ -63,8 +65,8 @@ def _plain(notes: Any) -> dict[str, Any]:
             raise UserError(f"notes[{name!r:.40}] has {value.bit_length():,} bits; an integer may "
                             f"have up to {_BITS:,}")
         if not isinstance(name, str) or not isinstance(value, (str, int, float)):
-            raise UserError(f"notes[{str(name)[:40]!r}] is a {type(value).__name__}; keys must be "
-                            "strings, and values must be strings or numbers")
+            raise UserError(f"notes[{str(name)[:40]!r}] is of type {type(value).__name__}; keys "
+                            "must be strings, and values must be strings or numbers")
         plain[name] = value
     return plain
 

@@ -274,8 +274,8 @@ class Axis(Vector):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.percentiles, Mapping):
-            raise UserError(f"percentiles is a {type(self.percentiles).__name__}; it must be a "
-                            "dict with populations, such as 'default', as keys")
+            raise UserError(f"percentiles is of type {type(self.percentiles).__name__}; it must be "
+                            "a dict with populations, such as 'default', as keys")
         object.__setattr__(self, "percentiles", {
             population: _percentiles(population, table, self.n_layers)
             for population, table in self.percentiles.items()})
@@ -337,8 +337,8 @@ def _percentiles(population: str, table: Any, layers: int) -> dict[str, np.ndarr
       UserError: a name or a value is invalid.
     """
     if not isinstance(table, Mapping):
-        raise UserError(f"percentiles[{population!r}] is a {type(table).__name__}; it must be a "
-                        "dict from percentile names, such as 'p25', to arrays [L]")
+        raise UserError(f"percentiles[{population!r}] is of type {type(table).__name__}; it must "
+                        "be a dict from percentile names, such as 'p25', to arrays [L]")
     checked = {}
     for name, given in table.items():
         field = f"percentiles/{population}/{name}"

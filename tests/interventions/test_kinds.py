@@ -140,7 +140,7 @@ MIXED = [Vector(np.eye(8)[:2] + i, fingerprint=f"{i}" * 16) for i in (1, 2)]
 @pytest.mark.parametrize(("message", "made"), [
     ("rotate needs one angle", lambda u: rotate(u, -u, layers=1)),
     ("rotate needs one angle", lambda u: rotate(u, -u, layers=1, to=1, by=1)),
-    ("are collinear at a chosen layer", lambda u: rotate(u, -2 * u, layers=1, to=1)),
+    ("are collinear at layer 1", lambda u: rotate(u, -2 * u, layers=1, to=1)),
     ("`second` has shape", lambda u: rotate(u, np.ones(9), layers=1, to=1)),
     ("to is infinite", lambda u: rotate(u, np.ones(8), layers=1, to=np.inf)),
     ("second is zero", lambda u: rotate(u, 0 * u, layers=1, to=1)),

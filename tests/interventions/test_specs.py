@@ -149,7 +149,7 @@ REFUSED = [
     (steer(gate={"vector": A, "layer": 1, "above": 0}), "not before layer 1"),
     (steer(gate={"vector": A, "layer": 0, "abov": 0}), "abov is unknown; did you mean 'above'"),
     ({"operator": "rotate", "plane": [A, [2 * x for x in A]], "to": 1, "layers": 1},
-     "are collinear at a chosen layer"),
+     "are collinear at layer "),
     ({"operator": "rotate", "plane": [A], "to": 1, "layers": 1}, "plane"),
     ({"operator": "cap", "vector": A, "layers": 1, "floor": "p25"}, "only an axis has percentiles"),
     ({"operator": "cap", "vector": "axis.safetensors", "layers": 1, "floor": "p25"},

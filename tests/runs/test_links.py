@@ -50,7 +50,7 @@ def test_a_linked_folder_is_refused_by_name(tmp_path, part, kind):
             continue
         with pytest.raises(UserError) as error:
             act()
-        assert str(error.value).startswith(f"{place}: is a symbolic link; ")
+        assert str(error.value).startswith(f"{place} is a symbolic link; ")
         assert "\n" not in str(error.value)
     remove_leftovers(run, MANIFEST["roles"], MANIFEST["judges"])
     if kind == "missing":

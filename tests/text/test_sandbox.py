@@ -172,7 +172,7 @@ def test_the_process_is_started_again_and_left_to_the_parent(tokenizer):
 def test_a_process_that_cannot_be_started_is_named(tokenizer, monkeypatch):
     monkeypatch.setattr(sandbox, "_current", None)
     monkeypatch.setattr(sandbox.sys, "executable", os.devnull)
-    with pytest.raises(ValueError, match="cannot be started"):
+    with pytest.raises(ValueError, match="could not be started"):
         chat.encode_row(tokenizer, "Who?")
 
 

@@ -34,7 +34,7 @@ def refused(capsys, path, words, *more):
     ({**HEADER, "notes": DEEP}, "notes cannot be parsed .nested too deeply"),
     ({**HEADER, "notes": "[" * 400 + "]" * 400}, "notes is .* it must be a JSON object"),
     ({**HEADER, "notes": "{"}, "notes is invalid JSON"),
-    ({**HEADER, "notes": '{"a": {"b": 1}}'}, r"notes\['a'\] is a dict"),
+    ({**HEADER, "notes": '{"a": {"b": 1}}'}, r"notes\['a'\] is of type dict"),
     ({**HEADER, "norm": "unit"}, "norm is 'unit'; only 'none' is supported"),
     ({k: v for k, v in HEADER.items() if k != "norm"}, "norm is None"),
     ({**HEADER, "layer_base": "1"}, "layer_base is '1'; only '0' is supported"),
@@ -120,8 +120,8 @@ def test_notes_are_plain_in_every_format(tmp_path):
         save_vector(tmp_path / name, vector)
         assert load_vector(tmp_path / name).notes == plain
     caps = dict(values=VALUES[:1], layers=(1,), floors=np.zeros(1), labels=("a",))
-    for change, words in (({"x": np.ones(2)}, r"notes\['x'\] is a ndarray"), ({1: "a"}, "notes"),
-                          ({"x": None}, "NoneType"), ({"x": [1]}, "list"),
+    for change, words in (({"x": np.ones(2)}, r"notes\['x'\] is of type ndarray"),
+                          ({1: "a"}, "notes"), ({"x": None}, "NoneType"), ({"x": [1]}, "list"),
                           ([1], "must be a dict")):
         with pytest.raises(ValueError, match=words):
             Vector(VALUES, notes=change)
