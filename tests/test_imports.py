@@ -26,6 +26,7 @@ NARROW = {  # stricter limits than the order
     "text.sandbox_worker": set(),  # a script that imports only Jinja
     "text.template": {"models", "text"},
     "text.fences": set(),
+    "text.special_tokens": set(),
     "text.chat": {"brief", "calls", "models", "text"},
     "kernels": {"kernels"},
     "models.config": {"brief"},

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.distributed.sharding import off_mesh
 from jaxpersona.engine.rows import axis_of_rows, put_rows, side_by_side
 from jaxpersona.engine.tasks import Task
-from jaxpersona.interventions.compose import Interventions, reserve, stack_rows
+from jaxpersona.errors import UserError
+from jaxpersona.interventions.compose import Interventions, given, reserve, stack_rows
 from jaxpersona.interventions.where import NOWHERE
 
 
@@ -101,6 +103,27 @@ class RowEdits:
     def key(self, task: Task) -> tuple:
         """Return the bytes of the task's interventions as a hashable key."""
         return tuple(np.asarray(x).tobytes() for x in jax.tree.leaves(task.edits))
+
+
+def checked_capacity(capacity: Interventions | None, layers: int,
+                     width: int) -> Interventions | None:
+    """Check the `capacity` of an engine and return it on one device.
+
+    Args:
+      capacity: the result of `reserve`, for any number of rows, or None.
+      layers, width: the model's number of layers and its width D.
+
+    Raises:
+      UserError: the capacity is not the result of `reserve`, or does not match the model.
+    """
+    if capacity is None:
+        return None
+    tables = given(capacity).edits
+    if not tables or not all(table.reserved for table in tables):
+        raise UserError(f"capacity is {capacity!r:.60}; give the result of jp.reserve, and the "
+                        "edits in jp.Request(interventions=…)")
+    capacity.take(np.array([-1])).check(layers=layers, width=width, rows=1)
+    return off_mesh(capacity)
 
 
 def for_one_row(edits: Interventions | None, capacity: Interventions | None) -> Interventions:

@@ -22,13 +22,13 @@ from jaxpersona.captures.capture import Capture
 from jaxpersona.distributed.context import own_context
 from jaxpersona.distributed.sharding import off_mesh, rows_divisor
 from jaxpersona.engine import prompts, stopping
-from jaxpersona.engine.edits import RowEdits, for_one_row, neutral_row
+from jaxpersona.engine.edits import RowEdits, checked_capacity, for_one_row, neutral_row
 from jaxpersona.engine.generate import asks_for_code
 from jaxpersona.engine.kinds import Kind, plain_shapes
 from jaxpersona.engine.lanes import Lane
 from jaxpersona.engine.programs import State
 from jaxpersona.engine.replies import Finished, Reply, so_far, unpack
-from jaxpersona.engine.request import Event, Handle, QueueFull, Request, projected
+from jaxpersona.engine.request import Event, Handle, QueueFull, Request, examples, projected
 from jaxpersona.engine.rows import take_row
 from jaxpersona.engine.sampling import sampling
 from jaxpersona.engine.scheduler import Scheduler
@@ -77,7 +77,8 @@ class Engine:
 
         Raises:
           UserError: a setting or an element of `sizes` is not a positive integer, `rows` is not a
-            multiple of the number of batch shards, or the capacity does not match the model.
+            multiple of the number of batch shards, or the capacity is not the result of `reserve`
+            or does not match the model.
         """
         check_model(model)
         if sizes is not None and not (isinstance(sizes, (list, tuple)) and sizes):
@@ -87,10 +88,7 @@ class Engine:
         ways = rows_divisor(model.params.like)
         if rows % ways:
             raise UserError(f"rows is {rows}; on this mesh, it must be a multiple of {ways}")
-        self.capacity = None if capacity is None else off_mesh(given(capacity))
-        if self.capacity is not None:
-            layers, width = model.config.n_layers, model.config.d_model
-            self.capacity.take(np.array([-1])).check(layers=layers, width=width, rows=1)
+        self.capacity = checked_capacity(capacity, model.config.n_layers, model.config.d_model)
         self.model, self.rows, self.queue = model, rows, queue
         self.sizes = None if sizes is None else tuple(sorted(set(map(int, sizes))))
         with own_context():
@@ -241,6 +239,7 @@ class Engine:
         if requests is None and self.sizes is None:
             raise UserError("the engine has no sizes; use Engine(sizes=…), or pass example "
                             "requests to warm_up")
+        requests = None if requests is None else examples(requests)
         with self._device, own_context():
             if self._handles:
                 raise UserError("the engine has unfinished requests; call warm_up before submit")
@@ -276,7 +275,8 @@ class Engine:
         limit = int(prompts.limits(model, [row], most)[0])
         settings = sampling(1, temperature=request.temperature, top_p=request.top_p,
                             top_k=request.top_k, seed=request.seed).take([0])
-        row_id = int(prompts.row_ids([row], None if request.id is None else [request.id])[0])
+        own_id = None if request.id is None else [request.id]
+        row_id = int(prompts.row_ids([row], own_id, name="id")[0])
         own = for_one_row(edits, self.capacity)
         shape, limit = self._shape(row, limit, own)
         strings = stopping.checked(request.stop)

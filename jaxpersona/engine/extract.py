@@ -170,7 +170,8 @@ def extract(
     capture = mean() if capture is None else joined(capture)
     edits, readings = off_mesh((given(interventions), capture))
     prompts.check_edits(model, edits, len(conversations), readings)
-    rows = [prompts.encode(model, item, reply=False) for item in conversations]
+    rows = [prompts.encode(model, item, reply=False, name=f"conversation {i}")
+            for i, item in enumerate(conversations)]
     prompts.check_lengths(model, rows)
     _check_tokens(rows, readings)
     results: dict[int, tuple[dict[str, Any], tuple[Applied, ...]]] = {}

@@ -192,7 +192,8 @@ def generate(
     prompts.check_edits(model, edits, count, readings)
     prompts.check_rows(model, batch_size, share_prefix)
     settings = sampling(count, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    rows = [prompts.encode(model, item, thinking=thinking) for item in conversations]
+    rows = [prompts.encode(model, item, thinking=thinking, name=f"conversation {i}")
+            for i, item in enumerate(conversations)]
     limits = prompts.limits(model, rows, most)
     draw_ids = prompts.row_ids(rows, ids)
     readings = Capture() if readings is None else readings

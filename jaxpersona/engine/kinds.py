@@ -65,8 +65,8 @@ class Kind:
         readings, readings_structure = jax.tree.flatten(jax.device_get(capture))
         edits, edits_structure = jax.tree.flatten(neutral)
         self.key = (slots, greedy, code, strings, readings_structure,
-                    tuple((x.shape, x.tobytes()) for x in map(np.asarray, readings)),
-                    edits_structure, tuple(x.shape for x in edits))
+                    tuple((x.shape, x.dtype, x.tobytes()) for x in map(np.asarray, readings)),
+                    edits_structure, tuple((x.shape, x.dtype) for x in edits))
         self._hash = hash(self.key)
 
     def __hash__(self) -> int:

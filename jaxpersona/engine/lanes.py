@@ -144,7 +144,7 @@ class Lane:
           The tasks of the moved prompts; [] if a piece was prefilled or no row is free.
         """
         complete = sorted((task.number, row) for row, task in enumerate(self.staged)
-                          if task is not None and self.ran[row] == task.row.tokens.size)
+                          if task is not None and 0 < self.ran[row] == task.row.tokens.size)
         if complete:
             return self._place([row for _, row in complete[: self.free]])
         self._run_piece()

@@ -6,13 +6,14 @@ default row ids distinguish conversations with the same tokens.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxpersona.captures.capture import Capture
+from jaxpersona.captures.capture import Capture, chosen_layers
 from jaxpersona.distributed.sharding import rows_divisor
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions
@@ -71,7 +72,8 @@ def widths(slots: int, context: int) -> list[int]:
     return out
 
 
-def encode(model: Model, item: Any, *, reply: bool = True, thinking: bool = False) -> chat.Row:
+def encode(model: Model, item: Any, *, reply: bool = True, thinking: bool = False,
+           name: str = "a conversation") -> chat.Row:
     """Encode a conversation of any accepted type.
 
     Args:
@@ -79,6 +81,7 @@ def encode(model: Model, item: Any, *, reply: bool = True, thinking: bool = Fals
       item: messages, a string (one user message), a `chat.Row`, or token ids.
       reply: for text, whether to append the generation prompt; False for a complete conversation.
       thinking: for text, whether a reply may begin with a thinking block.
+      name: the name of the conversation in error messages.
 
     Raises:
       UserError: the conversation is invalid or of an unsupported type, it is text but the model has
@@ -86,11 +89,11 @@ def encode(model: Model, item: Any, *, reply: bool = True, thinking: bool = Fals
     """
     size, tokenizer = model.config.vocab_size, model.tokenizer
     if isinstance(item, chat.Row):
-        check_ids(np.asarray(item.tokens), size, "a conversation", tokenizer)
-        return item
+        row = _checked_row(item, name)
+        check_ids(np.asarray(item.tokens), size, name, tokenizer)
+        return row
     if isinstance(item, Mapping):
-        raise UserError(f"a conversation is the single message {dict(item)!r:.60}; give a list of "
-                        "messages")
+        raise UserError(f"{name} is the single message {dict(item)!r:.60}; give a list of messages")
     if isinstance(item, Iterator):
         item = list(item)
     if isinstance(item, str) or (
@@ -99,21 +102,50 @@ def encode(model: Model, item: Any, *, reply: bool = True, thinking: bool = Fals
         if tokenizer is None:
             raise UserError(f"{model.name} has no tokenizer; give token ids instead of text")
         row = chat.encode_row(tokenizer, item, reply=reply, thinking=thinking)
-        check_ids(row.tokens, size, "a conversation", tokenizer)
+        check_ids(row.tokens, size, name, tokenizer)
         return row
     if isinstance(item, (int, bytes, set, frozenset)) or not isinstance(item, Iterable):
-        raise UserError(f"a conversation is {item!r:.60}; give messages, a string, a Row or token "
-                        "ids")
+        raise UserError(f"{name} is {item!r:.60}; give messages, a string, a Row or token ids")
     try:
         tokens = np.asarray(item)
     except ValueError:  # nested lists of different lengths
         tokens = np.zeros(0)
     if tokens.ndim != 1 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
-        raise UserError(f"a conversation is {item!r:.60}; it must be messages, a string, a Row or "
-                        "a non-empty list of token ids")
-    check_ids(tokens, size, "a conversation", tokenizer)
+        raise UserError(f"{name} is {item!r:.60}; it must be messages, a string, a Row or a "
+                        "non-empty list of token ids")
+    check_ids(tokens, size, name, tokenizer)
     kind = np.full(tokens.size, KINDS["user"], np.int32)
     return chat.Row(tokens.astype(np.int32), kind, np.zeros(tokens.size, np.int32), "")
+
+
+def _checked_row(row: chat.Row, name: str) -> chat.Row:
+    """Check the arrays of a row, and return the row with int32 arrays.
+
+    Args:
+      row: the row.
+      name: the name of the conversation in error messages.
+
+    Raises:
+      UserError: an array is not [T] integers, T is 0, or the arrays have different lengths.
+    """
+    arrays = {"tokens": row.tokens, "kind": row.kind, "turn": row.turn}
+    for field, value in arrays.items():
+        shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+        if shape is None or dtype is None:
+            raise UserError(f"{name} is a Row whose {field} is a {type(value).__name__}; give an "
+                            "int32 array")
+        if len(shape) != 1 or not np.issubdtype(dtype, np.integer):
+            raise UserError(f"{name} is a Row whose {field} has shape {tuple(shape)} and dtype "
+                            f"{dtype}; give an int32 array of shape [T]")
+        if not shape[0]:
+            raise UserError(f"{name} is a Row whose {field} is empty; give at least one token")
+        if shape != row.tokens.shape:
+            raise UserError(f"{name} is a Row whose {field} has length {shape[0]}, but the length "
+                            f"of tokens is {row.tokens.size}; give one integer per token")
+    if all(isinstance(x, np.ndarray) and x.dtype == np.int32 for x in arrays.values()):
+        return row
+    return dataclasses.replace(row, **{field: np.asarray(value).astype(np.int32)
+                                       for field, value in arrays.items()})
 
 
 def check_settings(**counts: Any) -> None:
@@ -158,16 +190,19 @@ def check_edits(model: Model, edits: Interventions, count: int,
 
     Raises:
       UserError: the interventions do not match the model's layers, its width D or the number of
-        conversations, or a direction belongs to a different model.
+        conversations, a capture does not match the model's layers or its width, or a direction
+        belongs to a different model.
     """
     edits.check(layers=model.config.n_layers, width=model.config.d_model, rows=count)
+    readings = () if capture is None else tuple(capture.readings.values())
+    for reading in readings:
+        chosen_layers(reading, model.config)
     if not model.fingerprint:  # traced parameters have no fingerprint
         return
     own = origin(model.fingerprint)
     named = [edit.origin for edit in edits.edits]
     named += [edit.gate.origin for edit in edits.edits if edit.gate is not None]
-    named += [reading.origin for reading in
-              (capture.readings.values() if capture is not None else ())]
+    named += [reading.origin for reading in readings]
     foreign = {int(o) for origin in named for o in np.asarray(origin)} - {0, own}
     if foreign:
         raise UserError(
@@ -243,13 +278,14 @@ def check_lengths(model: Model, rows: list[chat.Row]) -> None:
                             f"context is limited to {context} tokens; shorten the conversation")
 
 
-def row_ids(rows: list[chat.Row], ids: Iterable[int] | None) -> np.ndarray:
+def row_ids(rows: list[chat.Row], ids: Iterable[int] | None, *, name: str = "ids") -> np.ndarray:
     """Return the ids that seed the random draws of N rows, [N] uint32.
 
     Args:
       rows: the N encoded conversations.
       ids: N ids. None: each id is a hash of the row's tokens and of the number of earlier rows with
         the same tokens.
+      name: the name of the caller's argument: "ids", or "id" for one row.
 
     Raises:
       UserError: `ids` does not consist of N integers in 0…2³²−1.
@@ -261,11 +297,11 @@ def row_ids(rows: list[chat.Row], ids: Iterable[int] | None) -> np.ndarray:
         if len(ids) != len(rows):
             raise UserError(f"ids has length {len(ids)}, but the number of conversations is "
                             f"{len(rows)}; give one id per conversation")
-        given = np.asarray(ids)
-        whole = given.ndim == 1 and np.issubdtype(given.dtype, np.integer)
-        if not whole or given.min() < 0 or given.max() >= 2**32:
-            raise UserError(f"ids begins with {list(ids)[:4]}; ids must be integers in 0…2³²−1")
-        return given.astype(np.uint32)
+        if not all(_is_integer(one) and 0 <= int(one) < 2**32 for one in ids):
+            if name == "id":
+                raise UserError(f"id is {ids[0]!r:.60}; it must be an integer in 0…2³²−1")
+            raise UserError(f"ids begins with {ids[:4]!r:.60}; ids must be integers in 0…2³²−1")
+        return np.array([int(one) for one in ids], np.uint32)
     seen: Counter[bytes] = Counter()
     out = []
     for row in rows:
@@ -273,3 +309,10 @@ def row_ids(rows: list[chat.Row], ids: Iterable[int] | None) -> np.ndarray:
         out.append(chat.row_id(row.tokens, seen[key]))
         seen[key] += 1
     return np.array(out, np.uint32)
+
+
+def _is_integer(value: Any) -> bool:
+    """Return whether a value is an integer or a 0-d integer array, but not a bool."""
+    if isinstance(value, (int, np.integer)):
+        return not isinstance(value, bool)
+    return getattr(value, "ndim", 1) == 0 and np.issubdtype(value.dtype, np.integer)

@@ -61,9 +61,9 @@ def sampling(rows: int, *, temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any 
     """Check the settings and broadcast them to `rows` rows.
 
     Raises:
-      UserError: a temperature is negative or not finite, top_p is outside (0, 1], top_k is not an
-        integer in 0…`CANDIDATES`, a seed is not an integer in 0…2³²−1, or a setting is neither a
-        number nor an array [`rows`].
+      UserError: a temperature is negative or not finite in float32, top_p is outside (0, 1], top_k
+        is not an integer in 0…`CANDIDATES`, a seed is not an integer in 0…2³²−1, or a setting is
+        neither a number nor an array [`rows`].
     """
     def spread(name: str, value: Any, dtype: Any, ok: Any, want: str) -> jax.Array:
         try:
@@ -74,13 +74,14 @@ def sampling(rows: int, *, temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any 
         if given.ndim > 1 or (given.ndim == 1 and given.size != rows):
             raise UserError(f"{name} has shape {given.shape}; it must be a number or have shape "
                             f"[{rows}]")
-        if not np.issubdtype(given.dtype, np.number) or not np.all(ok(given)):
+        if given.dtype.kind not in "iuf" or not np.all(ok(given)):
             raise UserError(f"{name} is {value}; it must be {want}")
         return jnp.asarray(np.broadcast_to(given, (rows,)), dtype)
 
     return Sampling(
         temperature=spread("temperature", temperature, F32,
-                           lambda x: np.isfinite(x) & (x >= 0), "finite and at least 0"),
+                           lambda x: (x >= 0) & (x <= jnp.finfo(F32).max),
+                           "finite and at least 0 (as float32)"),
         top_p=spread("top_p", top_p, F32, lambda x: (x > 0) & (x <= 1), "in (0, 1]"),
         top_k=spread("top_k", top_k, jnp.int32, lambda x: (x >= 0) & (x <= CANDIDATES)
                      & (x == np.floor(x)), f"an integer in 0…{CANDIDATES} (0: no limit)"),

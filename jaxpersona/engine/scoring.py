@@ -150,7 +150,8 @@ def logprobs(
     """
     check_model(model)
     conversations = chat.listed(conversations)
-    rows = [prompts.encode(model, item, reply=False) for item in conversations]
+    rows = [prompts.encode(model, item, reply=False, name=f"conversation {i}")
+            for i, item in enumerate(conversations)]
     values = _run(model, rows, interventions, batch_tokens)
     return Scored(rows, [value[: row.tokens.size - 1]
                          for row, value in zip(rows, values, strict=True)])
@@ -198,7 +199,8 @@ def next_logprobs(
     if wanted.ndim != 1 or not wanted.size or not np.issubdtype(wanted.dtype, np.integer):
         raise UserError(f"candidates is {candidates!r:.60}; give a non-empty list of token ids")
     check_ids(wanted, model.config.vocab_size, "candidates", model.tokenizer)
-    rows = [prompts.encode(model, item) for item in conversations]
+    rows = [prompts.encode(model, item, name=f"conversation {i}")
+            for i, item in enumerate(conversations)]
     prompts.limits(model, rows, 1)
     values = _run(model, rows, interventions, batch_tokens, jnp.asarray(wanted, jnp.int32))
     return np.stack(values)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxpersona.errors import UserError
+from jaxpersona.text.special_tokens import special_ids
 
 STATES = 255  # maximum number of states of the automaton; table entries are uint8
 
@@ -82,12 +83,17 @@ def automaton(strings: Sequence[str]) -> np.ndarray:
 
 
 def token_bytes(tokenizer: Any, size: int) -> list[bytes]:
-    """Return the bytes of token ids 0…`size`−1; b"" for special and unused ids."""
+    """Return the bytes of token ids 0…`size`−1; b"" for special and unused ids.
+
+    The bytes are those of `decode(skip_special_tokens=True)` within a text. The decoder of a fast
+    tokenizer converts added tokens like all other tokens.
+    """
     count = min(len(tokenizer), size)
     names = tokenizer.convert_ids_to_tokens(range(count))
-    special = set(tokenizer.all_special_ids)
-    added = {number: str(token) for number, token in
-             getattr(tokenizer, "added_tokens_decoder", {}).items()}
+    special = special_ids(tokenizer)
+    fast = getattr(tokenizer, "backend_tokenizer", None) is not None
+    added = {} if fast else {number: str(token) for number, token in
+                             getattr(tokenizer, "added_tokens_decoder", {}).items()}
     level = _byte_level() if _is_byte_level(tokenizer) else None
     out = []
     for number, name in enumerate(names):
@@ -95,9 +101,10 @@ def token_bytes(tokenizer: Any, size: int) -> list[bytes]:
             out.append(b"")
         elif number in added:
             out.append(added[number].encode())
-        elif level is not None and all(c in level for c in name):
-            out.append(bytes(level[c] for c in name))
-        elif level is None and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", name):
+        elif level is not None:
+            known = all(c in level for c in name)
+            out.append(bytes(level[c] for c in name) if known else name.encode())
+        elif re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", name):
             out.append(bytes([int(name[3:5], 16)]))
         else:
             out.append(name.replace("▁", " ").encode())

@@ -44,6 +44,7 @@ from jaxpersona.models.batch import (
 )
 from jaxpersona.models.batch import batch as make_batch
 from jaxpersona.text import fences, sandbox
+from jaxpersona.text.special_tokens import special_ids
 from jaxpersona.text.template import CLOSE, OPEN, PRIVATE, ROLES, Template, locate
 
 
@@ -194,8 +195,7 @@ def continue_row(tokenizer: Any, row: Row, generated: np.ndarray, message: str, 
     if text.endswith(CLOSE):
         tail.kind[-1] &= ~THINKING
     reply_kind = _reply_kinds(tokenizer, row, reply)
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    text = tail.text
+    special, text = special_ids(tokenizer, added=True), tail.text
     if reply.size and tail.tokens.size and reply[-1] == tail.tokens[0] and (
             stopped or int(reply[-1]) in special):
         reply_kind[-1] = TEMPLATE | GENERATED

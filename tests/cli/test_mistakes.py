@@ -141,7 +141,7 @@ def test_extreme_settings_do_no_harm(checkpoint):
     kind = np.zeros(4, np.int32)
     jp.batch([[1, 2, 3, 4]], kind=[kind])
     assert not kind.any()
-    for wrong, wanted in (("hey", "a single string"), ([None], "a conversation is None")):
+    for wrong, wanted in (("hey", "a single string"), ([None], "conversation 0 is None")):
         with pytest.raises(ValueError, match=wanted):
             jp.generate(model, wrong)
     other = Vector(np.ones((3, 4)), site="mlp")

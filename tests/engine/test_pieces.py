@@ -10,7 +10,7 @@ import support as s
 import jaxpersona as jp
 from jaxpersona.captures import capture
 from jaxpersona.distributed.context import own_context
-from jaxpersona.engine import lanes, pieces, texts
+from jaxpersona.engine import lanes, pieces, prompts, texts
 from jaxpersona.engine.compiled import KEPT
 from jaxpersona.engine.edits import SharedEdits
 from jaxpersona.engine.generate import stops_of
@@ -224,6 +224,17 @@ def test_an_engine_prefills_in_pieces_and_counts():
         reply = again.result(again.submit(jp.Request(ROWS[i], max_new_tokens=5, id=int(IDS[i]))))
         assert np.array_equal(reply.tokens, replies[i].tokens)
     assert engine._scheduler.idle
+
+
+def test_a_prompt_that_has_not_run_is_not_complete(monkeypatch):
+    """A staging row still has the reply of an earlier prompt, which is not that of an empty one."""
+    engine = jp.Engine(MODEL, rows=12, sizes=[128])
+    engine.result(engine.submit(jp.Request(ROWS[3], max_new_tokens=2)))
+    with monkeypatch.context() as patch:
+        patch.setattr(prompts, "encode", lambda *_, **__: row(0))  # `encode` refuses such a row
+        empty = engine.submit(jp.Request([5], max_new_tokens=2))
+    with pytest.raises(jp.UserError, match="empty"):
+        engine.result(empty)
 
 
 def test_requests_may_be_cancelled_while_their_prompts_wait(monkeypatch):

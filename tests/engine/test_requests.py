@@ -6,13 +6,14 @@ import dataclasses
 import re
 import types
 
+import jax
 import numpy as np
 import pytest
 import support as s
 
 import jaxpersona as jp
 from jaxpersona.captures import capture
-from jaxpersona.engine.edits import for_one_row
+from jaxpersona.engine.edits import RowEdits, for_one_row
 from jaxpersona.engine.engine import Engine
 from jaxpersona.engine.kinds import plain_shapes
 from jaxpersona.engine.prompts import widths
@@ -20,7 +21,7 @@ from jaxpersona.engine.replies import Finished, Reply, so_far
 from jaxpersona.engine.request import Handle, QueueFull, Request
 from jaxpersona.engine.scheduler import Scheduler
 from jaxpersona.engine.tasks import Shape
-from jaxpersona.interventions import reserve, steer
+from jaxpersona.interventions import custom, reserve, steer
 from jaxpersona.interventions.where import everywhere, generated
 from jaxpersona.text import chat
 
@@ -65,6 +66,8 @@ def test_a_request_may_ask_for_a_thinking_block():
     {"stop": 5}, {"stop": True}, {"stop": 0}, {"stop": False}, {"stop": b"ab"}, {"stop": "a\ud800"},
     {"stop": iter(["a"])},  # would be empty the second time
     {"max_new_tokens": True}, {"max_new_tokens": [5]}, {"max_new_tokens": -1},
+    {"id": [[1], [2, 3]]}, {"id": [1]}, {"id": 1.5}, {"id": True}, {"id": -1}, {"id": 2**80},
+    {"temperature": 1e39}, {"temperature": 1 + 2j},
 ], ids=lambda fault: re.sub(" at 0x.*", "", str(fault)))
 def test_a_fault_in_a_request_is_one_line(engine, fault):
     with pytest.raises(jp.UserError, match=f"^{next(iter(fault))} is ") as caught:
@@ -76,6 +79,8 @@ def test_a_fault_in_a_request_is_one_line(engine, fault):
     ({"sizes": 128}, "sizes is 128"), ({"sizes": ()}, r"sizes is \(\)"),
     ({"sizes": (64, True)}, r"sizes\[1\] is True"), ({"rows": True}, "rows is True"),
     ({"lanes": 0}, "lanes is 0"), ({"queue": 0}, "queue is 0"), ({"chunk": 0}, "chunk is 0"),
+    ({"capacity": steer(V[0], layers=1)}, r"capacity is steer\(.*; give the result of jp\.reserve"),
+    ({"capacity": jp.Interventions()}, "give the result of jp.reserve"),
 ])
 def test_each_setting_of_an_engine_is_checked(changes, words):
     with pytest.raises(jp.UserError, match=words):
@@ -117,6 +122,82 @@ def test_requests_with_edits_of_other_values_share_a_lane(engine):
                   {"max_new_tokens": 400}):
         settings = {"interventions": steer(V[0], layers=1), "max_new_tokens": 20}
         assert task(engine, **settings).lane != task(engine, **{**settings, **other}).lane, other
+
+
+@pytest.mark.parametrize(("read", "words"), [
+    (capture.projections(np.ones((1, 7))), "7"), (capture.mean(layers=[9]), "reads layer 9, but"),
+    (capture.histogram(np.ones((1, 7)), [0.0]), "7")], ids=["width", "layer", "histogram"])
+def test_a_capture_that_does_not_match_the_model_is_refused_at_once(engine, read, words):
+    with pytest.raises(jp.UserError, match=words):
+        engine.submit(Request([5], capture=read))
+
+
+def test_custom_edits_share_a_lane_only_if_their_parameters_have_the_same_dtype(engine):
+    """A lane stores the parameters of all rows in one array, which would cast 1.5 to 1."""
+    def scaled(k, h):
+        return h * k
+
+    tasks = [task(engine, interventions=custom(scaled, k, layers=1)) for k in (1, 1.5, 2.5)]
+    assert tasks[0].lane != tasks[1].lane == tasks[2].lane
+    edits = RowEdits(tasks[1].lane.neutral, 2)
+    for row, one in enumerate(tasks[1:]):
+        edits.assign(one.edits, np.array([row], np.int32))
+    assert edits.table.edits[0].params.tolist() == [1.5, 2.5]
+
+
+def test_captures_share_a_lane_only_if_their_values_have_the_same_dtype(engine):
+    read = capture.mean(generated)
+    wide = jax.tree.map(lambda x: np.asarray(x, np.uint32), read)
+    assert task(engine, capture=read).lane != task(engine, capture=wide).lane
+
+
+def changed(**fields):
+    row = chat.Row(*(np.full(3, value, np.int32) for value in (5, 16, 0)), "")
+    return dataclasses.replace(row, **fields)
+
+
+ROWS = {
+    "no token": ({name: np.zeros(0, np.int32) for name in ("tokens", "kind", "turn")},
+                 "tokens is empty; give at least one token"),
+    "a short kind": ({"kind": np.zeros(2, np.int32)}, "kind has length 2, but the length of tokens"),
+    "a long turn": ({"turn": np.zeros(4, np.int32)}, "turn has length 4, but the length of tokens"),
+    "float tokens": ({"tokens": np.ones(3)}, r"tokens has shape \(3,\) and dtype float64; give an"),
+    "float kind": ({"kind": np.ones(3)}, r"kind has shape \(3,\) and dtype float64; give an"),
+    "bool turn": ({"turn": np.ones(3, bool)}, r"turn has shape \(3,\) and dtype bool; give an"),
+    "a list": ({"tokens": [5, 6, 7]}, "tokens is a list; give an int32 array"),
+    "two axes": ({"tokens": np.ones((1, 3), np.int32)}, r"tokens has shape \(1, 3\) and dtype"),
+    "no kind": ({"kind": None}, "kind is a NoneType; give an int32 array"),
+}
+
+
+@pytest.mark.parametrize("fault", ROWS)
+def test_a_faulty_row_is_refused_before_other_requests_are_affected(engine, fault):
+    fields, words = ROWS[fault]
+    row = changed(**fields)
+    with pytest.raises(jp.UserError, match=f"^a conversation is a Row whose {words}"):
+        engine.submit(Request(row))
+    for call in (jp.generate, jp.extract, jp.logprobs, lambda *x: jp.next_logprobs(*x, [5])):
+        with pytest.raises(jp.UserError, match=f"^conversation 1 is a Row whose {words}"):
+            call(MODEL, [[5, 6], row])
+
+
+def test_the_arrays_of_a_row_become_int32(engine):
+    plain, wide = changed(), changed(**{name: np.full(3, value, np.int64) for name, value in (
+        ("tokens", 5), ("kind", 16), ("turn", 0))})
+    assert engine._task(Request(plain)).row is plain
+    made = engine._task(Request(wide)).row
+    assert all(s.same_bits(getattr(made, name), getattr(plain, name))
+               for name in ("tokens", "kind", "turn"))
+    assert wide.tokens.dtype == np.int64
+
+
+@pytest.mark.parametrize(("examples", "words"), [
+    (5, "^requests is 5; give a list"), (Request([5]), r"^requests is Request\(.*; give a list"),
+    ([Request([5]), 5], r"^requests\[1\] is 5; give a jp.Request"),
+    ("ab", r"^requests\[0\] is 'a'; give a jp.Request")])
+def test_only_requests_are_examples_for_warm_up(engine, examples, words):
+    with pytest.raises(jp.UserError, match=words):
+        engine.warm_up(examples)
 
 
 def test_a_capacity_keeps_its_site():

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import chat_templates
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import support as s
+from tokenizers import AddedToken
 
-from jaxpersona.engine import stopping
+import jaxpersona as jp
+from jaxpersona.engine import programs, stopping
+from jaxpersona.text.special_tokens import special_ids
 
 
 def first_match(data: bytes, strings) -> int:
@@ -68,6 +74,48 @@ def test_the_bytes_of_tokens_join_to_the_text():
             joined = b"".join(pieces[i] for i in ids).decode()
             assert joined.strip(" ") == tokenizer.decode(ids, skip_special_tokens=True).strip(" ")
         assert all(pieces[i] == b"" for i in tokenizer.all_special_ids)
+
+
+def with_added(tokenizer):
+    """Add a special token without a role, and two ordinary tokens, to a tokenizer."""
+    tokenizer.add_tokens([AddedToken("<unused0>", special=True),
+                          *(AddedToken(text, special=False) for text in ("<tool>", "\u00e9!"))])
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["bytes", "chatml", "gemma2", "mistral"])
+def test_the_bytes_of_each_token_are_its_text_within_a_reply(kind):
+    tokenizer = with_added(s.byte_tokenizer() if kind == "bytes"
+                           else chat_templates.make_tokenizer(kind))
+    unused, tool = tokenizer.convert_tokens_to_ids(["<unused0>", "<tool>"])
+    assert unused not in tokenizer.all_special_ids
+    assert special_ids(tokenizer) >= {unused, *tokenizer.all_special_ids}
+    assert tool in special_ids(tokenizer, added=True) - special_ids(tokenizer)
+    pieces = stopping.token_bytes(tokenizer, len(tokenizer))
+    (around,) = tokenizer("a", add_special_tokens=False)["input_ids"]
+    for i, data in enumerate(pieces):
+        text = tokenizer.decode([around, i, around], skip_special_tokens=True)
+        assert (b"a" + data + b"a").decode(errors="replace") == text, (i, data)
+    assert not pieces[unused] and pieces[tool] == b"<tool>"
+
+
+def test_a_special_token_within_a_reply_is_not_in_the_text_that_stop_strings_match(monkeypatch):
+    tokenizer = with_added(s.byte_tokenizer())
+    reply = tokenizer.convert_tokens_to_ids(["a", "<unused0>", "b", "<unused0>", "<tool>"])
+    table = jnp.asarray([*reply, 257], jnp.int32)
+    monkeypatch.setattr(programs, "choose", lambda logits, how, row_id, position: table[
+        jnp.minimum(position - 1, table.size - 1)])
+    s.KEPT.clear()
+    model = dataclasses.replace(s.tiny_model(stop_ids=(257,), vocab_size=len(tokenizer)),
+                                tokenizer=tokenizer)
+    engine = jp.Engine(model, rows=2)
+    for stop, text in (("used", "ab<tool>"), ("ab<t", "")):
+        handle = engine.submit(jp.Request([5], stop=stop, max_new_tokens=9, temperature=1.0))
+        events = list(engine.stream(handle))
+        found = events[-1].reply
+        assert (found.text, found.finish, found.tokens.tolist()) == (text, "stop", reply)
+        assert "".join(event.text for event in events) == text
+    s.KEPT.clear()
 
 
 def test_a_text_ends_before_the_first_of_several_stop_strings():
