@@ -8,12 +8,14 @@ least recently used one is dropped, which frees its trace and its executable.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import threading
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -36,12 +38,13 @@ class Kept:
     Attributes:
       limit: the maximum number of programs. If None, it is read from the environment variable
         `JAXPERSONA_PROGRAMS` when the first program is requested, so that an invalid value raises
-        an error in that call and not at import.
+        an error in that call and not at import. `keeping` raises it.
     """
 
     def __init__(self, limit: int | None = None) -> None:
         self._lock = threading.Lock()
         self._held: OrderedDict[Any, Any] = OrderedDict()
+        self._used: list[set[Any]] = []  # the keys requested in each open `keeping` block
         self.limit = limit
 
     def __len__(self) -> int:
@@ -60,6 +63,10 @@ class Kept:
             if value is None:
                 value = make()
             self._held[key] = value
+            for used in self._used:
+                used.add(key)
+                if not _fixed():
+                    self.limit = max(self.limit, len(used))
             while len(self._held) > max(self.limit, 1):
                 self._held.popitem(last=False)
                 _LOG.info("more than %d compiled programs are in memory; the least recently used "
@@ -67,10 +74,35 @@ class Kept:
                           self.limit, SWITCH)
         return value
 
+    @contextlib.contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Raise the limit to the number of programs requested in a `with` block.
+
+        None of these programs is then dropped within the block. If the environment variable
+        `JAXPERSONA_PROGRAMS` is set, the limit stays, and a warning states the required number.
+        """
+        used: set[Any] = set()
+        with self._lock:
+            self._used.append(used)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._used = [other for other in self._used if other is not used]
+        if self.limit is not None and len(used) > self.limit:
+            warnings.warn(f"warm_up compiled {len(used)} programs, but {SWITCH} is {self.limit}, "
+                          "so some were dropped and are recompiled on their next use; set "
+                          f"{SWITCH} to at least {len(used)}", stacklevel=4)
+
     def clear(self) -> None:
         """Drop all programs."""
         with self._lock:
             self._held.clear()
+
+
+def _fixed() -> bool:
+    """Return whether the environment variable `JAXPERSONA_PROGRAMS` is set."""
+    return bool(os.environ.get(SWITCH))
 
 
 def _limit() -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,13 +23,23 @@ from jaxpersona.captures.capture import Capture
 from jaxpersona.distributed.context import own_context
 from jaxpersona.distributed.sharding import off_mesh, rows_divisor
 from jaxpersona.engine import prompts, stopping
+from jaxpersona.engine.background import Background
+from jaxpersona.engine.compiled import KEPT
 from jaxpersona.engine.edits import RowEdits, checked_capacity, for_one_row, neutral_row
 from jaxpersona.engine.generate import asks_for_code
 from jaxpersona.engine.kinds import Kind, plain_shapes
 from jaxpersona.engine.lanes import Lane
 from jaxpersona.engine.programs import State
 from jaxpersona.engine.replies import Finished, Reply, so_far, unpack
-from jaxpersona.engine.request import Event, Handle, QueueFull, Request, examples, projected
+from jaxpersona.engine.request import (
+    Event,
+    Handle,
+    QueueFull,
+    Request,
+    detached,
+    examples,
+    projected,
+)
 from jaxpersona.engine.rows import take_row
 from jaxpersona.engine.sampling import sampling
 from jaxpersona.engine.scheduler import Scheduler
@@ -101,8 +112,9 @@ class Engine:
         self._changed = threading.Condition()  # guards the fields below; notified on changes
         self._inbox: deque[Task] = deque()
         self._handles: dict[int, tuple[Handle, Task]] = {}
-        self._count, self._version, self._stopping = 0, 0, False
-        self._thread: threading.Thread | None = None
+        self._count, self._version = 0, 0
+        self._background = Background(self._changed, lambda: bool(self._handles), self.step)
+        self._owner = object()  # identifies the engine in its handles
 
     def __repr__(self) -> str:
         return line("Engine", quoted(self.model.name), count(self.rows, "row"))
@@ -130,14 +142,17 @@ class Engine:
                                 "create the engine with a larger queue")
             task.number = self._count
             self._count += 1
-            handle = Handle(request, task.number)
+            handle = Handle(request, task.number, self._owner)
             self._handles[task.number] = (handle, task)
             self._inbox.append(task)
             self._changed.notify_all()
         return handle
 
     def step(self) -> bool:
-        """Admit queued requests; unless an admitted one is streamed, decode a chunk in every lane.
+        """Admit queued requests, and decode a chunk in every lane.
+
+        If an admitted request is streamed, its first token is sent first: the step does not decode,
+        unless the previous step did not decode either.
 
         Returns:
           True if any request is unfinished.
@@ -149,13 +164,14 @@ class Engine:
         """Wait until the reply to a request is complete, and return the reply.
 
         Raises:
+          UserError: the handle is not one of this engine.
           BaseException: the error that ended the request.
         """
-        while not Handle.of(handle).done:
+        while not Handle.of(handle, self._owner).done:
             self._advance(handle)
         _, _, reply, error = handle._look()
         if error is not None:
-            raise error
+            raise detached(error)
         assert reply is not None
         return reply
 
@@ -163,16 +179,17 @@ class Engine:
         """Yield events as a reply is generated; the last event contains the complete reply.
 
         Raises:
+          UserError: the handle is not one of this engine.
           BaseException: the error that ended the request.
         """
-        request = Handle.of(handle).request
+        request = Handle.of(handle, self._owner).request
         handle._streamed = True
         written = stopping.Written(self.model.tokenizer, stopping.checked(request.stop))
         sent = 0
         while True:
             tokens, projections, reply, error = handle._look()
             if error is not None:
-                raise error
+                raise detached(error)
             if reply is not None:
                 start = reply.row.tokens.size + sent
                 rest = {name: np.moveaxis(reply.captured[name][:, start:], 0, 1)
@@ -186,14 +203,20 @@ class Engine:
             self._advance(handle, tokens.size)
 
     def cancel(self, handle: Handle) -> None:
-        """Cancel an unfinished request; `result` then returns the tokens streamed so far."""
+        """Cancel an unfinished request; `result` then returns the tokens streamed so far.
+
+        Raises:
+          UserError: the handle is not one of this engine.
+        """
+        strings = stopping.checked(Handle.of(handle, self._owner).request.stop)
         with self._changed:
-            if (entry := self._handles.pop(handle.number, None)) is None:
+            if (entry := self._handles.get(handle.number)) is None:
                 return
+            handle._cancel(lambda tokens: Reply(
+                stopping.text_of(self.model.tokenizer, tokens, strings), tokens, "cancelled",
+                entry[1].row, {}, ()))
             entry[1].cancelled = True
-            tokens, strings = handle._look()[0], stopping.checked(handle.request.stop)
-            handle._finish(Reply(stopping.text_of(self.model.tokenizer, tokens, strings), tokens,
-                                 "cancelled", entry[1].row, {}, ()))
+            del self._handles[handle.number]
             self._changed.notify_all()
 
     @contextlib.contextmanager
@@ -205,25 +228,14 @@ class Engine:
         Raises:
           UserError: the engine already runs in the background.
         """
-        with self._changed:
-            if self._thread is not None:
-                raise UserError("the engine already runs in the background")
-            self._stopping = False
-            self._thread = threading.Thread(target=self._run, name="jaxpersona-engine", daemon=True)
-        self._thread.start()
-        try:
+        with self._background.running():
             yield self
-        finally:
-            with self._changed:
-                self._stopping = True
-                self._changed.notify_all()
-            self._thread.join()
-            with self._changed:
-                self._thread = None
-                self._changed.notify_all()
 
     def warm_up(self, requests: Sequence[Request] | None = None) -> None:
         """Compile the programs before the first request, without running a request.
+
+        The maximum number of programs in memory is raised to the number of these programs. If the
+        environment variable `JAXPERSONA_PROGRAMS` sets a lower maximum, a warning is emitted.
 
         Args:
           requests: one example per kind and padded prompt length. A kind is defined by cache size,
@@ -240,18 +252,23 @@ class Engine:
             raise UserError("the engine has no sizes; use Engine(sizes=…), or pass example "
                             "requests to warm_up")
         requests = None if requests is None else examples(requests)
-        with self._device, own_context():
+        with self._device, own_context(), KEPT.keeping():
             if self._handles:
                 raise UserError("the engine has unfinished requests; call warm_up before submit")
-            if requests is None:
-                for plain in plain_shapes(self.model, self.sizes or (), self.capacity, self.rows):
-                    self._compile(*plain)
-                return
-            for request in requests:
-                task = self._task(request)
-                lane = self._compile(task.lane, task.shape)
-                for name in projected(request):
-                    take_row(lane.state.carry.captured[name].values, np.int32(0))
+            try:
+                if requests is None:
+                    for plain in plain_shapes(self.model, self.sizes or (), self.capacity,
+                                              self.rows):
+                        self._compile(*plain)
+                    return
+                for request in requests:
+                    task = self._task(request)
+                    lane = self._compile(task.lane, task.shape)
+                    for name in projected(request):
+                        take_row(lane.state.carry.captured[name].values, np.int32(0))
+            except BaseException:  # a lane may refer to donated arrays
+                self._scheduler.lanes.clear()
+                raise
 
     def _compile(self, kind: Any, shape: Shape) -> Lane:
         """Compile a lane's programs, including the program that frees cancelled rows."""
@@ -334,26 +351,15 @@ class Engine:
         In the caller's thread, no step runs if the handle is done or has more than `seen` tokens.
         """
         with self._changed:
-            version, background = self._version, self._thread is not None
+            version, background = self._version, self._background.active
             if background:
                 self._changed.wait_for(lambda: self._version != version or handle.done
-                                       or self._thread is None)
+                                       or not self._background.active)
                 return
         with self._device:
-            if not handle.done and handle._look()[0].size <= seen and self._thread is None:
+            if (not handle.done and handle._look()[0].size <= seen
+                    and not self._background.active):
                 self._step()
-
-    def _run(self) -> None:
-        """Run steps in the background thread until `running` ends."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._stopping or self._handles)
-                if self._stopping:
-                    return
-            try:
-                self.step()
-            except Exception:  # `result` and `stream` raise this error
-                continue
 
     def _collect(self, tasks: list[Task], rows: np.ndarray, state: State) -> None:
         """Copy the replies of finished tasks from rows of a state to the handles."""
@@ -377,13 +383,15 @@ class Engine:
                      task.row, finished.captured, finished.applied)
 
     def _fail(self, tasks: list[Task], error: BaseException) -> None:
-        """End the requests of the tasks with an error."""
+        """End the requests of the tasks with a copy of an error, whose note has the traceback."""
+        kept = detached(error, "Traceback of the engine's step:\n" + "".join(
+            traceback.format_exception(error)).rstrip())
         for task in tasks:
             task.cancelled = True  # the task may still be in the queue
             with self._changed:
                 entry = self._handles.pop(task.number, None)
             if entry is not None:
-                entry[0]._finish(None, error)
+                entry[0]._finish(None, kept)
 
     def _look(self) -> None:
         """Copy the tokens and projections generated so far to the handles of streamed requests."""

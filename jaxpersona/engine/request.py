@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -132,6 +133,28 @@ class QueueFull(RuntimeError):
     """
 
 
+def detached(error: BaseException, note: str = "") -> BaseException:
+    """Return a copy of an error without its traceback, cause and context.
+
+    The frames of a traceback keep the arrays in their local variables alive. An error that cannot
+    be copied is itself changed and returned.
+
+    Args:
+      error: the error.
+      note: a note to add to the copy (`BaseException.add_note`).
+    """
+    try:
+        copied = copy.copy(error)
+    except Exception:
+        copied = error
+    copied = copied if type(copied) is type(error) else error
+    notes = [*getattr(error, "__notes__", ()), *([note] if note else [])]
+    if notes:
+        copied.__notes__ = notes
+    copied.__cause__ = copied.__context__ = None
+    return copied.with_traceback(None)
+
+
 class Handle:
     """A handle to a submitted request, for `Engine.result`, `Engine.stream` and `Engine.cancel`.
 
@@ -147,8 +170,9 @@ class Handle:
       (2, True)
     """
 
-    def __init__(self, request: Request, number: int) -> None:
+    def __init__(self, request: Request, number: int, owner: object = None) -> None:
         self.request, self.number = request, number
+        self._owner = owner  # an object that identifies the engine
         self._lock = threading.Lock()
         self._tokens = np.zeros(0, np.int32)
         self._projections: dict[str, np.ndarray] = {}
@@ -167,8 +191,10 @@ class Handle:
             return self._tokens, self._projections, self._reply, self._error
 
     def _grow(self, tokens: np.ndarray, projections: dict[str, np.ndarray]) -> None:
+        """Set the streamed tokens and projections, unless the request has ended."""
         with self._lock:
-            self._tokens, self._projections = tokens, projections
+            if self._reply is None and self._error is None:
+                self._tokens, self._projections = tokens, projections
 
     def _finish(self, reply: Reply | None, error: BaseException | None = None) -> bool:
         """Set the reply or the error; return False if the request has already ended."""
@@ -178,16 +204,32 @@ class Handle:
             self._reply, self._error = reply, error
             return True
 
+    def _cancel(self, reply: Callable[[np.ndarray], Reply]) -> None:
+        """Set the reply that a function makes of the streamed tokens, unless the request ended.
+
+        No tokens are added in between, so the events of a stream join to this reply.
+        """
+        with self._lock:
+            if self._reply is None and self._error is None:
+                self._reply = reply(self._tokens)
+
     @staticmethod
-    def of(given: Any) -> Handle:
-        """Check that a value is a handle, and return it.
+    def of(given: Any, owner: object = None) -> Handle:
+        """Check that a value is a handle of an engine, and return it.
+
+        Args:
+          given: the value.
+          owner: the object that identifies the engine.
 
         Raises:
-          UserError: the value is not a handle.
+          UserError: the value is not a handle, or is a handle of another engine.
         """
         if not isinstance(given, Handle):
             raise UserError(f"handle is of type {type(given).__name__}; give the result of "
                             "engine.submit(request)")
+        if given._owner is not owner:
+            raise UserError(f"handle is {given!r} of another engine; use the engine whose submit "
+                            "returned it")
         return given
 
     def __repr__(self) -> str:

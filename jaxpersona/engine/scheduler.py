@@ -52,11 +52,13 @@ class Scheduler:
           failed: a function that is called with the affected tasks and the error if a lane raises
             an error. The lane is then dropped. None: the error is raised.
           pause: a function that is called with the prompts that a step admitted. If it returns
-            True, the step ends without decoding. None: every step decodes.
+            True, the step ends without decoding, unless the previous step ended so. None: every
+            step decodes.
         """
         self.open_lane, self.collect = open_lane, collect
         self.most, self.batched, self.refill, self.chunk = lanes, batched, refill, chunk
         self.failed, self.pause = failed, pause
+        self._paused = False  # whether the last step ended without decoding
         self.waiting: deque[Task] = deque()
         self.lanes: dict[Any, Lane] = {}
 
@@ -73,7 +75,8 @@ class Scheduler:
     def step(self) -> None:
         """Remove cancelled prompts, admit queued prompts, and decode one chunk in every lane.
 
-        If `pause` returns True for the admitted prompts, no lane decodes.
+        If `pause` returns True for the admitted prompts, no lane decodes. The next step then
+        decodes, so that newly admitted prompts cannot delay the others indefinitely.
         """
         for lane in self.lanes.values():
             if (cancelled := [i for i, task in enumerate(lane.tasks)
@@ -86,7 +89,9 @@ class Scheduler:
             admitted += self._admit()
             for key, lane in list(self.lanes.items()):
                 admitted += self._admit_pieces(key, lane)
-        if admitted and self.pause is not None and self.pause(admitted):
+        self._paused = (not self._paused and bool(admitted) and self.pause is not None
+                        and self.pause(admitted))
+        if self._paused:
             return
         for key, lane in list(self.lanes.items()):
             if _busy(lane):

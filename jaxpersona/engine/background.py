@@ -1,0 +1,87 @@
+"""A background thread that runs the steps of an engine."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+from jaxpersona.errors import UserError
+
+
+class Background:
+    """A thread that runs steps within a `with` block (`running`).
+
+    The thread ends after its current step if the block has ended, also if the wait for it is
+    interrupted. It marks its end itself.
+    """
+
+    def __init__(self, changed: threading.Condition, unfinished: Callable[[], bool],
+                 step: Callable[[], object]) -> None:
+        """Create an object without a thread.
+
+        Args:
+          changed: the condition that is notified of new requests; also notified when the thread
+            ends.
+          unfinished: a function that returns whether there are unfinished requests.
+          step: a function that runs one step. If it raises an error, it has passed the error to
+            the requests, and the thread continues.
+        """
+        self._changed, self._unfinished, self._step = changed, unfinished, step
+        self._stop: threading.Event | None = None  # set at the end of the thread's block
+
+    @property
+    def active(self) -> bool:
+        """Whether a thread runs the steps."""
+        return self._stop is not None
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Run steps in a thread within a `with` block.
+
+        Raises:
+          UserError: a thread already runs the steps, and its block has not ended.
+        """
+        stop = threading.Event()
+        thread = threading.Thread(target=self._run, args=(stop,), name="jaxpersona-engine",
+                                  daemon=True)
+        try:
+            with self._changed:
+                # after an interrupted wait, the thread of an earlier block may still run a step
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._stop is None or not self._stop.is_set())
+                if self._stop is not None:
+                    raise UserError("the engine already runs in the background")
+                self._stop = stop
+            thread.start()
+            yield
+        finally:
+            stop.set()
+            with self._changed:
+                if thread.ident is None:  # not started
+                    self._ended(stop)
+                self._changed.notify_all()
+            if thread.ident is not None:
+                thread.join()
+
+    def _run(self, stop: threading.Event) -> None:
+        """Run steps until the block ends."""
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: stop.is_set() or self._unfinished())
+                    if stop.is_set():
+                        return
+                try:
+                    self._step()
+                except BaseException:  # `result` and `stream` raise this error
+                    continue
+        finally:
+            self._ended(stop)
+
+    def _ended(self, stop: threading.Event) -> None:
+        """Mark the end of the thread of the block with this event."""
+        with self._changed:
+            if self._stop is stop:
+                self._stop = None
+            self._changed.notify_all()
