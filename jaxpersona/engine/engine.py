@@ -27,19 +27,11 @@ from jaxpersona.engine.background import Background
 from jaxpersona.engine.compiled import KEPT
 from jaxpersona.engine.edits import RowEdits, checked_capacity, for_one_row, neutral_row
 from jaxpersona.engine.generate import asks_for_code
-from jaxpersona.engine.kinds import Kind, plain_shapes
+from jaxpersona.engine.kinds import Kind, examples, plain_shapes
 from jaxpersona.engine.lanes import Lane
 from jaxpersona.engine.programs import State
 from jaxpersona.engine.replies import Finished, Reply, so_far, unpack
-from jaxpersona.engine.request import (
-    Event,
-    Handle,
-    QueueFull,
-    Request,
-    detached,
-    examples,
-    projected,
-)
+from jaxpersona.engine.request import Event, Handle, QueueFull, Request, detached, projected
 from jaxpersona.engine.rows import take_row
 from jaxpersona.engine.sampling import sampling
 from jaxpersona.engine.scheduler import Scheduler

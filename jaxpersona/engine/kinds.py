@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,9 @@ from jaxpersona.engine import stopping
 from jaxpersona.engine.edits import for_one_row, neutral_row
 from jaxpersona.engine.generate import asks_for_code, stops_of
 from jaxpersona.engine.prompts import widths
+from jaxpersona.engine.request import Request
 from jaxpersona.engine.tasks import Setting, Shape, piece_of
+from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions
 
 if TYPE_CHECKING:
@@ -82,3 +84,18 @@ class Kind:
             table = stopping.table(model.tokenizer, model.config.vocab_size, self.strings)
             stops = stops.replace(strings=jnp.asarray(table))
         return Setting(self.slots, self.slots, self.greedy, self.capture, stops)
+
+
+def examples(requests: Any) -> list[Request]:
+    """Check the examples for `Engine.warm_up`, and return them as a list.
+
+    Raises:
+      UserError: the argument is not a list of requests.
+    """
+    if isinstance(requests, Request) or not isinstance(requests, Iterable):
+        raise UserError(f"requests is {requests!r:.60}; give a list, such as [jp.Request(…)]")
+    requests = list(requests)
+    for i, one in enumerate(requests):
+        if not isinstance(one, Request):
+            raise UserError(f"requests[{i}] is {one!r:.60}; give a jp.Request")
+    return requests

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,21 +64,6 @@ class Request:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "capture", joined(self.capture))
-
-
-def examples(requests: Any) -> list[Request]:
-    """Check the examples for `Engine.warm_up`, and return them as a list.
-
-    Raises:
-      UserError: the argument is not a list of requests.
-    """
-    if isinstance(requests, Request) or not isinstance(requests, Iterable):
-        raise UserError(f"requests is {requests!r:.60}; give a list, such as [jp.Request(…)]")
-    requests = list(requests)
-    for i, one in enumerate(requests):
-        if not isinstance(one, Request):
-            raise UserError(f"requests[{i}] is {one!r:.60}; give a jp.Request")
-    return requests
 
 
 def projected(request: Request) -> list[str]:
