@@ -159,7 +159,7 @@ def changed(**fields):
 ROWS = {
     "no token": ({name: np.zeros(0, np.int32) for name in ("tokens", "kind", "turn")},
                  "tokens is empty; give at least one token"),
-    "a short kind": ({"kind": np.zeros(2, np.int32)}, "kind has length 2, but the length of tokens"),
+    "a short kind": ({"kind": np.zeros(2, np.int32)}, "kind has length 2, but the length"),
     "a long turn": ({"turn": np.zeros(4, np.int32)}, "turn has length 4, but the length of tokens"),
     "float tokens": ({"tokens": np.ones(3)}, r"tokens has shape \(3,\) and dtype float64; give an"),
     "float kind": ({"kind": np.ones(3)}, r"kind has shape \(3,\) and dtype float64; give an"),
