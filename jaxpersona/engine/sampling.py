@@ -81,7 +81,7 @@ def sampling(rows: int, *, temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any 
     return Sampling(
         temperature=spread("temperature", temperature, F32,
                            lambda x: (x >= 0) & (x <= jnp.finfo(F32).max),
-                           "finite and at least 0 (as float32)"),
+                           "at least 0, and finite in float32"),
         top_p=spread("top_p", top_p, F32, lambda x: (x > 0) & (x <= 1), "in (0, 1]"),
         top_k=spread("top_k", top_k, jnp.int32, lambda x: (x >= 0) & (x <= CANDIDATES)
                      & (x == np.floor(x)), f"an integer in 0…{CANDIDATES} (0: no limit)"),

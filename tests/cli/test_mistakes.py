@@ -172,7 +172,7 @@ def test_a_mistake_is_exactly_one_line_of_a_process(tmp_path, arguments, wanted)
 
 @pytest.mark.parametrize(("arguments", "wanted"), [
     (["--max-new-tokens", "0"], "max_new_tokens is 0; it must be a positive integer"),
-    (["--temperature", "-1"], "temperature is -1.0; it must be finite and at least 0"),
+    (["--temperature", "-1"], "temperature is -1.0; it must be at least 0, and finite in float32"),
     (["--top-p", "0"], "top_p is 0.0; it must be in (0, 1]"),
     (["--seed", "-1"], "seed is -1; it must be an integer in 0…2³²−1"),
     (["--scale", "nan"], "--scale is nan; it must be finite"),

@@ -48,8 +48,8 @@ def test_a_row_that_was_not_finite_stays_so():
     ({"slots": 16, "carry": Carry(cache=init_cache(MODEL.config, 2, 16))}, "either a carry with"),
     ({"carry": Carry(cache=init_cache(MODEL.config, 3, 16))},
      "rows is 3 in the carry's cache and 2 in the batch"),
-    ({"carry": init_cache(MODEL.config, 2, 16)}, r"carry is a Cache; .*jp.Carry\(cache=cache\)"),
-    ({"carry": Carry(applied=())}, r"tables are \[\] in carry.applied, but \[1\] in this call"),
+    ({"carry": init_cache(MODEL.config, 2, 16)}, r"carry is of type Cache; .*jp.Carry\(cache"),
+    ({"carry": Carry(applied=())}, r"layers \[\], but the tables of this call have \[1\]"),
     ({"carry": Carry(captured={})}, "captured has the readings"),
     ({"carry": Carry(gates={"7": 1})}, "gates has states for the tables"),
 ])

@@ -220,7 +220,7 @@ def test_a_request_that_fails_fails_alone(model, monkeypatch):
         (Request([5], max_new_tokens=0), "max_new_tokens is 0"),
         (Request([5], max_new_tokens=2.5), "max_new_tokens is 2.5"),
         (Request([5], stop=[""]), "stop is"), (Request([5], stop=[3]), "stop is"),
-        (Request([5], stop=["x" * 300]), "300 bytes"), (Request([5], id=-1), "ids"),
+        (Request([5], stop=["x" * 300]), "300 bytes"), (Request([5], id=-1), "id is -1"),
         (Request([]), "token ids"), (Request({"role": "user"}), "the single message"),
     ):
         with pytest.raises(ValueError, match=words):

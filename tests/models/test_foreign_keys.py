@@ -38,7 +38,8 @@ def test_the_logits_are_those_of_transformers_with_such_keys(family, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | foreign))
     theirs = hf.architecture(family).from_pretrained(
-        tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
+        tmp_path, dtype=torch.float32, attn_implementation="eager",
+        trust_remote_code=False).eval()
     rows = hf.prompts([12, 7], 199)
     _, want = hf.residuals(theirs, rows)
     with pytest.warns(UserWarning, match=f"the family {family} does not read") as caught:

@@ -83,7 +83,7 @@ def test_a_gemma_file_without_a_pattern_has_the_layers_of_transformers(family, l
     assert [window is not None for window in config.windows] == [
         kind == "sliding_attention" for kind in made.config.layer_types]
     for source in (path, tmp_path / "folder"):
-        with pytest.raises(UserError, match="activations is 'float16', but activations of gemma"):
+        with pytest.raises(UserError, match="activations is 'float16', but the activations"):
             load(source, dtype="int8", activations="float16")
 
 
