@@ -42,7 +42,7 @@ def base(request, tmp_path_factory):
 def copy(base):
     """Return a copy of the model, which peft changes in place."""
     return hf.architecture(base[0].config.model_type.removesuffix("_text")).from_pretrained(
-        base[1], dtype=torch.float32, attn_implementation="eager").eval()
+        base[1], dtype=torch.float32, attn_implementation="eager", trust_remote_code=False).eval()
 
 
 def tune(made, folder, **settings):
@@ -54,7 +54,7 @@ def tune(made, folder, **settings):
     tuned = peft.get_peft_model(made, peft.LoraConfig(
         r=4, lora_alpha=6, target_modules=ALL, init_lora_weights=False, **settings)).eval()
     tuned.save_pretrained(folder)
-    again = peft.PeftModel.from_pretrained(tuned.unload(), folder).eval()
+    again = peft.PeftModel.from_pretrained(tuned.unload(), folder, trust_remote_code=False).eval()
     return hf.residuals(again.base_model.model, ROWS)[1]
 
 

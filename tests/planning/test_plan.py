@@ -161,7 +161,7 @@ def test_what_cannot_be_planned_is_refused(monkeypatch):
             ("h200:1", {"batch": 2.5}, "batch is 2.5, context is 2048; both must be ints"),
             ("h200:1", {"context": "2"}, "batch is 32, context is '2'; both"),
             ("h200:1", {"batch": 0}, "batch is 0 and context is 2048; batch must be at least 1"),
-            ("h200:8", {"cap_layers": [99]}, "layer 99"),
+            ("h200:8", {"cap_layers": [99]}, r"layers is \[99\], which is out of range"),
             ("h200:8", {"cap_layers": "abc"}, "layers is 'abc'"),
             ("h200:8", {"mesh": {"data": 4}}, "mesh data=4 needs 4 chips; the topology has 8"),
             (8, {}, "topology is 8; use chip:extents")):
