@@ -51,21 +51,20 @@ def export_all(root: pathlib.Path, out: pathlib.Path, args: argparse.Namespace) 
         for arm in args.arms:
             edits = cap if arm == "capped" else decoding.NOTHING
             read = jp.capture.mean() if arm == "prefill" else decoding.Capture()
+
+            def prefill(params: Any, batch: Any, how: Any, setting: Any = setting,
+                        edits: Any = edits, read: Any = read) -> Any:
+                setting.params, setting.batch, setting.how = params, batch, how
+                return setting.start(edits, read).tokens
+
+            def decode(*arguments: Any, greedy: bool = setting.greedy) -> Any:
+                return decoding.decode(*arguments, greedy=greedy).tokens
+
+            stem = out / f"{arm}-{rows}"
             if arm == "prefill":
-                given: Any = (setting.params, setting.batch, setting.how)
-
-                def call(params: Any, batch: Any, how: Any, setting: Any = setting,
-                         edits: Any = edits, read: Any = read) -> Any:
-                    setting.params, setting.batch, setting.how = params, batch, how
-                    return setting.start(edits, read).tokens
-
+                _save(stem, prefill, (setting.params, setting.batch, setting.how))
             else:
-                given = setting.arguments(setting.start(edits, read), edits, read)
-
-                def call(*arguments: Any, greedy: bool = setting.greedy) -> Any:
-                    return decoding.decode(*arguments, greedy=greedy).tokens
-
-            _save(out / f"{arm}-{rows}", call, given)
+                _save(stem, decode, setting.arguments(setting.start(edits, read), edits, read))
 
 
 def _save(stem: pathlib.Path, call: Callable[..., Any], given: tuple) -> None:
@@ -138,7 +137,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                 timed = paired({name: once for name, (once, _) in sides.items()}, "other",
                                pairs=args.pairs, budget=args.budget)["this"]
                 timed |= {"holds": timed["interval"][0] >= BAR - 0.01 and not timed["unresolved"],
-                          "same_tokens": bool(np.array_equal(*(x for _, x in sides.values())))}
+                          "same_tokens": bool(np.array_equal(sides["this"][1], sides["other"][1]))}
                 found[f"{arm} {rows}"] = timed
                 print(f"{arm} {rows}: {timed}", flush=True)
     return found

@@ -338,7 +338,7 @@ def test_a_where_may_be_a_name():
      "^batch is 'Hi'; give the result of jp.encode or jp.batch$"),
     (lambda: forward(MODEL.params, MODEL.config, [[5, 6]]),
      "give the result of jp.encode or jp.batch"),
-    (lambda: forward(MODEL, MODEL.config, ROWS), "^params is a Tiny; pass model.params$"),
+    (lambda: forward(MODEL, MODEL.config, ROWS), "^params is of type Tiny; pass model.params$"),
 ])
 def test_forward_names_the_argument_that_it_needs(call, wanted):
     with pytest.raises(ValueError, match=wanted):

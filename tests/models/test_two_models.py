@@ -90,6 +90,7 @@ def same(a, b):
         np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.slow
 def test_calls_in_turn_give_what_each_model_gives_alone(folders):
     """The models begin with the programs that were compiled for the first one."""
     wanted = [alone(folder) for folder in folders[::-1]][::-1]
