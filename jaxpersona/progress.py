@@ -111,7 +111,8 @@ class _Display:
             return
         from jaxpersona.distributed import processes
 
-        if not processes.leads():
+        # `joined` first: a single process must not initialize JAX's backend for a display
+        if processes.joined() and not processes.first():
             return
         rewritten = _rewrites()
         while True:

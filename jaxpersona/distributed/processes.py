@@ -100,11 +100,6 @@ def first() -> bool:
     return not many() or jax.process_index() == 0
 
 
-def leads() -> bool:
-    """Return whether this is process 0; a single process initializes no backend for the answer."""
-    return not joined() or first()
-
-
 def index() -> int:
     """Return the zero-based index of this process."""
     return jax.process_index()
