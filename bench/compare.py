@@ -75,6 +75,17 @@ def linked(root: pathlib.Path) -> Iterator[pathlib.Path]:
         yield pathlib.Path(folder)
 
 
+def run_in(root: pathlib.Path, script: str, *arguments: str) -> None:
+    """Run a script with a checkout's package; the script's first argument is the checkout.
+
+    Raises:
+      CalledProcessError: the script failed.
+    """
+    with linked(root) as links:
+        subprocess.run([sys.executable, "-P", script, str(root), *arguments], check=True,
+                       env={**os.environ, "PYTHONPATH": str(links)})
+
+
 def serve(root: pathlib.Path, args: argparse.Namespace) -> None:
     """Print the fusion counts, then run each arm named on standard input and print its seconds."""
     sys.path.insert(0, str(root / "bench"))

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 import time
@@ -116,7 +114,7 @@ def timer(stem: pathlib.Path,
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Export the programs of both checkouts, time them and return the ratios."""
     from common import paired
-    from compare import linked
+    from compare import run_in
 
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -124,11 +122,9 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         for name, root in places.items():
             out = pathlib.Path(folder) / name
             out.mkdir()
-            with linked(root) as links:
-                command = [sys.executable, "-P", __file__, str(root), "--one", str(out),
-                           "--model", args.model, "--steps", str(args.steps),
-                           "--batch", *map(str, args.batch), "--arms", *args.arms]
-                subprocess.run(command, env={**os.environ, "PYTHONPATH": str(links)}, check=True)
+            run_in(root, __file__, "--one", str(out), "--model", args.model,
+                   "--steps", str(args.steps), "--batch", *map(str, args.batch),
+                   "--arms", *args.arms)
         for rows in args.batch:
             for arm in args.arms:
                 shared: dict[Any, jax.Array] = {}

@@ -13,10 +13,7 @@ difference.
 from __future__ import annotations
 
 import argparse
-import os
 import pathlib
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -130,18 +127,16 @@ def run(root: pathlib.Path, out: pathlib.Path, args: argparse.Namespace) -> None
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Run both checkouts and return the numbers of arrays that are equal and that differ."""
-    from compare import linked
+    from compare import run_in
 
     places = {"this": HERE, "other": pathlib.Path(args.other).resolve()}
     with tempfile.TemporaryDirectory() as folder:
         save_families(pathlib.Path(folder) / "families")
         for name, root in places.items():
-            with linked(root) as links:
-                command = [sys.executable, "-P", __file__, str(root), "--new", str(args.new),
-                           "--one", str(pathlib.Path(folder) / f"{name}.npz"),
-                           "--conversations", str(args.conversations), "--kinds", *args.kinds,
-                           "--batch", *map(str, args.batch), "--families", *args.families]
-                subprocess.run(command, env={**os.environ, "PYTHONPATH": str(links)}, check=True)
+            run_in(root, __file__, "--new", str(args.new),
+                   "--one", str(pathlib.Path(folder) / f"{name}.npz"),
+                   "--conversations", str(args.conversations), "--kinds", *args.kinds,
+                   "--batch", *map(str, args.batch), "--families", *args.families)
         with (np.load(pathlib.Path(folder) / "this.npz") as ours,
               np.load(pathlib.Path(folder) / "other.npz") as theirs):
             if set(ours.files) != set(theirs.files):
