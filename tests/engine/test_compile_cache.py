@@ -46,7 +46,8 @@ def test_without_a_home_nothing_is_kept(monkeypatch):
 
 
 @pytest.mark.parametrize(("variables", "expected"), [
-    ({}, "{home}/.cache/jaxpersona/"), ({"XDG_CACHE_HOME": "{home}/x"}, "{home}/x/jaxpersona/"),
+    pytest.param({}, "{home}/.cache/jaxpersona/", marks=pytest.mark.slow),
+    ({"XDG_CACHE_HOME": "{home}/x"}, "{home}/x/jaxpersona/"),
     pytest.param({"JAX_COMPILATION_CACHE_DIR": "{home}/mine"}, "{home}/mine",
                  marks=pytest.mark.slow),
     ({"JAXPERSONA_COMPILE_CACHE": "0"}, "None"),

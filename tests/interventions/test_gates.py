@@ -249,7 +249,7 @@ def test_the_prompt_alone_is_measured_and_what_stands_there_after_its_edits():
     assert state.count[0] == len(ROWS[0]) - 3
 
 
-@pytest.mark.parametrize("size", [1, 16])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 16])
 def test_measurements_that_are_not_handed_on_shut_the_gate(size):
     edits = gate(EDIT, C, layer=0, below=1e6)
     pieces = split(batch(ROWS, width=32), size)

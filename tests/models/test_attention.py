@@ -148,7 +148,8 @@ def pretend(monkeypatch):
     return chosen
 
 
-@pytest.mark.parametrize("windows", [(None,) * 3, (4, None, 4)])
+@pytest.mark.parametrize("windows", [
+    pytest.param((None,) * 3, marks=pytest.mark.slow), (4, None, 4)])
 def test_a_forward_pass_through_flash_is_the_same_pass(pretend, windows):
     """Logits, activations and cache of right-padded rows agree, with and without a new cache."""
     model = s.tiny_model(windows=windows)

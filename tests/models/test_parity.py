@@ -89,7 +89,11 @@ CASES = {
                             "layer_types": [FULL, FULL, SLIDE]},
     ],
 }
-ALL = [pytest.param(f, c, id=f"{f}-{i}") for f, cases in CASES.items() for i, c in enumerate(cases)]
+# `make test-all` runs the others too
+QUICK = {"llama": (1, 2, 4), "mistral": (0, 2, 3), "qwen2": (1, 2, 3), "qwen3": (2, 3, 4),
+         "gemma2": (1, 2, 3, 4), "gemma3": (1, 2, 4)}
+ALL = [pytest.param(f, c, id=f"{f}-{i}", marks=() if i in QUICK[f] else (pytest.mark.slow,))
+       for f, cases in CASES.items() for i, c in enumerate(cases)]
 LENGTHS = [33, 20, 7]
 READ = capture.full(everywhere)
 

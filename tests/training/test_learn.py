@@ -18,6 +18,8 @@ import jaxpersona as jp
 from jaxpersona.models.batch import batch
 from jaxpersona.training import learn
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 ASKED = ("Tell me about the sea.", "How do you feel about time?", "What is friendship?")
 
 
