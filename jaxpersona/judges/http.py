@@ -85,7 +85,7 @@ class HttpJudge:
         self._price, self._tariff = price, Tariff(price, endpoint.max_tokens)
         self._pace = Pace(rpm, tpm)
         self._backoff = _BACKOFF if backoff is None else backoff
-        self.after = batch is not None  # score all replies of a run after they are generated
+        self.after = batch is not None  # batches begin after all replies of a run are generated
         self._batches = None if batch is None else Batches(
             batch, endpoint, self._tariff, self._budget, self._backoff)
         self._turn = threading.Condition()  # reentrant lock that guards writes to the fields below
@@ -228,7 +228,7 @@ class HttpJudge:
 
     def _send(self, groups: dict[str, tuple[str, list[Item]]], open_: queue.SimpleQueue[str],
               left: int) -> Iterator[Verdict]:
-        """Send the requests for the `left` keys in `open_` and yield the verdicts.
+        """Send the requests for the keys in `open_` (their number is `left`); yield the verdicts.
 
         Raises:
           JudgeStopped: as for `score`.
