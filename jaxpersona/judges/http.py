@@ -46,7 +46,7 @@ class HttpJudge:
         delay doubles with each further retry, up to 30 seconds, and is shortened by a random
         fraction of up to 25 %.
       batch: settings of the batch interface, with which requests are sent in batches that take up
-        to 24 hours; None: single requests. Verdicts and journal are the same in both cases.
+        to 24 hours; None: single requests. Answers in the journal are reused in both cases.
         `concurrency`, `rpm` and `tpm` apply only to single requests.
 
     Raises:
@@ -162,7 +162,8 @@ class HttpJudge:
         Raises:
           JudgeStopped: the budget does not allow another request, the endpoint rejects all requests
             or requests a delay of more than `LONGEST_WAIT` seconds, too many consecutive prompts
-            failed, or the judge was closed. All finished verdicts are yielded first.
+            failed, a request is in an unfinished batch and `batch` is None, or the judge was
+            closed. All finished verdicts are yielded first.
           UserError: the rubric has no template and a role has no `eval_prompt`, or the journal
             cannot be used.
         """

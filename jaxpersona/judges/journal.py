@@ -82,7 +82,7 @@ class Journal:
       path: the file; it is created, with its folder, if it is missing.
 
     Attributes:
-      calls: the number of requests in the journal.
+      calls: the number of requests in the journal, without the `unsent` ones.
       spent: the total cost of these requests in USD.
       batches: name → batch that has not ended.
 

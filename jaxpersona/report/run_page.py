@@ -50,7 +50,8 @@ def page(run: str | os.PathLike[str], *, report: Progress | bool | None = None) 
         nothing. A function is called with (step, done, total, 0) instead.
 
     Raises:
-      UserError: plotly is missing, the folder contains no run, or one of its files is damaged.
+      UserError: plotly is missing, the folder contains no run, one of its files is damaged, or the
+        run changed while the page was being written.
 
     Examples:
       >>> import jaxpersona as jp
