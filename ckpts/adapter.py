@@ -83,7 +83,7 @@ def check_adapter(folder: pathlib.Path, config: ModelConfig) -> None:
     `target_modules` selects but that are missing from the file.
 
     Raises:
-      UserError: as for `read_adapter`.
+      UserError: as for `read_adapter`, or a setting that selects modules is malformed.
     """
     raw, located = _locate(folder, config)
     adapter_config.warn_unknown(raw, folder / ADAPTER)
@@ -104,8 +104,9 @@ def read_adapter(folder: pathlib.Path, config: ModelConfig) -> dict[str, Pair]:
       The update of each weight that the adapter changes, by tensor name in the base checkpoint.
 
     Raises:
-      UserError: the folder is not a LoRA adapter, or the adapter uses an unsupported feature or
-        does not fit the model; the message names the file and the setting or tensor.
+      UserError: the folder is not a LoRA adapter, or the adapter is damaged, uses an unsupported
+        feature or does not fit the model; the message names the folder or file, and the setting or
+        tensor if there is one.
     """
     wide = np.dtype(np.float32)
     return {name: Pair(tensorfile.read_as(x.a, wide),

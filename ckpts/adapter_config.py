@@ -28,7 +28,7 @@ _INACTIVE: dict[str, tuple[Any, ...]] = {
 }
 # prefixes of the `init_lora_weights` values with which PEFT also changes the base weights
 _CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
-# settings that do not change the computation of a finished adapter, or that are read here
+# settings that do not change the computation of a trained adapter, or that are read here
 _KNOWN = frozenset("""
     alpha_pattern auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config
     exclude_modules inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config

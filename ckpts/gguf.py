@@ -66,10 +66,12 @@ def check_bounds(path: pathlib.Path) -> None:
     """Check every count and length in the header before the gguf package parses the file.
 
     Raises:
-      UserError: a count exceeds its limit, a field is not supported, or the file is not a control
-        vector.
+      UserError: a count exceeds its limit, a field or the byte order is not supported, or the file
+        is not a control vector.
       struct.error: the file is not a GGUF file, or its header declares more data than the file
         contains.
+      UnicodeDecodeError: a string in the header is not UTF-8.
+      OSError: the file cannot be read.
     """
     with gguf_header.mapped(path) as data:
         header = HeaderReader(data, _MAX_ELEMENTS)
@@ -138,7 +140,7 @@ def write(path: str | os.PathLike, vector: Vector) -> list[str]:
     chosen = [i for i, row in enumerate(vector.values) if i and row.any()]
     if not chosen:
         raise UserError(f"{path}: the direction is zero at every layer above 0, and GGUF cannot "
-                        "store layer 0")
+                        "store layer 0; write a .safetensors file instead")
     gguf = gguf_header.import_gguf(path)
     with atomic(path) as temporary:
         writer = gguf.GGUFWriter(temporary, ARCHITECTURE)

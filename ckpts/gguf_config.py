@@ -32,7 +32,7 @@ _KNOWN = frozenset("""
 _UNSUPPORTED = {"expert_count": 0, "use_parallel_residual": False, "attention.causal": True,
                 "logit_scale": 1.0, "residual_scale": 1.0, "embedding_scale": 1.0,
                 "attention.clamp_kqv": 0.0, "attention.max_alibi_bias": 0.0}
-# settings for sampling that `generate` does not support, each with the value that has no effect
+# sampling settings that `generate` does not support, each with the value that has no effect
 _SAMPLING = {"top_k": 0, "min_p": 0.0, "xtc_probability": 0.0, "penalty_repeat": 1.0, "mirostat": 0}
 
 
@@ -44,10 +44,10 @@ def check_architecture(name: str) -> None:
 
 
 def warn_sampling(fields: Mapping[str, Any], place: str) -> None:
-    """Warn once about settings for sampling that `generate` does not support.
+    """Warn once about sampling settings that `generate` does not support.
 
     Args:
-      fields: the metadata, with such settings under "general.sampling.".
+      fields: the metadata; the keys of sampling settings begin with "general.sampling.".
       place: the file's path, for the warning.
     """
     def has_effect(value: Any, neutral: float) -> bool:
@@ -135,7 +135,8 @@ def to_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
     if embedding is None:
         raise UserError("tensor token_embd.weight is missing")
     if len(embedding) != 2:
-        raise UserError(f"token_embd.weight has shape {list(embedding)}; it must be [V, D]")
+        raise UserError(f"token_embd.weight has shape {list(embedding)}; it must be [vocab_size, "
+                        "hidden_size]")
     width, heads = data.integer("embedding_length"), data.integer("attention.head_count")
     layers = data.integer("block_count")
     if layers > MAX_LAYERS:

@@ -125,7 +125,7 @@ def open_checkpoint(path: pathlib.Path) -> Checkpoint:
 def _read_divisors(tensor: Quantized, gguf: Any) -> np.ndarray:
     """Read the divisors of the rotary frequencies, [H/2] float32."""
     if len(tensor.shape) != 1 or not 1 <= tensor.shape[0] <= 1 << 16:
-        raise UserError(f"{ROPE_DIVISORS} has shape {list(tensor.shape)}; it must be [H/2]")
+        raise UserError(f"{ROPE_DIVISORS} has shape {list(tensor.shape)}; it must be [head_dim/2]")
     with np.errstate(all="ignore"):
         return np.asarray(gguf.dequantize(tensorfile.read_slice(tensor.entry), tensor.kind)[0])
 

@@ -26,7 +26,7 @@ _NAMED = {"bos_token": "bos_token_id", "eos_token": "eos_token_id",
 _STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 # As in llama.cpp, tokens with these texts are stop tokens and control tokens even if the metadata
 # do not declare them. Of llama.cpp's list, "</s>" and "<|call|>" are omitted: the first is also an
-# HTML tag (in Gemma's vocabulary), the second belongs to models that are not supported.
+# HTML tag (in Gemma's vocabulary), and the second belongs to models that are not supported.
 _STOP_TEXTS = frozenset({"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>",
                          "<|end_of_text|>", "<end_of_turn>", "<|return|>", "<EOT>", "_<EOT>",
                          "<end_of_utterance>"})

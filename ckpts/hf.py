@@ -120,7 +120,8 @@ def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *,
       progress: called with (bytes read so far, total bytes).
 
     Raises:
-      UserError: the files are invalid; one message lists every error in the index and the headers.
+      UserError: `dtype` or the model is not supported, or a file is missing or invalid; one message
+        lists every error in the index and the headers.
     """
     folder = pathlib.Path(folder)
     if config is None:
@@ -265,7 +266,8 @@ def save(folder: str | pathlib.Path, params: Params, config: ModelConfig, *,
       extra_config: additional fields for config.json.
 
     Raises:
-      UserError: the parameters do not match the configuration, or the folder is not writable.
+      UserError: the parameters contain int8 weights or do not match the configuration, or the
+        folder is not writable.
     """
     folder = pathlib.Path(folder)
     arrays = names.named(params, config)

@@ -114,7 +114,8 @@ def named(params: Params, config: ModelConfig, *,
       int8: whether `Int8` weights are allowed; each is returned instead of an array.
 
     Raises:
-      UserError: the structure, a shape or a dtype does not match the configuration.
+      UserError: the structure, a shape or a dtype does not match the configuration, or `params` has
+        int8 weights and `int8` is False.
     """
     expected, tree = jax.tree.flatten(tensors(config))
     arrays, structure = jax.tree.flatten(params, is_leaf=lambda x: isinstance(x, Int8))

@@ -105,9 +105,9 @@ def load(folder: str | pathlib.Path, *, dtype: DTypeLike | None = None,
       The parameters and their configuration.
 
     Raises:
-      UserError: the folder is missing, not an Orbax folder or damaged, its arrays do not match
-        config.json, a mesh is given for int8 weights with block scales, or orbax-checkpoint is not
-        installed. One message lists every mismatch.
+      UserError: `dtype` or the model is not supported, the folder is missing, not an Orbax folder
+        or damaged, its arrays do not match config.json, a mesh is given for int8 weights with block
+        scales, or orbax-checkpoint is not installed. One message lists every mismatch.
     """
     folder = pathlib.Path(folder).absolute()
     target = None if dtype is None else parse_dtype(dtype)

@@ -37,9 +37,9 @@ READABLE = DTYPES | {name: np.dtype(kind) for name, kind in {
 _WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "U32": 4,
            "I32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8}
 _HEADER_LIMIT = 100_000_000  # maximum header size in bytes, as in the safetensors library
-_MOST_DIMENSIONS = 16  # maximum number of dimensions; NumPy supports 64, models need at most 4
+_MOST_DIMENSIONS = 16  # maximum number of dimensions; models need at most 4
 _PIECE = 1 << 20  # maximum size of a read buffer in bytes, chosen to fit in the CPU cache
-_ALIGN = 64  # bytes; JAX can use a host buffer with this alignment without copying it
+_ALIGN = 64  # alignment in bytes with which JAX can use a host buffer without copying it
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,8 +61,8 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
 def _warn_rebuilt(path: pathlib.Path, tokenizer: Any) -> None:
     """Warn if the tokenizer that transformers built differs from its tokenizer.json.
 
-    Classes with their own `__init__`, such as GPT2Tokenizer, take only the vocabulary, the merges
-    and the post-processor from the file, but not its normalizer and its pre-tokenizer.
+    Classes with their own `__init__`, such as GPT2Tokenizer, read the vocabulary, the merges and
+    the post-processor from the file, but ignore its normalizer and its pre-tokenizer.
     """
     kind = type(tokenizer)
     if kind.__name__ in _READ_WHOLE or "__init__" not in vars(kind) or not path.is_file():

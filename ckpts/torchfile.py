@@ -73,8 +73,8 @@ def _check_archive(path: pathlib.Path, size: int) -> None:
     could expand to a thousand times the size of the file.
 
     Raises:
-      UserError: an entry is compressed, the entries declare more bytes than the file has, or the
-        archive is damaged; the message names the file.
+      UserError: the file cannot be read, an entry is compressed, the entries declare more bytes
+        than the file has, or the archive is damaged; the message names the file.
     """
     try:
         with open(path, "rb") as file:

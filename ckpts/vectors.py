@@ -50,8 +50,9 @@ def save_vector(path: str | os.PathLike, vector: Vector | Caps) -> list[str]:
       Descriptions of the parts that the format cannot store; an empty list for .safetensors.
 
     Raises:
-      UserError: the suffix is not supported, the format cannot store the direction or caps, or the
-        file cannot be written.
+      UserError: an argument has the wrong type, the suffix is not supported, the format cannot
+        store the direction or caps, the package gguf is needed but not installed, or the file
+        cannot be written.
 
     Examples:
       >>> import jaxpersona as jp
@@ -98,9 +99,9 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
       A direction, or caps by experiment id.
 
     Raises:
-      UserError: the suffix is unknown, the file is missing, damaged or unsafe or uses an
-        unsupported convention, or `kind` is invalid or does not apply; the message states the
-        reason.
+      UserError: the suffix is unknown, the file is missing, damaged or unsafe, has too many layers
+        or uses an unsupported convention, `kind` is invalid or does not apply, or the file needs
+        PyTorch or gguf, which is not installed; the message states the reason.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise UserError(f"path is {path!r:.60}; give the path of a file, or 'mini'")

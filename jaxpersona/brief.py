@@ -68,7 +68,7 @@ def shown(value: object, most: int = 40) -> str:
     """
     try:
         text = repr(value)
-    except ValueError:  # an integer beyond Python's limit of digits, or a list of such integers
+    except ValueError:  # an integer with more digits than Python's limit, or a list of these
         name = type(value).__name__
         return f"{'an' if name[0] in 'aeiou' else 'a'} {name} with too many digits"
     return text if len(text) <= most else text[: most - 1] + "…"

@@ -88,7 +88,7 @@ def checked_call(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def checked_class(cls: type[R]) -> type[R]:
-    """Decorate a class so that its constructor explains wrong arguments, as `checked_call` does."""
+    """Decorate a class so that `checked_call` checks the arguments of its constructor."""
     made: Any = cls
     made.__init__ = checked_call(made.__init__)
     return cls

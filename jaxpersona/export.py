@@ -60,7 +60,7 @@ class Table:
 
 
 def others(found: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
-    """Return entries of a file beside the fields of a result.
+    """Return a dict whose entries can be added to the fields of a result.
 
     An entry with the name of a field gets the prefix "notes.", so that it cannot replace the field.
 

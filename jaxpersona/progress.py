@@ -25,7 +25,7 @@ State = tuple[str, int, int, str]  # (step, number done, total number, note)
 SECONDS = 3.0  # seconds before progress is shown
 EVERY = 30.0  # seconds between lines if standard error is not a terminal
 _REWRITE = 0.5  # seconds between two versions of the line on a terminal
-# errors of a standard error that is closed, is None, or lacks methods of a stream
+# exceptions raised if standard error is closed, is None, or lacks methods of a stream
 _NO_STREAM = (OSError, ValueError, AttributeError)
 _lock = threading.Lock()
 _muted = 0  # the number of running functions that suppress other displays
@@ -57,10 +57,10 @@ def shows(read: Callable[..., State], argument: str = "progress",
           ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a function, so that it accepts True, False and None for its progress function.
 
-    The decorated function gets a function or None.
+    The decorated function receives a function or None.
 
     Args:
-      read: a function that converts the numbers of a call of the progress function to a `State`.
+      read: a function that converts the arguments of a call of the progress function to a `State`.
       argument: the name of the argument, which must be a keyword-only argument.
     """
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -93,7 +93,7 @@ class _Display:
         self._thread = threading.Thread(target=self._show, daemon=True, name="progress")
 
     def tell(self, *numbers: Any) -> None:
-        """Store the numbers of a call of the progress function."""
+        """Store the arguments of a call of the progress function."""
         state = self._read(*numbers)
         self._begun.setdefault(state[0], (time.perf_counter(), state[1]))
         self._state = state
@@ -154,15 +154,15 @@ def _rewrites() -> bool:
 
 
 def tokens(step: str) -> Callable[[int, int, int], State]:
-    """Return the reader of progress functions (done, total, tokens) of a step."""
+    """Return a function that converts (done, total, tokens) to a `State` of the given step."""
     return lambda done, total, count: (step, done, total, f"{count:,} tokens" if count else "")
 
 
 def steps(step: str, done: int, total: int, count: int) -> State:
-    """Read the numbers of progress functions (step, done, total, tokens)."""
+    """Convert the arguments (step, done, total, tokens) of a progress function to a `State`."""
     return step, done, total, f"{count:,} tokens" if count else ""
 
 
 def megabytes(done: int, total: int) -> State:
-    """Read the numbers of progress functions (bytes done, bytes in total)."""
+    """Convert the arguments (bytes read, total bytes) of a progress function to a `State`."""
     return "load (MB)", done // 1_000_000, max(1, total // 1_000_000), ""

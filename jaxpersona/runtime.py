@@ -85,7 +85,7 @@ def setting(name: str) -> Any:
     """
     value = getattr(jax.config, name, None)  # a context manager may have changed it in this thread
     if value is None:
-        # `read` raises for settings that have a context manager or do not exist
+        # `read` raises an error for settings that have a context manager or do not exist
         with contextlib.suppress(AttributeError, KeyError):
             value = jax.config.read(name)
     return value
@@ -102,9 +102,9 @@ def tracing_settings() -> tuple[tuple[str, str], ...]:
 
 
 def thread_settings() -> list[Any]:
-    """Return the values of all JAX settings that a thread can override, in a fixed order.
+    """Return the value of each JAX setting in this thread, in a fixed order.
 
-    Other settings are returned as None. A call takes about 20 µs.
+    Settings that a thread cannot override are returned as None. A call takes about 20 µs.
     """
     return [getattr(jax.config, name, None) for name in jax.config.values]
 

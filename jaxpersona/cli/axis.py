@@ -257,7 +257,8 @@ def _texts(model: str, roles: str | None, questions: str | None, limit_roles: in
       (roles, questions, names of the held-out roles).
 
     Raises:
-      UserError: `roles_named` contains an unknown name, or a text is invalid.
+      UserError: `roles_named` contains an unknown name, or a file cannot be read or contains an
+        invalid text.
     """
     from jaxpersona.data import choosing, texts
     from jaxpersona.organism import method

@@ -35,8 +35,8 @@ def chat(
 ) -> None:
     """Chat with a model in the terminal, and show the projection of each reply onto a direction.
 
-    The direction is that of --axis or, without --axis, the axis in the file of --cap. If neither
-    exists, no projections are shown. In the chat, /help lists the commands.
+    The direction is read from the file of --axis or, without --axis, from the file of --cap if it
+    contains an axis. Otherwise, no projections are shown. In the chat, /help lists the commands.
     """
     from jaxpersona.cli.dialogue import Dialogue
     from jaxpersona.engine.prompts import check_settings

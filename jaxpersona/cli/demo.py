@@ -27,8 +27,8 @@ def demo(
     """Extract the Assistant Axis of `mini`, calibrate a cap, and evaluate both.
 
     The axis and the cap are evaluated against the known ground truth of `mini`. The command writes
-    a run folder with figures. It prints measurements, two conversations, each followed by the
-    replies to its last message without and with the cap, and one line of JSON.
+    a run folder with figures. It prints measurements and two conversations, each with the replies
+    to its last message, without and with the cap. The last line of the output is JSON.
     """
     from jaxpersona.organism.demo import run_demo
     from jaxpersona.organism.method import held_out

@@ -18,8 +18,8 @@ from jaxpersona.errors import UserError
 if TYPE_CHECKING:
     from jaxpersona.persona.session import Piece, Session, Turn
 
-# maximum number of characters in a line of standard input: several times as many as in English text
-# of a million tokens
+# maximum number of characters in a line of standard input, several times the length of an English
+# text of a million tokens
 LONGEST_LINE = 1 << 24
 
 HELP = """\
@@ -327,7 +327,7 @@ def _path(value: str) -> pathlib.Path:
     """
     try:
         return pathlib.Path(value).expanduser()
-    except (RuntimeError, ValueError):  # no such user; a null character in the name of a user
+    except (RuntimeError, ValueError):  # unknown user, or a null character in a user name
         raise UserError(f"{value[:80]!r}: the home folder is unknown; give the path without ~"
                         ) from None
 

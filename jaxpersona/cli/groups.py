@@ -11,7 +11,7 @@ from typing import Any
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace each parameter of a command whose type is a dataclass by one option per field.
+    """Replace each dataclass parameter of a command with one option per field.
 
     Typer creates the options from the signature of the returned function, which passes an instance
     of the dataclass to the command. The fields need types and defaults as for a Typer command, with

@@ -275,12 +275,12 @@ def of_model(choice: Choice, load: Callable[[], Model], target: Callable[[], Mod
 
 
 def check_cache(judge: Judge | None) -> None:
-    """Open the existing cache of a judge, before a model is loaded.
+    """Open the journal of an http judge if its file exists, before a model is loaded.
 
-    A new cache is created only with the run, because it may be in the run folder.
+    A new journal is created only with the run, because it may be in the run folder.
 
     Raises:
-      UserError: the cache is damaged, or another process uses it.
+      UserError: the journal is damaged or cannot be written, or another process uses it.
     """
     from jaxpersona.judges.http import HttpJudge
 

@@ -41,7 +41,7 @@ class QuotaOptions:
         """Return the value of `--rounds` as numbers, or None if it is not given.
 
         Raises:
-          UserError: an item is not a number.
+          UserError: an item is not a nonnegative integer of at most nine digits.
 
         Examples:
           >>> from jaxpersona.cli.quota import QuotaOptions
@@ -62,7 +62,7 @@ def of_paper(given: Mapping[str, Any], typed: Collection[str] = ()) -> dict[str,
 
     Args:
       given: the values of the options in `PAPER`.
-      typed: the names of the options that the user gave, also with their default value.
+      typed: the names of the options that the user gave, even with their default values.
 
     Raises:
       UserError: an option is given with a value that differs from the paper's.

@@ -97,7 +97,7 @@ def progress(log: bool = False, note: Callable[[], str] | None = None) -> Iterat
     """Yield a function report(step, done, total, tokens) that shows the progress of steps.
 
     If standard error is a terminal, the progress is shown as bars; otherwise, if `log` is True, a
-    line is printed every `LOG_SECONDS`, also before the first step and after the last one. Both
+    line is printed every `LOG_SECONDS`, even before the first step and after the last one. Both
     show the remaining time, the rate if `tokens` is not 0, and in the step "judging" the result of
     `note()`, such as the cost so far. Within the block, inner blocks add their steps to the same
     display. Only the first process shows the progress, but in every process, each call of the
@@ -187,8 +187,9 @@ def stream(pieces: Iterable[str]) -> None:
 def _logged(note: Callable[[], str] | None) -> Iterator[Report]:
     """Yield a report function, and print the progress of the current step every `LOG_SECONDS`.
 
-    Before the first step, and while the last step is complete, the line gives the time since the
-    start of the block or since that step. A thread prints the lines to standard error.
+    Before the first step, the line gives the time since the start of the block. After the last
+    report of a complete step, it gives the time since that report. A thread prints the lines to
+    standard error.
     """
     begun: dict[str, tuple[float, int]] = {}  # step → (time, `done`) at its first report
     latest: dict[str, int] = {}

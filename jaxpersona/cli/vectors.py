@@ -65,8 +65,8 @@ def check(
 
     The table lists the mean projections at each tested layer. The z columns give distances from the
     default persona's mean, in standard deviations of the default persona's projections at that
-    layer. The result of each test is printed, but if the sign is wrong, only that of the sign test.
-    If a test fails, the command ends with an error.
+    layer. The command prints the result of each test or, if the sign is wrong, only the result of
+    the sign test. If a test fails, the command ends with an error.
     """
     from jaxpersona.cli.caps import open_caps
     from jaxpersona.cli.support import open_model, progress

@@ -1,9 +1,9 @@
-"""The batch interface of an OpenAI-compatible endpoint: many requests in one file, within 24 hours.
+"""Send requests in batches: files that an OpenAI-compatible endpoint answers within 24 hours.
 
 A batch is recorded in the journal before it is submitted, and again with the endpoint's identifier
 when it is accepted. A process that is killed at any point therefore finds its batch again: by the
 identifier or, if the process was killed between these two records, by the batch's name, which is
-part of its metadata. The answers of a batch are recorded like the answers to single requests.
+part of its metadata. The answers in a batch are recorded like the answers to single requests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxpersona.judges.limits import IN_A_ROW, LONGEST_WAIT, Batch, Budget, Tari
 from jaxpersona.judges.protocol import Item
 from jaxpersona.judges.waiting import ABSENT, GRACE, Ended, Waiting
 
-FILE_BYTES = 100_000_000  # maximum size of a batch file; OpenAI allows 200 MB
+FILE_BYTES = 100_000_000  # maximum size of a batch file in bytes; OpenAI allows 200 MB
 _FIRST_POLL = 5.0  # delay in seconds before the first poll; later ones grow up to `Batch.poll`
 _GROWTH = 1.5
 _QUEUE = "token_limit"  # part of the error code if too many tokens wait at the endpoint

@@ -126,7 +126,8 @@ class DigitJudge:
         """The judging model, loaded when it is first needed.
 
         Raises:
-          UserError: the loaded model differs from the model that was passed to `identify`.
+          UserError: as for `identify`, or the loaded model differs from the model that was passed
+            to `identify`.
         """
         if self._model is None:
             before, model = self._name, self._load()

@@ -27,12 +27,12 @@ OPENAI = "https://api.openai.com/v1"
 _AGAIN = frozenset((408, 409, 429))  # HTTP status codes that allow a retry, besides 5xx
 _NEVER = {401: "the endpoint rejects the API key", 402: "the endpoint requires payment",
           404: "the endpoint has no such model or URL"}
-_TOKENS = 10**9  # larger numbers of tokens from the endpoint are ignored
-_USD = 1e6  # a larger cost of one answer is ignored
+_TOKENS = 10**9  # token counts above this limit are ignored
+_USD = 1e6  # a cost above this limit, in USD per answer, is ignored
 _SHOWN = 160  # maximum number of characters that are kept of each text from the endpoint
 _CHAT = "/v1/chat/completions"  # the URL in a batch file, which does not depend on the base URL
-_FILE_SECONDS = 600.0  # timeout of the upload and the download of a file
-RESULT_BYTES = 1 << 30  # maximum size of a file with results
+_FILE_SECONDS = 600.0  # timeout in seconds for the upload or download of a file
+RESULT_BYTES = 1 << 30  # maximum size of a results file in bytes
 _LISTED = 1000  # number of recent batches among which `Endpoint.find_batch` searches
 _NAME = "jaxpersona"  # the field of a batch's metadata that contains its name
 
@@ -391,7 +391,7 @@ def _check_url(url: str) -> None:
     except ValueError:  # an invalid port or host
         fine, parts = False, None
     if not fine or parts is None:
-        raise UserError("judge-url is not an HTTP URL; give one such as http://localhost:8000/v1")
+        raise UserError("--judge-url is not an HTTP URL; give one such as http://localhost:8000/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise UserError("judge-url contains a user, a password, a query or a fragment; give the "
+        raise UserError("--judge-url contains a user, a password, a query or a fragment; give the "
                         "URL without them, and the key in an environment variable")

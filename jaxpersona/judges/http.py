@@ -46,7 +46,7 @@ class HttpJudge:
         delay doubles with each further retry, up to 30 seconds, and is shortened by a random
         fraction of up to 25 %.
       batch: settings of the batch interface, with which requests are sent in batches that take up
-        to 24 hours; None: single requests. Verdicts and journal are the same in both cases.
+        to 24 hours; None: single requests. Answers in the journal are reused in both cases.
         `concurrency`, `rpm` and `tpm` apply only to single requests.
 
     Raises:
@@ -85,7 +85,7 @@ class HttpJudge:
         self._price, self._tariff = price, Tariff(price, endpoint.max_tokens)
         self._pace = Pace(rpm, tpm)
         self._backoff = _BACKOFF if backoff is None else backoff
-        self.after = batch is not None  # score all replies of a run after they are generated
+        self.after = batch is not None  # batches begin after all replies of a run are generated
         self._batches = None if batch is None else Batches(
             batch, endpoint, self._tariff, self._budget, self._backoff)
         self._turn = threading.Condition()  # reentrant lock that guards writes to the fields below
@@ -162,7 +162,8 @@ class HttpJudge:
         Raises:
           JudgeStopped: the budget does not allow another request, the endpoint rejects all requests
             or requests a delay of more than `LONGEST_WAIT` seconds, too many consecutive prompts
-            failed, or the judge was closed. All finished verdicts are yielded first.
+            failed, a request is in an unfinished batch and `batch` is None, or the judge was
+            closed. All finished verdicts are yielded first.
           UserError: the rubric has no template and a role has no `eval_prompt`, or the journal
             cannot be used.
         """
@@ -228,7 +229,7 @@ class HttpJudge:
 
     def _send(self, groups: dict[str, tuple[str, list[Item]]], open_: queue.SimpleQueue[str],
               left: int) -> Iterator[Verdict]:
-        """Send the requests for the `left` keys in `open_` and yield the verdicts.
+        """Send the requests for the keys in `open_` (their number is `left`); yield the verdicts.
 
         Raises:
           JudgeStopped: as for `score`.

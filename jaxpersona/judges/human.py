@@ -82,7 +82,8 @@ class HumanJudge:
     def outdated(self, items: Sequence[Item], scores: Mapping[str, int | None]) -> set[str]:
         """Return the keys of the items whose score in the file is not their score in `scores`.
 
-        Such a score was corrected in the file, or comes from another file with the same name.
+        The score of such an item was changed in the file, its row was deleted or belongs to another
+        answer, or `scores` was read from another file with the same name.
 
         Args:
           items: the items.
@@ -101,7 +102,7 @@ class HumanJudge:
         return found
 
     def _rows(self) -> dict[str, dict[str, str]]:
-        """Return the rows of the file, which is read again only after it changed."""
+        """Return the rows of the file, which is read again only if it has changed."""
         try:
             status = os.stat(self.path)
         except OSError:

@@ -82,7 +82,7 @@ class Journal:
       path: the file; it is created, with its folder, if it is missing.
 
     Attributes:
-      calls: the number of requests in the journal.
+      calls: the number of requests in the journal, without the `unsent` ones.
       spent: the total cost of these requests in USD.
       batches: name → batch that has not ended.
 
@@ -316,7 +316,7 @@ def _text(value: Any) -> str:
 def _cost(value: dict[str, Any]) -> float:
     """Return the cost in USD that a line of the journal records.
 
-    NaN and negative costs are errors, because with them, the total cost could exceed the budget.
+    NaN and negative costs are errors, because they could hide that the budget is exceeded.
 
     Raises:
       UserError: the cost is not a finite number, or is negative.

@@ -141,8 +141,8 @@ class Batch:
     """Settings of the batch interface.
 
     Attributes:
-      size: the maximum number of requests in one batch, from 1 to 1,000,000. Independently of it,
-        a batch file has at most 100 MB.
+      size: the maximum number of requests in one batch, from 1 to 1,000,000. A batch file is also
+        limited to 100 MB.
       price: (price of prompts, price of answers) in USD per million tokens in a batch; None: the
         prices of the judge.
       poll: the longest delay between two requests for the state of a batch, in seconds. The first

@@ -83,9 +83,9 @@ class Judge(Protocol):
     A judge may have a method `begin()`, which is called before the first rollout is generated and
     raises an error if the judge cannot work, for example because another process uses its files.
 
-    A judge whose verdicts can change, such as those of a person, may have a method
+    A judge whose verdicts can change, such as a human judge, may have a method
     `outdated(items, scores)`, which returns the keys of the items whose stored score (key → score)
-    is not valid any more. These items are judged again.
+    is no longer valid. These items are judged again.
 
     Attributes:
       name: the identity of the judge in a run. Judges that can give different verdicts on the same

@@ -40,6 +40,10 @@ class Rubric:
       refusal: the word with which the judge marks a reply that refuses to answer; "" if the judge
         marks a refusal with score 0.
 
+    Raises:
+      UserError: `scale` is not a sequence of nonnegative integers in increasing order, or
+        `template` lacks {question} or {answer}.
+
     Examples:
       >>> from jaxpersona.data.texts import Role
       >>> from jaxpersona.judges.protocol import Item

@@ -24,7 +24,7 @@ class Waiting:
     """Waits, and calls a function at least once per second.
 
     Attributes:
-      tick: the function.
+      tick: the function to call.
     """
 
     def __init__(self, backoff: float, tick: Callable[[], None] = lambda: None,
@@ -33,7 +33,7 @@ class Waiting:
 
         Args:
           backoff: the delay in seconds before the first repetition of a failed request.
-          tick: the function.
+          tick: the function to call while waiting.
           stopped: an event that ends the wait.
         """
         self.tick, self._backoff = tick, backoff
@@ -74,10 +74,12 @@ class Waiting:
 
 
 def pause(backoff: float, attempt: int) -> float:
-    """Return the delay before a repetition: `backoff` seconds, doubled with each repetition.
+    """Return the delay in seconds before a repetition.
+
+    The delay doubles with each repetition, up to `_LONGEST_BACKOFF`.
 
     Args:
-      backoff: the delay before the first repetition.
+      backoff: the delay in seconds before the first repetition.
       attempt: the number of the repetition, from 1.
     """
     return min(backoff * 2 ** (attempt - 1), _LONGEST_BACKOFF)

@@ -296,7 +296,7 @@ def _projection(ax: Axes, axis: Axis | None, layer: int | None, floor: str | flo
 def steering(scales: Sequence[float], curves: Mapping[str, Any], *, ylabel: str,
              xlabel: str = "steering strength, in multiples of the vector",
              title: str = "Effect of steering", ax: Axes | None = None) -> Axes:
-    """Plot a behaviour or a projection against the steering strength, e.g. of a `sweep`.
+    """Plot a behaviour or a projection against the steering strength, e.g. for a `sweep`.
 
     Args:
       scales: the steering strengths [S].

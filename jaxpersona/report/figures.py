@@ -49,7 +49,7 @@ def drift(path: Path, talks: Mapping[str, Talks], axis: Axis, layer: int, *,
           floor: str | float = "p25") -> None:
     """Write a figure of persona drift: behaviour by turn, and projections by turn.
 
-    The projections are those of `Talks.readout`, which are measured without interventions.
+    The projections are taken from `Talks.readout`, which is measured without interventions.
 
     Args:
       path: the PNG file; an SVG file with the same stem is written beside it.

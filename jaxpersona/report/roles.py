@@ -61,7 +61,8 @@ def ranking(found: Any, layer: int | None = None, *, count: int = EXTREMES,
 
     Raises:
       UserError: matplotlib is missing, `count` is not a positive integer, `found` has an
-        unsupported type, or the layer does not exist.
+        unsupported type or no finite projection at the layer, its run is incomplete or damaged, or
+        the layer does not exist.
 
     Examples:
       >>> import jaxpersona as jp
@@ -159,8 +160,8 @@ def pca(found: Any, layer: int | None = None, *, default: Any = None, title: str
 
     Raises:
       UserError: matplotlib is missing, `found` has an unsupported type (such as `Axis`, which has
-        no role vectors) or fewer than two roles, the default persona's mean activation is missing,
-        or the layer does not exist.
+        no role vectors) or fewer than two roles, its run is incomplete or damaged, the default
+        persona's mean activation is missing, or the layer does not exist.
 
     Examples:
       >>> import jaxpersona as jp
@@ -222,8 +223,8 @@ def variance(found: Any, layer: int | None = None, *, thresholds: Sequence[float
       The axes.
 
     Raises:
-      UserError: matplotlib is missing, `found` has an unsupported type, the layer does not exist,
-        or a threshold is not between 0 and 1.
+      UserError: matplotlib is missing, `found` has an unsupported type or invalid ratios, its run
+        is incomplete or damaged, the layer does not exist, or a threshold is not between 0 and 1.
 
     Examples:
       >>> import jaxpersona as jp

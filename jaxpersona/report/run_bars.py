@@ -26,8 +26,9 @@ def intervals(found: Contents, report: Callable[[str, int, int, int], None] | No
       report: a progress function, called with ("intervals", done, total, 0) for each layer.
 
     Returns:
-      The intervals; None if there is no axis, if a vector of the axis is missing or not finite, or
-      if neither the default persona nor any role has two stored response means.
+      The intervals; None if there is no axis, if a vector of the axis is missing or not finite, if
+      the axis has fewer than two roles, or if neither the default persona nor any role has two
+      stored response means.
 
     Raises:
       UserError: a file is damaged, or the run changed while the page was being written.

@@ -45,7 +45,7 @@ class Drift:
     arms: dict[str, dict[str, Any]]
 
     def value(self, notes: Notes) -> dict[str, Any]:
-        """Return a JSON value; values that are not finite become null and are listed in `notes`."""
+        """Return a JSON object; non-finite values become null and are listed in `notes`."""
         arms = {}
         for name, arm in self.arms.items():
             lines = {line: notes.series(f"drift, {name!r:.40}, {line}", arm[line], "turn", 1)
@@ -61,7 +61,7 @@ def save_drift(folder: pathlib.Path, talks: Mapping[str, Talks], axis: Axis, lay
                floor: str = "p25") -> None:
     """Write drift.json to a run folder; the other arguments are as for `figures.drift`.
 
-    All `Talks` must have a `readout`.
+    All `Talks` must have a `readout`, and `floor` must be a percentile such as "p25".
     """
     arms = {}
     for name, talk in talks.items():

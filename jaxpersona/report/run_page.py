@@ -50,7 +50,8 @@ def page(run: str | os.PathLike[str], *, report: Progress | bool | None = None) 
         nothing. A function is called with (step, done, total, 0) instead.
 
     Raises:
-      UserError: plotly is missing, the folder contains no run, or one of its files is damaged.
+      UserError: plotly is missing, the folder contains no run, one of its files is damaged, or the
+        run changed while the page was being written.
 
     Examples:
       >>> import jaxpersona as jp
@@ -157,7 +158,7 @@ def _document(context: dict[str, Any], data: dict[str, Any], library: str) -> st
     from markupsafe import Markup
 
     def finalize(value: Any) -> Any:
-        return clean(value) if type(value) is str else value  # but not `Markup`
+        return clean(value) if type(value) is str else value  # `Markup` is unchanged
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined,
                                      finalize=finalize, trim_blocks=True, lstrip_blocks=True)
@@ -177,7 +178,7 @@ def _own(name: str) -> str:
 
 
 def _script(source: str) -> str:
-    """Normalize a script's line ends as an HTML parser does, so that browsers get the same digest.
+    """Normalize line endings as an HTML parser does, so that browsers compute the same digest.
 
     Raises:
       UserError: the script contains text that would end or change its `script` element.

@@ -40,7 +40,8 @@ class Measured:
     """The values of a role in `analysis.json`.
 
     Attributes:
-      mean: [L], the mean projection of the role's replies onto the axis; NaN if all are empty.
+      mean: [L], the mean projection of the role's replies onto the axis; NaN if all replies are
+        empty.
       quartiles: [2, L], 25th and 75th percentiles of the projections of the stored response means.
       rollouts: the number of the role's rollouts.
       stored: the number of the role's rollouts whose response means are stored.
@@ -65,10 +66,10 @@ class Analysis:
     Attributes:
       cos: [L], |cos(PC1, axis)| at each layer.
       variance: for each layer, the explained variance ratios of the first components.
-      intervals: population → percentile, such as "p25" → [2, L], the ends of its bootstrap
+      intervals: population → percentile (such as "p25") → [2, L], the ends of its bootstrap
         confidence interval.
       roles: role or "default" → its values.
-      rounds: the rounds of a run with a precision, or None.
+      rounds: the rounds of a run with `--precision`, or None.
     """
 
     __repr__ = brief
@@ -95,7 +96,7 @@ class Contents:
       counts: role → score as text, "None" or "failed" → number of replies; closed roles only.
       rollouts: closed role or "default" → number of rollouts.
       replies: closed role or "default" → (reply, score), a reply with the role's highest score.
-      samples: replies by score, in descending order of score; undecided ones come last.
+      samples: (reply, score) pairs in descending order of score; undecided replies come last.
       plain: replies of the default persona, which is not judged.
       vectors: role → "pos_3" vector [L, D], and "default" → mean activation [L, D]; empty without
         an axis.
@@ -237,7 +238,7 @@ def _results(folder: pathlib.Path, manifest: Mapping[str, Any],
     axis, about = load_axis(files[0]), read_json(files[1])
     model = manifest.get("model", {})
     if axis.fingerprint != model.get("fingerprint"):
-        raise UserError(f"{files[0]} is the axis of another model than the model of the run; run "
+        raise UserError(f"{files[0]} is the axis of another model, not of the run's model; run "
                         "`jaxpersona axis` again to rewrite it")
     try:
         return axis, _analysis(about, axis.n_layers)

@@ -1,4 +1,4 @@
-"""The rounds of a run with a precision, for the page of the run (`run_page`)."""
+"""The rounds of a run with `--precision`, for the page of the run (`run_page`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class Curve:
     """The reliabilities after each of K rounds, as stored in `analysis.json`.
 
     Attributes:
-      target: the target reliability, at which a vector is settled: it gets no more questions.
+      target: the target reliability. A role is settled only if the lower end of its interval
+        reaches the target (`persona.rounds`); it then gets no more questions.
       layer: the layer of the measurements.
       questions: the cumulative number of questions after each round.
       axis: [3, K], the reliability of the axis and the ends of its interval; NaN if unknown.

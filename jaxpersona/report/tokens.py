@@ -54,10 +54,11 @@ def projections(found: Generated | Extracted | Reply, model: Model, index: int =
                 title: str = "Projection of every token", ax: Axes | None = None) -> Axes:
     """Draw the tokens of one conversation, coloured by their projections onto a direction.
 
-    Tokens that the reading did not select are grey on white. The range of colours is symmetric
-    about the projection drawn in white and extends to the 2nd or 98th percentile, whichever is
-    farther. Projections beyond this range, such as the projection of the first token (an
-    attention sink), have the colour at its end.
+    Tokens that the reading did not select are grey on white. The range of colours is the smallest
+    range that is symmetric about the projection drawn in white and contains the 2nd and 98th
+    percentiles and, if `axis` is given, the default persona's quartiles. Projections beyond this
+    range, such as the projection of the first token (an attention sink), have the colour at its
+    end.
 
     Args:
       found: the result of `generate` or `extract`, or a `Reply`, with a reading of
@@ -79,8 +80,9 @@ def projections(found: Generated | Extracted | Reply, model: Model, index: int =
       The axes.
 
     Raises:
-      UserError: matplotlib or the model's tokenizer is missing, `found` has no such reading, an
-        index is out of range, or `axis` is not an axis of all layers of the reading.
+      UserError: matplotlib or the model's tokenizer is missing, `found` has no such reading, the
+        reading selected no token, an index is out of range, or `axis` is not an axis of all layers
+        of the reading.
 
     Examples:
       >>> import jaxpersona as jp
@@ -183,7 +185,8 @@ def _messages(row: Row, count: int) -> list[tuple[int, str]]:
 def _wrapped(pieces: list[str], starts: list[bool]) -> list[tuple[int, int]]:
     """Return (line, column) of every token.
 
-    A new line starts at each message, after each ↵, and if a token does not fit the current line.
+    A new line starts at each message, after a token that ends in ↵, and if a token does not fit the
+    current line.
     """
     places, line, column = [], 0, 0
     for i, piece in enumerate(pieces):

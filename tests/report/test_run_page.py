@@ -374,7 +374,7 @@ def test_an_axis_of_another_model_is_refused(run, tmp_path):
 
     folder = changed(run, tmp_path / "run")
     save_vector(folder / "axis.safetensors", jp.load_axis("mini"))
-    with pytest.raises(jp.UserError, match="is the axis of another model than"):
+    with pytest.raises(jp.UserError, match="is the axis of another model, not of"):
         jp.report.page(folder)
 
 
