@@ -188,6 +188,8 @@ def read_slice(entry: Entry, index: tuple[slice, ...] = ()) -> np.ndarray:
             first = bounds[0][0] * row if bounds else 0
             _read_into(entry.path, entry.start + first, out)
         else:
+            if (end := os.stat(entry.path).st_size) < entry.start + entry.size:
+                raise EOFError(f"the file ends at byte {end}")  # np.memmap raises a ValueError
             source = np.memmap(entry.path, dtype, "r", entry.start, entry.shape)
             np.copyto(out, source[tuple(slice(*b) for b in bounds)])
     except (OSError, EOFError) as error:

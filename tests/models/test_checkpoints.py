@@ -2,18 +2,22 @@
 
 import hashlib
 import json
+import os
 import random
 
 import chex
 import hf as oracle
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from jaxpersona.ckpts import files, hf, tensorfile
 from jaxpersona.ckpts.tensorfile import read_header, read_slice
+from safetensors.numpy import save_file
 
 from jaxpersona.distributed.sharding import make_mesh
+from jaxpersona.errors import UserError
 from jaxpersona.models.params import init_params
 
 TORCH = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
@@ -280,3 +284,18 @@ def test_a_thousand_corruptions_end_in_a_clear_error_or_a_load(small, tmp_path):
             assert str(folder) in str(error)
         (folder / name).write_bytes(original[name])
     assert refused > 500
+
+
+@pytest.mark.parametrize("index", [(), (slice(1, 3),), (slice(None), slice(1, 2))])
+def test_a_file_that_shrinks_after_its_header_was_read_is_named(tmp_path, index):
+    """Reading rows or columns of a tensor whose bytes are missing is a user's error."""
+    path = tmp_path / "m.safetensors"
+    save_file({"w": np.arange(12, dtype=np.float32).reshape(4, 3)}, path)
+    entry = read_header(path)[0]["w"]
+    np.testing.assert_array_equal(read_slice(entry, index),
+                                  np.arange(12, dtype=np.float32).reshape(4, 3)[index])
+    os.truncate(path, entry.start + entry.size - 1)
+    if index == (slice(1, 3),):  # these rows are still complete
+        os.truncate(path, entry.start + 3 * 3 * 4 - 1)
+    with pytest.raises(UserError, match=r"m.safetensors: cannot be read \(the file ends"):
+        read_slice(entry, index)
