@@ -17,9 +17,9 @@ and θ* is the upper or the lower percentile of the bootstrap values (Davison an
 Bootstrap Methods and their Application, section 5.2). Noise in the vectors lowers the explained
 variance of the first components, in the bootstrap samples as in the run; unlike the percentiles
 themselves, these ends correct for that. For an explained variance ratio λ/T, where λ is the
-variance along the components and T the total variance, θ is the inverse ratio T/λ, because noise adds
-a constant to T. In simulations, the intervals of the ratios are wider than needed if a large part
-of T is noise, and an interval of a cosine near 0 then covers less than 95 %.
+variance along the components and T the total variance, θ is the inverse ratio T/λ, because noise
+adds a constant to T. In simulations, the intervals of the ratios are wider than needed if a large
+part of T is noise, and an interval of a cosine near 0 then covers less than 95 %.
 
 All quantities are computed from the Gram matrix [R + 1, R + 1] of the R role vectors and the
 default persona, one layer at a time.
@@ -199,8 +199,9 @@ def _measured(vectors: np.ndarray, count: int, start: np.ndarray | None,
     total = gram.shape[1] - 1
     middle = gram[:, :, :total].mean(2)  # [B, R + 1], ⟨vector, mean role vector⟩
     along = gram[:, :, total] - middle  # [B, R + 1], ⟨vector, axis⟩
+    # the Gram matrix of the centered role vectors, [B, R, R]
     centered = gram[:, :total, :total] - middle[:, :total, None] - middle[:, None, :total]
-    centered += middle[:, :total].mean(1)[:, None, None]  # [B, R, R], of the centered role vectors
+    centered += middle[:, :total].mean(1)[:, None, None]
     squared = along[:, total] - along[:, :total].mean(1)  # [B], the squared length of the axis
     along = along[:, :total] - along[:, :total].mean(1, keepdims=True)
     with np.errstate(all="ignore"):  # equal vectors have no components: 0 / 0 is NaN

@@ -260,8 +260,8 @@ def _entries(model: Model, axis: Axis | Caps, layers: Layers | None,
     if given.shape == (total,):
         given = given[list(chosen)]
     if given.shape not in ((), (len(chosen),)):
-        raise UserError(f"floor has shape {given.shape}; expected a scalar, [{len(chosen)}] "
-                        f"or [{total}]")
+        raise UserError(f"floor has shape {given.shape}; give a scalar, {len(chosen)} values (one "
+                        f"per capped layer), or {total} values (one per layer of the model)")
     return chosen, directions, np.broadcast_to(given, (len(chosen),))
 
 

@@ -186,7 +186,7 @@ def _write(run: Run, source: Source, judge: str, min_count: int, held_out: Seque
     summed: dict[str, Sums] = {}
     closed, notes = 0, []
     slope = source.origin().get("question_slope")
-    layer = None if slope is None else source.shape[0] // 2  # of sums per question
+    layer = None if slope is None else source.shape[0] // 2  # the layer of the sums per question
     for i, (name, role) in enumerate(source.roles.items()):
         texts = source.texts(name)
         scores = source.scores(name, texts)

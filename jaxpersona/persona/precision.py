@@ -51,7 +51,8 @@ _LEAST, _MOST = 1e-6, 1 - 1e-12  # limits of a reliability before the logarithm
 class Reliability:
     """The split-half reliability of a vector, and its interval at the confidence level `LEVEL`.
 
-    All fields are NaN if fewer than two questions of a half have replies.
+    All fields are NaN if the reliability is unknown, for example because fewer than two questions
+    of a half have replies.
 
     Attributes:
       value: the estimate ρ, from 0 to 1.
@@ -277,7 +278,7 @@ def _reliability(means: _Means, asked: np.ndarray) -> Reliability:
         square += (m - 1) / m * float(((one - one.mean()) ** 2).sum())
     radius = float(student.ppf((100 + LEVEL) / 200, sum(sizes) - 2)) * math.sqrt(square)
     middle, value = float(_logit(np.array(whole))), max(whole, 0.0)
-    # outside the limits of the logarithm, the interval is extended to the value
+    # `_logit` clips its argument, so the interval is extended to contain the value
     return Reliability(value, min(_logistic(middle - radius), value),
                        max(_logistic(middle + radius), value))
 
