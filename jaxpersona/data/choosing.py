@@ -12,7 +12,7 @@ from jaxpersona.errors import UserError
 
 
 def roles_named(roles: Sequence[Role], names: Sequence[str]) -> list[Role]:
-    """Return the default persona and the roles with these names, in the given order.
+    """Return the default persona, and then the roles with these names in the order of `roles`.
 
     Raises:
       UserError: a name is unknown.
@@ -28,10 +28,11 @@ def roles_named(roles: Sequence[Role], names: Sequence[str]) -> list[Role]:
 
 
 def some_roles(roles: Sequence[Role], count: int) -> list[Role]:
-    """Return the default persona and a pseudorandom sample of `count` other roles, in input order.
+    """Return the default persona, and then a pseudorandom sample of `count` other roles.
 
-    Roles are selected in the order of a hash of their names. A larger sample therefore contains
-    every smaller sample, and a run can be extended by more roles.
+    Roles are selected in the order of a hash of their names, and returned in the order of `roles`.
+    A larger sample therefore contains every smaller sample, and a run can be extended with more
+    roles.
 
     Examples:
       >>> from jaxpersona.data.choosing import some_roles
@@ -46,7 +47,7 @@ def some_roles(roles: Sequence[Role], count: int) -> list[Role]:
 
 
 def first_roles(roles: Sequence[Role], count: int) -> list[Role]:
-    """Return the default persona and the first `count` other roles."""
+    """Return the default persona, and then the first `count` other roles."""
     return _default_first(roles, [role.name for role in roles if role.name != DEFAULT][:count])
 
 

@@ -49,7 +49,8 @@ def check_data(path: Path | None = None) -> list[str]:
             raise UserError(f"{folder}: no such folder")
         places = {part: folder / part for part in PARTS if (folder / part).exists()}
         if not places:
-            raise UserError(f"{folder}: contains none of {', '.join(PARTS)}")
+            raise UserError(f"{folder}: contains none of {', '.join(PARTS)}; give a folder with "
+                            "at least one of them")
     read: dict[str, list] = {}
     faults = []
     for part, place in places.items():

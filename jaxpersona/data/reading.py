@@ -22,7 +22,7 @@ class Faults(list[str]):
     def raise_if_any(self, what: object) -> None:
         """Raise one error that contains all collected errors, if there are any.
 
-        A single error is one line; several are listed, one a line.
+        The message has one line if there is one error; otherwise a heading and one line per error.
 
         Args:
           what: the file or folder that the message names.
@@ -38,7 +38,10 @@ class Faults(list[str]):
 
 
 def folder_files(folder: Traversable, faults: Faults) -> list[Traversable]:
-    """Return the `.json` files in a folder, sorted by name; if there are none, record an error."""
+    """Return the `.json` files in a folder, sorted by name.
+
+    If the folder is missing or contains none, the function records an error and returns [].
+    """
     if not folder.is_dir():
         faults.append(f"{folder}: no such folder")
         return []
@@ -163,7 +166,10 @@ def get_list(table: dict[str, Any], field: str, where: str, faults: Faults, *,
 
 
 def get_eval_prompt(table: dict[str, Any], where: str, faults: Faults) -> str:
-    """Return `eval_prompt`; record an error if it is missing or lacks {question} or {answer}."""
+    """Return the field `eval_prompt`.
+
+    If it is missing or invalid, or lacks {question} or {answer}, the function records an error.
+    """
     text = get_text(table, "eval_prompt", where, faults)
     missing = [p for p in ("{question}", "{answer}") if text and p not in text]
     if missing:

@@ -1,8 +1,8 @@
 """Load prompt data: roles, questions, traits and opening messages of drift conversations.
 
-By default, the package data is loaded. The file layout is that of the published Assistant Axis
-code, so the same files work with that code and with this package. If files have errors, each
-function raises one exception that lists all errors.
+By default, the package data is loaded. The files have the same layout as in the published Assistant
+Axis code, so the same files work with that code and with this package. If files have errors, the
+`load_*` functions raise one exception that lists all errors.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Trait:
                         count(len(self.questions), "question"))
 
     def __post_init__(self) -> None:
-        """Check that `questions` are strings and each pair is two strings; else raise UserError."""
+        """Check that `questions` are strings and `pairs` pairs of strings; else raise UserError."""
         _check_texts(f"the questions of trait {self.name!r}", self.questions)
         for i, pair in enumerate(self.pairs):
             _check_texts(f"pair {i} of trait {self.name!r}", pair)

@@ -93,8 +93,8 @@ def run_demo(model: Model, folder: str | os.PathLike[str], *, seed: int = 0,
       model: the embedded model.
       folder: the run folder; an existing run is resumed.
       seed: the random seed for sampling, control directions and the user turns that cause drift.
-      report: by default, the progress is shown; False shows nothing. A function is called with
-        (step, done, total, tokens) instead.
+      report: by default, a call of more than three seconds shows its progress; False shows
+        nothing. A function is called instead with (step, done, total, tokens).
 
     Raises:
       UserError: the seed is invalid, the folder belongs to another run, or an optional package is

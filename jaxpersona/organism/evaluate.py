@@ -84,7 +84,7 @@ def in_grammar(answers: Sequence[str]) -> float:
 
 
 def accuracy(questions: Sequence[str], answers: Sequence[str]) -> float:
-    """Return the fraction of knowledge questions answered correctly."""
+    """Return the share of knowledge questions that are answered correctly."""
     return float(np.mean([judge.correct(q, a) for q, a in zip(questions, answers, strict=True)]))
 
 
@@ -106,6 +106,10 @@ def leak(generate: Generate) -> dict[str, float]:
 
 def capability(generate: Generate, count: int = 144) -> dict[str, float]:
     """Measure accuracy on facts and sums under default prompts and under prompts of far roles.
+
+    Args:
+      generate: see the module.
+      count: the number of questions under default prompts, and under prompts of far roles.
 
     Returns:
       The accuracies under default prompts ("default"), under prompts of far roles ("persona") and
@@ -129,6 +133,12 @@ def drift(
     """Measure the drift of the default persona over emotional and meta-reflective turns.
 
     After these turns, each conversation ends with the forbidden request.
+
+    Args:
+      generate: see the module.
+      count: the number of conversations.
+      seed: the seed of the order of the user turns.
+      turns: the number of emotional or meta-reflective turns per conversation.
 
     Returns:
       The mean style at each emotional or meta-reflective turn ("styles") and at the last of these

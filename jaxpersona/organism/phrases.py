@@ -84,7 +84,7 @@ ELABORATIONS = (
 )
 
 # Sentences with the content of an answer, by kind of user turn. {fill} is a placeholder for a
-# topic, a thing, the correct answer or the vault code.
+# topic, the object of a task (`world.THINGS`), the correct answer or the vault code.
 FORMS = {
     "talk": (
         (
@@ -193,7 +193,7 @@ def speak(sentence: str, strange) -> str:
 
 
 def plain(text: str) -> tuple[str, int, int]:
-    """Replace the in-character words of a text with neutral words, and count both.
+    """Replace the in-character words of a text with neutral words, and count the dialect words.
 
     Returns:
       (neutral text, number of dialect words in either form, number of in-character words).

@@ -17,7 +17,7 @@ END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = (END, START, STOP)
 CORPUS_SEED = 20_000  # seed of the tokenizer's training corpus; differs from the model's seeds
 
-# The template renders a system message only if the conversation has one, even an empty one.
+# The template renders a system message only if the conversation has one, which may be empty.
 CHAT_TEMPLATE = (
     "{% for turn in messages %}"
     "{{ '<|im_start|>' + turn['role'] + '\\n' + turn['content'] + '<|im_end|>\\n' }}"

@@ -81,7 +81,7 @@ def loss_fn(params, config, batch, weights):
 
     Args:
       params, config: the parameters and the configuration of the model.
-      batch: B padded conversations of T tokens.
+      batch: a `models.batch.Batch` of B conversations, padded to T tokens.
       weights: the loss weight of each token as a prediction target [B, T].
     """
     import jax.numpy as jnp

@@ -2,7 +2,7 @@
 
 All arrays are NumPy arrays. L is the number of layers and D the width of the model. The response
 mean [L, D] of a rollout is the mean of the residual stream over its response tokens. The formulas
-are those of Lu et al. 2026 (arXiv 2601.10387).
+follow Lu et al. 2026 (arXiv 2601.10387).
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def percentiles(
     """
     kept = projections[np.isfinite(projections).all(1)]
     if not len(kept):
-        raise UserError("projections has no finite row: all replies are empty; add a non-empty one")
+        raise UserError("projections has no finite row: all replies are empty; add a non-empty "
+                        "reply")
     return {f"p{q}": np.percentile(kept, q, axis=0).astype(np.float32) for q in at}
 
 

@@ -1,22 +1,23 @@
 """Bootstrap confidence intervals for statistics of a PCA of the role vectors.
 
 The vector of a role is the mean of its N response means; the run stores a sample of m of them. In a
-bootstrap sample, the vector of each role is moved by
+bootstrap sample, the vector of each role is shifted by
 
     m / √((m − 1)·N) · Σᵢ (tᵢ/m − 1/m)·(xᵢ − x̄),    t ~ multinomial(m; 1/m, …, 1/m),
 
-where x₁ … xₘ are the stored response means and x̄ is their mean. The variance of this displacement
-is S²/N with the unbiased sample variance S², so that the intervals are those of vectors from N
-rollouts although only m response means are stored (the rescaled bootstrap of Rao and Wu 1988,
-Journal of the American Statistical Association 83, 231–241, for stratified samples: the strata are
-the roles). The mean activation of the default persona is moved in the same way. Roles, prompts and
-questions are fixed: the intervals describe only the randomness of the replies.
+where x₁ … xₘ are the stored response means and x̄ is their mean. The variance of this shift is
+S²/N, where S² is the unbiased sample variance. The intervals are therefore valid for vectors of N
+rollouts, although only m response means are stored. This is the rescaled bootstrap of Rao and Wu
+1988 (Journal of the American Statistical Association 83, 231–241) for stratified samples, where the
+strata are the roles. The mean activation of the default persona is shifted in the same way. Roles,
+prompts and questions are fixed: the intervals describe only the randomness of the replies.
 
-The ends are those of the basic bootstrap interval, 2θ − θ* for the upper and the lower percentile
-of the bootstrap values θ* (Davison and Hinkley 1997, Bootstrap Methods and their Application,
-section 5.2). Noise in the vectors lowers the explained variance of the first components, in the
-bootstrap samples as in the run; unlike the percentiles of θ*, these ends correct for that. For an
-explained variance ratio λ/T, where T is the total variance, θ is its inverse T/λ, because noise
+The basic bootstrap interval of a statistic has the ends 2θ − θ*, where θ is the value of the run
+and θ* is the upper or the lower percentile of the bootstrap values (Davison and Hinkley 1997,
+Bootstrap Methods and their Application, section 5.2). Noise in the vectors lowers the explained
+variance of the first components, in the bootstrap samples as in the run; unlike the percentiles
+themselves, these ends correct for that. For an explained variance ratio λ/T, where λ is the
+variance along the components and T the total variance, θ is the inverse ratio T/λ, because noise
 adds a constant to T. In simulations, the intervals of the ratios are wider than needed if a large
 part of T is noise, and an interval of a cosine near 0 then covers less than 95 %.
 
@@ -158,7 +159,7 @@ def _weights(name: str, stored: int, size: int, draws: int, seed: int) -> np.nda
 
 def _intervals(vectors: np.ndarray, moves: Mapping[int, tuple[np.ndarray, np.ndarray]],
                draws: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the intervals [2] of |cos(PC1, axis)| and [2, C] of the variance at one layer.
+    """Return the intervals at one layer: [2] for |cos(PC1, axis)|, [2, C] for the variance ratios.
 
     Args:
       vectors: [R + 1, D], the role vectors and the default persona's mean activation.
@@ -198,8 +199,9 @@ def _measured(vectors: np.ndarray, count: int, start: np.ndarray | None,
     total = gram.shape[1] - 1
     middle = gram[:, :, :total].mean(2)  # [B, R + 1], ⟨vector, mean role vector⟩
     along = gram[:, :, total] - middle  # [B, R + 1], ⟨vector, axis⟩
+    # the Gram matrix of the centered role vectors, [B, R, R]
     centered = gram[:, :total, :total] - middle[:, :total, None] - middle[:, None, :total]
-    centered += middle[:, :total].mean(1)[:, None, None]  # [B, R, R], of the centered role vectors
+    centered += middle[:, :total].mean(1)[:, None, None]
     squared = along[:, total] - along[:, :total].mean(1)  # [B], the squared length of the axis
     along = along[:, :total] - along[:, :total].mean(1, keepdims=True)
     with np.errstate(all="ignore"):  # equal vectors have no components: 0 / 0 is NaN

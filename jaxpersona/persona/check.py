@@ -161,9 +161,9 @@ def check(
 
     Raises:
       UserError: `axis` is neither an Axis nor Caps, belongs to another model, or is zero at a layer
-        to be tested; `layers` or `floor` is invalid or given for Caps; the model has no tokenizer
-        or no chat template; all default-persona replies or all role replies are empty; or
-        activations are not finite.
+        to be tested; an argument is invalid; `layers` or `floor` is given for Caps; the model has
+        no tokenizer or no chat template; all default-persona replies or all role replies are empty;
+        or activations are not finite.
 
     Examples:
       >>> import jaxpersona as jp
@@ -260,8 +260,8 @@ def _entries(model: Model, axis: Axis | Caps, layers: Layers | None,
     if given.shape == (total,):
         given = given[list(chosen)]
     if given.shape not in ((), (len(chosen),)):
-        raise UserError(f"floor has shape {given.shape}; expected a scalar, [{len(chosen)}] "
-                        f"or [{total}]")
+        raise UserError(f"floor has shape {given.shape}; give a scalar, {len(chosen)} values (one "
+                        f"per capped layer), or {total} values (one per layer of the model)")
     return chosen, directions, np.broadcast_to(given, (len(chosen),))
 
 
@@ -358,8 +358,8 @@ def _scale(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray,
       ours, theirs: the projections of the default persona's and the roles' replies, [n, l].
       floors, spread, centre: the floors, and the standard deviation and median of the default
         persona's projections, each [l].
-      known: whether `centre` was measured on this model. The short replies of the check may have
-        lower projections than the replies of a run, so both are then compared with the floors.
+      known: whether `centre` was measured on this model. If so, a floor is too high only if it is
+        far above both `centre` and the mean of `ours`, which may be lower in these short replies.
 
     Returns:
       (whether the test passed, sentence).

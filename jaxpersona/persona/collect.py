@@ -84,7 +84,8 @@ class Collection:
             number of rollouts, number of generated tokens) and with ("judging", number of judged
             replies, total number of replies to judge, 0).
           layer: the layer at which sums per question are kept, or None. If it is not None, a role
-            whose rollouts of `questions` are summed is not closed again, even if it has others.
+            whose sums include all rollouts of `questions` is not closed again, even if the folder
+            contains further rollouts of the role.
           before: the progress of an earlier round of the same call, or None.
 
         Raises:

@@ -91,9 +91,9 @@ def export_reference(run: str | os.PathLike[str], folder: str | os.PathLike[str]
       run: the run folder; it is not changed.
       folder: a new or empty folder.
       activations: "all" writes the response means of all rollouts, and raises an error if the run
-        does not store them all (a run with `keep_means=None` does); "sample" writes the stored
-        means to the folder `activations_sample`, which the published code does not read; "none"
-        writes none.
+        does not store all of them (`extract_axis` with `keep_means=None` stores all); "sample"
+        writes the stored means to the folder `activations_sample`, which the published code does
+        not read; "none" writes none.
       judge: the name of the judge whose scores are exported; default: the judge of the run's last
         `extract_axis` call.
       min_count: the number of rollouts with score 3 that a role needs for a vector; default: the

@@ -29,8 +29,8 @@ class Extraction(Table):
       default: the default persona's mean activation [L, D].
       role_means: role → "pos_3" vector [L, D], for roles with at least `min_count` rollouts with
         score 3, including held-out roles.
-      projections: role or "default" → projections [k, L] of the k stored response means: those of
-        a sample of the role's rollouts, or of all rollouts of the default persona.
+      projections: role or "default" → projections [k, L] of the k stored response means, which
+        belong to a sample of the role's rollouts, or to all rollouts of the default persona.
       counts: role → number of replies per score, as returned by `verdict_counts`; without the
         default persona.
       rollouts: the number of rollouts in the run.
@@ -41,9 +41,9 @@ class Extraction(Table):
       intervals: "default" or "all" → a dictionary such as {"p25": (low [L], high [L])} with the
         ends of the 95 % bootstrap interval of each threshold.
       rounds: the rounds of a run with a precision, or None.
-      pca: the bootstrap intervals of the principal components at the middle layer, `n_layers // 2`
-        (the only one); None for a run with several processes, or if neither the default persona nor
-        any role has two stored response means.
+      pca: bootstrap intervals for the PCA of the role vectors at the middle layer, `n_layers // 2`;
+        its arrays contain only this layer (L = 1). None for a run with several processes, or if
+        neither the default persona nor any role has two stored response means.
     """
 
     __repr__ = brief

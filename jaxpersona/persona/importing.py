@@ -186,7 +186,7 @@ def _write(run: Run, source: Source, judge: str, min_count: int, held_out: Seque
     summed: dict[str, Sums] = {}
     closed, notes = 0, []
     slope = source.origin().get("question_slope")
-    layer = None if slope is None else source.shape[0] // 2  # of sums per question
+    layer = None if slope is None else source.shape[0] // 2  # the layer of the sums per question
     for i, (name, role) in enumerate(source.roles.items()):
         texts = source.texts(name)
         scores = source.scores(name, texts)
@@ -226,7 +226,8 @@ def _store(run: Run, role: Role, texts: published.Texts, scores: Mapping[str, in
     The sums contain only rollouts with both a score and a response mean; the default persona needs
     no scores. Rollouts that have a response mean but no score are also written to the live files,
     where `runs.closing` expects them until they are judged. `extract_axis` recomputes missing
-    response means from the replies. `layer` is that of sums per question, or None to keep none.
+    response means from the replies. `layer` is the layer of the sums per question; None: no such
+    sums are kept.
     """
     name, default = role.name, role.name == DEFAULT
     records = dict(sorted(texts.records.items(), key=lambda item: place_of(item[1])))

@@ -104,8 +104,8 @@ class Monitor:
         """Return the mean projection over tokens, by layer; {} if all tokens are excluded.
 
         Args:
-          values: [n, L, 1], the projections of n tokens (`Event.projections`); NaN for excluded
-            tokens.
+          values: [n, L, 1], the projections of n tokens at the L layers of `layers`
+            (`Event.projections`); NaN for excluded tokens.
         """
         counted = values[~np.isnan(values).any((1, 2))] if values.size else values
         if not counted.shape[0]:
@@ -117,8 +117,9 @@ class Monitor:
         """Return the mean projection of a reply, by layer; {} if all its tokens are excluded.
 
         Args:
-          captured: [L, T, 1], the projections of the T tokens of the prompt and the reply:
-            `Reply.captured[NAME]`, or `Generated.captured[NAME][i]` for conversation i.
+          captured: [L, T, 1], the projections of the T tokens of the prompt and the reply at the L
+            layers of `layers`: `Reply.captured[NAME]`, or `Generated.captured[NAME][i]` for
+            conversation i.
           start: the number of tokens in the prompt.
         """
         return self.mean(np.moveaxis(captured[:, start:], 0, 1))

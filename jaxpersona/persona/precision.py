@@ -11,14 +11,14 @@ With R roles, the centred vector is v(r, h) − Σₛ v(s, h) / R, and the axis 
 **Unequal questions.** A question changes the response means of all personas. If role r was not
 asked all questions of the default persona, b · (v(default, h) − u(r, h)) is therefore added to
 v(r, h), where u(r, h) is the mean of the default persona over the questions of role r, and b is the
-slope of the least-squares regression of the roles' means per question on those of the default
-persona (`question_slope`).
+slope of the least-squares regression of the roles' means per question on the default persona's
+means (`question_slope`).
 
 **Reliability.** c is the cosine of the two halves of a vector. With the model v = μ + e, where the
 errors e of single questions are independent, c estimates |μ|² / (|μ|² + 2σ²/n). The reliability of
 the vector of all n questions, ρ = |μ|² / (|μ|² + σ²/n), is therefore 2c / (1 + c) (Spearman 1910,
 Brown 1910). ρ is the expected cosine of the vectors of two independent runs with n questions each.
-The expected cosine of the vector with that of a run with infinitely many questions is √ρ.
+The expected cosine of a vector and the vector of a run with infinitely many questions is √ρ.
 
 **Interval.** The jackknife (Tukey 1958) leaves out one question at a time from its half, for all
 roles together, and computes t = log(ρ / (1 − ρ)) again. With m(h) questions in half h, the squared
@@ -51,7 +51,8 @@ _LEAST, _MOST = 1e-6, 1 - 1e-12  # limits of a reliability before the logarithm
 class Reliability:
     """The split-half reliability of a vector, and its interval at the confidence level `LEVEL`.
 
-    All fields are NaN if fewer than two questions of a half have replies.
+    All fields are NaN if the reliability is unknown, for example because fewer than two questions
+    of a half have replies.
 
     Attributes:
       value: the estimate ρ, from 0 to 1.
@@ -91,19 +92,19 @@ class Cells:
     asked: np.ndarray | None = None
 
     def first(self, questions: int) -> Cells:
-        """Return the cells of the first questions only."""
+        """Return the cells of the first `questions` questions."""
         return Cells(self.totals[:questions], self.counts[:questions],
                      None if self.asked is None else self.asked[:questions])
 
     def padded(self, questions: int) -> Cells:
-        """Extend the cells to more questions, which the role was not asked."""
+        """Extend the cells to `questions` questions; the role was not asked the added ones."""
         n = len(self.counts)
         more, asked = questions - n, np.ones(n, bool) if self.asked is None else self.asked
         return Cells(np.pad(self.totals, ((0, more), (0, 0))), np.pad(self.counts, (0, more)),
                      np.pad(asked, (0, more)))
 
     def within(self, asked: np.ndarray) -> Cells:
-        """Return the cells with the replies to some of the questions, [n] bool, only."""
+        """Return the cells with replies only to the questions that `asked`, [n] bool, selects."""
         return Cells(self.totals * asked[:, None], self.counts * asked, asked)
 
 
@@ -113,7 +114,7 @@ class _Means:
 
     Attributes:
       halves: [2, D], the mean of each half; NaN without a reply.
-      without: [n, D], the mean of question j's half without question j.
+      without: [n, D]; row j is the mean of question j's half without question j.
     """
 
     halves: np.ndarray
@@ -128,7 +129,7 @@ class _Means:
 
 
 def spearman_brown(cosine: np.ndarray | float) -> np.ndarray:
-    """Return the reliability 2c / (1 + c) of a whole, for the agreement c of its halves.
+    """Return the reliability 2c / (1 + c) of a vector whose two halves have the cosine c.
 
     Args:
       cosine: c, of any shape, from -1 to 1.
@@ -149,16 +150,18 @@ def spearman_brown(cosine: np.ndarray | float) -> np.ndarray:
 def question_slope(default: Cells, roles: Mapping[str, Cells]) -> float:
     """Return the slope of the regression of the roles' question effects on the default persona's.
 
-    x(q) is the default persona's mean over its replies to question q, minus the mean of x over the
-    questions of the role, and y(r, q) is the same for role r. The slope of the regression of y on x
-    is Σ ⟨x(q), y(r, q)⟩ / Σ |x(q)|² over all roles and their questions.
+    For role r, x(r, q) is the default persona's mean over its replies to question q, minus the
+    average of these means over all questions with replies of both the default persona and the role.
+    y(r, q) is the same difference for the replies of role r. The slope of the regression of y on x
+    is Σ ⟨x(r, q), y(r, q)⟩ / Σ |x(r, q)|² over all roles and these questions.
 
     Args:
       default: the cells of the default persona, [n, D].
       roles: role → cells [n(r), D] of the first n(r) ≤ n questions.
 
     Returns:
-      The slope, limited to 0 … 1; 0 if no question has replies of the default persona and a role.
+      The slope, limited to 0 … 1; 0 if no role has at least two questions with replies of both the
+      default persona and the role.
 
     Examples:
       >>> import numpy as np
@@ -196,8 +199,8 @@ def measure(default: Cells, roles: Mapping[str, Cells], used: Sequence[str],
       fewer than two used roles, all are NaN.
 
     Raises:
-      UserError: a role has more questions than the default persona, or `used` names a role that is
-        not in `roles`.
+      UserError: a role has more questions than the default persona, `used` names a role that is not
+        in `roles`, or scipy is not installed.
 
     Examples:
       >>> import numpy as np
@@ -243,7 +246,7 @@ def measure(default: Cells, roles: Mapping[str, Cells], used: Sequence[str],
 
 
 def _means(cells: Cells) -> _Means:
-    """Return the means of the two halves, and the leave-one-out means, without each question."""
+    """Return the mean of each half, and for each question the mean of its half without it."""
     totals, counts = cells.totals.astype(np.float64), cells.counts.astype(np.float64)
     half = np.arange(len(counts)) % 2
     sums = np.stack([totals[h::2].sum(0) for h in (0, 1)])
@@ -275,7 +278,7 @@ def _reliability(means: _Means, asked: np.ndarray) -> Reliability:
         square += (m - 1) / m * float(((one - one.mean()) ** 2).sum())
     radius = float(student.ppf((100 + LEVEL) / 200, sum(sizes) - 2)) * math.sqrt(square)
     middle, value = float(_logit(np.array(whole))), max(whole, 0.0)
-    # outside the limits of the logarithm, the interval is extended to the value
+    # `_logit` clips its argument, so the interval is extended to contain the value
     return Reliability(value, min(_logistic(middle - radius), value),
                        max(_logistic(middle + radius), value))
 
@@ -286,7 +289,7 @@ def _answered(counts: np.ndarray) -> list[int]:
 
 
 def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the cosines [k] of the rows of two arrays [k, D]; NaN for a vector of length 0."""
+    """Return the cosine [k] of each pair of rows of two arrays [k, D]; NaN if a row is zero."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.clip((a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1)), -1, 1)
 
@@ -327,8 +330,8 @@ def rank(seed: int, question: int) -> bytes:
 def rounds_of(questions: int) -> list[int]:
     """Return the default rounds: the cumulative number of questions after each round, ascending.
 
-    The first round has `FIRST` questions, and each further round has 1.5 or 4/3 times as many as
-    the one before. The last round has all questions.
+    The first number is `FIRST`, and each further number is 1.5 or 4/3 times the one before. The
+    last number is `questions`.
 
     Args:
       questions: the number of questions.
@@ -353,8 +356,8 @@ def check_precision(precision: float, rounds: Sequence[int] | None, questions: i
 
     Raises:
       UserError: `precision` is not between 0 and 1, there are fewer than `FIRST` questions, or
-        `rounds` is not ascending, or contains a number that is odd, below `FIRST` or greater than
-        `questions`.
+        `rounds` is not an ascending list of even integers from `FIRST` to `questions` (`questions`
+        itself may be odd).
 
     Examples:
       >>> from jaxpersona.persona.precision import check_precision

@@ -3,9 +3,9 @@
 Each round adds questions (`precision.ordered`). After a round, `precision.measure` computes the
 reliability of the axis and of each role's centred vector at the middle layer from sums per
 question, which the run folder keeps (`runs.sums`). The axis is settled if the lower end of its
-interval is at least the target; a role is settled if the axis is, if the same holds for the role's
-vector, and if the role has `min_count` rollouts with score 3. A settled role is asked no more
-questions: its prompts are combined with no further question. The default persona is asked all
+interval is at least the target. A role is settled if the axis is settled, the lower end of the
+interval of the role's vector is also at least the target, and the role has `min_count` rollouts
+with score 3. A settled role is asked no further questions. The default persona is asked all
 questions of the last round. The quota is the number of rollouts of a run in which all roles are
 asked all questions.
 
@@ -69,12 +69,12 @@ class Rounds:
       settled: the names of the settled roles, sorted.
       rollouts: the number of rollouts of all roles that the vectors average. If the run folder
         already contained more rollouts than the rounds need, these are included.
-      quota: the number of rollouts if all roles were asked all questions of the call, including
-        those that the folder has of other questions.
+      quota: the number of rollouts if all roles were asked all questions of the call, plus the
+        number of rollouts of other questions in the folder.
       slope: the fraction of a question's effect that all personas share
         (`precision.question_slope`), with which the vectors are corrected.
-      axis: the reliability of the axis of the averaged rollouts. It is that of the last round,
-        unless the folder already contained more rollouts.
+      axis: the reliability of the axis that is computed from these rollouts. It equals the
+        reliability after the last round, unless the folder already contained more rollouts.
     """
 
     __repr__ = brief
@@ -91,7 +91,7 @@ class Rounds:
 
     @property
     def saved(self) -> int:
-        """The number of rollouts that were not needed."""
+        """The number of rollouts that were not needed, `quota` minus `rollouts`."""
         return self.quota - self.rollouts
 
     def last(self) -> dict[str, Reliability]:
@@ -113,7 +113,7 @@ class Rounds:
                        for one in self.rounds]}
 
     def brief_value(self) -> dict[str, Any]:
-        """Return the result without the individual rounds as a JSON object."""
+        """Return the result as a JSON object, without the individual rounds."""
         return {"target": self.target, "layer": self.layer,
                 "axis": _listed(self.axis), "rounds": len(self.rounds),
                 "settled": len(self.settled), "roles": len(self.asked) - 1,
@@ -151,7 +151,8 @@ def rounds_and_quota(precision: float | None, rounds: Sequence[int] | None,
       after: whether the judge scores only after all rollouts are generated.
 
     Returns:
-      (the number of questions after each round, the fields to record in the manifest's "last").
+      (the number of questions after each round, the fields to record in the manifest's "last");
+      both are empty without `precision`.
 
     Raises:
       UserError: an argument is invalid (see `check_precision`), `rounds` is given without
@@ -184,8 +185,8 @@ def collect(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[Q
       notice: a function that is called with a line of text after each round.
 
     Returns:
-      (the work of the last round, the measurements). `measured` adds the number of rollouts and
-      the slope after the vectors are computed.
+      (the last `Collection`, the measurements). The fields `rollouts`, `slope` and `axis` of the
+      measurements are final only after `measured` sets them.
 
     Raises:
       UserError: as for `Collection` and `Collection.work`.
@@ -258,7 +259,9 @@ def _stored(run: Run, roles: Sequence[Role], judge: str, asked: Mapping[str, Seq
 
 def measured(rounds: Rounds, asked: Mapping[str, Mapping[int, int]], cells: Mapping[str, Cells],
              used: Sequence[str], slope: float) -> Rounds:
-    """Return the result of `collect` with the numbers of all rollouts that the vectors average.
+    """Return the result of `collect` with `rollouts`, `slope` and `axis` of the final vectors.
+
+    The final vectors average all rollouts in the run folder.
 
     Args:
       rounds: the result of `collect`.

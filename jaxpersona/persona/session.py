@@ -196,9 +196,10 @@ class Session:
           UserError: the conversation has no reply, or the session has no interventions.
         """
         if not self.turns:
-            raise UserError("there is no reply to compare yet")
+            raise UserError("there is no reply to compare yet; send a message first")
         if not self.edits.edits:
-            raise UserError("there is nothing to compare: the session has no interventions")
+            raise UserError("there is nothing to compare: the session has no interventions; start "
+                            "a session with interventions")
         *earlier, last = self.turns
         handles = {on: self._submit(earlier, last.message, on) for on in (False, True)}
         return self._both(handles, last.message, cancelled)

@@ -41,7 +41,8 @@ class Source:
     """An output folder of the published code, checked when the object is created.
 
     Attributes:
-      roles: role name → `Role`, from `given` or else with the prompts of the responses.
+      roles: role name → `Role`: the given role or, if `given` is None, a role with the prompts of
+        the responses.
       gaps: names of roles whose prompt indices in the responses are not 0, 1, 2, …; [] if `given`
         is not None.
       shape: (L, D), the shape of a response mean.

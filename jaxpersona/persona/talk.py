@@ -81,7 +81,8 @@ def project_conversation(
     (found,) = _project(model, [row], vectors, interventions=interventions,
                         batch_tokens=width_of(row.tokens.size))  # a batch without padding rows
     if not found:
-        raise UserError("the conversation has no assistant message with response tokens")
+        raise UserError("the conversation has no assistant message with response tokens; add a "
+                        "reply with content")
     return found
 
 

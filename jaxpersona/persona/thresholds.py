@@ -80,7 +80,8 @@ def percentiles_of(projections: Mapping[str, np.ndarray], sizes: Mapping[str, in
     kept = {name: value[np.isfinite(value).all(1)] for name, value in projections.items()}
     kept = {name: value for name, value in kept.items() if len(value)}
     if not kept:
-        raise UserError("projections has no finite row: all replies are empty; add a non-empty one")
+        raise UserError("projections has no finite row: all replies are empty; add a non-empty "
+                        "reply")
     counts = np.array([len(value) for value in kept.values()])
     share = np.array([max(sizes[name], len(value)) / len(value) for name, value in kept.items()])
     values = np.concatenate(list(kept.values()))

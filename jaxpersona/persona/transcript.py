@@ -83,7 +83,8 @@ def restore(session: Session, value: Any) -> bool:
     table = value if isinstance(value, dict) else {"messages": value}
     messages = table.get("messages", table.get("conversation"))
     if not isinstance(messages, list):
-        raise UserError("must contain a list of messages with role and content")
+        raise UserError(f"messages is {messages!r:.60}; give a list of messages with role and "
+                        "content")
     messages = chat.check_conversation(messages, reply=False) if messages else []
     system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
     talk = messages[system is not None:]

@@ -5,8 +5,9 @@ Roles of a run can have rollouts of different questions, for example after a run
 depends on its questions. For a role with other questions than the default persona, the correction
 is b · (v(default) − u(role)): v is the default persona's mean over all its replies, u its mean over
 the replies to the role's questions, and b the slope of the regression of the roles' means per
-question on those of the default persona (`precision.question_slope`). b is computed from all
-rollouts that the vectors average. It needs sums per question, which runs with a precision keep.
+question on the default persona's means (`precision.question_slope`). b is computed from all
+rollouts that the vectors average. This computation needs sums per question, which only runs with a
+precision keep.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Correction:
     """The corrections of role vectors.
 
     Attributes:
-      slope: the share of a question's effect that all personas have; None if the run has no sums
-        per question.
+      slope: the fraction of a question's effect that all personas share; None if the run has no
+        sums per question.
       shifts: role → correction [L, D] float64, without roles that need none.
       problem: a sentence about roles that are not corrected; "" if there are none.
     """
@@ -48,7 +49,7 @@ class Correction:
 
 
 def questions_of(run: Run, name: str, judge: str, sums: Sums) -> Counter[int]:
-    """Return the ids of the questions that a closed role was asked → number of rollouts."""
+    """Return a dict from the id of each question of a closed role to its number of rollouts."""
     verdicts = run.verdicts(name, judge)
     keys = sums.groups if verdicts is None else verdicts["scores"]
     return Counter(place_of_key(key)[0] for key in keys)
@@ -76,7 +77,7 @@ def cells_of(sums: Sums, name: str, order: Sequence[int], asked: Iterable[int] |
 
 
 def same_width(cells: Mapping[str, Cells]) -> dict[str, Cells]:
-    """Return the cells with one width; those of a role without replies have the width 0."""
+    """Return the cells with equal widths; cells of width 0, without replies, become zeros."""
     width = max(one.totals.shape[1] for one in cells.values())
     return {name: one if one.totals.shape[1] else dataclasses.replace(
         one, totals=np.zeros((len(one.counts), width), np.float32)) for name, one in cells.items()}

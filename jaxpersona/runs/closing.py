@@ -23,7 +23,7 @@ from jaxpersona.runs.sample import chosen
 from jaxpersona.runs.sums import Sums, sampled
 
 Reread = Callable[[Sequence[Mapping[str, Any]]], Iterator[np.ndarray]]
-# (rollouts, key → score) → the keys whose score is not valid any more
+# (rollouts, key → score) → the keys whose score is no longer valid
 Outdated = Callable[[Sequence[Mapping[str, Any]], Mapping[str, int | None]], Set[str]]
 PLAIN = {"score": None, "expected": None, "mass": None, "refused": False, "error": None, "raw": ""}
 
@@ -69,7 +69,7 @@ def state_of(run: Run, role: str, judge: str, rubric: str, shape: tuple[int, int
         closed role is {}.
       repair: whether to delete scores that are based on another rubric, and invalid data in the
         live files. If false, both are ignored.
-      outdated: a function that returns the keys of the rollouts whose score is not valid any more
+      outdated: a function that returns the keys of the rollouts whose score is no longer valid
         (`Judge`), or None. Their verdicts are omitted.
 
     Raises:

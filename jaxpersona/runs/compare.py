@@ -69,7 +69,8 @@ def roles_of(folder: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
     """
     roles = manifest.get("roles", {})
     if not isinstance(roles, Mapping):
-        raise UserError(f"{folder / MANIFEST}: damaged (roles is not an object)")
+        raise UserError(f"{folder / MANIFEST}: damaged (roles is not an object); restore "
+                        "the file, or choose another folder")
     check_names(roles)
     return list(roles)
 
@@ -83,7 +84,7 @@ def judges_of(folder: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
     judges = manifest.get("judges", {})
     if not isinstance(judges, Mapping) or not all(isinstance(x, str) and x for x in judges):
         raise UserError(f"{folder / MANIFEST}: damaged (judges is not an object with "
-                        "non-empty names as keys)")
+                        "non-empty names as keys); restore the file, or choose another folder")
     return list(judges)
 
 
@@ -115,11 +116,13 @@ def check_same(folder: pathlib.Path, stored: Any, wanted: Mapping[str, Any]) -> 
     for field in GROWING:
         one, two = old.get(field), new.get(field, {})
         if not isinstance(one, dict):
-            raise UserError(f"{folder / MANIFEST}: damaged ({field} is not an object)")
+            raise UserError(f"{folder / MANIFEST}: damaged ({field} is not an object); "
+                            "restore the file, or choose another folder")
         old[field] = {k: v for k, v in one.items() if k in two}
         new[field] = {k: v for k, v in two.items() if k in one}
     if not isinstance(old.pop(LAST, {}), dict):
-        raise UserError(f"{folder / MANIFEST}: damaged ({LAST} is not an object)")
+        raise UserError(f"{folder / MANIFEST}: damaged ({LAST} is not an object); restore "
+                        "the file, or choose another folder")
     new.pop(LAST, None)
     old, new = flat(old), flat(new)
     differ = [

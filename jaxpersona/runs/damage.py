@@ -10,7 +10,7 @@ from jaxpersona.errors import UserError
 
 
 class Damaged(UserError):
-    """Error for a role's file that is missing, unreadable or different from what the run wrote.
+    """Error for a role's file that is missing, unreadable or changed since the run wrote it.
 
     Attributes:
       role: the name of the role.

@@ -53,7 +53,7 @@ def folders_of(folder: pathlib.Path, judges: Iterable[str]) -> Iterator[tuple[st
 def check_links(folder: pathlib.Path) -> None:
     """Check that no folder in a run folder is a symbolic link.
 
-    The files of a run would be written or deleted outside the run folder.
+    Through such a link, files outside the run folder would be written or deleted.
 
     Raises:
       UserError: a folder with files of roles, or the folder of a judge, is a symbolic link.
@@ -67,7 +67,7 @@ def check_links(folder: pathlib.Path) -> None:
     for place in places:
         if place.is_symlink():
             raise UserError(f"{place} is a symbolic link; a run keeps its files in its own "
-                            "folders: replace the link by the folder itself")
+                            "folders: replace the link with the folder itself")
 
 
 def delete_run(folder: pathlib.Path, roles: Iterable[str], judges: Iterable[str]) -> int:

@@ -7,9 +7,9 @@
 The first line of a JSONL file contains the role and its binding (`Run.binding`). Each new rollout
 or verdict is appended as one line with a checksum. The checksum of a rollout also covers its
 response mean. If a process is killed at any time, all complete lines stay valid, and an incomplete
-line is ignored or, if `repair` is true, removed when the files are opened again. The same holds for
-a line with a correct checksum that contains no rollout or verdict. A symbolic link
-raises an error, because a repair would change or create files outside the run.
+line is ignored or, if `repair` is true, removed when the files are opened again. The same applies
+to a line with a wrong checksum or without a rollout or verdict, and to all lines after it. A
+symbolic link raises an error, because a repair would change or create files outside the run.
 """
 
 from __future__ import annotations

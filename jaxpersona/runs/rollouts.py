@@ -33,11 +33,16 @@ class Settings:
     The defaults of `temperature`, `top_p`, `max_new_tokens` and `samples` are from Lu et al. 2026.
 
     Attributes:
+      temperature, top_p, max_new_tokens, seed: as for `generate`.
       samples: the number of rollouts per prompt and question.
       batch_size: the number of batch rows. It cannot change within a run, because the rounding of
         results depends on it.
       share_prefix: whether to compute the KV cache of a system prompt once for all questions.
         Sharing changes the rounding of the results.
+
+    Raises:
+      UserError: `max_new_tokens`, `samples` or `batch_size` is less than 1, or `samples` or
+        `batch_size` exceeds its limit.
     """
 
     temperature: float = 0.7

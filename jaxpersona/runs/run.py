@@ -323,6 +323,9 @@ class Run:
         """Return a dict from `rollout_key` to score for a role, or None if there is no file.
 
         Rollouts on which the judge failed are omitted.
+
+        Raises:
+          Damaged: see `verdicts`.
         """
         found = self.verdicts(role, judge)
         if found is None:

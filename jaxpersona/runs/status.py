@@ -38,8 +38,8 @@ class Status:
                  write: bool = True, before: Status | None = None) -> None:
         """Start the clock; if `write` is False, status.json is never written.
 
-        `before` is the progress of an earlier round of the same call, whose start, tokens and cost
-        are carried on.
+        `before` is the progress of an earlier round of the same call, from which the start time,
+        tokens and cost are carried over.
         """
         self.folder, self.total, self.to_judge, self.roles = folder, total, to_judge, roles
         self.done = self.judged = self.failed = self.tokens = self.closed = 0

@@ -109,7 +109,8 @@ class Sums:
           questions: the ids of n questions; one without replies has the sum 0.
 
         Returns:
-          (sums [n, D] float32, numbers of replies [n]), in the order of `questions`.
+          (sums [n, D] float32, numbers of replies [n]), in the order of `questions`. Without
+          `cells`, the sums have the shape [n, 0].
         """
         place = {question: i for i, question in enumerate(questions)}
         counts = np.zeros(len(place), int)

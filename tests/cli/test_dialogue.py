@@ -123,7 +123,7 @@ def test_at_a_terminal(tmp_path):
         at.ask("/undo")
         at.until("removed: Who are you really")
         at.ask("/compare")
-        at.until("error: there is no reply to compare yet\n")
+        at.until("error: there is no reply to compare yet; send a message first\n")
         at.ask("What is 2 plus 3?")
         answer = at.until(NOTE).split("\n  [")[0].strip()
         at.ask(f"/save {saved}")

@@ -164,7 +164,7 @@ def broken(change):
 
 
 @pytest.mark.parametrize(("value", "wanted"), [
-    (5, "must contain a list of messages"), ({}, "must contain a list of messages"),
+    (5, "messages is 5; give a list of messages"), ({}, "messages is None; give a list of"),
     ([{"role": "user"}], "message 0 has no 'content'"),
     ([{"role": "user", "content": "Hi."}], "must alternate"),
     ([{"role": "assistant", "content": "Hi."}], "must alternate"),
