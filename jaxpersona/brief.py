@@ -59,18 +59,23 @@ def escaped(name: str) -> str:
 
 
 def shown(value: object, most: int = 40) -> str:
-    """Return the repr of a value for a message, truncated to `most` characters.
+    """Return the repr of a value for a message, on one line and truncated to `most` characters.
 
     Examples:
       >>> from jaxpersona.brief import shown
       >>> shown(10**5000)
       'an int with too many digits'
+      >>> import numpy as np
+      >>> shown(np.zeros((2, 2)))
+      'array([[0., 0.], [0., 0.]])'
     """
     try:
         text = repr(value)
     except ValueError:  # an integer with more digits than Python's limit, or a list of these
         name = type(value).__name__
         return f"{'an' if name[0] in 'aeiou' else 'a'} {name} with too many digits"
+    if "\n" in text:
+        text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

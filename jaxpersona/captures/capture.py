@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.brief import cut
+from jaxpersona.brief import cut, shown
 from jaxpersona.calls import checked_call
 from jaxpersona.captures.activations import Full, Last, Mean, Norms
 from jaxpersona.captures.projections import Histogram, ProjectionMoments, Projections
@@ -231,7 +231,7 @@ def mean(where: Where | str = response, *, layers: Layers | None = None, site: S
       (1, 8, 128)
     """
     if turns is not None and (type(turns) is not int or turns < 1):
-        raise UserError(f"turns is {turns!r}; it must be a positive integer")
+        raise UserError(f"turns is {shown(turns)}; it must be a positive integer")
     return Capture({name: Mean(**_common(where, layers, site), turns=turns)})
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxpersona.brief import shown
 from jaxpersona.captures.capture import Capture, chosen_layers
 from jaxpersona.distributed.sharding import rows_divisor
 from jaxpersona.errors import UserError
@@ -160,7 +161,7 @@ def check_settings(**counts: Any) -> None:
     for name, value in counts.items():
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
         if not whole or value < 1:
-            raise UserError(f"{name} is {value!r}; it must be a positive integer")
+            raise UserError(f"{name} is {shown(value)}; it must be a positive integer")
 
 
 def check_rows(model: Model, batch_size: int, share_prefix: bool) -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.brief import cut
+from jaxpersona.brief import cut, shown
 from jaxpersona.calls import checked_call
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import Layers, resolve_layers
@@ -251,7 +251,7 @@ def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
              "entries": rows if entries is None else entries}
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
-            raise UserError(f"{name} is {size!r}; it must be a positive integer")
+            raise UserError(f"{name} is {shown(size)}; it must be a positive integer")
     if site not in SITES:
         raise UserError(f"site is {site!r}; it must be one of {SITES}")
     chosen = resolve_layers(layers, None)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import jax
 
-from jaxpersona.brief import line
+from jaxpersona.brief import line, shown
 from jaxpersona.errors import UserError
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -112,7 +112,7 @@ class ModelConfig:
                       "d_ff", "max_context"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
-                raise UserError(f"{field} is {value!r}; it must be a positive integer")
+                raise UserError(f"{field} is {shown(value)}; it must be a positive integer")
         if self.n_heads % self.n_kv_heads:
             raise UserError(
                 f"n_kv_heads is {self.n_kv_heads}; it must divide n_heads ({self.n_heads})"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxpersona.brief import line
+from jaxpersona.brief import line, shown
 from jaxpersona.calls import checked_call
 from jaxpersona.captures import capture
 from jaxpersona.engine.generate import generate
@@ -256,7 +256,7 @@ def _entries(model: Model, axis: Axis | Caps, layers: Layers | None,
     except (TypeError, ValueError, OverflowError):
         given = np.array(np.nan)
     if np.isnan(given).any():
-        raise UserError(f"floor is {floor!r}; give numbers other than NaN")
+        raise UserError(f"floor is {shown(floor)}; give numbers other than NaN")
     if given.shape == (total,):
         given = given[list(chosen)]
     if given.shape not in ((), (len(chosen),)):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.brief import brief
+from jaxpersona.brief import brief, shown
 from jaxpersona.captures import capture
 from jaxpersona.distributed.context import own_context
 from jaxpersona.engine.batches import width_of
@@ -70,10 +70,13 @@ def project_conversation(
       One `TurnProjection` per assistant message with response tokens.
 
     Raises:
-      UserError: the model has no tokenizer, the conversation has no response tokens or exceeds the
-        context, activations are not finite, a direction or intervention belongs to another model or
-        site, or there is no layer at which all directions are nonzero.
+      UserError: `vectors` is empty or a single `Vector`, the model has no tokenizer, the
+        conversation has no response tokens or exceeds the context, activations are not finite, a
+        direction or intervention belongs to another model or site, or there is no layer at which
+        all directions are nonzero.
     """
+    if isinstance(vectors, Vector) or not vectors:
+        raise UserError(f"vectors is {shown(vectors)}; give a list of at least one direction")
     vectors = [fit(model, vector) for vector in vectors]
     if model.tokenizer is None:
         raise UserError(f"{model.name} has no tokenizer; conversations need one")

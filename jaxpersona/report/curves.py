@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from jaxpersona.brief import shown
 from jaxpersona.calls import checked_call
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import numbers
@@ -278,7 +279,7 @@ def _projection(ax: Axes, axis: Axis | None, layer: int | None, floor: str | flo
         band(ax, low, high, "default persona, p25 to p75")
     if isinstance(floor, str):
         if axis is None or layer is None:
-            raise UserError(f"floor is {floor!r}; a percentile needs axis=, "
+            raise UserError(f"floor is {shown(floor)}; a percentile needs axis=, "
                             "which contains its value")
         name = f"floor τ ({floor} of the default persona)"
         floor = float(axis.thresholds(floor, of="default")[layer])
@@ -286,7 +287,7 @@ def _projection(ax: Axes, axis: Axis | None, layer: int | None, floor: str | flo
         name = "floor τ"
     if floor is not None:
         if not np.isfinite(floor):
-            raise UserError(f"floor is {floor!r}; give a finite number")
+            raise UserError(f"floor is {shown(floor)}; give a finite number")
         reference(ax, float(floor), name)
     ax.set_ylabel("projection onto the Assistant Axis"
                   + ("" if layer is None else f", layer {layer}"))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxpersona.brief import shown
 from jaxpersona.calls import checked_call
 from jaxpersona.errors import UserError
 from jaxpersona.report import labels, sources
@@ -72,7 +73,7 @@ def ranking(found: Any, layer: int | None = None, *, count: int = EXTREMES,
       ['pirate', 'default persona']
     """
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise UserError(f"count is {count!r}; it must be a positive integer")
+        raise UserError(f"count is {shown(count)}; it must be a positive integer")
     at = sources.places(found, layer)
     with style():
         total, rows = len(at.names), len(at.names) if len(at.names) <= NAMED else 2 * count + 3

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpersona.brief import brief
+from jaxpersona.brief import brief, shown
 from jaxpersona.ckpts.vectors import load_axis
 from jaxpersona.errors import UserError
 from jaxpersona.inputs import read_json
@@ -80,7 +80,7 @@ def layer_of(layer: int | None, total: int) -> int:
         return total // 2
     if not isinstance(layer, (int, np.integer)) or isinstance(layer, bool) or (
             not 0 <= layer < total):
-        raise UserError(f"layer is {layer!r}; the layers are 0…{total - 1}")
+        raise UserError(f"layer is {shown(layer)}; the layers are 0…{total - 1}")
     return int(layer)
 
 

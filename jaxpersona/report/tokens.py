@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxpersona.brief import shown
 from jaxpersona.calls import checked_call
 from jaxpersona.engine.extract import Extracted
 from jaxpersona.engine.generate import Generated
@@ -144,7 +145,7 @@ def _values(found: Any, index: int, reading: str) -> tuple[Row, np.ndarray, np.n
                         "projections, pass capture=jp.capture.projections(vector)")
     count = 1 if isinstance(found, Reply) else len(found.rows)
     if not isinstance(index, (int, np.integer)) or not 0 <= index < count:
-        raise UserError(f"index is {index!r}; the indices of conversations are 0…{count - 1}")
+        raise UserError(f"index is {shown(index)}; the indices of conversations are 0…{count - 1}")
     if isinstance(found, Reply):
         row, reply, value = found.row, found.tokens, found.captured[reading]
     else:

@@ -45,7 +45,7 @@ def check_names(found: Any) -> None:
                         "digits in lower case, or empty")
     scheme = found.fingerprint_scheme
     if type(scheme) is not int or scheme < 1:
-        raise UserError(f"fingerprint_scheme is {scheme!r}; it must be a positive integer "
+        raise UserError(f"fingerprint_scheme is {shown(scheme)}; it must be a positive integer "
                         f"({SCHEME} for a fingerprint that this version computes)")
     object.__setattr__(found, "notes", _plain(found.notes))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpersona.brief import line, quoted
+from jaxpersona.brief import line, quoted, shown
 from jaxpersona.calls import checked_class
 from jaxpersona.errors import UserError
 from jaxpersona.export import Table, others
@@ -318,7 +318,7 @@ class Axis(Vector):
         known = self.percentiles[of]
         if percentile not in known:
             meant = f"p{percentile}"
-            raise UserError(f"percentile is {percentile!r}"
+            raise UserError(f"percentile is {shown(percentile)}"
                             + (f" (write {meant})" if meant in known else "")
                             + f"; this axis has {', '.join(sorted(known, key=_by_number))}")
         return known[percentile]

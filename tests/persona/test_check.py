@@ -114,6 +114,7 @@ def test_what_cannot_be_checked_is_refused(mini, axis):
         (Caps(axis.values[:1], (0,), np.zeros(1), ("a",)), {"floor": 0}, "already contain"),
         (axis, {"floor": float("nan")}, "floor is nan"), (axis, {"floor": "p25"}, "floor is 'p25'"),
         (axis, {"floor": [1, 2, 3, np.nan]}, "numbers other than NaN"),
+        (axis, {"floor": np.full((50, 8), np.nan)}, r"^floor is array\(\[\[nan, nan[^\n]*; give"),
         (Vector(axis.values), {}, r"of type Vector; the check needs an Axis or Caps"),
         (axis.values, {}, r"of type ndarray; the check needs an Axis or Caps"),
     ):

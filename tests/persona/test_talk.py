@@ -134,3 +134,13 @@ def test_conversations_with_equal_ids_share_their_draws(model):
     same = grow(model, [[], []], [["Hello."]] * 2, vector, ids=[7, 7], **how)
     apart = grow(model, [[], []], [["Hello."]] * 2, vector, ids=[7, 8], **how)
     assert same.replies[0][0] == same.replies[0][1] == apart.replies[0][0] != apart.replies[0][1]
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ([], r"vectors is \[\]"), ((), r"vectors is \(\)"), (None, "vectors is None"),
+    (Vector(np.ones((2, 3), np.float32), name="a"), r"vectors is Vector"),
+])
+def test_directions_must_be_a_list_of_at_least_one(model, given, message):
+    """An empty list and a single direction are refused in one line."""
+    with pytest.raises(jp.UserError, match=message + ".*; give a list of at least one direction"):
+        project_conversation(model, TALK, given)
