@@ -96,8 +96,8 @@ class Extracted(Table):
     def records(self) -> list[dict[str, Any]]:
         """Return one record per conversation.
 
-        The keys are `text` (the last message), `tokens` (the number of tokens) and `finite`
-        (whether all activations were finite).
+        The keys are `text` (the last message, or `Row.text` if there are no messages), `tokens`
+        (the number of tokens) and `finite` (whether all activations were finite).
         """
         return [{"text": row.messages[-1]["content"] if row.messages else row.text,
                  "tokens": int(row.tokens.size), "finite": not bad}

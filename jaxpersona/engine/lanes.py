@@ -6,8 +6,8 @@ Each row of the cache has its own next slot, so rows with different numbers of t
 together. The shapes for a prompt depend only on that prompt, its reply's length limit and B. The
 results are therefore bit-identical in any row, at any time and with any other prompts.
 
-If prompts are prefilled in pieces, chunks of consecutive tokens (`tasks.piece_of`), a lane has R
-staging rows in addition to its B rows. One call prefills the next piece of up to R prompts, which
+If prompts are prefilled in pieces (chunks of consecutive tokens, see `tasks.piece_of`), a lane has
+R staging rows in addition to its B rows. One call prefills the next piece of up to R prompts, which
 may have different lengths. A fully prefilled prompt stays in its staging row until one of the B
 rows is free.
 """
@@ -187,8 +187,8 @@ class Lane:
 
         Returns:
           Tuples (tasks, rows, state): at most `together` tasks, and the index of each task's row in
-          `state`. If `together` < B, each state has `together` rows and omits the
-          cached keys and values.
+          `state`. If `together` < B, each state has `together` rows and omits the cached keys and
+          values.
         """
         out = []
         for begin in range(0, max(done.size, 1), self.together):
@@ -309,7 +309,7 @@ class Lane:
         self.staging, self.ran[row] = self.staging.replace(carry=carry), shared
 
     def _prefix(self, task: Task, shared: int, shape: Shape) -> Carry:
-        """Return the carry after a task's shared prefix, from the cache `prefixes` if possible."""
+        """Return the carry after a task's shared prefix; compute it if it is not in `prefixes`."""
         key = (*prefix_key(task), *self.edits.key(task))
         if key not in self.prefixes:
             batch = cut([task], [0], [shared], shape.prefix, 1, True)

@@ -76,11 +76,15 @@ class Pace:
         return float((np.diff(at) * alive).sum())
 
     def seconds_for(self, count: int, per_call: int) -> float:
-        """Return the expected time in seconds for `count` replies in calls of `per_call` each.
+        """Return the expected time in seconds for `count` replies.
 
         Near the end of a `generate` call, rows become free and remain unused. A complete sample
         includes this idle time. For an incomplete sample, the idle time is estimated by simulating
         a call; the result is infinite if no token was generated.
+
+        Args:
+          count: the number of replies.
+          per_call: the number of conversations in a call of `generate`.
         """
         if self.complete:
             return self.seconds * count / len(self.finished)

@@ -126,7 +126,7 @@ def _checked_row(row: chat.Row, name: str) -> chat.Row:
       name: the name of the conversation in error messages.
 
     Raises:
-      UserError: an array is not [T] integers, T is 0, or the arrays have different lengths.
+      UserError: a field is not an integer array [T], T is 0, or the arrays have different lengths.
     """
     arrays = {"tokens": row.tokens, "kind": row.kind, "turn": row.turn}
     for field, value in arrays.items():
@@ -164,7 +164,7 @@ def check_settings(**counts: Any) -> None:
 
 
 def check_rows(model: Model, batch_size: int, share_prefix: bool) -> None:
-    """Check that the batch size, and the choice of `share_prefix`, are valid for the model's mesh.
+    """Check that `batch_size` and `share_prefix` are valid for the model's mesh.
 
     Raises:
       UserError: `batch_size` rows cannot be divided evenly over the mesh, or `share_prefix` is
