@@ -120,8 +120,8 @@ class Engine:
         """Check a request, append it to the queue and return its handle.
 
         Raises:
-          UserError: a setting is invalid, or the request does not match the model or exceeds the
-            capacity or the cache sizes. An error in one request does not affect other requests.
+          UserError: the conversation or a setting is invalid, or the request does not match the
+            model or exceeds the capacity or the cache sizes. Other requests are not affected.
           QueueFull: `queue` requests are already queued.
         """
         if not isinstance(request, Request):
@@ -143,8 +143,8 @@ class Engine:
     def step(self) -> bool:
         """Admit queued requests, and decode a chunk in every lane.
 
-        If an admitted request is streamed, its first token is sent first: the step does not decode,
-        unless the previous step did not decode either.
+        If an admitted request is streamed, the step ends without decoding, so that the first token
+        is sent sooner, unless the previous step also ended without decoding.
 
         Returns:
           True if any request is unfinished.
@@ -278,7 +278,7 @@ class Engine:
         edits, capture = off_mesh((given(request.interventions), request.capture))
         capture = Capture() if capture is None else capture
         if edits.rows is not None:
-            raise UserError("interventions have rows=; a request has one row, so create them without it")
+            raise UserError("interventions have rows=, but a request has one row; omit rows=")
         prompts.check_edits(model, edits, 1, capture)
         most = min(request.max_new_tokens, model.config.max_context)
         limit = int(prompts.limits(model, [row], most)[0])

@@ -70,7 +70,8 @@ class Extracted(Table):
       applied: one `Applied` per intervention table; `seen` is [N], and `changed` is [l, N], where l
         is the number of layers of the table.
       rows: the encoded conversations.
-      tokens, padded: the total number of tokens, and of token positions including padding.
+      tokens: the total number of tokens.
+      padded: the total number of token positions, including padding.
       nonfinite: [N] bool, True for conversations with NaN or infinite activations; discard the
         captured values of these conversations.
 
@@ -150,10 +151,10 @@ def extract(
       conversations, its values there are NaN, and a logged warning lists these conversations.
 
     Raises:
-      UserError: there are no conversations, a conversation is longer than the context, a capture
-        such as a mean selects no token in any conversation, the capture or the interventions do not
-        match the model or are not supported by `residual="pallas"`, another argument is invalid, or
-        activations are not finite and `on_nonfinite` is "raise".
+      UserError: there are no conversations, a conversation is invalid or longer than the context, a
+        capture such as a mean selects no token in any conversation, the capture or the
+        interventions do not match the model or are not supported by `residual="pallas"`, another
+        argument is invalid, or activations are not finite and `on_nonfinite` is "raise".
 
     Examples:
       >>> import jaxpersona as jp

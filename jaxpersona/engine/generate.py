@@ -173,9 +173,10 @@ def generate(
       The replies and captured activations, in input order.
 
     Raises:
-      UserError: there are no conversations, a prompt fills the context, a setting is out of range,
-        the interventions or the captures do not match the model or the number of conversations, or
-        activations are not finite and `on_nonfinite` is "raise".
+      UserError: there are no conversations, a conversation is invalid, a prompt fills the context,
+        a setting is out of range or not supported on the model's mesh, the interventions or the
+        captures do not match the model or the number of conversations, or activations are not
+        finite and `on_nonfinite` is "raise".
 
     Examples:
       >>> import jaxpersona as jp

@@ -57,7 +57,7 @@ class Lane:
       together: R, the number of rows that one call prefills or copies out.
       piece: the number of tokens in a piece; None if a prompt runs in one call.
       tasks: the task of each row; None if the row is free.
-      filling: whether rows were assigned since the last decode step.
+      filling: whether rows have been assigned since the last call of `decode`.
       state: the state of the B rows; None before the first prefill if R = B.
       axes: the batch axis of each leaf of the state.
       prefixes: the carries of the R most recently prefilled shared prefixes, one row each.
@@ -255,7 +255,7 @@ class Lane:
     def _run_piece(self) -> None:
         """Prefill the next piece of every staged prompt.
 
-        No staged prompt may be fully prefilled already.
+        No staged prompt may already be fully prefilled.
         """
         assert self.piece is not None
         setting, tasks = self.setting, self.staged

@@ -137,7 +137,7 @@ def occupancy(lengths: Sequence[int] | np.ndarray, rows: int) -> float:
 def measure(model: Model, conversations: Sequence[Any], *, seconds: float, capture: Capture,
             max_new_tokens: int, temperature: float, top_p: float, seed: int, batch_size: int,
             ids: Sequence[int]) -> Pace:
-    """Generate replies for at most about `seconds` seconds and return the measured speed.
+    """Generate replies for up to about `seconds` seconds and return the measured speed.
 
     The programs are compiled first. The elapsed time is checked after each chunk of decode steps. A
     chunk has fewer steps on a slow device.

@@ -62,7 +62,7 @@ def _layer_windows(raw: Mapping[str, Any], fallback: Callable[[int], bool]) -> t
                         f"each one of {known}")
     if window is None and "sliding_attention" in types:
         raise UserError("layer_types contains sliding_attention, but sliding_window is null or "
-                        "use_sliding_window is false")
+                        "use_sliding_window is false; set a window, or use full_attention")
     return tuple(window if t == "sliding_attention" else None for t in types)
 
 

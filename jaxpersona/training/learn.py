@@ -271,7 +271,7 @@ class _Checkpoints:
 
 
 def _unusable(folder: pathlib.Path, error: Exception) -> UserError:
-    """Return an error about a checkpoint that Orbax cannot read, or that does not match."""
+    """Return the error for a checkpoint that is unreadable or does not match the training run."""
     reason = " ".join(str(error).split())[:160]
     return UserError(f"{folder}: the checkpoint cannot be used ({reason}); use another folder, or "
                      "delete this folder to start over")
