@@ -87,7 +87,7 @@ class Output(flax.struct.PyTreeNode):
 
     @property
     def gates(self) -> Gates:
-        """The state of each prompt gate, by the index of the gate's intervention table."""
+        """The state of each prompt gate, by its intervention table's index, such as "0"."""
         return self.carry.gates or {}
 
     @property
