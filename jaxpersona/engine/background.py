@@ -12,23 +12,23 @@ from jaxpersona.errors import UserError
 class Background:
     """A thread that runs steps within a `with` block (`running`).
 
-    The thread ends after its current step if the block has ended, also if the wait for it is
-    interrupted. It marks its end itself.
+    When the block ends, the thread completes its current step and exits, even if the wait for it is
+    interrupted. The thread itself records that it has ended.
     """
 
     def __init__(self, changed: threading.Condition, unfinished: Callable[[], bool],
                  step: Callable[[], object]) -> None:
-        """Create an object without a thread.
+        """Store the functions; `running` starts the thread.
 
         Args:
-          changed: the condition that is notified of new requests; also notified when the thread
-            ends.
+          changed: the condition that is notified of new requests; it is also notified when the
+            thread ends.
           unfinished: a function that returns whether there are unfinished requests.
-          step: a function that runs one step. If it raises an error, it has passed the error to
-            the requests, and the thread continues.
+          step: a function that runs one step. If it raises an error, it must already have passed
+            the error to the requests; the thread continues.
         """
         self._changed, self._unfinished, self._step = changed, unfinished, step
-        self._stop: threading.Event | None = None  # set at the end of the thread's block
+        self._stop: threading.Event | None = None  # set when the block ends; None without a thread
 
     @property
     def active(self) -> bool:
@@ -47,11 +47,12 @@ class Background:
                                   daemon=True)
         try:
             with self._changed:
-                # after an interrupted wait, the thread of an earlier block may still run a step
+                # the thread of an earlier block may still run if the wait for it was interrupted
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._stop is None or not self._stop.is_set())
                 if self._stop is not None:
-                    raise UserError("the engine already runs in the background")
+                    raise UserError("the engine already runs in the background; leave its "
+                                    "`with engine.running()` block first")
                 self._stop = stop
             thread.start()
             yield
@@ -74,13 +75,13 @@ class Background:
                         return
                 try:
                     self._step()
-                except BaseException:  # `result` and `stream` raise this error
+                except BaseException:  # the step has passed this error to the requests
                     continue
         finally:
             self._ended(stop)
 
     def _ended(self, stop: threading.Event) -> None:
-        """Mark the end of the thread of the block with this event."""
+        """Record that the thread with this stop event has ended, and notify all waiting threads."""
         with self._changed:
             if self._stop is stop:
                 self._stop = None

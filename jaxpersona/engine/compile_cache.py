@@ -59,8 +59,9 @@ def use_compile_cache() -> str | None:
 def traces() -> OwnFolder | None:
     """Return the folder in which traces are stored, or None if they are not stored.
 
-    Traces are not stored if JAX's compilation cache is disabled, because a stored trace saves time
-    only if its executable is cached too.
+    Traces are not stored if `JAXPERSONA_COMPILE_CACHE=0`, if the package's cache folder cannot be
+    used, or if JAX's compilation cache is disabled, because a stored trace saves time only if its
+    executable is cached too.
     """
     if os.environ.get(SWITCH, "1") == "0" or not setting("jax_compilation_cache_dir"):
         return None

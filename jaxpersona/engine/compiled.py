@@ -38,7 +38,7 @@ class Kept:
     Attributes:
       limit: the maximum number of programs. If None, it is read from the environment variable
         `JAXPERSONA_PROGRAMS` when the first program is requested, so that an invalid value raises
-        an error in that call and not at import. `keeping` raises it.
+        an error in that call and not at import. `keeping` can increase the limit.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -76,10 +76,11 @@ class Kept:
 
     @contextlib.contextmanager
     def keeping(self) -> Iterator[None]:
-        """Raise the limit to the number of programs requested in a `with` block.
+        """Increase the limit, if necessary, to the number of programs requested in a `with` block.
 
         None of these programs is then dropped within the block. If the environment variable
-        `JAXPERSONA_PROGRAMS` is set, the limit stays, and a warning states the required number.
+        `JAXPERSONA_PROGRAMS` is set, the limit does not change, and a warning states the required
+        number if it is larger.
         """
         used: set[Any] = set()
         with self._lock:

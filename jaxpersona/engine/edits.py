@@ -130,7 +130,7 @@ def for_one_row(edits: Interventions | None, capacity: Interventions | None) -> 
     """Return interventions on one row, with the structure of `capacity` if it is not None.
 
     Args:
-      edits: interventions without `rows=`, or None.
+      edits: interventions created without `rows=`, or None.
       capacity: the result of `reserve`, with any number of rows, or None.
 
     Raises:

@@ -79,9 +79,9 @@ class Engine:
           queue: the maximum number of queued requests.
 
         Raises:
-          UserError: a setting or an element of `sizes` is not a positive integer, `rows` is not a
-            multiple of the number of batch shards, or the capacity is not the result of `reserve`
-            or does not match the model.
+          UserError: a setting is not a positive integer, `sizes` is not a non-empty list of
+            positive integers, `rows` is not a multiple of the number of batch shards, or the
+            capacity is not the result of `reserve` or does not match the model.
         """
         check_model(model)
         if sizes is not None and not (isinstance(sizes, (list, tuple)) and sizes):
@@ -120,8 +120,8 @@ class Engine:
         """Check a request, append it to the queue and return its handle.
 
         Raises:
-          UserError: a setting is invalid, or the request does not match the model or exceeds the
-            capacity or the cache sizes. An error in one request does not affect other requests.
+          UserError: the conversation or a setting is invalid, or the request does not match the
+            model or exceeds the capacity or the cache sizes. Other requests are not affected.
           QueueFull: `queue` requests are already queued.
         """
         if not isinstance(request, Request):
@@ -143,8 +143,8 @@ class Engine:
     def step(self) -> bool:
         """Admit queued requests, and decode a chunk in every lane.
 
-        If an admitted request is streamed, its first token is sent first: the step does not decode,
-        unless the previous step did not decode either.
+        If an admitted request is streamed, the step ends without decoding, so that the first token
+        is sent sooner, unless the previous step also ended without decoding.
 
         Returns:
           True if any request is unfinished.
@@ -156,7 +156,7 @@ class Engine:
         """Wait until the reply to a request is complete, and return the reply.
 
         Raises:
-          UserError: the handle is not one of this engine.
+          UserError: the handle does not belong to this engine.
           BaseException: the error that ended the request.
         """
         while not Handle.of(handle, self._owner).done:
@@ -171,7 +171,7 @@ class Engine:
         """Yield events as a reply is generated; the last event contains the complete reply.
 
         Raises:
-          UserError: the handle is not one of this engine.
+          UserError: the handle does not belong to this engine.
           BaseException: the error that ended the request.
         """
         request = Handle.of(handle, self._owner).request
@@ -195,10 +195,10 @@ class Engine:
             self._advance(handle, tokens.size)
 
     def cancel(self, handle: Handle) -> None:
-        """Cancel an unfinished request; `result` then returns the tokens streamed so far.
+        """Cancel an unfinished request; its reply then contains the tokens streamed so far.
 
         Raises:
-          UserError: the handle is not one of this engine.
+          UserError: the handle does not belong to this engine.
         """
         strings = stopping.checked(Handle.of(handle, self._owner).request.stop)
         with self._changed:
@@ -238,7 +238,7 @@ class Engine:
 
         Raises:
           UserError: the engine has unfinished requests, `requests` is None and the engine has no
-            `sizes`, or an example is invalid.
+            `sizes`, or `requests` is not a list of valid requests.
         """
         if requests is None and self.sizes is None:
             raise UserError("the engine has no sizes; use Engine(sizes=…), or pass example "
@@ -278,7 +278,7 @@ class Engine:
         edits, capture = off_mesh((given(request.interventions), request.capture))
         capture = Capture() if capture is None else capture
         if edits.rows is not None:
-            raise UserError("the interventions have `rows=`, but a request has one row; omit rows=")
+            raise UserError("interventions have rows=, but a request has one row; omit rows=")
         prompts.check_edits(model, edits, 1, capture)
         most = min(request.max_new_tokens, model.config.max_context)
         limit = int(prompts.limits(model, [row], most)[0])
@@ -375,7 +375,7 @@ class Engine:
                      task.row, finished.captured, finished.applied)
 
     def _fail(self, tasks: list[Task], error: BaseException) -> None:
-        """End the requests of the tasks with a copy of an error, whose note has the traceback."""
+        """End the tasks' requests with a copy of an error; a note on the copy has the traceback."""
         kept = detached(error, "Traceback of the engine's step:\n" + "".join(
             traceback.format_exception(error)).rstrip())
         for task in tasks:

@@ -70,7 +70,8 @@ class Extracted(Table):
       applied: one `Applied` per intervention table; `seen` is [N], and `changed` is [l, N], where l
         is the number of layers of the table.
       rows: the encoded conversations.
-      tokens, padded: the total number of tokens, and of token positions including padding.
+      tokens: the total number of tokens.
+      padded: the total number of token positions, including padding.
       nonfinite: [N] bool, True for conversations with NaN or infinite activations; discard the
         captured values of these conversations.
 
@@ -96,8 +97,8 @@ class Extracted(Table):
     def records(self) -> list[dict[str, Any]]:
         """Return one record per conversation.
 
-        The keys are `text` (the last message), `tokens` (the number of tokens) and `finite`
-        (whether all activations were finite).
+        The keys are `text` (the last message, or `Row.text` if there are no messages), `tokens`
+        (the number of tokens) and `finite` (whether all activations were finite).
         """
         return [{"text": row.messages[-1]["content"] if row.messages else row.text,
                  "tokens": int(row.tokens.size), "finite": not bad}
@@ -150,10 +151,10 @@ def extract(
       conversations, its values there are NaN, and a logged warning lists these conversations.
 
     Raises:
-      UserError: there are no conversations, a conversation is longer than the context, a capture
-        such as a mean selects no token in any conversation, the capture or the interventions do not
-        match the model or are not supported by `residual="pallas"`, another argument is invalid, or
-        activations are not finite and `on_nonfinite` is "raise".
+      UserError: there are no conversations, a conversation is invalid or longer than the context, a
+        capture such as a mean selects no token in any conversation, the capture or the
+        interventions do not match the model or are not supported by `residual="pallas"`, another
+        argument is invalid, or activations are not finite and `on_nonfinite` is "raise".
 
     Examples:
       >>> import jaxpersona as jp

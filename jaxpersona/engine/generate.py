@@ -98,10 +98,11 @@ class Generated(Table):
     def records(self) -> list[dict[str, Any]]:
         """Return one record per conversation.
 
-        The keys are `prompt` (the last message), `reply`, `tokens` (the number of tokens in the
-        reply), `finish`, `messages` (of the prompt) and `ids` (the token ids of the reply). With
-        interventions, `seen` and `changed` contain one number per table: the number of tokens
-        selected by its token test, and the maximum over layers of the number of changed tokens.
+        The keys are `prompt` (the last message, or `Row.text` if there are no messages), `reply`,
+        `tokens` (the number of tokens in the reply), `finish`, `messages` (of the prompt) and `ids`
+        (the token ids of the reply). With interventions, `seen` and `changed` contain one number
+        per table: the number of tokens selected by its token test, and the maximum over layers of
+        the number of changed tokens.
         """
         return [record(row, text, tokens, finish,
                        [(table.seen[i], table.changed[:, i]) for table in self.applied])
@@ -172,9 +173,10 @@ def generate(
       The replies and captured activations, in input order.
 
     Raises:
-      UserError: there are no conversations, a prompt fills the context, a setting is out of range,
-        the interventions or the captures do not match the model or the number of conversations, or
-        activations are not finite and `on_nonfinite` is "raise".
+      UserError: there are no conversations, a conversation is invalid, a prompt fills the context,
+        a setting is out of range or not supported on the model's mesh, the interventions or the
+        captures do not match the model or the number of conversations, or activations are not
+        finite and `on_nonfinite` is "raise".
 
     Examples:
       >>> import jaxpersona as jp
@@ -309,7 +311,10 @@ def asks_for_code(edits: Interventions, capture: Capture) -> bool:
 
 
 def stops_of(model: Model, code: bool) -> Stops:
-    """Return the stop tokens and thinking tags, and the code-fence table if `code` is True."""
+    """Return the stop tokens and thinking tags and, if `code` is True, the code-fence table.
+
+    Without a tokenizer, the thinking tags are −1, and there is no code-fence table.
+    """
     ids = list(model.stop_ids) or [-1]
     ids += [-1] * (-len(ids) % 4)  # pad to a multiple of 4, so that more models share programs
     tokenizer = model.tokenizer

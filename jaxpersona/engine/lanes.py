@@ -6,8 +6,8 @@ Each row of the cache has its own next slot, so rows with different numbers of t
 together. The shapes for a prompt depend only on that prompt, its reply's length limit and B. The
 results are therefore bit-identical in any row, at any time and with any other prompts.
 
-If prompts are prefilled in pieces, chunks of consecutive tokens (`tasks.piece_of`), a lane has R
-staging rows in addition to its B rows. One call prefills the next piece of up to R prompts, which
+If prompts are prefilled in pieces (chunks of consecutive tokens, see `tasks.piece_of`), a lane has
+R staging rows in addition to its B rows. One call prefills the next piece of up to R prompts, which
 may have different lengths. A fully prefilled prompt stays in its staging row until one of the B
 rows is free.
 """
@@ -57,7 +57,7 @@ class Lane:
       together: R, the number of rows that one call prefills or copies out.
       piece: the number of tokens in a piece; None if a prompt runs in one call.
       tasks: the task of each row; None if the row is free.
-      filling: whether rows were assigned since the last decode step.
+      filling: whether rows have been assigned since the last call of `decode`.
       state: the state of the B rows; None before the first prefill if R = B.
       axes: the batch axis of each leaf of the state.
       prefixes: the carries of the R most recently prefilled shared prefixes, one row each.
@@ -187,8 +187,8 @@ class Lane:
 
         Returns:
           Tuples (tasks, rows, state): at most `together` tasks, and the index of each task's row in
-          `state`. If `together` < B, each state has `together` rows and omits the
-          cached keys and values.
+          `state`. If `together` < B, each state has `together` rows and omits the cached keys and
+          values.
         """
         out = []
         for begin in range(0, max(done.size, 1), self.together):
@@ -255,7 +255,7 @@ class Lane:
     def _run_piece(self) -> None:
         """Prefill the next piece of every staged prompt.
 
-        No staged prompt may be fully prefilled already.
+        No staged prompt may already be fully prefilled.
         """
         assert self.piece is not None
         setting, tasks = self.setting, self.staged
@@ -309,7 +309,7 @@ class Lane:
         self.staging, self.ran[row] = self.staging.replace(carry=carry), shared
 
     def _prefix(self, task: Task, shared: int, shape: Shape) -> Carry:
-        """Return the carry after a task's shared prefix, from the cache `prefixes` if possible."""
+        """Return the carry after a task's shared prefix; compute it if it is not in `prefixes`."""
         key = (*prefix_key(task), *self.edits.key(task))
         if key not in self.prefixes:
             batch = cut([task], [0], [shared], shape.prefix, 1, True)

@@ -76,11 +76,15 @@ class Pace:
         return float((np.diff(at) * alive).sum())
 
     def seconds_for(self, count: int, per_call: int) -> float:
-        """Return the expected time in seconds for `count` replies in calls of `per_call` each.
+        """Return the expected time in seconds for `count` replies.
 
         Near the end of a `generate` call, rows become free and remain unused. A complete sample
         includes this idle time. For an incomplete sample, the idle time is estimated by simulating
         a call; the result is infinite if no token was generated.
+
+        Args:
+          count: the number of replies.
+          per_call: the number of conversations in a call of `generate`.
         """
         if self.complete:
             return self.seconds * count / len(self.finished)
@@ -133,7 +137,7 @@ def occupancy(lengths: Sequence[int] | np.ndarray, rows: int) -> float:
 def measure(model: Model, conversations: Sequence[Any], *, seconds: float, capture: Capture,
             max_new_tokens: int, temperature: float, top_p: float, seed: int, batch_size: int,
             ids: Sequence[int]) -> Pace:
-    """Generate replies for at most about `seconds` seconds and return the measured speed.
+    """Generate replies for up to about `seconds` seconds and return the measured speed.
 
     The programs are compiled first. The elapsed time is checked after each chunk of decode steps. A
     chunk has fewer steps on a slow device.

@@ -60,7 +60,7 @@ class Call(NamedTuple):
 
 
 def large(config: ModelConfig) -> bool:
-    """Return whether a model is so large (`LEAST_PARAMETERS`) that pieces save time."""
+    """Return whether a model is large enough (`LEAST_PARAMETERS`) for pieces to save time."""
     tables = (1 if config.tied_embeddings else 2) * config.vocab_size * config.d_model
     return config.parameters - tables >= LEAST_PARAMETERS
 

@@ -127,7 +127,7 @@ def _checked_row(row: chat.Row, name: str) -> chat.Row:
       name: the name of the conversation in error messages.
 
     Raises:
-      UserError: an array is not [T] integers, T is 0, or the arrays have different lengths.
+      UserError: a field is not an integer array [T], T is 0, or the arrays have different lengths.
     """
     arrays = {"tokens": row.tokens, "kind": row.kind, "turn": row.turn}
     for field, value in arrays.items():
@@ -165,7 +165,7 @@ def check_settings(**counts: Any) -> None:
 
 
 def check_rows(model: Model, batch_size: int, share_prefix: bool) -> None:
-    """Check that the batch size, and the choice of `share_prefix`, are valid for the model's mesh.
+    """Check that `batch_size` and `share_prefix` are valid for the model's mesh.
 
     Raises:
       UserError: `batch_size` rows cannot be divided evenly over the mesh, or `share_prefix` is
@@ -190,9 +190,9 @@ def check_edits(model: Model, edits: Interventions, count: int,
       capture: the activations to capture, or None.
 
     Raises:
-      UserError: the interventions do not match the model's layers, its width D or the number of
-        conversations, a capture does not match the model's layers or its width, or a direction
-        belongs to a different model.
+      UserError: a site is invalid, the interventions do not match the model's layers, its width D
+        or the number of conversations, a capture does not match the model's layers or its width, or
+        a direction belongs to a different model.
     """
     edits.check(layers=model.config.n_layers, width=model.config.d_model, rows=count)
     readings = () if capture is None else tuple(capture.readings.values())
@@ -222,7 +222,7 @@ def _in_float16(model: Model) -> str:
 
 
 def reply_limits(max_new_tokens: Any, count: int, context: int) -> np.ndarray:
-    """Return the maximum length of each of N replies, [N] int32, limited by the context.
+    """Return the maximum lengths of N replies in tokens, [N] int32, limited by the context.
 
     Args:
       max_new_tokens: a positive integer, or a sequence of N positive integers.
@@ -245,12 +245,12 @@ def reply_limits(max_new_tokens: Any, count: int, context: int) -> np.ndarray:
 
 
 def limits(model: Model, rows: list[chat.Row], max_new: Any) -> np.ndarray:
-    """Return the maximum length of each reply, [N] int32: `max_new`, limited by the context.
+    """Return each reply's maximum length in tokens, [N] int32: `max_new`, limited by the context.
 
     Args:
       model: the model.
       rows: N encoded prompts.
-      max_new: the maximum length of every reply, or [N].
+      max_new: the maximum length of every reply in tokens, or [N].
 
     Raises:
       UserError: a prompt fills the context.

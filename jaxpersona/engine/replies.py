@@ -1,4 +1,4 @@
-"""Finished replies: `Finished`, a row copied from a lane, and `Reply`, the result of a request."""
+"""Finished replies: `Finished` (a row copied from a lane) and `Reply` (a request's result)."""
 
 from __future__ import annotations
 

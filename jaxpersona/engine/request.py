@@ -30,7 +30,7 @@ class Request:
     Attributes:
       conversation: a list of {"role", "content"}, a string (one user message), a `chat.Row`, or
         token ids.
-      interventions: the edits of the activations, without `rows=`.
+      interventions: edits of the activations, created without `rows=`.
       capture: a capture of activations, or a list of captures.
       max_new_tokens: the maximum number of tokens in the reply; the model's context and the
         largest of the engine's `sizes` limit it further.
@@ -190,9 +190,10 @@ class Handle:
             return True
 
     def _cancel(self, reply: Callable[[np.ndarray], Reply]) -> None:
-        """Set the reply that a function makes of the streamed tokens, unless the request ended.
+        """Set the reply that a function creates from the streamed tokens, if it is not set yet.
 
-        No tokens are added in between, so the events of a stream join to this reply.
+        No tokens are added in the meantime, so the events of a stream contain exactly the tokens of
+        this reply. A request that has ended is not changed.
         """
         with self._lock:
             if self._reply is None and self._error is None:
@@ -213,8 +214,8 @@ class Handle:
             raise UserError(f"handle is of type {type(given).__name__}; give the result of "
                             "engine.submit(request)")
         if given._owner is not owner:
-            raise UserError(f"handle is {given!r} of another engine; use the engine whose submit "
-                            "returned it")
+            raise UserError(f"handle is {given!r}, a handle of another engine; use the engine "
+                            "whose submit method returned it")
         return given
 
     def __repr__(self) -> str:

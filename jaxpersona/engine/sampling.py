@@ -97,6 +97,10 @@ def uniforms(seed: jax.Array, row_id: jax.Array, position: jax.Array) -> jax.Arr
     The implementation is part of this package, so that the bits do not depend on JAX's version or
     flags (`jax_default_prng_impl`, `jax_threefry_partitionable`). The bits equal those of
     `jax.random` with the default flags of JAX 0.10.
+
+    Args:
+      seed, row_id: [B] uint32, the seeds and the ids of the rows.
+      position: [B] int32, the position of the new token.
     """
     zero = jnp.zeros_like(seed)
     key = zero, seed
@@ -180,8 +184,8 @@ def most_likely(logits: jax.Array) -> jax.Array:
 def most_probable(probability: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Return the `count` largest values per row and their indices, as `lax.top_k` does.
 
-    On a CPU, `lax.top_k` is used. On a GPU, XLA compiles it to a sort of the whole row, so
-    `top_in_blocks` is used.
+    `lax.top_k` is used on a CPU, and on any device if V ≤ 64·k. Otherwise `top_in_blocks` is used,
+    because on a GPU, XLA compiles `lax.top_k` to a sort of the whole row.
 
     Args:
       probability: [B, V] float32.
@@ -199,9 +203,9 @@ def top_in_blocks(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Return the result of `lax.top_k(values, count)`, without sorting all values of a row.
 
     The values are divided into blocks of 32. The k blocks with the largest maxima contain the
-    result, so only the V/32 maxima and the 32·k values of these blocks are sorted.
-    Of equal values, `lax.top_k` returns the first. This also holds here, because it selects the
-    first of the blocks with equal maxima, and the selected blocks keep their order.
+    result, so only the V/32 maxima and the 32·k values of these blocks are sorted. As in
+    `lax.top_k`, the first of equal values is returned, because the first of several blocks with
+    equal maxima is selected, and the selected blocks keep their order.
 
     Args:
       values: [B, V] float32, with V > 32·k.

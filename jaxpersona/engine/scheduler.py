@@ -52,8 +52,8 @@ class Scheduler:
           failed: a function that is called with the affected tasks and the error if a lane raises
             an error. The lane is then dropped. None: the error is raised.
           pause: a function that is called with the prompts that a step admitted. If it returns
-            True, the step ends without decoding, unless the previous step ended so. None: every
-            step decodes.
+            True, the step ends without decoding, unless the previous step also ended without
+            decoding. None: every step decodes.
         """
         self.open_lane, self.collect = open_lane, collect
         self.most, self.batched, self.refill, self.chunk = lanes, batched, refill, chunk

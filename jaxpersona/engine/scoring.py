@@ -77,9 +77,10 @@ class Scored(Table):
     def records(self) -> list[dict[str, Any]]:
         """Return one record per text.
 
-        The keys are `text` (the last message), `tokens` (the number of tokens), `logprob` (the mean
-        log-probability in nats), `perplexity`, `ids` (the token ids), and `logprobs` (one value per
-        token after the first).
+        The keys are `text` (the last message, or `Row.text` if there are no messages), `tokens`
+        (the number of tokens), `logprob` (the mean log-probability in nats), `perplexity`, `ids`
+        (the token ids), and `logprobs` (one value per token after the first). For a text of one
+        token, `logprob` and `perplexity` are NaN.
         """
         found = []
         for row, values in zip(self.rows, self.logprobs, strict=True):
@@ -94,7 +95,10 @@ class Scored(Table):
         return column in ("ids", "logprobs")
 
     def chosen(self, where: Where | str = everywhere) -> list[np.ndarray]:
-        """Return the log-probabilities of the tokens that `where` selects, one array per text."""
+        """Return the log-probabilities of the tokens that `where` selects, one array per text.
+
+        The first token of a text has no log-probability and is omitted.
+        """
         code = jnp.asarray(encoded(where))
         selected = []
         for row, values in zip(self.rows, self.logprobs, strict=True):
@@ -106,12 +110,12 @@ class Scored(Table):
         """Return exp(−mean log p) over the tokens that `where` selects in all texts.
 
         Raises:
-          UserError: no token is selected.
+          UserError: no token after the first is selected in any text.
         """
         values = np.concatenate(self.chosen(where))
         if not values.size:
-            raise UserError(f"where={where!r} selects no token in any text; the first token of a "
-                            "text has no log-probability")
+            raise UserError(f"where={where!r} selects no token after the first in any text; select "
+                            "other tokens (the first token of a text has no log-probability)")
         return float(np.exp(-values.mean(dtype=np.float64)))
 
 
@@ -138,8 +142,8 @@ def logprobs(
 
     Raises:
       UserError: there are no conversations, a conversation is invalid or longer than the context,
-        the interventions do not match the model or the number of conversations, or activations are
-        not finite.
+        the interventions do not match the model or the number of conversations, `batch_tokens` is
+        not a positive integer, or activations are not finite.
 
     Examples:
       >>> import jaxpersona as jp
@@ -167,7 +171,7 @@ def next_logprobs(
     interventions: Interventions | None = None,
     batch_tokens: int | None = None,
 ) -> np.ndarray:
-    """Return the log-probabilities [N, C] of C candidate tokens as the first token of the reply.
+    """Return the log-probabilities of candidate tokens as the first token of the reply.
 
     Args:
       model: the result of `load`.
@@ -180,10 +184,13 @@ def next_logprobs(
         floating-point rounding of results. Default: 4,096 on a GPU or TPU; on a CPU, 128 if texts
         run in pieces (`texts.fits_pieces`), otherwise 1,024.
 
+    Returns:
+      [N, C] float32, the log-probabilities in nats.
+
     Raises:
       UserError: there are no prompts or candidates, an id is outside the vocabulary, a prompt is
         invalid or fills the context, the interventions do not match the model or the number of
-        prompts, or activations are not finite.
+        prompts, `batch_tokens` is not a positive integer, or activations are not finite.
 
     Examples:
       >>> import jaxpersona as jp

@@ -85,8 +85,8 @@ def automaton(strings: Sequence[str]) -> np.ndarray:
 def token_bytes(tokenizer: Any, size: int) -> list[bytes]:
     """Return the bytes of token ids 0…`size`−1; b"" for special and unused ids.
 
-    The bytes are those of `decode(skip_special_tokens=True)` within a text. The decoder of a fast
-    tokenizer converts added tokens like all other tokens.
+    For a token that is not the first of a text, the bytes are its part of the result of
+    `decode(skip_special_tokens=True)`. A fast tokenizer decodes added tokens like all other tokens.
     """
     count = min(len(tokenizer), size)
     names = tokenizer.convert_ids_to_tokens(range(count))

@@ -63,7 +63,8 @@ class Stored:
         self._static, self._donate, self._result = set(static), set(donate), result
         self._folder, self._lock = folder, threading.Lock()
         # (key, trace) pairs. A key contains the argument types and JAX's settings. A trace is a
-        # function of the leaves with the structure of its result, or None if it cannot be stored.
+        # function of the leaves, paired with the structure of its result. It is None if the program
+        # cannot be stored.
         self._made: list[tuple[Any, tuple[Callable, Any] | None]] = []
         # calls the stored trace in `chosen.made`; JAX's fast dispatch handles repeated calls
         self._chosen = _Chosen()
@@ -112,8 +113,8 @@ class Stored:
         different captures, so the key contains everything that `jax.jit` distinguishes.
 
         Returns:
-          A function of the arguments' leaves and the structure of its result, or None if the
-          program cannot be stored.
+          A pair: a function that takes the arguments' leaves, and the structure of its result. None
+          if the program cannot be stored.
         """
         kinds = [(x.shape, x.dtype, getattr(x, "weak_type", False)) for x in leaves]
         asked = tree, kinds, static, thread_settings()

@@ -41,7 +41,7 @@ _LEAST_AHEAD = 256
 class Stream:
     """An iterable over the replies to conversations that may not all fit in memory.
 
-    A reply is bit-identical to that of `generate` with the same settings and id.
+    Each reply is bit-identical to the reply of `generate` with the same settings and id.
 
     Attributes:
       tokens: the number of tokens in all finished replies, including stop tokens.

@@ -26,7 +26,7 @@ from jaxpersona.models.batch import batch as make_batch
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.text.chat import Row
 
-# number of tokens per piece: few enough for little padding, enough for fast matrix products
+# number of tokens per piece: small enough to limit padding, large enough for fast matrix products
 PIECE = 16
 _LEAST_SLOTS = 256  # minimum cache size in slots with pieces, so that short prompts share a lane
 _SHORTEST_PREFIX = 16  # minimum number of tokens of a shared prefix that is prefilled separately

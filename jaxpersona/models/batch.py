@@ -46,7 +46,7 @@ class Batch(flax.struct.PyTreeNode):
     """A right-padded batch of token sequences, one per row.
 
     Attributes:
-      tokens: [B, T] int32.
+      tokens: [B, T] int32, the token ids; 0 at padding.
       position: [B, T] int32, the rotary position; 0 at padding.
       kind: [B, T] uint16, bit masks with the bits of `KINDS`; 0 at padding.
       turn: [B, T] int32, the zero-based index of the token's message.
@@ -83,7 +83,7 @@ class Batch(flax.struct.PyTreeNode):
         """Shard the rows over the mesh of `like`; without a mesh, return the batch unchanged.
 
         Raises:
-          UserError: the number of rows is not a multiple of the mesh's data-parallel size.
+          UserError: the number of rows is not a multiple of the number of batch shards.
         """
         ways = rows_divisor(like)
         if self.tokens.shape[0] % ways:

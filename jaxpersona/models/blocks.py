@@ -49,8 +49,8 @@ class Parts(NamedTuple):
 def parts(config: ModelConfig, attention: Implementation) -> Parts:
     """Return the parts of a block, as nested `jax.jit` functions while the engine traces a program.
 
-    Otherwise the parts are plain functions: each call of `parts` creates new functions, which
-    `jax.jit` would compile again in every eager forward pass.
+    Otherwise, the parts are plain functions, because each call of `parts` creates new functions,
+    which `jax.jit` would compile again in every eager forward pass.
 
     Args:
       config: the model configuration.

@@ -75,7 +75,7 @@ def kept_dtype(like: jax.Array) -> DTypeLike:
 @checked_call
 def init_cache(config: ModelConfig, rows: int, slots: int, dtype: DTypeLike = "float32",
                ) -> Cache:
-    """Allocate an empty cache of `rows` rows and `slots` slots.
+    """Allocate an empty cache of `rows` rows with `slots` slots each.
 
     Any dtype that can represent the keys and values is valid; `kept_dtype` returns the fastest one.
 

@@ -27,7 +27,8 @@ class Carry(flax.struct.PyTreeNode):
       cache: the keys and values of the tokens processed so far, or None.
       captured: the state of each reading by name; its `value` is the result of the reading.
       applied: one `Applied` per intervention table, with counts summed over all calls so far.
-      gates: the state of each prompt gate, by the index of the gate's intervention table.
+      gates: the state of each prompt gate, by the index of the gate's intervention table, as a
+        string such as "0".
       finite: [B] bool, True if the residual stream after the last computed block was finite at
         every valid token of all calls, and its sum of squares was finite in float32.
 

@@ -2,8 +2,8 @@
 
 To add a family, add an entry to `FAMILIES` with the architecture name, the fields of `config.json`
 and their conversion to `ModelConfig`. An unsupported field that changes the computation raises an
-error, because ignoring the field would silently change the model's outputs. Any other key that the
-family does not read is ignored with a warning, unless its value is null, false or 0.
+error, because ignoring the field would silently change the model's outputs. Other keys that the
+family does not read are ignored, with a warning if they are unknown (see `family_keys`).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _layer_windows(raw: Mapping[str, Any], fallback: Callable[[int], bool]) -> t
                         f"each one of {known}")
     if window is None and "sliding_attention" in types:
         raise UserError("layer_types contains sliding_attention, but sliding_window is null or "
-                        "use_sliding_window is false")
+                        "use_sliding_window is false; set a window, or use full_attention")
     return tuple(window if t == "sliding_attention" else None for t in types)
 
 
@@ -237,7 +237,7 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
     """Convert a Hugging Face `config.json` (transformers v4 or v5) to a `ModelConfig`.
 
     Keys that the family does not read are ignored unless they are known to change the computation.
-    A single warning names those whose value is not null, false or 0.
+    A single warning names the unknown keys whose value is not null, false or 0.
 
     Args:
       raw: the contents of `config.json`.

@@ -2,7 +2,7 @@
 
 Known metadata and known settings of training code are ignored. A known field of another
 architecture raises an error unless its value leaves the forward pass unchanged, because ignoring
-the field would silently change the model's outputs. Any other key, also one that only other
+the field would silently change the model's outputs. Any other key, including a key that only other
 families read, is ignored as in transformers, with a warning unless its value is null, false or 0.
 """
 

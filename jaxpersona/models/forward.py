@@ -87,7 +87,7 @@ class Output(flax.struct.PyTreeNode):
 
     @property
     def gates(self) -> Gates:
-        """The state of each prompt gate, by the index of the gate's intervention table."""
+        """The state of each prompt gate, by its intervention table's index, such as "0"."""
         return self.carry.gates or {}
 
     @property
@@ -146,13 +146,15 @@ def forward(
     not. With `jax_debug_nans`, a capture with NaN for unselected tokens therefore raises an error.
 
     Raises:
-      UserError: interventions or captures do not match the model or the batch, T is larger than the
-        number of slots, the cache has too few layers, a row has more tokens than free slots, a
-        token id is outside the embedding, a gate with `within=True` is used on a chunked prompt,
-        the carry does not match the readings, intervention tables or gates, `slots` is combined
-        with a carry that has a cache, a kernel does not support the platform or the arguments, or
-        the mesh set by `jax.set_mesh` differs from the mesh of the parameters. Under `jax.jit`, a
-        lack of free slots and invalid token ids are not detected and give NaN.
+      UserError: an argument has the wrong type, interventions or captures do not match the model or
+        the batch, the number of rows is not a multiple of the number of batch shards, T is larger
+        than the number of slots, the cache has too few layers, a row has more tokens than free
+        slots, a token id is outside the embedding, a gate with `within=True` is used on a chunked
+        prompt, the carry does not match the batch, the readings, the intervention tables or the
+        gates, `slots` is combined with a carry that has a cache, a kernel does not support the
+        platform or the arguments, or the mesh set by `jax.set_mesh` differs from the mesh of the
+        parameters. Under `jax.jit`, a lack of free slots and invalid token ids are not detected and
+        give NaN.
 
     Examples:
       >>> import jaxpersona as jp

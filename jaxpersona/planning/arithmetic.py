@@ -25,7 +25,8 @@ from jaxpersona.planning import chips
 Weights = Literal["bfloat16", "int8"]  # dtypes of the weights; activations are bfloat16
 ITEM = 2  # number of bytes per bfloat16 value
 FRACTIONS = (1.0, 0.6, 0.3)  # fractions of roofline speed at which `axis_run_hours` is estimated
-ROLLOUTS = 331_200  # number of rollouts for the published axis (Lu et al. 2026): 276 roles × 1,200
+# number of rollouts for the published axis (Lu et al. 2026): 276 roles × 1,200 rollouts per role
+ROLLOUTS = 331_200
 NEW_TOKENS = 512  # maximum number of tokens per reply in these rollouts
 
 
@@ -70,7 +71,7 @@ def weight_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh,
 
 
 def step_bytes(config: ModelConfig, dtype: Weights) -> int:
-    """Return the bytes of weights that a decode step reads: all except an untied embedding."""
+    """Return the number of weight bytes read per decode step, without an untied embedding."""
     if dtype == "bfloat16":
         return config.step_bytes(ITEM)
     whole = int8_layout(config)

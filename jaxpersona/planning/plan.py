@@ -96,7 +96,7 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
 
     Raises:
       UserError: the topology is unknown or not supported by libtpu, the mesh is invalid for the
-        model or the number of chips, an argument has the wrong type or is out of range, or this
+        model or the number of chips, an argument has the wrong type or an invalid value, or this
         process was forked from a process that had used JAX.
     """
     check_process()
@@ -148,7 +148,7 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
 
 
 def usable(chip: chips.Chip) -> int:
-    """Return the bytes of a chip's memory that are available to a program.
+    """Return the number of bytes of a chip's memory that are available to a program.
 
     The runtime reserves about 1/64 of the memory: on v5e, the compiler's limit is 15.75 of 16 GiB.
     """

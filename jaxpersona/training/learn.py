@@ -87,7 +87,7 @@ class Direction(nnx.Module):
         width = self.vector[...].shape[-1]
         return line("Direction", f"{count(len(self.layers), 'layer')} × {width}", self.site)
 
-    __str__ = __repr__  # the default of flax has several lines
+    __str__ = __repr__  # flax's default string has several lines
 
     def interventions(self) -> Interventions:
         """Return the current steering intervention, differentiable with respect to the vector."""
@@ -141,11 +141,12 @@ def fit(
       The loss of every step of this call.
 
     Raises:
-      UserError: an argument has the wrong type, there are no batches or steps, the direction does
-        not match the model or the checkpoint, the checkpoint has more steps than `steps`, the loss
-        is not a scalar, the loss, its gradient or the optimizer's update is not finite, or this
-        process was forked from a process that had used JAX. If one of them is not finite, the
-        direction keeps the value from before that step.
+      UserError: an argument has the wrong type, there are no batches or steps, a token id is
+        outside the vocabulary, the direction does not match the model or the checkpoint, the folder
+        has other files, the checkpoint is damaged or has more steps than `steps`, orbax-checkpoint
+        is not installed, the loss is not a scalar, the loss, its gradient or the optimizer's update
+        is not finite, or this process was forked from a process that had used JAX. If the loss, its
+        gradient or the update is not finite, the direction keeps its value from before that step.
     """
     check_process()
     if isinstance(batches, Batch):
@@ -247,8 +248,8 @@ class _Checkpoints:
         """Return the state after a step, with the tree structure of `target`.
 
         Raises:
-          UserError: the checkpoint is damaged, or was written with other layers, another width or
-            another optimizer.
+          UserError: the checkpoint is damaged, contains values that are not finite, or was written
+            with a different optimizer.
         """
         import orbax.checkpoint as ocp
 
@@ -270,7 +271,7 @@ class _Checkpoints:
 
 
 def _unusable(folder: pathlib.Path, error: Exception) -> UserError:
-    """Return an error about a checkpoint that Orbax cannot read, or that does not match."""
+    """Return the error for a checkpoint that is unreadable or does not match the training run."""
     reason = " ".join(str(error).split())[:160]
     return UserError(f"{folder}: the checkpoint cannot be used ({reason}); use another folder, or "
                      "delete this folder to start over")
@@ -281,7 +282,7 @@ def _check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
 
     Raises:
       UserError: the folder belongs to another training run or contains other files, or
-        `direction.json` cannot be read or written.
+        `direction.json` is not a JSON object or cannot be read or written.
     """
     path = folder / "direction.json"
     if not path.exists():
