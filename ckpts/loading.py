@@ -33,6 +33,7 @@ from jaxpersona.ckpts.tokenizer import (
     warn_unused_template,
 )
 
+from jaxpersona.brief import shown
 from jaxpersona.calls import checked_call
 from jaxpersona.distributed import sharding
 from jaxpersona.distributed.context import own_context
@@ -128,9 +129,9 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
       Model('mini', qwen3, 8 layers × 128, float32)
     """
     if not isinstance(mesh, Mesh | None):
-        raise UserError(f"mesh is {mesh!r:.60}; give the result of jaxpersona.make_mesh")
+        raise UserError(f"mesh is {shown(mesh, 60)}; give the result of jaxpersona.make_mesh")
     if not isinstance(adapter, (str, os.PathLike, type(None))):
-        raise UserError(f"adapter is {adapter!r:.60}; give a folder")
+        raise UserError(f"adapter is {shown(adapter, 60)}; give a folder")
     form = parse_form(dtype, activations, tables, _default_dtype(mesh))
     folder = None if adapter is None else pathlib.Path(os.path.expanduser(os.fspath(adapter)))
     if folder is not None:
@@ -152,7 +153,7 @@ def _load(source: str | os.PathLike[str], mesh: Mesh | None, kind: Form,
           progress: Progress | None, revision: str | None) -> Model:
     """Load a model (see `load`); merge the adapter only if the weights are quantized on loading."""
     if not isinstance(source, (str, os.PathLike)):
-        raise UserError(f"source is {source!r:.60}; give a path or a model's name")
+        raise UserError(f"source is {shown(source, 60)}; give a path or a model's name")
     use_compile_cache()
     name = os.fspath(source)
     path = pathlib.Path(os.path.expanduser(name))

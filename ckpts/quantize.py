@@ -22,6 +22,7 @@ from jaxpersona.ckpts.names import EMBED, HEAD, Tensor
 from jaxpersona.ckpts.source import Progress, TensorSource, ahead, place
 from jaxpersona.ckpts.tensorfile import parse_dtype
 
+from jaxpersona.brief import shown
 from jaxpersona.distributed import sharding
 from jaxpersona.errors import UserError
 from jaxpersona.models.config import ModelConfig
@@ -70,14 +71,14 @@ def parse_form(dtype: DTypeLike | None, activations: DTypeLike | None, tables: s
     if not _is_int8(dtype):
         for name, value in (("activations", activations), ("tables", tables)):
             if value is not None:
-                raise UserError(f"{name} is {value!r:.60}, but it applies only to dtype='int8'; "
-                                f"omit {name}, or use dtype='int8'")
+                raise UserError(f"{name} is {shown(value, 60)}, but it applies only to "
+                                f"dtype='int8'; omit {name}, or use dtype='int8'")
         try:
             return Form(default if dtype is None else parse_dtype(dtype), given=dtype is not None)
         except UserError as error:
             raise UserError(f"{error}, int8") from None
     if tables not in (None, *_TABLES):
-        raise UserError(f"tables is {tables!r:.60}; it must be one of {', '.join(_TABLES)}")
+        raise UserError(f"tables is {shown(tables, 60)}; it must be one of {', '.join(_TABLES)}")
     try:
         kind = default if activations is None else parse_dtype(activations)
     except UserError as error:

@@ -24,6 +24,7 @@ from jaxpersona.ckpts import gguf, torchfile
 from jaxpersona.ckpts.files import atomic, parse_field, read_tensors, scheme_of, write_tensors
 from jaxpersona.ckpts.gguf import VECTOR_BYTES
 
+from jaxpersona.brief import shown
 from jaxpersona.calls import checked_call
 from jaxpersona.errors import UserError
 from jaxpersona.inputs import require_file
@@ -62,9 +63,10 @@ def save_vector(path: str | os.PathLike, vector: Vector | Caps) -> list[str]:
       []
     """
     if isinstance(path, (Vector, Caps)):
-        raise UserError(f"path is {path!r:.60}; the path comes first: jp.save_vector(path, vector)")
+        raise UserError(f"path is {shown(path, 60)}; the path comes first: jp.save_vector(path, "
+                        "vector)")
     if not isinstance(path, (str, os.PathLike)):
-        raise UserError(f"path is {path!r:.60}; give the path of a file")
+        raise UserError(f"path is {shown(path, 60)}; give the path of a file")
     if not isinstance(vector, (Vector, Caps)):
         raise UserError(f"vector is of type {type(vector).__name__}; give a Vector, an Axis or "
                         "Caps: jp.Vector(array) for an array [L, D]")
@@ -104,7 +106,7 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
         PyTorch or gguf, which is not installed; the message states the reason.
     """
     if not isinstance(path, (str, os.PathLike)):
-        raise UserError(f"path is {path!r:.60}; give the path of a file, or 'mini'")
+        raise UserError(f"path is {shown(path, 60)}; give the path of a file, or 'mini'")
     if os.fspath(path) == "mini":  # takes precedence over a file with this name, as in `load`
         held = importlib.resources.files("jaxpersona.ckpts") / "mini" / "axis.safetensors"
         with importlib.resources.as_file(held) as file:

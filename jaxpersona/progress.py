@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
+from jaxpersona.brief import shown
 from jaxpersona.errors import UserError
 
 P = ParamSpec("P")
@@ -68,8 +69,8 @@ def shows(read: Callable[..., State], argument: str = "progress",
         def call(*args: P.args, **named: P.kwargs) -> R:
             given: Any = named.get(argument)
             if not (given is None or isinstance(given, bool) or callable(given)):
-                raise UserError(f"{argument} is {given!r:.40}; give True (the default), False to "
-                                "show nothing, or a function")
+                raise UserError(f"{argument} is {shown(given, 40)}; give True (the default), "
+                                "False to show nothing, or a function")
             display = None
             if (given is None or given is True) and not _muted:
                 display = _Display(function.__name__, read)

@@ -107,7 +107,7 @@ MISTAKES = {
     "an axis file": (lambda: jp.load_axis("none.safetensors"),
                      "none.safetensors: no such file"),
     "steps of text": (lambda: jp.generate(MODEL, ["a"], temperature="hot"),
-                      "temperature is hot; it must be at least 0, and finite in float32"),
+                      "temperature is 'hot'; it must be at least 0, and finite in float32"),
     "no assistant message": (lambda: jp.extract(MODEL, [ASK], capture=jp.capture.mean(jp.response)),
                              r"selects no token in conversation 0 \(1 of 1\); add .*=jp\.user"),
     "an engine's batch size": (lambda: jp.Engine(MODEL, batch_size=8),

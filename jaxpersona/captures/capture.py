@@ -179,7 +179,7 @@ def joined(given: Any) -> Capture | None:
 def _reject(given: Any) -> NoReturn:
     """Raise a UserError for a value that is not a capture."""
     name = given if isinstance(given, str) else getattr(given, "__name__", "")
-    raise UserError(f"capture is {given!r:.60}; give a capture such as "
+    raise UserError(f"capture is {shown(given, 60)}; give a capture such as "
                     f"jp.capture.{_CALLS.get(name, 'last()')}")
 
 

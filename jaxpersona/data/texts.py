@@ -16,7 +16,7 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import Any
 
-from jaxpersona.brief import brief, count, quoted
+from jaxpersona.brief import brief, count, quoted, shown
 from jaxpersona.brief import line as one_line
 from jaxpersona.data.reading import (
     Faults,
@@ -75,8 +75,8 @@ class Role:
         """Check the types of `prompts` and `eval_prompt`; raise UserError if one is wrong."""
         _check_texts(f"the prompts of role {self.name!r}", self.prompts)
         if not isinstance(self.eval_prompt, str):
-            raise UserError(f"the eval_prompt of role {self.name!r} is {self.eval_prompt!r:.60}; "
-                            "it must be a string")
+            raise UserError(f"the eval_prompt of role {self.name!r} is "
+                            f"{shown(self.eval_prompt, 60)}; it must be a string")
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ class Question:
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
-            raise UserError(f"the text of question {self.id!r} is {self.text!r:.60}; it must be a "
-                            "string")
+            raise UserError(f"the text of question {self.id!r} is {shown(self.text, 60)}; it must "
+                            "be a string")
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Domain:
 def _check_texts(what: str, texts: Any) -> None:
     """Check that `texts` is a tuple or list of strings; else raise UserError."""
     if not isinstance(texts, (tuple, list)) or not all(isinstance(x, str) for x in texts):
-        raise UserError(f"{what}: the value is {texts!r:.60}; give a tuple of strings")
+        raise UserError(f"{what}: the value is {shown(texts, 60)}; give a tuple of strings")
 
 
 def all_of(kind: type, given: Any, name: str) -> list[Any]:
@@ -173,11 +173,11 @@ def all_of(kind: type, given: Any, name: str) -> list[Any]:
     """
     wanted = f"give a list of texts.{kind.__name__}"
     if isinstance(given, (str, bytes, kind)) or not isinstance(given, Iterable):
-        raise UserError(f"{name} is {given!r:.60}; {wanted}")
+        raise UserError(f"{name} is {shown(given, 60)}; {wanted}")
     items = list(given)
     for i, item in enumerate(items):
         if not isinstance(item, kind):
-            raise UserError(f"{name}[{i}] is {item!r:.60}; {wanted}")
+            raise UserError(f"{name}[{i}] is {shown(item, 60)}; {wanted}")
     return items
 
 

@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import numpy as np
 
+from jaxpersona.brief import shown
 from jaxpersona.errors import UserError
 from jaxpersona.runtime import default_setting, setting
 
@@ -51,7 +52,7 @@ def start(coordinator: str | None = None, count: int | None = None,
                         "SLURM, Open MPI, Kubernetes or a TPU pod")
     for name, value in (("processes", count), ("process", index)):
         if value is not None and not isinstance(value, int):
-            raise UserError(f"{name} is {value!r:.60}; it must be an integer")
+            raise UserError(f"{name} is {shown(value, 60)}; it must be an integer")
     if count is not None and index is not None and not 0 <= index < count:
         raise UserError(f"process is {index}; it must be in 0…{count - 1}")
     if coordinator is not None and not re.fullmatch(r".+:\d{1,5}", str(coordinator)):

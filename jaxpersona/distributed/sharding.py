@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxpersona.brief import shown
 from jaxpersona.calls import checked_call
 from jaxpersona.errors import UserError
 from jaxpersona.models.config import ModelConfig
@@ -62,7 +63,7 @@ def make_mesh(data: int = 1, model: int = 1, *, fsdp: int = 1,
     wanted = {"data": data, **({"fsdp": fsdp} if fsdp != 1 else {}), "model": model}
     for name, count in wanted.items():
         if not isinstance(count, int):
-            raise UserError(f"{name} is {count!r:.60}; it must be an integer")
+            raise UserError(f"{name} is {shown(count, 60)}; it must be an integer")
     size = data * fsdp * model
     if min(wanted.values()) < 1 or size > have:
         axes = " × ".join(f"{name}={n}" for name, n in wanted.items())

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.brief import shown
 from jaxpersona.distributed.sharding import off_mesh
 from jaxpersona.engine.rows import axis_of_rows, put_rows, side_by_side
 from jaxpersona.engine.tasks import Task
@@ -120,8 +121,8 @@ def checked_capacity(capacity: Interventions | None, layers: int,
         return None
     tables = given(capacity).edits
     if not tables or not all(table.reserved for table in tables):
-        raise UserError(f"capacity is {capacity!r:.60}; give the result of jp.reserve, and the "
-                        "edits in jp.Request(interventions=…)")
+        raise UserError(f"capacity is {shown(capacity, 60)}; give the result of jp.reserve, and "
+                        "the edits in jp.Request(interventions=…)")
     capacity.take(np.array([-1])).check(layers=layers, width=width, rows=1)
     return off_mesh(capacity)
 

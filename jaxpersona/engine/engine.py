@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxpersona.brief import count, line, quoted
+from jaxpersona.brief import count, line, quoted, shown
 from jaxpersona.calls import checked_class
 from jaxpersona.captures.capture import Capture
 from jaxpersona.distributed.context import own_context
@@ -85,7 +85,7 @@ class Engine:
         """
         check_model(model)
         if sizes is not None and not (isinstance(sizes, (list, tuple)) and sizes):
-            raise UserError(f"sizes is {sizes!r:.60}; give a list of sizes, such as [256, 1024]")
+            raise UserError(f"sizes is {shown(sizes)}; give a list of sizes, such as [256, 1024]")
         numbers = {f"sizes[{i}]": size for i, size in enumerate(() if sizes is None else sizes)}
         prompts.check_settings(rows=rows, lanes=lanes, chunk=chunk, queue=queue, **numbers)
         ways = rows_divisor(model.params.like)
@@ -290,8 +290,8 @@ class Engine:
         shape, limit = self._shape(row, limit, own)
         strings = stopping.checked(request.stop)
         if strings and model.tokenizer is None:
-            raise UserError(f"stop is {request.stop!r:.60}, but {model.name} has no tokenizer to "
-                            "match stop strings; omit stop")
+            raise UserError(f"stop is {shown(request.stop, 60)}, but {model.name} has no "
+                            "tokenizer to match stop strings; omit stop")
         kind = Kind(shape.slots, bool(settings.temperature[0] == 0), asks_for_code(own, capture),
                     strings, capture, neutral_row(own))
         return Task(-1, row, row_id, limit, settings, shape, kind, own)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.brief import shown
 from jaxpersona.captures.capture import Capture
 from jaxpersona.engine import stopping
 from jaxpersona.engine.edits import for_one_row, neutral_row
@@ -93,9 +94,9 @@ def examples(requests: Any) -> list[Request]:
       UserError: the argument is not a list of requests.
     """
     if isinstance(requests, Request) or not isinstance(requests, Iterable):
-        raise UserError(f"requests is {requests!r:.60}; give a list, such as [jp.Request(…)]")
+        raise UserError(f"requests is {shown(requests, 60)}; give a list, such as [jp.Request(…)]")
     requests = list(requests)
     for i, one in enumerate(requests):
         if not isinstance(one, Request):
-            raise UserError(f"requests[{i}] is {one!r:.60}; give a jp.Request")
+            raise UserError(f"requests[{i}] is {shown(one, 60)}; give a jp.Request")
     return requests

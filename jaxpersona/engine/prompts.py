@@ -106,13 +106,13 @@ def encode(model: Model, item: Any, *, reply: bool = True, thinking: bool = Fals
         check_ids(row.tokens, size, name, tokenizer)
         return row
     if isinstance(item, (int, bytes, set, frozenset)) or not isinstance(item, Iterable):
-        raise UserError(f"{name} is {item!r:.60}; give messages, a string, a Row or token ids")
+        raise UserError(f"{name} is {shown(item, 60)}; give messages, a string, a Row or token ids")
     try:
         tokens = np.asarray(item)
     except ValueError:  # nested lists of different lengths
         tokens = np.zeros(0)
     if tokens.ndim != 1 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
-        raise UserError(f"{name} is {item!r:.60}; it must be messages, a string, a Row or a "
+        raise UserError(f"{name} is {shown(item, 60)}; it must be messages, a string, a Row or a "
                         "non-empty list of token ids")
     check_ids(tokens, size, name, tokenizer)
     kind = np.full(tokens.size, KINDS["user"], np.int32)
@@ -293,15 +293,15 @@ def row_ids(rows: list[chat.Row], ids: Iterable[int] | None, *, name: str = "ids
     """
     if ids is not None:
         if not isinstance(ids, Iterable) or isinstance(ids, (str, bytes)):
-            raise UserError(f"ids is {ids!r:.60}; give one integer per conversation")
+            raise UserError(f"ids is {shown(ids, 60)}; give one integer per conversation")
         ids = list(ids)
         if len(ids) != len(rows):
             raise UserError(f"ids has length {len(ids)}, but the number of conversations is "
                             f"{len(rows)}; give one id per conversation")
-        if not all(_is_integer(one) and 0 <= int(one) < 2**32 for one in ids):
-            if name == "id":
-                raise UserError(f"id is {ids[0]!r:.60}; it must be an integer in 0…2³²−1")
-            raise UserError(f"ids begins with {ids[:4]!r:.60}; ids must be integers in 0…2³²−1")
+        for i, one in enumerate(ids):
+            if not (_is_integer(one) and 0 <= int(one) < 2**32):
+                at = "id" if name == "id" else f"ids[{i}]"
+                raise UserError(f"{at} is {shown(one, 60)}; it must be an integer in 0…2³²−1")
         return np.array([int(one) for one in ids], np.uint32)
     seen: Counter[bytes] = Counter()
     out = []

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.brief import shown
 from jaxpersona.distributed.sharding import mesh_of, of_each, on_cpu, place, spread_rows
 from jaxpersona.errors import UserError
 
@@ -69,13 +70,13 @@ def sampling(rows: int, *, temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any 
         try:
             given = np.asarray(value)
         except TypeError:  # a key of JAX's random generator
-            raise UserError(f"{name} is {' '.join(repr(value).split()):.60}; give a number"
+            raise UserError(f"{name} is {shown(value, 60)}; give a number"
                             + (" such as seed=0, not a key" if name == "seed" else "")) from None
         if given.ndim > 1 or (given.ndim == 1 and given.size != rows):
             raise UserError(f"{name} has shape {given.shape}; it must be a number or have shape "
                             f"[{rows}]")
         if given.dtype.kind not in "iuf" or not np.all(ok(given)):
-            raise UserError(f"{name} is {value}; it must be {want}")
+            raise UserError(f"{name} is {shown(given.tolist(), 60)}; it must be {want}")
         return jnp.asarray(np.broadcast_to(given, (rows,)), dtype)
 
     return Sampling(

@@ -117,15 +117,15 @@ class Scheduler:
 
         Prompts of a lane with pieces are admitted by `_admit_pieces`.
         """
-        while self.waiting and self.waiting[0].cancelled:
-            self.waiting.popleft()
-        if not self.waiting:
-            return []
-        first, lane = self.waiting[0], None
-        with self._contained(first.lane, [first]):
-            lane = self.lane_of(first.lane)
-        if first.cancelled:  # opening its lane raised an error
-            return self._admit()
+        first, lane = None, None
+        while first is None or first.cancelled:  # also if opening its lane raised an error
+            while self.waiting and self.waiting[0].cancelled:
+                self.waiting.popleft()
+            if not self.waiting:
+                return []
+            first = self.waiting[0]
+            with self._contained(first.lane, [first]):
+                lane = self.lane_of(first.lane)
         if lane is None or lane.piece is not None or self._waits(lane):
             return []
         if lane.together == lane.rows and _busy(lane):  # prefill would replace all rows

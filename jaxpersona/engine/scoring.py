@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.brief import count, line
+from jaxpersona.brief import count, line, shown
 from jaxpersona.calls import checked_call
 from jaxpersona.captures.capture import Capture
 from jaxpersona.distributed import processes
@@ -204,7 +204,8 @@ def next_logprobs(
     wanted = np.asarray(candidates if isinstance(candidates, np.ndarray) or
                         not isinstance(candidates, Iterable) else list(candidates))
     if wanted.ndim != 1 or not wanted.size or not np.issubdtype(wanted.dtype, np.integer):
-        raise UserError(f"candidates is {candidates!r:.60}; give a non-empty list of token ids")
+        raise UserError(f"candidates is {shown(candidates, 60)}; give a non-empty list of token "
+                        "ids")
     check_ids(wanted, model.config.vocab_size, "candidates", model.tokenizer)
     rows = [prompts.encode(model, item, name=f"conversation {i}")
             for i, item in enumerate(conversations)]

@@ -69,7 +69,7 @@ class Interventions(flax.struct.PyTreeNode):
         """
         chosen = np.asarray(rows)
         if chosen.size and not np.issubdtype(chosen.dtype, np.integer):
-            raise UserError(f"rows is {rows!r:.60}; it must be a list of integers")
+            raise UserError(f"rows is {shown(rows, 60)}; it must be a list of integers")
         chosen = chosen.astype(np.int32)
         return Interventions(tuple(edit.take(chosen) for edit in self.edits))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpersona.brief import shown
 from jaxpersona.calls import checked_call
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import Layers
@@ -50,7 +51,8 @@ def sweep(
     except ValueError:  # NumPy rejects nested lists of different lengths
         given = np.zeros(0)
     if given.ndim != 1 or not given.size or given.dtype.kind not in "fiu":
-        raise UserError(f"scales is {scales!r:.60}; give a non-empty list of numbers, one per row")
+        raise UserError(f"scales is {shown(scales, 60)}; give a non-empty list of numbers, one "
+                        "per row")
     rows = [steer(vector, layers=layers, scale=float(scale), where=where, site=site)
             for scale in given]
     return stack_rows([None if scale == 0 and given.any() else row

@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 
-from jaxpersona.brief import brief
+from jaxpersona.brief import brief, shown
 from jaxpersona.data.reading import fill
 from jaxpersona.data.texts import Role, Trait
 from jaxpersona.errors import UserError
@@ -63,7 +63,7 @@ class Rubric:
 
     def __post_init__(self) -> None:
         if not self.scale or list(self.scale) != sorted(set(self.scale)) or self.scale[0] < 0:
-            raise UserError(f"scale is {self.scale!r:.60}; give non-negative integers in "
+            raise UserError(f"scale is {shown(self.scale, 60)}; give non-negative integers in "
                             "increasing order")
         if self.template is not None:
             missing = [p for p in ("{question}", "{answer}") if p not in self.template]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.brief import brief
+from jaxpersona.brief import brief, shown
 from jaxpersona.calls import checked_call
 from jaxpersona.distributed.sharding import rows_divisor, spread_rows
 from jaxpersona.errors import UserError
@@ -121,7 +121,7 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
       (2, 3)
     """
     if isinstance(tokens, (str, bytes)) or not isinstance(tokens, Iterable):
-        raise UserError(f"tokens is {tokens!r:.60}; give a list of rows of token ids")
+        raise UserError(f"tokens is {shown(tokens, 60)}; give a list of rows of token ids")
     rows = [_row(row, i) for i, row in enumerate(tokens)]
     if not rows or any(row.size == 0 for row in rows):
         raise UserError("tokens is empty or has an empty row; every row needs at least one token")
@@ -131,7 +131,7 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
     longest = max(row.size for row in rows)
     width = longest if width is None else width
     if not isinstance(width, (int, np.integer)):
-        raise UserError(f"width is {width!r:.60}; it must be an integer")
+        raise UserError(f"width is {shown(width, 60)}; it must be an integer")
     if longest > width:
         raise UserError(f"width is {width}, but a row has {longest} tokens; give a larger width")
 
@@ -147,10 +147,12 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
         try:
             arrays = [np.array(v, np.int32).reshape(-1) for v in values]
         except (TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"{name} is {values!r:.60}; give one 32-bit integer per token of every "
-                            "row") from error
-        if [a.size for a in arrays] != [r.size for r in rows]:
-            raise UserError(f"{name} must contain one integer per token of every row")
+            raise UserError(f"{name} is {shown(values, 60)}; give one 32-bit integer per token of "
+                            "every row") from error
+        sizes, wanted = [a.size for a in arrays], [r.size for r in rows]
+        if sizes != wanted:
+            raise UserError(f"{name} has rows of {shown(sizes)} integers; give one integer per "
+                            f"token of every row: {shown(wanted)}")
         return arrays
 
     kinds = like("kind", kind)
@@ -160,7 +162,7 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
         bits[-1] |= LAST
     ids = np.arange(len(rows)) if row_id is None else np.asarray(row_id)
     if not np.issubdtype(ids.dtype, np.integer):
-        raise UserError(f"row_id is {row_id!r:.60}; give one integer per row")
+        raise UserError(f"row_id is {shown(row_id, 60)}; give one integer per row")
     if ids.shape != (len(rows),):
         raise UserError(f"row_id has shape {ids.shape}; its shape must be ({len(rows)},)")
     return Batch(
@@ -181,7 +183,7 @@ def _row(values: Any, number: int) -> np.ndarray:
     if row.ndim == 0 and np.issubdtype(row.dtype, np.integer):
         raise UserError("tokens is a single row of ids; give a list of rows")
     if row.size and not np.issubdtype(row.dtype, np.integer):
-        raise UserError(f"row {number} of tokens is {values!r:.60}; give integers")
+        raise UserError(f"row {number} of tokens is {shown(values, 60)}; give integers")
     return row.reshape(-1)
 
 

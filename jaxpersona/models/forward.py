@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.brief import brief
+from jaxpersona.brief import brief, shown
 from jaxpersona.calls import checked_call
 from jaxpersona.captures.capture import Capture, joined
 from jaxpersona.captures.reading import spread_states
@@ -260,7 +260,7 @@ def _check_arguments(params: Any, batch: Any, carry: Any) -> None:
     if hasattr(params, "params"):
         raise UserError(f"params is of type {type(params).__name__}; pass model.params")
     if not isinstance(batch, Batch):
-        raise UserError(f"batch is {batch!r:.60}; give the result of jp.encode or jp.batch")
+        raise UserError(f"batch is {shown(batch, 60)}; give the result of jp.encode or jp.batch")
     if carry is not None and not isinstance(carry, Carry):
         raise UserError(f"carry is of type {type(carry).__name__}; give the carry of a previous "
                         "call (`out.carry`), or jp.Carry(cache=cache)")

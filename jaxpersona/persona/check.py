@@ -126,7 +126,7 @@ def fit(model: Model, found: Found) -> Found:
         nor `Caps`.
     """
     if not isinstance(found, (Vector, Caps)):
-        raise UserError(f"the direction is {found!r:.60}; give a Vector, an Axis or Caps")
+        raise UserError(f"the direction is {shown(found, 60)}; give a Vector, an Axis or Caps")
     if isinstance(found, Vector):
         found.check_site("residual")
     return fitted(found, model.config, model.name, model.fingerprint)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxpersona.brief import shown
 from jaxpersona.ckpts.vectors import save_vector
 from jaxpersona.data.texts import DEFAULT, Question, Role
 from jaxpersona.distributed import processes
@@ -132,7 +133,7 @@ def extract_axis(
     roles, questions, held_out = check_texts(roles, questions, settings, min_count=min_count,
                                              held_out=held_out, judge=judge)
     if not (isinstance(getattr(judge, "name", None), str) and hasattr(judge, "score")):
-        raise UserError(f"judge is {judge!r:.60}; give an object with name, scale and "
+        raise UserError(f"judge is {shown(judge, 60)}; give an object with name, scale and "
                         "score(items), such as NoJudge()")
     check_redo(redo, roles)
     check_keep(keep_means)

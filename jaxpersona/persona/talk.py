@@ -251,7 +251,7 @@ def _lists(name: str, given: Any) -> list[list[Any]]:
     entries = chat.listed(given, name)
     for i, one in enumerate(entries):
         if isinstance(one, (str, bytes)) or not isinstance(one, Iterable):
-            raise UserError(f"{name}[{i}] is {one!r:.60}; give one list per conversation")
+            raise UserError(f"{name}[{i}] is {shown(one, 60)}; give one list per conversation")
     return [list(one) for one in entries]
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import pydantic
 from pydantic import Field
 
+from jaxpersona.brief import shown
 from jaxpersona.errors import UserError
 from jaxpersona.persona.monitor import EditCount
 from jaxpersona.persona.session import Session, Turn
@@ -83,7 +84,7 @@ def restore(session: Session, value: Any) -> bool:
     table = value if isinstance(value, dict) else {"messages": value}
     messages = table.get("messages", table.get("conversation"))
     if not isinstance(messages, list):
-        raise UserError(f"messages is {messages!r:.60}; give a list of messages with role and "
+        raise UserError(f"messages is {shown(messages, 60)}; give a list of messages with role and "
                         "content")
     messages = chat.check_conversation(messages, reply=False) if messages else []
     system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.stages import Lowered
 
+from jaxpersona.brief import shown
 from jaxpersona.captures.capture import Capture
 from jaxpersona.distributed import sharding
 from jaxpersona.engine.programs import Stops, decode, prefill
@@ -102,7 +103,8 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
     check_process()
     chip, count = chips.parse(topology)
     if not isinstance(batch, int) or not isinstance(context, int):
-        raise UserError(f"batch is {batch!r:.60}, context is {context!r:.60}; both must be ints")
+        raise UserError(f"batch is {shown(batch, 60)}, context is {shown(context, 60)}; both must "
+                        "be ints")
     if batch < 1 or context < 2:
         raise UserError(f"batch is {batch} and context is {context}; batch must be at least 1 and "
                         "context at least 2")

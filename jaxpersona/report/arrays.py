@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpersona.brief import shown
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import numbers
 
@@ -43,7 +44,7 @@ def curves_of(given: Any, dims: tuple[int, ...] = (1, 2)) -> dict[str, np.ndarra
         numeric, has a number of dimensions not in `dims`, or has no finite value.
     """
     if not isinstance(given, Mapping) or not given:
-        raise UserError(f"curves is {given!r:.60}; give a dict of arrays by name")
+        raise UserError(f"curves is {shown(given, 60)}; give a dict of arrays by name")
     if len(given) > MOST:
         raise UserError(f"curves has {len(given)} entries; give at most {MOST}, because more "
                         "curves cannot be distinguished")
@@ -52,7 +53,7 @@ def curves_of(given: Any, dims: tuple[int, ...] = (1, 2)) -> dict[str, np.ndarra
         array = numbers(f"curves[{name!r}]", value)
         if array.ndim not in dims or not np.isfinite(array).any():
             shapes = " or ".join({1: "[M]", 2: "[M, N]"}[n] for n in dims)
-            raise UserError(f"curves[{name!r}] is {value!r:.60}; give an array {shapes} "
+            raise UserError(f"curves[{name!r}] is {shown(value, 60)}; give an array {shapes} "
                             "with at least one finite number")
         found[str(name)] = array
     if len({len(array) for array in found.values()}) > 1:

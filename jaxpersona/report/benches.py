@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxpersona.brief import shown
 from jaxpersona.calls import checked_call
 from jaxpersona.errors import UserError
 from jaxpersona.inputs import read_json
@@ -120,7 +121,7 @@ def _results(found: Any) -> dict[str, dict[str, Any]]:
         found = {"": found}
     if not isinstance(found, Mapping) or not found or not all(
             isinstance(value, Mapping) for value in found.values()):
-        raise UserError(f"found is {found!r:.60}; give a benchmark result, or a dict "
+        raise UserError(f"found is {shown(found, 60)}; give a benchmark result, or a dict "
                         "from names to results")
     kinds = {str(value.get("bench")) for value in found.values()}
     if len(kinds) > 1 or not kinds <= set(_KINDS):

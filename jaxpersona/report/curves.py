@@ -108,7 +108,7 @@ def turns(found: Sequence[TurnProjection], names: Sequence[str], layer: int | No
     total, directions = found[0].values.shape
     at = layer_of(layer, total)
     if isinstance(names, str) or len(names) != directions:
-        raise UserError(f"names is {names!r:.60}; give one name for each "
+        raise UserError(f"names is {shown(names, 60)}; give one name for each "
                         f"direction (number of directions: {directions})")
     _check_axis(axis)
     if axis is not None and axis.n_layers != total:
@@ -209,7 +209,8 @@ def drift(curves: Mapping[str, Any], *, what: Literal["behaviour", "projection"]
 def _check_axis(axis: Any) -> None:
     """Raise a UserError if `axis` is neither None nor an Axis."""
     if axis is not None and not isinstance(axis, Axis):
-        raise UserError(f"axis is {axis!r:.60}; give an Axis, such as the result of jp.load_axis")
+        raise UserError(f"axis is {shown(axis, 60)}; give an Axis, such as the result of "
+                        "jp.load_axis")
 
 
 def _layer(curves: Mapping[str, Any], axis: Axis | None, layer: int | None) -> int | None:
@@ -323,7 +324,7 @@ def steering(scales: Sequence[float], curves: Mapping[str, Any], *, ylabel: str,
     """
     at = numbers("scales", scales)
     if at.ndim != 1 or not at.size or not np.isfinite(at).all():
-        raise UserError(f"scales is {scales!r:.60}; give a list of finite numbers")
+        raise UserError(f"scales is {shown(scales, 60)}; give a list of finite numbers")
     values = curves_of(curves)
     if wrong := [name for name, one in values.items() if len(one) != len(at)]:
         raise UserError(f"curves[{wrong[0]!r}] has length {len(values[wrong[0]])}, but scales has "

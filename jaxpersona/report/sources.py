@@ -103,7 +103,7 @@ def places(found: Any, layer: int | None) -> Places:
             set(found.projections) - set(found.analysis.names) - {"default"})
             & frozenset(found.role_means), found.mean_projection)
     if not isinstance(found, Mapping):
-        raise UserError(f"found is {found!r:.60}; {_GIVE}")
+        raise UserError(f"found is {shown(found, 60)}; {_GIVE}")
     return _of_answers(found, layer, frozenset())
 
 
@@ -209,7 +209,7 @@ def parts(found: Any, layer: int | None, default: Any = None) -> Parts:
             by_role = {str(name): numbers(f"found[{name!r}]", value)
                        for name, value in found.items()}
         else:
-            raise UserError(f"found is {found!r:.60}; {_GIVE}")
+            raise UserError(f"found is {shown(found, 60)}; {_GIVE}")
         default = by_role.pop("default", default)
         if default is None or len(by_role) < 2 or len(
                 {v.shape for v in by_role.values()} | {np.shape(default)}) > 1 or (
@@ -252,7 +252,7 @@ def ratios(found: Any, layer: int | None) -> tuple[np.ndarray, int]:
         return read.components.ratio, read.layer
     values = numbers("found", given)
     if values.ndim != 1 or not values.size or not (values >= 0).all() or values.sum() > 1.001:
-        raise UserError(f"found is {given!r:.60}; give explained variance ratios [C], "
+        raise UserError(f"found is {shown(given, 60)}; give explained variance ratios [C], "
                         "nonnegative numbers with a sum of at most 1")
     return values, at
 

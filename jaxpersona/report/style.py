@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from jaxpersona.brief import shown
 from jaxpersona.ckpts.files import atomic
 from jaxpersona.errors import UserError
 from jaxpersona.extras import require
@@ -87,7 +88,7 @@ def axes_of(ax: Axes | None, width: float, height: float) -> Axes:
 
         return plt.subplots(figsize=(width, height), layout="constrained")[1]
     if not (hasattr(ax, "plot") and hasattr(ax, "transAxes")):
-        raise UserError(f"ax is {ax!r:.60}; give a matplotlib Axes, such as plt.subplots()[1]")
+        raise UserError(f"ax is {shown(ax, 60)}; give a matplotlib Axes, such as plt.subplots()[1]")
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 

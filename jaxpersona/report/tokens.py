@@ -137,8 +137,8 @@ def _values(found: Any, index: int, reading: str) -> tuple[Row, np.ndarray, np.n
         the reading is not a reading of projections.
     """
     if not isinstance(found, (Generated, Extracted, Reply)):
-        raise UserError(f"found is {found!r:.60}; give the result of generate or extract, or a "
-                        "Reply")
+        raise UserError(f"found is {shown(found, 60)}; give the result of generate or extract, or "
+                        "a Reply")
     if reading not in found.captured:
         raise UserError(f"reading is {reading!r}; the result has "
                         f"{', '.join(found.captured) or 'no reading'}; to compute "
@@ -248,7 +248,8 @@ def _default(axis: Any, layer: int, layers: int) -> tuple[float, float]:
       UserError: `axis` is not an axis, or has another number of layers than the reading.
     """
     if not isinstance(axis, Axis):
-        raise UserError(f"axis is {axis!r:.60}; give an Axis, such as the result of jp.load_axis")
+        raise UserError(f"axis is {shown(axis, 60)}; give an Axis, such as the result of "
+                        "jp.load_axis")
     if axis.n_layers != layers:
         raise UserError(f"axis has {axis.n_layers} layers, but the reading has {layers}; capture "
                         "the projections at all layers, or omit axis=")

@@ -6,6 +6,7 @@ import hashlib
 import string
 from collections.abc import Iterable
 
+from jaxpersona.brief import shown
 from jaxpersona.errors import UserError
 
 _SAFE = frozenset(string.ascii_letters + string.digits + "_-.")
@@ -40,7 +41,7 @@ def check_names(roles: Iterable[str]) -> None:
     """
     seen: set[str] = set()
     if not isinstance(roles, Iterable):
-        raise UserError(f"roles is {roles!r:.60}; give a list of role names")
+        raise UserError(f"roles is {shown(roles, 60)}; give a list of role names")
     for role in roles:
         if not isinstance(role, str) or not role:
             raise UserError(f"a role name is {role!r}; it must be a non-empty string")

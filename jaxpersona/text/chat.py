@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpersona.brief import brief
+from jaxpersona.brief import brief, shown
 from jaxpersona.calls import checked_call
 from jaxpersona.errors import UserError
 from jaxpersona.models.batch import (
@@ -130,7 +130,7 @@ def listed(given: Any, name: str = "conversations") -> list[Any]:
     except TypeError:  # not iterable, such as a 0-d array
         items = None
     if items is None:
-        raise UserError(f"{name} is {given!r:.60}; give a list of {name}")
+        raise UserError(f"{name} is {shown(given, 60)}; give a list of {name}")
     if not items:
         raise UserError(f"{name} is empty; give at least one")
     if any(isinstance(item, (Mapping, int, np.integer)) for item in items):
@@ -283,12 +283,12 @@ def check_conversation(conversation: Any, *, reply: bool = True) -> list[dict[st
     if isinstance(conversation, str):
         conversation = [{"role": "user", "content": conversation}]
     if not isinstance(conversation, Sequence) or not len(conversation):
-        raise UserError(f"conversation is {conversation!r:.60}; give a list of "
+        raise UserError(f"conversation is {shown(conversation, 60)}; give a list of "
                         '{"role", "content"} dicts or a string')
     out = []
     for i, message in enumerate(conversation):
         if not isinstance(message, Mapping):
-            raise UserError(f"message {i} is {message!r:.60}; give a dict with role and content")
+            raise UserError(f"message {i} is {shown(message)}; give a dict with role and content")
         if missing := [field for field in ("role", "content") if field not in message]:
             raise UserError(f"message {i} has no {missing[0]!r}; give role and content")
         if extra := sorted(set(message) - {"role", "content"}, key=str):
@@ -298,7 +298,7 @@ def check_conversation(conversation: Any, *, reply: bool = True) -> list[dict[st
         if not isinstance(role, str) or role not in ROLES:
             raise UserError(f"message {i} has role {role!r}; give system, user or assistant")
         if not isinstance(content, str):
-            raise UserError(f"message {i} has content {content!r:.60}; it must be a string")
+            raise UserError(f"message {i} has content {shown(content, 60)}; it must be a string")
         if re.search("[\ud800-\udfff]", content):
             raise UserError(f"message {i} contains a lone surrogate (invalid Unicode); remove it")
         if role == "system" and i:

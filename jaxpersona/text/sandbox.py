@@ -26,6 +26,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jaxpersona.brief import shown
 from jaxpersona.errors import UserError
 
 SECONDS = 10.0  # CPU time limit for one rendering and for all renderings of one conversation
@@ -126,8 +127,8 @@ def _encoded(message: Any) -> bytes:
             try:
                 json.dumps(value, default=_plain)
             except (TypeError, ValueError, RecursionError):
-                raise UserError(f"the template variable {name!r} is {value!r:.60}; use strings, "
-                                "numbers, booleans, None, lists or dicts") from None
+                raise UserError(f"the template variable {name!r} is {shown(value, 60)}; use "
+                                "strings, numbers, booleans, None, lists or dicts") from None
         raise UserError(f"the template variables are not JSON-serializable ({error})") from None
     if len(text) > CHARACTERS:
         raise UserError(f"the conversation and its template have {len(text):,} characters, but the "

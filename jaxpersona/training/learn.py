@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxpersona.brief import count, line
+from jaxpersona.brief import count, line, shown
 from jaxpersona.ckpts import files, orbax
 from jaxpersona.errors import UserError
 from jaxpersona.extras import require
@@ -69,12 +69,12 @@ class Direction(nnx.Module):
           UserError: an argument is invalid.
         """
         if not isinstance(width, (int, np.integer)) or width < 1:
-            raise UserError(f"width is {width!r:.60}; it must be a positive integer, the width of "
-                            "the model's residual stream")
+            raise UserError(f"width is {shown(width, 60)}; it must be a positive integer, the "
+                            "width of the model's residual stream")
         if not isinstance(size, (int, float, np.number)) or not 0 < size < math.inf:
-            raise UserError(f"size is {size!r:.60}; it must be a positive number")
+            raise UserError(f"size is {shown(size, 60)}; it must be a positive number")
         if not isinstance(seed, (int, np.integer)):
-            raise UserError(f"seed is {seed!r:.60}; it must be an integer")
+            raise UserError(f"seed is {shown(seed, 60)}; it must be an integer")
         if site not in SITES:
             raise UserError(f"site is {site!r}; it must be one of {SITES}")
         self.layers = resolve_layers(layers, None)
@@ -152,28 +152,29 @@ def fit(
     if isinstance(batches, Batch):
         raise UserError("batches is a single Batch; give a list of batches")
     if not isinstance(batches, Iterable):
-        raise UserError(f"batches is {batches!r:.60}; give a list of batches")
+        raise UserError(f"batches is {shown(batches, 60)}; give a list of batches")
     batches = list(batches)
     if not hasattr(model, "config") or not hasattr(model, "params"):
-        raise UserError(f"model is {model!r:.60}; give the result of `jaxpersona.load`")
+        raise UserError(f"model is {shown(model, 60)}; give the result of `jaxpersona.load`")
     if not isinstance(direction, Direction):
-        raise UserError(f"direction is {direction!r:.60}; give a `Direction`")
+        raise UserError(f"direction is {shown(direction, 60)}; give a `Direction`")
     if not isinstance(optimizer, optax.GradientTransformation | None):
-        raise UserError(f"optimizer is {optimizer!r:.60}; give an optax optimizer")
+        raise UserError(f"optimizer is {shown(optimizer, 60)}; give an optax optimizer")
     if not isinstance(steps, (int, np.integer)):
-        raise UserError(f"steps is {steps!r:.60}; it must be an integer")
+        raise UserError(f"steps is {shown(steps, 60)}; it must be an integer")
     if steps < 1 or not batches:
         raise UserError(f"steps is {steps} and the number of batches is {len(batches)}; both "
                         "numbers must be positive")
     config = model.config
     for i, item in enumerate(batches):
         if not isinstance(item, Batch):
-            raise UserError(f"batches[{i}] is {item!r:.60}; give the result of `batch` or `encode`")
+            raise UserError(f"batches[{i}] is {shown(item, 60)}; give the result of `batch` or "
+                            "`encode`")
         if getattr(item.tokens, "is_fully_addressable", True):
             check_ids(np.asarray(jax.device_get(item.tokens)), config.vocab_size, f"batches[{i}]")
     direction.interventions().check(layers=config.n_layers, width=config.d_model, rows=0)
     if not callable(loss):
-        raise UserError(f"loss is {loss!r:.60}; give a function loss(output, batch)")
+        raise UserError(f"loss is {shown(loss, 60)}; give a function loss(output, batch)")
     optimizer = optimizer if optimizer is not None else optax.adam(0.05)
     graph, learned = nnx.split(direction)
 
@@ -298,8 +299,8 @@ def _check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
     for field, value in settings.items():
         if stored.get(field) != value:
             raise UserError(f"{folder}: the checkpoint does not match this direction, because "
-                            f"its {field} is {stored.get(field)!r:.80}, not {value!r:.80}; use "
-                            "another folder")
+                            f"its {field} is {stored.get(field)!r:.80}, not {shown(value, 80)}; "
+                            "use another folder")
 
 
 def _numbered(state: Any) -> dict[str, Any]:

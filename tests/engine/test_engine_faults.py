@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import sys
 import threading
 import traceback
 import weakref
@@ -180,6 +181,23 @@ def test_a_failed_handle_keeps_no_lane_and_each_result_has_its_own_traceback(mon
         (note,) = caught.value.__notes__
         assert "in broken" in note and "KeyError: 'cause'" in note
     assert len(set(frames)) == 1
+
+
+def test_many_requests_whose_lane_cannot_be_opened_end_with_its_error(monkeypatch):
+    """More requests than Python's recursion limit fail with the error of the lane."""
+    many = sys.getrecursionlimit() + 100
+    engine = make(queue=many)
+
+    def broken(_):
+        raise RuntimeError("no memory")
+
+    handles = [engine.submit(ask()) for _ in range(many)]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._scheduler, "open_lane", broken)
+        while engine.step():
+            pass
+    assert {str(handle._look()[3]) for handle in handles} == {"no memory"}
+    assert engine.result(engine.submit(ask())).tokens.size == 3
 
 
 def test_an_error_that_cannot_be_copied_is_detached_itself():

@@ -31,8 +31,8 @@ def test_tokens_have_their_kinds_turns_and_positions_and_padding_has_none():
 @pytest.mark.parametrize(("options", "words"), [
     ({"vocabulary": 8}, "row 1 of tokens contains the token id 8; token ids must be in 0…7, the"),
     ({"width": 2}, "width is 2, but a row has 3 tokens"),
-    ({"turn": [[0, 0], [0, 0]]}, "turn must contain one integer per token of every row"),
-    ({"kind": [[0, 0, 0]]}, "kind must contain one integer per token of every row"),
+    ({"turn": [[0, 0], [0, 0]]}, r"turn has rows of \[2, 2\] integers; .*: \[3, 1\]"),
+    ({"kind": [[0, 0, 0]]}, "kind has rows of .*; give one integer per token of every row"),
     ({"row_id": [1]}, r"row_id has shape \(1,\); its shape must be \(2,\)"),
 ])
 def test_an_argument_that_does_not_match_the_tokens_is_named(options, words):
