@@ -160,7 +160,7 @@ def test_the_text_without_a_token_to_read_is_named_by_its_group(monkeypatch):
     ([[], []], [["a"], ["b", "c"]], "has 2 entries, and messages has 2 lists of 1, 2 messages; gi"),
     ([[]], [[]], "messages has 1 lists of 0 messages"),
     ([[]], ["ab"], r"messages\[0\] is 'ab'; give one list per conversation"),
-    ([[], 5], [["a"], ["b"]], r"openings\[1\] is 5; give one list per conversation")])
+    ([[], "x"], [["a"], ["b"]], r"openings\[1\] is 'x'; give one list per conversation")])
 def test_conversations_have_one_opening_and_the_same_number_of_messages(openings, messages, wanted):
     """The numbers of the two arguments are in the message."""
     with pytest.raises(UserError, match=wanted):

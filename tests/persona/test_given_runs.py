@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -17,6 +18,7 @@ from jaxpersona.judges.judges import NoJudge
 from jaxpersona.judges.protocol import Item, Verdict
 from jaxpersona.persona import rejudge, verdicts
 from jaxpersona.persona.extract import extract_axis
+from jaxpersona.persona.forecast import forecast
 from jaxpersona.persona.judging import Judging
 from jaxpersona.runs.run import Run
 
@@ -80,14 +82,15 @@ def test_the_axis_its_notes_and_its_projections(tmp_path, monkeypatch):
 
 def test_too_few_roles_are_counted_and_nothing_is_overwritten(tmp_path, monkeypatch):
     """The message has the number of roles that reach min_count and are not held out."""
+    strict = s.Scored(lambda role, key: 2 if role == "pirate" and key[-1] in "01" else 3, "strict")
     with pytest.raises(UserError) as error:
-        extract(tmp_path / "run", monkeypatch, min_count=3, judge=s.Scored(
-            lambda role, key: 2 if role == "pirate" and key[-1] in "01" else 3, "strict"))
+        extract(tmp_path / "run", monkeypatch, min_count=3, judge=strict)
     assert str(error.value).startswith(
         "too few roles have at least 3 rollouts with score 3 from the judge 'strict' and are not "
         f"held out: 1 of 4; the axis needs at least two such roles. {tmp_path / 'run'} keeps all")
     assert not (tmp_path / "run" / "axis.safetensors").exists()
-    assert extract(tmp_path / "run", monkeypatch).tokens == 0
+    found = extract(tmp_path / "run", monkeypatch, min_count=2, judge=strict)
+    assert found.tokens == 0 and found.analysis.names == ["ghost", "pirate"]
 
 
 def test_a_default_persona_without_words_has_no_axis(tmp_path, monkeypatch):
@@ -106,12 +109,14 @@ def test_the_error_of_a_judge_is_shortened_and_its_replies_are_in_no_vector(tmp_
     def score(role, key):
         return RuntimeError("x" * 200) if key[-1] in "01" and role != "silent" else 3
 
+    monkeypatch.setattr("jaxpersona.persona.extract.weights_note", lambda _: {"weights": "int8"})
     with pytest.warns(UserWarning) as found:
         made = extract(tmp_path / "run", monkeypatch, score)
     assert [str(one.message) for one in found] == [
         f"replies on which the judge failed: 6 ({'x' * 120}); no vector includes these replies; "
         "run the same command again to judge them"]
     assert made.counts["ghost"] == {"0": 0, "1": 0, "2": 0, "3": 2, "None": 0, "failed": 2}
+    assert made.axis.notes["weights"] == "int8"  # how the weights are stored
     assert made.sizes["ghost"] == 4 and made.rollouts == 20
     np.testing.assert_allclose(made.role_means["ghost"][:, 0], 1.5, atol=1e-6)  # (1 + 2) / 2
     assert Run.read(tmp_path / "run").sums("ghost").count("3") == 2
@@ -141,6 +146,21 @@ def test_the_progress_counts_costs_and_the_rollouts_of_earlier_questions(tmp_pat
                     judge=Paid(name="paid"), report=lambda *step: told.append(step))
     assert state() == [20, 20, 16, 16, 5, 5, 0.0] and found.rollouts == 20
     assert told[:2] == [("rollouts", 20, 20, 0), ("judging", 16, 16, 0)]
+
+
+def test_a_forecast_of_another_rubric_changes_no_file(tmp_path, monkeypatch):
+    """The scores of one role are outdated, but only a run deletes them."""
+    extract(tmp_path / "run", monkeypatch)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    roles = [dataclasses.replace(role, eval_prompt="{question}" * (role.name == "ghost"))
+             for role in ROLES]
+    judge = s.Scored()
+    judge.rubric = None  # as a judge that calls a model
+    found = forecast(made_runs.model(3, "tiny"), roles, QUESTIONS, tmp_path / "run", judge=judge,
+                     settings=made_runs.SETTINGS, min_count=2, sample_seconds=0)
+    assert (found.missing, found.judged, found.judge_calls) == (0, 16, 4)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*")
+                      if path.is_file()}
 
 
 def test_a_judge_is_begun_and_prepared_with_the_items_of_the_run():

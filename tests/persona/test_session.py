@@ -97,6 +97,14 @@ def test_a_reply_is_read_without_its_prompt():
     assert turn.context == row.tokens.shape[1] + 8
 
 
+def test_a_cancelled_reply_is_not_kept():
+    """The function is asked before the first piece of text, and no turn is added."""
+    session, asked = Session(MODEL, monitor=Monitor(MODEL, AXIS), max_new_tokens=8), []
+    session.turns = [Turn("What is 2 plus 3?", "I haunt thee.")]
+    assert list(session.reply("And you?", lambda: asked.append(1) or True)) == []
+    assert len(session.turns) == 1 and asked == [1]
+
+
 def test_interventions_that_are_off_have_the_structure_of_those_that_are_on():
     """Also where their tests select code, which the program must track."""
     s.KEPT.clear()
@@ -161,16 +169,6 @@ def test_a_transcript_has_the_settings_and_the_numbers_of_each_reply():
                      {"role": "assistant", "content": "Hello."}],
         "replies": [{"finish": "stop", "tokens": 2, "context": 12, "edited": True,
                      "projections": {4: 1.5}, "edits": [EDIT]}]}
-
-
-def test_a_cancelled_reply_is_not_kept():
-    """The first piece is given, and then the reply ends without a turn."""
-    session, asked = Session(MODEL, monitor=Monitor(MODEL, AXIS), max_new_tokens=8), []
-    pieces = list(session.reply("And you?", lambda: asked.append(1) or len(asked) > 1))
-    assert len(pieces) == 1 and pieces[0].turn is None and session.turns == []
-    assert list(session.reply("And you?", lambda: True)) == []
-    assert [piece.turn is not None for piece in session.reply("And you?")] == [False, True]
-    assert len(session.turns) == 1 and session.turns[0].message == "And you?"
 
 
 @pytest.mark.parametrize(("size", "edited"), [(1023, True), (1023, False), (1024, True)])

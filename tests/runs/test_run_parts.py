@@ -260,7 +260,7 @@ def test_a_deleted_run_counts_its_files_and_leaves_no_empty_folder(tmp_path):
     assert {"roles.png", "roles.svg", "drift.json", "report.html"} < set(FIGURES)
     assert delete_run(tmp_path, ["default", "ghost"], ["j"]) == len(names)
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
-    assert left == {"run.json", "rollouts", "rollouts/mine.jsonl", "means"}
+    assert left == {"run.json", "rollouts", "rollouts/mine.jsonl"}
     assert delete_run(tmp_path, ["default", "ghost"], ["j"]) == 0
 
 
