@@ -74,11 +74,13 @@ def test_the_reliability_of_all_averaged_rollouts_replaces_that_of_the_last_roun
     rng = np.random.default_rng(0)
     cells = {name: Cells(rng.normal(size=(8, 5)).astype(np.float32) + shift, np.ones(8, int))
              for name, shift in (("default", 0), ("a", 3), ("b", 4), ("c", -9))}
+    cells["b"] = cells["b"].within(np.arange(8) < 4)  # so that the slope of the correction counts
     asked = {"default": {0: 2, 1: 2}, "a": {0: 1}, "b": {0: 3, 5: 1}, "c": {}}
     found = measured(made(), asked, cells, ["b", "a"], 0.25)
     roles = {name: cells[name] for name in "abc"}
     assert found.axis == measure(cells["default"], roles, ["a", "b"], 0.25)[0]
-    assert found.axis != measure(cells["default"], roles, ["a", "b", "c"], 0.25)[0]
+    for used, slope in ((["a", "b", "c"], 0.25), (["a", "b"], None)):
+        assert found.axis != measure(cells["default"], roles, used, slope)[0]
     assert (found.rollouts, found.slope, found.quota, found.settled) == (9, 0.25, 48, ["a"])
 
 
