@@ -134,7 +134,8 @@ def run(**more):
     return SimpleNamespace(**{
         "rounds": None, "pca": None, "projections": dict.fromkeys(means, own),
         "mean_projection": means.__getitem__, "rollouts": 1234, "role_means": {"near": 1, "far": 1},
-        "counts": {"near": {"0": 0, "2": 0, "3": 4, "failed": 2}, "far": {"0": 1500, "None": 1, "3": 3}},
+        "counts": {"near": {"0": 0, "2": 0, "3": 4, "failed": 2},
+                   "far": {"0": 1500, "None": 1, "3": 3}},
         "axis": SimpleNamespace(model="tiny", n_layers=2,
                                 notes={"min_count": 2, "judge": "rules"}),
         "analysis": SimpleNamespace(names=["near"], cos_pc1=[0.1, 0.25], components=[
