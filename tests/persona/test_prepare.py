@@ -70,7 +70,8 @@ def test_the_digests_of_prompts_do_not_depend_on_the_questions_and_the_reverse()
     model = dataclasses.replace(s.tiny_model(vocab_size=258), tokenizer=s.byte_tokenizer())
     first = check_prompts(model, ROLES, QUESTIONS)
     other = [ROLES[0], dataclasses.replace(ROLES[1], prompts=("a", "b", "d")), *ROLES[2:]]
-    second = check_prompts(model, other, [QUESTIONS[0], Question(1, "Who?"), Question(2, "So what?")])
+    longer = [QUESTIONS[0], Question(1, "Who?"), Question(2, "So what?")]
+    second = check_prompts(model, other, longer)
     assert list(second) == [*first, "question 2"]
     assert {name for name in first if first[name] != second[name]} == {"role one", "question 1"}
     assert len(set(first.values())) == 6
