@@ -94,8 +94,9 @@ def delete_run(folder: pathlib.Path, roles: Iterable[str], judges: Iterable[str]
     for role in roles:  # files that only runs of format 2 contain
         count += sum(delete(folder / place) for place in (
             f"means/{file_stem(role)}.safetensors", f"scores/{file_stem(role)}.json"))
-    # rmdir deletes a folder only if it is empty
-    for _, place in (*folders_of(folder, judges), ("", folder / live.FOLDER)):
+    # rmdir deletes a folder only if it is empty; the folders of judges come before their parents
+    places = [place for _, place in folders_of(folder, judges)][::-1]
+    for place in (*places, folder / live.FOLDER, folder / "means"):
         with contextlib.suppress(OSError):
             place.rmdir()
     return count

@@ -65,6 +65,18 @@ def test_only_the_default_persona_needs_no_eval_prompt():
     check_redo(["one"], ROLES)
 
 
+def test_the_digests_of_prompts_do_not_depend_on_the_questions_and_the_reverse():
+    """A prompt of a role, or the text of a question, changes its own digest alone."""
+    model = dataclasses.replace(s.tiny_model(vocab_size=258), tokenizer=s.byte_tokenizer())
+    first = check_prompts(model, ROLES, QUESTIONS)
+    other = [ROLES[0], dataclasses.replace(ROLES[1], prompts=("a", "b", "d")), *ROLES[2:]]
+    longer = [QUESTIONS[0], Question(1, "Who?"), Question(2, "So what?")]
+    second = check_prompts(model, other, longer)
+    assert list(second) == [*first, "question 2"]
+    assert {name for name in first if first[name] != second[name]} == {"role one", "question 1"}
+    assert len(set(first.values())) == 6
+
+
 def test_the_longest_prompt_and_question_must_leave_room_for_a_token():
     """Each question is tried with the longest prompt, and each prompt with the longest question.
 

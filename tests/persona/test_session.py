@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 from types import SimpleNamespace
 
@@ -13,7 +14,8 @@ import support as s
 
 import jaxpersona as jp
 from jaxpersona.engine import programs
-from jaxpersona.persona.monitor import NAME, Monitor, edit_counts
+from jaxpersona.persona import session as module
+from jaxpersona.persona.monitor import NAME, EditCount, Monitor, edit_counts
 from jaxpersona.persona.session import Session, Turn
 from jaxpersona.persona.transcript import record, restore
 
@@ -95,6 +97,14 @@ def test_a_reply_is_read_without_its_prompt():
     assert turn.context == row.tokens.shape[1] + 8
 
 
+def test_a_cancelled_reply_is_not_kept():
+    """The function is asked before the first piece of text, and no turn is added."""
+    session, asked = Session(MODEL, monitor=Monitor(MODEL, AXIS), max_new_tokens=8), []
+    session.turns = [Turn("What is 2 plus 3?", "I haunt thee.")]
+    assert list(session.reply("And you?", lambda: asked.append(1) or True)) == []
+    assert len(session.turns) == 1 and asked == [1]
+
+
 def test_interventions_that_are_off_have_the_structure_of_those_that_are_on():
     """Also where their tests select code, which the program must track."""
     s.KEPT.clear()
@@ -138,6 +148,46 @@ def test_a_transcript_restores_the_session():
     other.monitor = made().monitor
     table["replies"][0]["edits"] = [EDIT]
     assert restore(other, table) and dataclasses.asdict(other.turns[0])["edits"] == [EDIT]
+
+
+def test_a_transcript_has_the_settings_and_the_numbers_of_each_reply():
+    """Its messages are a conversation, and its axis is known by the values at the layers."""
+    session = Session(MODEL, interventions=CAP, monitor=Monitor(MODEL, AXIS), system="Be kind.",
+                      max_new_tokens=9, temperature=0.5, top_p=0.75, seed=4)
+    session.turns = [Turn("Hi.", "Hello.", "stop", 2, 12, True, {4: 1.5},
+                          [EditCount(**EDIT)])]
+    found = record(session)
+    digest = hashlib.sha256(AXIS.values[[4]].tobytes()).hexdigest()[:16]
+    assert found == {
+        "format": "jaxpersona-chat 1",
+        "model": {"name": "mini", "fingerprint": MODEL.fingerprint},
+        "settings": {"max_new_tokens": 9, "temperature": 0.5, "top_p": 0.75, "seed": 4},
+        "interventions": [repr(CAP.edits[0])],
+        "axis": {"name": "assistant", "layers": [4], "digest": digest,
+                 "projections": session.monitor.sentence},
+        "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi."},
+                     {"role": "assistant", "content": "Hello."}],
+        "replies": [{"finish": "stop", "tokens": 2, "context": 12, "edited": True,
+                     "projections": {4: 1.5}, "edits": [EDIT]}]}
+
+
+@pytest.mark.parametrize(("size", "edited"), [(1023, True), (1023, False), (1024, True)])
+def test_a_conversation_needs_room_for_one_token_of_the_reply(monkeypatch, size, edited):
+    """The context has 1,024 tokens; a request has the settings and the chosen interventions."""
+    session = Session(MODEL, interventions=CAP, monitor=Monitor(MODEL, AXIS), max_new_tokens=9,
+                      seed=4)
+    row = SimpleNamespace(tokens=np.zeros(size, np.int32))
+    monkeypatch.setattr(module.prompts, "encode", lambda *_: row)
+    monkeypatch.setattr(module, "Request", lambda *given, **options: (*given, options))
+    monkeypatch.setattr(session._engine, "submit", lambda request: request)
+    if size == 1024:
+        with pytest.raises(module.ContextFull, match="has 1,024 tokens with this message"):
+            session._submit([], "Hi.", edited)
+        return
+    given, options = session._submit([], "Hi.", edited)
+    assert given is row and options == {
+        "interventions": session.edits if edited else session._off, "max_new_tokens": 9, "seed": 4,
+        "capture": session.monitor.capture, "temperature": 0.0, "top_p": 1.0}
 
 
 def test_projections_of_another_model_or_axis_are_dropped():
