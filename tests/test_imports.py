@@ -22,7 +22,7 @@ ORDER = (
     "organism", "report", "cli",
 )
 NARROW = {  # stricter limits than the order
-    "text.sandbox": set(),
+    "text.sandbox": {"brief"},
     "text.sandbox_worker": set(),  # a script that imports only Jinja
     "text.template": {"models", "text"},
     "text.fences": set(),
@@ -30,7 +30,7 @@ NARROW = {  # stricter limits than the order
     "text.chat": {"brief", "calls", "models", "text"},
     "kernels": {"kernels"},
     "models.config": {"brief"},
-    "ckpts": {"calls", "ckpts", "distributed", "engine", "extras", "inputs", "models",
+    "ckpts": {"brief", "calls", "ckpts", "distributed", "engine", "extras", "inputs", "models",
               "models.config", "progress", "runtime", "vectors"},
 }
 PLACE = {name: place for place, name in enumerate(ORDER)}
