@@ -23,7 +23,7 @@ from jaxpersona.errors import UserError
 Implementation = Literal["xla", "pallas", "interpret"]
 F32 = jnp.float32
 MEMORY = 10 * 2**20  # maximum bytes of on-chip memory per grid step; TPU cores have at least 16 MiB
-_BY_SUMS = 8  # up to this many projections are computed as sums, more as a matrix product
+_BY_SUMS = 8  # up to this number, projections are computed as sums; above it, as a matrix product
 _TOKENS = (256, 128, 64, 32, 16, 8)  # possible sizes of a block, in tokens
 
 
