@@ -174,7 +174,11 @@ def _block(width: int, itemsize: int, entries: int, directions: int, by_token: b
 
 def _run(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit], directions: jax.Array | None,
          before: int, norm: Norm | None, by_token: bool, interpret: bool) -> Site:
-    """Run the kernel on x [G, R, D]: G rows of R tokens or, if `by_token`, R rows of one token."""
+    """Run the kernel on x [G, R, D]: G rows of R tokens or, if `by_token`, R rows of one token.
+
+    Raises:
+      UserError: the smallest block does not fit in `MEMORY`.
+    """
     from jax.experimental import pallas as pl
 
     groups, count, width = x.shape

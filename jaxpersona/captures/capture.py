@@ -363,9 +363,9 @@ def norms(where: Where | str = everywhere, *, layers: Layers | None = None, site
           name: str = "norms") -> Capture:
     """Capture the norm ‖h‖ of every selected token's activation.
 
-    Lu et al. 2026 specify steering strengths in units of the mean norm over all tokens except the
-    first. The arguments and errors are as for `mean`, but without `turns`. By default, all tokens
-    are selected.
+    The mean norm is a common unit of steering strengths. Exclude the first token of a row, because
+    its norm is often very large. The arguments and errors are as for `mean`, but without `turns`.
+    By default, all tokens are selected.
 
     Returns:
       A capture whose result is [B, L, S] float32, where S is the number of cache slots, with NaN at

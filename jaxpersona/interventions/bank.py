@@ -267,7 +267,7 @@ def numbers(name: str, value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Convert a PyTorch tensor of any device and floating-point type to a NumPy array.
+    """Convert a PyTorch tensor, or each tensor in a list, to a NumPy array.
 
     NumPy itself cannot convert tensors that require a gradient, are on a GPU or have the dtype
     bfloat16. Other values, and lists without tensors, are returned unchanged.

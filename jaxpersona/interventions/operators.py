@@ -50,8 +50,8 @@ def steer(
         "mlp" (the output of this sublayer).
 
     Raises:
-      UserError: a direction, strength, layer or row is invalid; the message gives the argument,
-        its value and the fix.
+      UserError: a direction, strength, layer, row, site or token test is invalid; the message gives
+        the argument and the fix.
 
     Examples:
       >>> import jaxpersona as jp

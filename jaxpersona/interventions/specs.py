@@ -161,7 +161,7 @@ def _reading(item: forms.Reading, model: Model, folder: pathlib.Path) -> Capture
 
 
 def _gate_place(gate: forms.GateSpec) -> Where | None:
-    """Return the token test for the tokens that a gate measures, or None for its default."""
+    """Return the token test for the tokens that a gate measures, or None for `gate`'s default."""
     if gate.where is None and not gate.first_token:
         return None
     usual = forms.Place(name="prompt" if gate.over == "prompt" else "everywhere")

@@ -129,7 +129,8 @@ def _encoded(message: Any) -> bytes:
             except (TypeError, ValueError, RecursionError):
                 raise UserError(f"the template variable {name!r} is {value!r:.60}; use strings, "
                                 "numbers, booleans, None, lists or dicts") from None
-        raise UserError(f"the template variables are not JSON-serializable ({error})") from None
+        raise UserError(f"the template variables are not JSON-serializable ({error}); use strings, "
+                        "numbers, booleans, None, lists or dicts") from None
     if len(text) > CHARACTERS:
         raise UserError(f"the conversation and its template have {len(text):,} characters, but the "
                         f"limit is {CHARACTERS:,}; shorten the conversation")
