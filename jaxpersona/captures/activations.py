@@ -46,7 +46,7 @@ class Mean(Reading, kw_only=True, repr=False):
         return MeanState(jnp.zeros((layers, *shape, width), F32), jnp.zeros(shape, F32))
 
     def weights(self, batch: Batch) -> Float[Array, "B ... T"]:
-        """Return weights, 1 for selected tokens, else 0: [B, T] or, with `turns`, [B, M, T]."""
+        """Return float32 weights [B, T] or, with `turns`, [B, M, T]: 1 if selected, else 0."""
         chosen = holds(self.where, batch)
         if self.turns is not None:
             turn = jnp.arange(self.turns, dtype=jnp.int32)
@@ -112,7 +112,7 @@ class Last(Reading, kw_only=True, repr=False):
         return ((at == top) & (top >= 0)).astype(F32)
 
     def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
-        """Return the activation [B, D] of each row's last selected token in h [B, T, D], or 0."""
+        """Return h [B, T, D] at each row's last selected token, [B, D]; 0 if a row has none."""
         return jnp.einsum("btd,bt->bd", h.astype(F32), weights, precision="highest")
 
     def update(self, state: LastState, reductions: jax.Array, weights: jax.Array, batch: Batch,

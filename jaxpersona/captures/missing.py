@@ -38,8 +38,7 @@ def describe_empty(numbers: Any, total: int, what: str) -> str:
       what: "row" or "conversation".
 
     Returns:
-      The message without its subject, the capture: the rows or conversations, the result (NaN),
-      and the fix.
+      The part of the message that follows the name of the capture, ending with the fix.
     """
     values_are = "their values are" if len(numbers) > 1 else "its value is"
     return f"{no_token(numbers, total, what)}, so {values_are} NaN; {FIX}"

@@ -173,7 +173,7 @@ class PreparedCustom(Prepared, kw_only=True):
         """Apply the function to the active tokens of h [B, T, D] (see `Prepared.apply`).
 
         Raises:
-          UserError: the function returns an array of another shape than [D].
+          UserError: the function returns an array whose shape is not [D].
         """
         slot = self.layers.index(layer)
         by_token = jax.vmap(self.fn, in_axes=(None, 0))

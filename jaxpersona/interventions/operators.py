@@ -168,9 +168,9 @@ def mean_ablate(
     rows: Any = None,
     site: Site = "residual",
 ) -> Interventions:
-    """Set the projection onto a direction to the mean activation's: h ← h + v̂·⟨μ − h, v̂⟩.
+    """Set the projection onto a direction to ⟨μ, v̂⟩ for a mean activation μ.
 
-    The component of h orthogonal to v̂ is unchanged.
+    The edit is h ← h + v̂·⟨μ − h, v̂⟩. The component of h orthogonal to v̂ is unchanged.
 
     Args:
       vector, layers, where, rows, site: as for `steer`; the norm of `vector` has no effect.
@@ -193,8 +193,8 @@ def mean_ablate(
     n, width = bank.direction.shape[1:]
     if of.direction.shape[1] not in (1, n) or of.direction.shape[2] != width:
         raise UserError(f"mean has shape {of.direction.shape} and vector has shape "
-                        f"{bank.direction.shape}, as [l, n, D]; give one mean, or one per "
-                        "direction, with the same D")
+                        f"{bank.direction.shape} (layers, directions, width); give one mean, or "
+                        "one per direction, of the same width")
     along = (bank.direction * of.direction).sum(-1) * of.norm  # ⟨μ, v̂⟩ [l, n]
     if not is_traced(along):
         check_finite("the projection of mean onto vector", along)

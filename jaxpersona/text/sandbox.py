@@ -33,10 +33,10 @@ MEMORY = 2 << 30  # maximum size of the worker's address space in bytes, includi
 CHARACTERS = 1 << 26  # maximum length of a request (with the template) and of a rendering
 # a character takes up to six bytes in an answer
 _LARGEST_REPLY = 6 * CHARACTERS + (1 << 16)  # maximum size of an answer in bytes
-_WAIT = 10  # wall-clock timeout for an answer in multiples of SECONDS, for a busy machine
+_WAIT = 10  # wall-clock timeout for an answer in multiples of SECONDS (large, for busy machines)
 _START = 120.0  # wall-clock timeout in seconds for the start of the process
 _CACHED = 256  # maximum number of cached renderings
-# maximum size of a cached request (including the template) in bytes, or text in characters
+# maximum size of a cached request (with its template) in bytes, and of its text in characters
 _CACHED_BYTES = 1 << 15
 
 

@@ -371,7 +371,7 @@ def _mark_thinking(text: str, kind: np.ndarray, turn: np.ndarray, messages: list
             # `starts` is sorted; `one` indexes the first span that starts in or after the block
             one = bisect.bisect_left(starts, begin)
             own = one < len(content) and content[one][1] <= inner
-            own = own or bool((kind[begin:end] & ASSISTANT).any())  # the block has content
+            own = own or bool((kind[begin:end] & ASSISTANT).any())  # or the block has content
             kind[begin:end] = (ASSISTANT if own else TEMPLATE) | THINKING
 
 
