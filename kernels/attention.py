@@ -42,7 +42,7 @@ def attention_implementation(
     sharded: bool = False,
     asked: Asked = "auto",
 ) -> tuple[Implementation, str]:
-    """Choose the attention implementation: for "auto", a kernel for long batches, otherwise XLA.
+    """Choose the attention implementation; "auto" uses a supported kernel for long batches.
 
     Args:
       config: the model configuration, of which `attn_softcap` and `head_dim` are used.
@@ -55,7 +55,8 @@ def attention_implementation(
       asked: the requested implementation, or "auto".
 
     Returns:
-      The implementation, and the reason for this choice.
+      The implementation, and the reason for this choice. For "auto", the implementation is "xla" if
+      the kernel is not supported or the batch is not long.
 
     Raises:
       UserError: `asked` is unknown, or a kernel is requested but not supported; the message lists

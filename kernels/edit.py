@@ -23,7 +23,7 @@ from jaxpersona.errors import UserError
 Implementation = Literal["xla", "pallas", "interpret"]
 F32 = jnp.float32
 MEMORY = 10 * 2**20  # maximum bytes of on-chip memory per grid step; TPU cores have at least 16 MiB
-_BY_SUMS = 8  # up to this many projections are computed as sums, more as a matrix product
+_BY_SUMS = 8  # up to this number, projections are computed as sums; above it, as a matrix product
 _TOKENS = (256, 128, 64, 32, 16, 8)  # possible sizes of a block, in tokens
 
 
@@ -174,7 +174,11 @@ def _block(width: int, itemsize: int, entries: int, directions: int, by_token: b
 
 def _run(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit], directions: jax.Array | None,
          before: int, norm: Norm | None, by_token: bool, interpret: bool) -> Site:
-    """Run the kernel on x [G, R, D]: G rows of R tokens or, if `by_token`, R rows of one token."""
+    """Run the kernel on x [G, R, D]: G rows of R tokens or, if `by_token`, R rows of one token.
+
+    Raises:
+      UserError: the smallest block does not fit in `MEMORY`.
+    """
     from jax.experimental import pallas as pl
 
     groups, count, width = x.shape

@@ -28,7 +28,7 @@ CASES = {
     "mesh is 'data=9": lambda: sharding.parse_mesh("data=" + DIGITS),
     "topology is 'v5e:9": lambda: chips.parse("v5e:" + DIGITS),
     "topology is 5": lambda: chips.parse(5),
-    "process is '0'": lambda: processes.start("host:1", 2, "0"),
+    "the process index is '0'": lambda: processes.start("host:1", 2, "0"),
     "coordinator is 5": lambda: processes.start(5, 2, 0),
     "width is 'x'": lambda: batch([[1, 2]], width="x"),
     "kind is 5": lambda: batch([[1, 2]], kind=5),

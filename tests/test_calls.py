@@ -239,5 +239,5 @@ def test_a_percentile_by_name_is_that_of_the_axis(layers, of):
 
 
 def test_a_number_that_is_also_a_percentile_is_warned_about():
-    with pytest.warns(UserWarning, match="floor is 25, a projection; .* write floor='p25'"):
+    with pytest.warns(UserWarning, match="floor is 25, which is a projection; .* give floor='p25'"):
         jp.cap(AXIS, layers=4, floor=25)

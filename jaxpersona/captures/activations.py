@@ -24,7 +24,7 @@ from jaxpersona.models.batch import Batch
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
-LARGE = 1e9  # minimum size in bytes of an array about which `Full` logs a warning
+LARGE = 1e9  # `Full` logs a warning if its array has at least this size in bytes
 _LOG = logging.getLogger("jaxpersona")
 
 
@@ -46,7 +46,7 @@ class Mean(Reading, kw_only=True, repr=False):
         return MeanState(jnp.zeros((layers, *shape, width), F32), jnp.zeros(shape, F32))
 
     def weights(self, batch: Batch) -> Float[Array, "B ... T"]:
-        """Return float32 weights [B, T], or [B, M, T] by message: 1 for selected tokens, else 0."""
+        """Return float32 weights [B, T] or, with `turns`, [B, M, T]: 1 if selected, else 0."""
         chosen = holds(self.where, batch)
         if self.turns is not None:
             turn = jnp.arange(self.turns, dtype=jnp.int32)
@@ -112,7 +112,7 @@ class Last(Reading, kw_only=True, repr=False):
         return ((at == top) & (top >= 0)).astype(F32)
 
     def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
-        """Return the activation [B, D] of each row's last selected token from h [B, T, D]."""
+        """Return h [B, T, D] at each row's last selected token, [B, D]; 0 if a row has none."""
         return jnp.einsum("btd,bt->bd", h.astype(F32), weights, precision="highest")
 
     def update(self, state: LastState, reductions: jax.Array, weights: jax.Array, batch: Batch,
@@ -154,7 +154,7 @@ class LastState(State):
 
 
 class Norms(Reading, kw_only=True, repr=False):
-    """The norms of the activations of the selected tokens."""
+    """The norm ‖h‖ of each selected token's activation."""
 
     def init(self, layers: int, rows: int, slots: int, width: int) -> TokenState:
         """Return a state with an array [L, B, S] of NaN."""

@@ -4,9 +4,9 @@ A capture is a pytree of readings (`reading.Reading`). Every call of `forward` (
 of a prompt or a decode step) updates the state of each reading. A mean over a generated text
 therefore needs no second pass and no array of all activations; `|` combines captures in one pass.
 
-The functions below state the shapes of the results of `forward` for B rows, where S is the number
-of cache slots, or of tokens per row without a cache. `generate` and `extract` return a result with
-the axis S as a list of arrays [L, T, …], one for the T tokens of each conversation.
+The docstrings below give the shapes of the results of `forward` for B rows, where S is the number
+of cache slots, or of tokens per row without a cache. If a result has the axis S, `generate` and
+`extract` return a list of arrays [L, T, …] instead, one per conversation of T tokens.
 
 Examples:
   >>> import jaxpersona as jp
@@ -78,8 +78,8 @@ class Capture(flax.struct.PyTreeNode):
 
         Its values at layer l include the effect of interventions at lower layers and at earlier
         sites of layer l, but not of interventions at the same site of layer l. For example, if
-        a cap is the first intervention at its site and layer, the projection onto its direction
-        that this capture reads is the value that the cap compares with its floor.
+        a cap is the first intervention at its site and layer, this capture can read the
+        projections that the cap compares with its floor.
 
         Examples:
           >>> import jaxpersona as jp
@@ -106,12 +106,12 @@ class Capture(flax.struct.PyTreeNode):
         }
 
     def __repr__(self) -> str:
-        """Return the readings, such as `mean(response) | last(everywhere)`."""
+        """Return the readings in the form of calls, such as `mean(response) | last(everywhere)`."""
         return cut(" | ".join(map(repr, self.readings.values())) or "Capture()")
 
 
 def chosen_layers(reading: Reading, config: ModelConfig) -> tuple[int, ...]:
-    """Check a reading against the model, and return the layers at which it is taken.
+    """Check a reading against the model, and return the layers that it reads.
 
     If the reading does not specify layers, all layers of the model are returned.
 
@@ -344,7 +344,7 @@ def histogram(directions: Any, edges: Any, where: Where | str = response, *,
     bounds = bounds[None, None] if bounds.ndim == 1 else bounds
     if bounds.ndim != 3 or not bounds.shape[-1]:
         raise UserError(f"edges has shape {bounds.shape}; it must be [E] or [L, K, E]")
-    with np.errstate(over="ignore"):  # a number beyond float32 becomes infinite and is rejected
+    with np.errstate(over="ignore"):  # float32 overflow gives infinity, which is rejected
         bounds = np.asarray(bounds, np.float32)
     if not np.isfinite(bounds).all() or (np.diff(bounds, axis=-1) <= 0).any():
         raise UserError("edges must be finite and strictly ascending as float32 values")
@@ -363,9 +363,9 @@ def norms(where: Where | str = everywhere, *, layers: Layers | None = None, site
           name: str = "norms") -> Capture:
     """Capture the norm ‖h‖ of every selected token's activation.
 
-    Lu et al. 2026 specify steering strengths in units of the mean norm over all tokens except the
-    first. The arguments and errors are as for `mean`, but without `turns`. By default, all tokens
-    are selected.
+    The mean norm is a common unit of steering strengths. Exclude the first token of a row, because
+    its norm is often very large. The arguments and errors are as for `mean`, but without `turns`.
+    By default, all tokens are selected.
 
     Returns:
       A capture whose result is [B, L, S] float32, where S is the number of cache slots, with NaN at

@@ -38,14 +38,14 @@ def describe_empty(numbers: Any, total: int, what: str) -> str:
       what: "row" or "conversation".
 
     Returns:
-      The predicate of a sentence whose subject is the capture, including the fix.
+      The part of the message that follows the name of the capture, ending with the fix.
     """
     values_are = "their values are" if len(numbers) > 1 else "its value is"
     return f"{no_token(numbers, total, what)}, so {values_are} NaN; {FIX}"
 
 
 def no_token(numbers: Any, total: int, what: str) -> str:
-    """Return the first part of `describe_empty`, such as "selects no token in row 0 (1 of 2)"."""
+    """Return the start of `describe_empty`'s message, e.g. "selects no token in row 0 (1 of 2)"."""
     some = ", ".join(map(str, list(numbers)[:5])) + (", …" if len(numbers) > 5 else "")
     plural = "s" if len(numbers) > 1 else ""
     return f"selects no token in {what}{plural} {some} ({len(numbers)} of {total})"

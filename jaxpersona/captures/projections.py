@@ -85,7 +85,8 @@ def check_sets(name: str, values: Any, layers: tuple[int, ...]) -> None:
     """
     if values.shape[0] not in (1, len(layers)):
         raise UserError(f"{name} are for {values.shape[0]} layers, but the number of captured "
-                        f"layers is {len(layers)}: {list(layers)}")
+                        f"layers is {len(layers)}: {list(layers)}; give one entry per captured "
+                        "layer")
 
 
 class Projections(OnDirections, kw_only=True, repr=False):
@@ -132,7 +133,7 @@ class ProjectionMoments(OnDirections, kw_only=True, repr=False):
 
     def reduce(self, p: jax.Array, weights: jax.Array,
                index: int) -> tuple[jax.Array, jax.Array]:
-        """Return the mean and the sum of squared deviations of the projections, each [B, K]."""
+        """Return the mean and sum of squared deviations of selected projections, each [B, K]."""
         w = weights[..., None].astype(F32)
         count = jnp.maximum(w.sum(1), 1.0)
         mean = (p * w).sum(1) / count
@@ -226,7 +227,11 @@ class Histogram(OnDirections, kw_only=True, repr=False):
         return CountState(state.counts + reductions)
 
     def check(self, layers: tuple[int, ...], width: int) -> None:
-        """Check the shapes of the directions and edges (see `OnDirections.check`)."""
+        """Check the shapes of the directions and edges (see `Reading.check`).
+
+        Raises:
+          UserError: as for `OnDirections.check`, or the edges have the wrong number of layers.
+        """
         super().check(layers, width)
         check_sets("edges", self.edges, layers)
 

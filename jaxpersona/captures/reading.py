@@ -1,4 +1,4 @@
-"""The interface of readings, which reduce activations, and of their states.
+"""The base classes of readings, which reduce activations, and of their states.
 
 A reading selects tokens, reduces their activations at each layer, and adds the reductions of each
 call of `forward` to a state. `forward` is usually compiled by `jax.jit`, so the methods that it
@@ -77,7 +77,7 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
       site: the site that is read (static).
       edited: True to read activations after the interventions at the same site and layer, False to
         read them before these interventions (static; see `Capture.before_edits`).
-      label: the reading's name in its representation; by default the class name in lower case.
+      label: the reading's name in its repr; by default, the class name in lower case.
       needs_token: whether the result is undefined for a row without a selected token.
     """
 
@@ -107,7 +107,7 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
 
         Args:
           h: [B, T, D], in the model's dtype.
-          weights: the result of `weights`.
+          weights: the result of the method `weights`.
           index: the index of the layer among the layers that are read.
 
         Returns:
@@ -126,7 +126,7 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
         Args:
           state: the state, of the type that `init` returns.
           reductions: the results of `read` at all layers, stacked along a first axis of length L.
-          weights: the result of `weights`.
+          weights: the result of the method `weights`.
           batch: the call's B rows of T tokens.
           slots: [B, T] int32, the cache slot of each token; S or higher for padding.
         """

@@ -50,11 +50,11 @@ def start(coordinator: str | None = None, count: int | None = None,
         raise UserError("the coordinator, the process count or the process index is missing; give "
                         "all three, or omit all three where JAX detects the processes, such as on "
                         "SLURM, Open MPI, Kubernetes or a TPU pod")
-    for name, value in (("processes", count), ("process", index)):
+    for name, value in (("process count", count), ("process index", index)):
         if value is not None and not isinstance(value, int):
-            raise UserError(f"{name} is {shown(value, 60)}; it must be an integer")
+            raise UserError(f"the {name} is {shown(value, 60)}; it must be an integer")
     if count is not None and index is not None and not 0 <= index < count:
-        raise UserError(f"process is {index}; it must be in 0…{count - 1}")
+        raise UserError(f"the process index is {index}; it must be in 0…{count - 1}")
     if coordinator is not None and not re.fullmatch(r".+:\d{1,5}", str(coordinator)):
         raise UserError(f"coordinator is {coordinator!r}; give host:port of process 0")
     if joined():

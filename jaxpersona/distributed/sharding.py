@@ -108,8 +108,8 @@ def fit(mesh: Mesh | AbstractMesh, config: ModelConfig) -> Mesh | AbstractMesh:
     its query heads are divided among these devices. Otherwise, the mesh is returned unchanged.
 
     Raises:
-      UserError: a mesh axis is not in `RULES`, or its size does not divide a dimension that it
-        shards in the model.
+      UserError: a mesh axis is not in `RULES`, or its size does not divide a dimension of the model
+        that it shards, other than the vocabulary.
     """
     known = {name for names in RULES.values() for name in names}
     if unknown := [name for name in mesh.axis_names if name not in known]:
@@ -358,7 +358,7 @@ def of_each(x: jax.Array | np.ndarray, index: jax.Array) -> jax.Array:
 
 
 def rows_divisor(*operands: Any) -> int:
-    """Return into how many shards the operands' mesh divides the batch rows; 1 without a mesh."""
+    """Return the number of shards of the batch rows on the operands' mesh; 1 without a mesh."""
     mesh = mesh_of(*operands)
     return 1 if mesh is None else ways(mesh, "batch")
 

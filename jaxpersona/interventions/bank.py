@@ -131,7 +131,7 @@ class Bank:
         if value.shape[1] not in (1, count):
             raise UserError(
                 f"{name} has vectors for {value.shape[1]} layers, but the number of chosen layers "
-                f"is {count}: {list(self.layers)}"
+                f"is {count}: {list(self.layers)}; give one vector per chosen layer"
             )
         return xp.broadcast_to(value, (value.shape[0], count, value.shape[2]))
 
@@ -176,7 +176,7 @@ class Bank:
 
 
 def check_unmixed(name: str, items: Sequence[Any]) -> None:
-    """Check that a list of arrays contains no named direction, whose model would be unknown.
+    """Check that a list of arrays contains no named direction, whose metadata would be ignored.
 
     Raises:
       UserError: an item is a named direction; the message names the argument.
@@ -188,6 +188,8 @@ def check_unmixed(name: str, items: Sequence[Any]) -> None:
 
 def percentile(vector: Any, name: str, bound: Any, of: str) -> Any:
     """Return the thresholds [L] if `bound` is a percentile name, such as "p25", else `bound`.
+
+    A warning is issued if `bound` is an int that is probably meant as a percentile.
 
     Args:
       vector: the direction, which must be an `Axis` if `bound` is a percentile name.
@@ -201,8 +203,9 @@ def percentile(vector: Any, name: str, bound: Any, of: str) -> Any:
     if not isinstance(bound, str):
         table = getattr(vector, "percentiles", {}).get(of, {})
         if type(bound) is int and f"p{bound}" in table:
-            warnings.warn(f"{name} is {bound}, a projection; for the percentile, write "
-                          f"{name}='p{bound}' (for this projection, {float(bound)})", stacklevel=5)
+            warnings.warn(f"{name} is {bound}, which is a projection; for the percentile, give "
+                          f"{name}='p{bound}', or for the projection without this warning, "
+                          f"{name}={float(bound)}", stacklevel=5)
         return bound
     if not hasattr(vector, "thresholds"):
         raise UserError(f"{name} is {bound!r}, but only an Axis has percentiles; give an Axis as "
@@ -264,7 +267,7 @@ def numbers(name: str, value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Convert a PyTorch tensor of any device and floating-point type to a NumPy array.
+    """Convert a PyTorch tensor, or each tensor in a list, to a NumPy array.
 
     NumPy itself cannot convert tensors that require a gradient, are on a GPU or have the dtype
     bfloat16. Other values, and lists without tensors, are returned unchanged.

@@ -66,7 +66,7 @@ class Edit(Table, kw_only=True, repr=False):
             where=self.where, gate=self.gate, layers=self.layers, site=self.site,
             by_layer=tuple(LayerEdit(
                 direction=self.direction[i],
-                # TPUs read four arrays once for all layers, but one array [n, 4] once per layer
+                # TPUs read four arrays [n] once for all layers, but one array [n, 4] once per layer
                 coefficients=tuple(self.coefficients[i, :, k] for k in range(4)),
                 push=None if self.push is None else self.push[i],
                 columns=twice(self.direction[i]) if cpu else None,
@@ -111,7 +111,7 @@ class LayerEdit(flax.struct.PyTreeNode):
       direction: v̂ [B or 1, D] float32, unit length.
       coefficients: s, c, lo and hi, each [B or 1] float32.
       push: û [B or 1, D] float32, along which h moves, or None to move h along v̂.
-      columns: `reference.twice(direction)` on a CPU, else None.
+      columns: `reference.twice(direction)`, [B or 1, 2, D] float32, on a CPU, else None.
     """
 
     direction: Float[Array, "B D"]

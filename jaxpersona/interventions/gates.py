@@ -59,7 +59,7 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
         return jax.tree.map(lambda *x: jnp.concatenate([y[:1] for y in x]), *gates)
 
     def condition(self) -> str:
-        """Return a text with layer, site (if not "residual") and `over`, e.g. "layer 2, prompt"."""
+        """Return the layer, the site (if not "residual") and `over`, as in "layer 2, prompt"."""
         site = "" if self.site == "residual" else f"{self.site}, "
         return f"layer {self.layer}, {site}{self.over}"
 

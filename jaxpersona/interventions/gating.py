@@ -106,7 +106,8 @@ def _gated(table: Table, vector: Any, layer: int, bounds: dict[str, Any], test: 
                         f"in the bank is {real}; give one direction, or one per edit")
     lo, hi = (_spread(name, value, real) for name, value in bounds.items())
     if not is_traced(lo, hi) and (lo > hi).any():
-        raise UserError("above= is greater than below=; no projection satisfies both")
+        raise UserError("above= is greater than below=, so no projection satisfies both; lower "
+                        "above= or raise below=")
     entry = np.array([*range(real), *[0] * (size - real)])
     xp: Any = jnp if is_traced(lo, hi) else np
     made = Gate(
@@ -122,7 +123,11 @@ def _gated(table: Table, vector: Any, layer: int, bounds: dict[str, Any], test: 
 
 
 def _spread(name: str, value: Any, count: int) -> Any:
-    """Broadcast a bound to an array [count]; None means no bound."""
+    """Broadcast a bound to an array [count]; None means no bound.
+
+    Raises:
+      UserError: the bound is not numeric, `check_finite` rejects it, or its shape is invalid.
+    """
     if value is None:
         return np.full(count, -np.inf if name == "above" else np.inf)
     given = numbers(name, value)

@@ -59,7 +59,7 @@ class Rotation(Table, kw_only=True, repr=False):
 
 
 class PreparedRotation(Prepared, kw_only=True):
-    """A prepared table of rotations; the fields are those of `Rotation`, with B or 1 entries."""
+    """A prepared table of rotations; its arrays are as in `Rotation`, with B or 1 entries."""
 
     first: Float[Array, "l B D"]
     second: Float[Array, "l B D"]
@@ -162,7 +162,7 @@ class Custom(Table, kw_only=True, repr=False):
 
 
 class PreparedCustom(Prepared, kw_only=True):
-    """A prepared table of a custom function, with the fields of `Custom` and B or 1 entries."""
+    """A prepared table of a custom function; its fields are as in `Custom`, with B or 1 entries."""
 
     params: PyTree
     on: Float[Array, "l B"]
@@ -170,7 +170,11 @@ class PreparedCustom(Prepared, kw_only=True):
 
     def apply(self, layer: int, h: jax.Array, active: jax.Array,
               before: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Apply the function to the active tokens of h [B, T, D] (see `Prepared.apply`)."""
+        """Apply the function to the active tokens of h [B, T, D] (see `Prepared.apply`).
+
+        Raises:
+          UserError: the function returns an array whose shape is not [D].
+        """
         slot = self.layers.index(layer)
         by_token = jax.vmap(self.fn, in_axes=(None, 0))
         shared = self.on.shape[1] == 1

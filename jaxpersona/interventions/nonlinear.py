@@ -27,7 +27,7 @@ from jaxpersona.interventions.table import (
 from jaxpersona.interventions.where import Where, encoded, everywhere
 from jaxpersona.runtime import is_traced, own_rules
 
-# unit vectors count as collinear if one's component orthogonal to the other is shorter than this
+# unit vectors are collinear if the component of one orthogonal to the other is shorter than this
 _FLAT = 1e-6
 
 

@@ -50,8 +50,8 @@ def steer(
         "mlp" (the output of this sublayer).
 
     Raises:
-      UserError: a direction, strength, layer or row is invalid; the message gives the argument,
-        its value and the fix.
+      UserError: a direction, strength, layer, row, site or token test is invalid; the message gives
+        the argument and the fix.
 
     Examples:
       >>> import jaxpersona as jp
@@ -112,7 +112,8 @@ def cap(
     lo = bank.spread("floor", -np.inf if floor is None else floor)
     hi = bank.spread("ceiling", np.inf if ceiling is None else ceiling)
     if not is_traced(lo, hi) and (lo > hi).any():
-        raise UserError("floor is above ceiling; a projection cannot satisfy both")
+        raise UserError("floor is above ceiling, so no projection satisfies both; lower the floor "
+                        "or raise the ceiling")
     along = None if push is None else Bank(push, layers, rows, site, "push")
     if along is not None and along.direction.shape != bank.direction.shape:
         raise UserError(f"push has shape {along.direction.shape} and vector has shape "
@@ -167,9 +168,9 @@ def mean_ablate(
     rows: Any = None,
     site: Site = "residual",
 ) -> Interventions:
-    """Set the component along a direction to that of a mean activation: h ← h + v̂·⟨μ − h, v̂⟩.
+    """Set the projection onto a direction to ⟨μ, v̂⟩ for a mean activation μ.
 
-    The component of h orthogonal to v̂ is unchanged.
+    The edit is h ← h + v̂·⟨μ − h, v̂⟩. The component of h orthogonal to v̂ is unchanged.
 
     Args:
       vector, layers, where, rows, site: as for `steer`; the norm of `vector` has no effect.
@@ -191,8 +192,9 @@ def mean_ablate(
     bank.origin = one_origin(bank.origin, of.origin)
     n, width = bank.direction.shape[1:]
     if of.direction.shape[1] not in (1, n) or of.direction.shape[2] != width:
-        raise UserError(f"mean has shape {of.direction.shape}, which does not match the shape of "
-                        f"vector, {bank.direction.shape}")
+        raise UserError(f"mean has shape {of.direction.shape} and vector has shape "
+                        f"{bank.direction.shape} (layers, directions, width); give one mean, or "
+                        "one per direction, of the same width")
     along = (bank.direction * of.direction).sum(-1) * of.norm  # ⟨μ, v̂⟩ [l, n]
     if not is_traced(along):
         check_finite("the projection of mean onto vector", along)

@@ -111,7 +111,11 @@ class Place(_Strict):
     turns: list[Index] | None = Field(default=None, min_length=2, max_length=2)
 
     def build(self, first: bool) -> Where:
-        """Return the token test; if `first` is false, the test excludes each row's first token."""
+        """Return the token test; if `first` is false, the test excludes each row's first token.
+
+        Raises:
+          UserError: the name or a kind is unknown, or the range of turns is empty.
+        """
         if self.name not in NAMED:
             raise UserError(f"where is {self.name!r}; choose from {', '.join(NAMED)}")
         where = NAMED[self.name].without(*self.without, *([] if first else ["first"]))

@@ -144,9 +144,10 @@ def _reading(item: forms.Reading, model: Model, folder: pathlib.Path) -> Capture
     on = item.reading in ("projections", "moments", "histogram")
     for field, wanted in (("directions", on), ("edges", item.reading == "histogram")):
         if (getattr(item, field) is not None) != wanted:
-            raise UserError(f"{item.reading} {'requires' if wanted else 'does not accept'} {field}")
+            raise UserError(f"{item.reading} requires {field}; add it" if wanted else
+                            f"{item.reading} does not accept {field}; omit it")
     if item.turns is not None and item.reading != "mean":
-        raise UserError(f"{item.reading} does not accept turns")
+        raise UserError(f"{item.reading} does not accept turns; omit it")
     make = getattr(readings, item.reading)
     if not on:
         return make(**options, **({"turns": item.turns} if item.reading == "mean" else {}))
@@ -160,7 +161,7 @@ def _reading(item: forms.Reading, model: Model, folder: pathlib.Path) -> Capture
 
 
 def _gate_place(gate: forms.GateSpec) -> Where | None:
-    """Return the token test for the tokens that a gate measures, or None for its default."""
+    """Return the token test for the tokens that a gate measures, or None for `gate`'s default."""
     if gate.where is None and not gate.first_token:
         return None
     usual = forms.Place(name="prompt" if gate.over == "prompt" else "everywhere")

@@ -91,7 +91,7 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         replaced (static).
     """
 
-    PAYLOAD: ClassVar[dict[str, int]] = {}  # field of a subclass → position of its axis n
+    PAYLOAD: ClassVar[dict[str, int]] = {}  # name of a subclass's field → position of its axis n
 
     where: Int[Array, "n 5"]
     origin: UInt[Array, " n"]
@@ -156,7 +156,8 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         bad = rows[(rows < -1) | (rows >= count)]
         if bad.size:
             raise UserError(
-                f"row {int(bad[0])} is out of range; interventions are for batch size {count}"
+                f"row {int(bad[0])} is out of range; interventions are for batch size {count}, so "
+                f"give rows in 0…{count - 1}, or −1 for no edit"
             )
         chosen = rows
         if self.index is not None:

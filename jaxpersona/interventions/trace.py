@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Int
 
 _BITS = 32
-Gates = dict[str, Any]  # index of a gated table, as a string → state of its gate
+Gates = dict[str, Any]  # index of a gated table (as a string) → state of its gate
 
 
 class Applied(flax.struct.PyTreeNode):

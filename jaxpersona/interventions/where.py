@@ -30,7 +30,7 @@ from jaxpersona.models.batch import (
 
 FOREVER = 2**31 - 1
 WIDTH = 5  # the number of integers in an encoded test
-NOWHERE = (-1, 0, 0, 0, 0)  # an encoded test that no token passes, because it requires every kind
+NOWHERE = (-1, 0, 0, 0, 0)  # a test that no token passes, because it requires all kinds
 
 _ROLES = SYSTEM | USER | ASSISTANT  # a token has at most one of these kinds
 
@@ -60,7 +60,8 @@ class Where:
 
     def __and__(self, other: Where) -> Where:
         if self.any and other.any and self.any != other.any:
-            raise UserError("two tests with different `any` bits cannot be combined with &")
+            raise UserError(f"{self} & {other} is not a single test, because both require one of "
+                            "several kinds; combine at most one such test with other tests")
         both = Where(self.need | other.need, self.any | other.any, self.none | other.none,
                      max(self.lo, other.lo), min(self.hi, other.hi))
         if both.need & both.none or (both.need & _ROLES).bit_count() > 1:
@@ -80,7 +81,7 @@ class Where:
         own, theirs = self.need & ~common, other.need & ~common
         if (self.none, self.lo, self.hi) == (other.none, other.lo, other.hi):
             for test, alone in ((self, own), (other, theirs)):
-                if not alone and not test.any:  # selects all tokens of the other
+                if not alone and not test.any:  # `test` selects all tokens of the other
                     return test
             kinds = [test.any or alone for test, alone in ((self, own), (other, theirs))
                      if alone.bit_count() == (not test.any)]

@@ -14,7 +14,7 @@ Token kinds:
 
 If the template has no system role, the system prompt is prepended to the first user message,
 separated by a blank line. The tokens of the system prompt keep the kind and turn of the system
-message. In this case, an empty system message is omitted; otherwise, it is rendered.
+message. An empty system message is omitted in this case, but is rendered by other templates.
 """
 
 from __future__ import annotations
@@ -122,9 +122,9 @@ def listed(given: Any, name: str = "conversations") -> list[Any]:
     if isinstance(given, (str, bytes)):
         raise UserError(f"{name} is a single string ({given[:40]!r}); wrap it in a list")
     if isinstance(given, (Mapping, Row)):
-        noun = "message" if isinstance(given, Mapping) else "Row"
-        fix = f"a list of {name} (token ids: .input_ids)"
-        raise UserError(f"{name} is a single {noun}; give {fix}")
+        noun, more = (("message", " (from a tokenizer's output, give .input_ids)")
+                      if isinstance(given, Mapping) else ("Row", ""))
+        raise UserError(f"{name} is a single {noun}; give a list of {name}{more}")
     try:
         items = list(given) if not isinstance(given, (set, frozenset)) else None
     except TypeError:  # not iterable, such as a 0-d array
@@ -144,8 +144,8 @@ def encode_row(tokenizer: Any, conversation: Any, *, reply: bool = True, thinkin
     """Encode one conversation; see `encode` for the arguments.
 
     Raises:
-      UserError: the conversation is malformed, the template rejects it or changes its contents in
-        an unsupported way, or the tokenizer does not return character offsets.
+      UserError: the conversation is malformed or has no tokens, the template cannot render it or
+        changes its contents in an unsupported way, or the tokenizer returns no character offsets.
     """
     messages = check_conversation(conversation, reply=reply)
     template = Template(tokenizer, thinking, variables)
@@ -172,10 +172,10 @@ def continue_row(tokenizer: Any, row: Row, generated: np.ndarray, message: str, 
       message: the next user message.
       stopped: True if the reply ended at a stop token, False if it ended at the length limit. If
         the text after the reply begins with this stop token, the token is not repeated.
-      tokenizer, thinking, variables: as for `encode`.
+      tokenizer, thinking, variables: as for `encode_row`.
 
     Raises:
-      UserError: as for `encode_row`, or `row` has no messages or does not end with a user message.
+      UserError: as for `encode_row`; or `row` has no messages or does not end with a user message.
     """
     check_conversation([{"role": "user", "content": message}])
     if row.messages is None:
@@ -232,8 +232,8 @@ def _after_reply(template: Template, messages: list[dict[str, str]],
             continue
         if len(before) in ends:
             return text, kind, turn, ends[len(before)]
-    raise UserError("the chat template omits a reply before the next user message; the "
-                    "conversation cannot be continued")
+    raise UserError("the chat template omits a reply before the next user message, so the "
+                    "conversation cannot be continued; use another template")
 
 
 def _decoded_after(tokenizer: Any, before: np.ndarray, ids: np.ndarray) -> str:
@@ -314,7 +314,7 @@ def _tokenizer(model: Any) -> Any:
     own = hasattr(model, "apply_chat_template")
     tokenizer = model if own else getattr(model, "tokenizer", None)
     if tokenizer is None:
-        raise UserError("the model has no tokenizer; pass token ids to batch.batch instead")
+        raise UserError("the model has no tokenizer; pass token ids to jp.batch instead")
     return tokenizer
 
 

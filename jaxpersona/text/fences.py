@@ -106,14 +106,14 @@ def _reduced(text: str) -> str:
 
 
 def _written(token: str) -> str:
-    """Replace whitespace markers of byte-level and SentencePiece tokens (Ġ, ▁, …) by whitespace."""
+    """Convert whitespace markers of byte-level and SentencePiece tokens (Ġ, ▁, …) to whitespace."""
     for marks, text in (("[Ġ▁]", " "), ("Ċ|<0x0A>", "\n"), ("ĉ|<0x09>", "\t"), ("č|<0x0D>", "\r")):
         token = re.sub(marks, text, token)
     return token
 
 
 def walk(texts: list[str]) -> np.ndarray:
-    """Return a bool mask [T], True for each of T token texts that contains fenced code."""
+    """Return a bool mask [T], True for each of the T token texts that contains fenced code."""
     state, out = _LINE, []
     for text in texts:
         entry = int(_walk(_reduced(text))[state])

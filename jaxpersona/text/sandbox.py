@@ -29,15 +29,16 @@ from typing import Any
 from jaxpersona.brief import shown
 from jaxpersona.errors import UserError
 
-SECONDS = 10.0  # CPU time limit for one rendering and for all renderings of one conversation
-MEMORY = 2 << 30  # maximum size of the worker's address space in bytes, with the interpreter
+SECONDS = 10.0  # limit on the CPU seconds of a rendering, and of all renderings of a conversation
+MEMORY = 2 << 30  # maximum size of the worker's address space in bytes, including the interpreter
 CHARACTERS = 1 << 26  # maximum length of a request (with the template) and of a rendering
 # a character takes up to six bytes in an answer
 _LARGEST_REPLY = 6 * CHARACTERS + (1 << 16)  # maximum size of an answer in bytes
-_WAIT = 10  # wall-clock timeout for an answer in multiples of SECONDS; the machine may be busy
+_WAIT = 10  # wall-clock timeout for an answer in multiples of SECONDS (large, for busy machines)
 _START = 120.0  # wall-clock timeout in seconds for the start of the process
 _CACHED = 256  # maximum number of cached renderings
-_CACHED_BYTES = 1 << 15  # maximum size of a cached request (including the template) or answer
+# maximum size of a cached request (with its template) in bytes, and of its text in characters
+_CACHED_BYTES = 1 << 15
 
 
 class Refused(UserError):
@@ -45,7 +46,7 @@ class Refused(UserError):
 
 
 _budget: contextvars.ContextVar[list[float] | None] = contextvars.ContextVar(
-    "jaxpersona_renderings", default=None)  # a list with the remaining CPU seconds
+    "jaxpersona_renderings", default=None)  # a list with one item, the remaining CPU seconds
 
 
 @contextlib.contextmanager
@@ -129,7 +130,8 @@ def _encoded(message: Any) -> bytes:
             except (TypeError, ValueError, RecursionError):
                 raise UserError(f"the template variable {name!r} is {shown(value, 60)}; use "
                                 "strings, numbers, booleans, None, lists or dicts") from None
-        raise UserError(f"the template variables are not JSON-serializable ({error})") from None
+        raise UserError(f"the template variables are not JSON-serializable ({error}); use strings, "
+                        "numbers, booleans, None, lists or dicts") from None
     if len(text) > CHARACTERS:
         raise UserError(f"the conversation and its template have {len(text):,} characters, but the "
                         f"limit is {CHARACTERS:,}; shorten the conversation")
@@ -194,7 +196,12 @@ class _Worker:
         return json.loads(reply.decode("utf-8", "surrogatepass"))
 
     def _read(self, size: int, wait: float) -> bytes:
-        """Read exactly `size` bytes within `wait` wall-clock seconds."""
+        """Read exactly `size` bytes within `wait` wall-clock seconds.
+
+        Raises:
+          EOFError: the process exited or, on Windows, was killed at the timeout.
+          TimeoutError: the timeout expired (not on Windows).
+        """
         if os.name != "posix":  # Windows cannot poll pipes
             timer = threading.Timer(wait, self.process.kill)
             timer.start()

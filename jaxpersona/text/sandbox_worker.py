@@ -4,11 +4,11 @@ Chat templates are untrusted programs. This process renders them in Jinja's sand
 Windows, with operating system limits on memory and CPU time. A template that exceeds a limit can
 end only this process. The Jinja environment behaves like the one in transformers.
 
-Protocol: a message consists of its length (8 bytes, little endian) and UTF-8 JSON. The first
-message on stdin contains the limits; the answer on stdout is {"ready": true}. Each later message is
-a request; the answer is {"text": …} or {"error": …, "refused": bool}, with two more fields:
-"seconds" is the CPU time used, and "varies" is true if the template used the clock or random
-numbers, so that the answers to equal requests may differ.
+Protocol: a message is JSON in UTF-8, preceded by its length in bytes (8 bytes, little endian). The
+first message on stdin contains the limits; the answer on stdout is {"ready": true}. Each later
+message is a request; the answer is {"text": …} or {"error": …, "refused": bool}, with two more
+fields: "seconds" is the CPU time used, and "varies" is true if the template used the clock or
+random numbers, so that the answers to equal requests may differ.
 
 For a fast start, this file imports only Jinja and the standard library.
 """
@@ -75,7 +75,8 @@ class Namespace(jinja2.utils.Namespace):
 
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r} is not allowed")
+        raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r} is not allowed; "
+                                               "omit the leading underscore")
 
 
 _varies = False  # whether the current rendering used the clock or random numbers

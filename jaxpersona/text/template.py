@@ -71,7 +71,7 @@ class Template:
 
         Raises:
           sandbox.Refused: the template raises an error.
-          UserError: the rendering exceeds a limit (see `sandbox`).
+          UserError: as for `sandbox.render`.
         """
         if self.base:
             return self.lead_text + BLANK_LINE.join(m["content"] for m in messages if m["content"])
@@ -117,8 +117,8 @@ def _pieces(template: Template, messages: list[dict[str, str]]) -> list[tuple[st
     if messages[0]["role"] != "system" or template.takes_system():
         return out
     if len(messages) == 1 or messages[1]["role"] != "user":
-        raise UserError("the chat template has no system role, and message 0 (system) cannot be "
-                        "merged, because no user message follows it")
+        raise UserError("the chat template has no system role, and no user message follows message "
+                        "0 (system), with which it could be merged; add a user message")
     (_, system), (_, user), *rest = out
     if not messages[0]["content"].strip():
         return [("user", user), *rest]
@@ -300,7 +300,7 @@ def _turns(template: Template, twin: list[dict[str, str]], marks: dict[str, _Pie
     if reply and not template.base:
         closed = template(twin, False)
         coming = len(skeleton) - len(closed) if skeleton.startswith(closed) else 0
-        turn[max(at, len(text) - coming) if coming else at :] = n  # if `coming` is 0, all the rest
+        turn[max(at, len(text) - coming) if coming else at :] = n  # all the rest if `coming` is 0
     return turn
 
 
@@ -371,7 +371,7 @@ def _mark_thinking(text: str, kind: np.ndarray, turn: np.ndarray, messages: list
             # `starts` is sorted; `one` indexes the first span that starts in or after the block
             one = bisect.bisect_left(starts, begin)
             own = one < len(content) and content[one][1] <= inner
-            own = own or bool((kind[begin:end] & ASSISTANT).any())  # or part of it is content
+            own = own or bool((kind[begin:end] & ASSISTANT).any())  # or the block has content
             kind[begin:end] = (ASSISTANT if own else TEMPLATE) | THINKING
 
 

@@ -13,8 +13,8 @@ from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import plain
 from jaxpersona.models.params import SCHEME
 
-# maximum number of bits of an integer in the notes; by default, Python cannot convert integers of
-# more than 4,300 digits to text
+# maximum number of bits of an integer in the notes; 1,024 bits are about 308 decimal digits, well
+# below Python's default limit of 4,300 digits for converting an integer to text
 _BITS = 1024
 
 
@@ -26,8 +26,8 @@ def float32(values: Any, field: str) -> np.ndarray:
         # an overflow results in infinity, which the caller rejects
         with np.errstate(over="ignore"):
             return np.asarray(values, np.float32)
-    except (OverflowError, RuntimeError, TypeError, ValueError) as error:  # 10**400, {} or text
-        raise UserError(f"{field} cannot be converted to float32 ({error})") from None
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:  # e.g. 10**400, {}, "a"
+        raise UserError(f"{field} cannot be converted to float32 ({error}); give numbers") from None
 
 
 def check_names(found: Any) -> None:
@@ -54,7 +54,8 @@ def _plain(notes: Any) -> dict[str, Any]:
     """Convert NumPy and JAX scalars in notes to Python scalars, which all file formats support.
 
     Raises:
-      UserError: the notes are not a dict from strings to strings or numbers.
+      UserError: the notes are not a dict from strings to strings or numbers, or an integer has more
+        than 1,024 bits.
     """
     if not isinstance(notes, Mapping):
         raise UserError(f"notes is of type {type(notes).__name__}; it must be a dict")
@@ -72,14 +73,14 @@ def _plain(notes: Any) -> dict[str, Any]:
 
 
 def finite(value: Any, what: str) -> float:
-    """Return a factor as a float, with which products are computed in float64.
+    """Convert a factor or a divisor to a finite Python float.
 
     Args:
-      value: the factor.
-      what: the beginning of the message of an error, such as "vector 'a' was multiplied by".
+      value: the factor or divisor.
+      what: the start of the error message, such as "vector 'a' was multiplied by".
 
     Raises:
-      UserError: the value is complex, not finite, or exceeds float64.
+      UserError: the value is complex, not finite, or too large for float64.
     """
     if np.isrealobj(value):
         try:

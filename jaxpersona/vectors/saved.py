@@ -1,7 +1,8 @@
 """The method `save` of directions and caps.
 
-The module `ckpts.vectors`, which reads and writes files, imports the classes of this package. It
-therefore sets the function that writes a file (`Saved.write`) when it is imported.
+The module `ckpts.vectors`, which reads and writes files, imports the classes of this package, so
+this package cannot import `ckpts.vectors`. Instead, `ckpts.vectors` assigns its function
+`save_vector` to `Saved.write` when it is imported.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ class Saved:
     write: ClassVar[Callable[[Any, Any], list[str]]]
 
     def save(self, path: str | os.PathLike[str]) -> list[str]:
-        """Write the values and metadata to a file (`save_vector`).
+        """Write the values and metadata to a file (see `save_vector`).
 
         Returns:
           Descriptions of the parts that the file's format cannot store.

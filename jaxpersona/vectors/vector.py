@@ -134,7 +134,7 @@ class Vector(Table, Saved):
         return np.array(self.values, dtype) if copy or dtype is not None else self.values
 
     def __array_ufunc__(self, function: Any, method: str, *inputs: Any, **options: Any) -> Any:
-        """Return a `Vector` for a NumPy number times a vector; other functions use the values."""
+        """Return a `Vector` for a NumPy number times a vector; apply other ufuncs to the values."""
         if (function, method) == (np.multiply, "__call__") and isinstance(inputs[0], np.number):
             return self * inputs[0].item()
         arrays = (one.values if isinstance(one, Vector) else one for one in inputs)
@@ -191,13 +191,14 @@ class Vector(Table, Saved):
         return self._with(kept, self.name)
 
     def cosine(self, other: Vector | Any) -> np.ndarray:
-        """Return the cosine similarity to another direction at every layer, [L].
+        """Return the cosine similarity to another direction at every layer, [L] float32.
 
-        The other direction is a `Vector` or an array [L, D].
-        The similarity is NaN at layers where one of the directions is zero.
+        The other direction is a `Vector` or an array [L, D]. The similarity is NaN at layers where
+        one of the directions is zero.
 
         Raises:
-          UserError: the shape, the site or the fingerprint differs.
+          UserError: the shape, the site or the fingerprint differs, or `other` is not a finite
+            numeric array [L, D].
         """
         if not isinstance(other, Vector):
             other = Vector(other, "other", site=self.site)
@@ -302,8 +303,8 @@ class Axis(Vector):
         Args:
           percentile: the name of the percentile. For example, 25% of the population has projections
             below "p25".
-          of: the population: "default" (rollouts of the default persona) or "all" (all
-            rollouts except those of held-out roles).
+          of: the population: "default" (rollouts of the default persona) or "all" (all rollouts
+            except rollouts of held-out roles).
 
         Raises:
           UserError: the axis has no thresholds for the population or the percentile.

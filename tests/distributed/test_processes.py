@@ -136,9 +136,10 @@ def test_mistakes_are_one_line(tmp_path, capsys, arguments, wanted):
 
 @pytest.mark.parametrize(("given", "wanted"), [
     (("here:1", 2, None), "give all three"), ((None, 2, 0), "give all three"),
-    (("here:1", "2", 0), "processes is '2'; it must be an integer"),
-    (("here:1", 2, 1.0), "process is 1.0; it must be an integer"),
-    (("here:1", 2, -1), "process is -1; it must be in 0…1"), (("here:1", 2, 2), "is 2; it must be"),
+    (("here:1", "2", 0), "the process count is '2'; it must be an integer"),
+    (("here:1", 2, 1.0), "process index is 1.0; it must be an integer"),
+    (("here:1", 2, -1), "process index is -1; it must be in 0…1"),
+    (("here:1", 2, 2), "is 2; it must be"),
     (("here:123456", 2, 0), "give host:port"), ((":1", 2, 0), "give host:port"),
 ])
 def test_wrong_arguments_are_refused_before_anything_starts(given, wanted, monkeypatch):

@@ -97,7 +97,7 @@ REFUSED = {
         layers=4, width=8, rows=3),
     "role is 'tool'": lambda: turns("tool"),
     "kind 'sink' is unknown": lambda: everywhere.without("sink"),
-    "different `any` bits": lambda: from_last & Where(any=USER),
+    "from_last & Where.* is not a single test": lambda: from_last & Where(any=USER),
     "\\[L, D\\]": lambda: Vector(np.ones(3)),
     "vector 'x' contains a non-finite value": lambda: Vector(NAN[None], name="x"),
 }
