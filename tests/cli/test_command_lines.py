@@ -93,7 +93,7 @@ def test_an_imported_axis_is_drawn_and_its_next_commands_are_printed(opened, mon
         f"  jaxpersona judge sample '{out}' --score 3"]
     assert drawn == [(out, axis, 3, ["bee", "cat"])]
     assert s.run_command(command) == 0
-    assert f"axis.safetensors' --model MODEL\n" in capsys.readouterr().out  # noqa: F541
+    assert "axis.safetensors' --model MODEL\n" in capsys.readouterr().out
     assert s.run_command([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {
         "run": str(out), "roles": 2, "rollouts": 1234, "scores": 2001, "means": 1502,
@@ -129,6 +129,17 @@ def test_an_import_checks_its_options_first(tmp_path, capsys):
         assert capsys.readouterr().err.startswith(f"error: {wanted}")
 
 
+def test_an_export_without_an_axis_does_not_mention_one(monkeypatch, tmp_path, capsys):
+    """Nor notes, if there are none."""
+    from jaxpersona.persona.exporting import Exported
+
+    monkeypatch.setattr("jaxpersona.persona.exporting.export_reference",
+                        lambda *_, **__: Exported(tmp_path, 5, 4000, 0, [], []))
+    assert s.run_command(["runs", "export", "run", str(tmp_path / "new"), "--reference"]) == 0
+    assert capsys.readouterr().out == (
+        f"{tmp_path / 'new'}: 5 rollouts, 4,000 scores, 0 response means\n")
+
+
 KNOWN = Reference({1.0: -2.0, 25.0: 1.0, 50.0: 2.0, 75.0: 3.0, 99.0: 6.0},
                   {"ghost": -4.0, "tutor": 1.5})
 
@@ -151,6 +162,7 @@ def talk(opened, monkeypatch, tmp_path):
     from jaxpersona.persona.talk import TurnProjection
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
     values = np.zeros((5, 2), np.float32)
     values[2], values[3] = (1.5, 0.5), (2.5, -3.0)
     vectors = {"a": jp.Vector(np.ones((5, 4)), name="a"), "b": jp.Vector(np.ones((5, 4)), name="b")}

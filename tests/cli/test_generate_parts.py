@@ -168,6 +168,17 @@ def test_a_streamed_reply_is_followed_by_its_projections_and_counts(monkeypatch,
     assert "projection" not in capsys.readouterr().err
 
 
+def test_the_counts_of_each_intervention_are_summed_over_the_replies(capsys):
+    """Two replies with two interventions, the first of which has two layers."""
+    def one(seen, *changed):
+        return SimpleNamespace(seen=seen, changed=list(changed), layers=[3] * len(changed))
+
+    generate._say_counts([[one(5, 1, 2), one(1, 7)], [one(2, 0, 1), one(3, 1)]])
+    assert capsys.readouterr().err.splitlines() == [
+        "intervention 0: tokens selected: 7, activations changed: 4, layers: 2",
+        "intervention 1: tokens selected: 4, activations changed: 8, layers: 1"]
+
+
 @pytest.mark.parametrize(("more", "terminal", "streamed"), [
     (["Hi"], True, True), (["Hi"], False, False), (["Hi", "Ho"], True, False),
     (["Hi", "--json"], True, False), (["Hi", "--out", "r.jsonl"], True, False),
@@ -244,6 +255,16 @@ def test_the_short_form_of_a_cap_is_split_from_the_right(value, given, file, wan
     edits = Edits(cap=value, **given)
     assert edits._cap_file() == (pathlib.Path(file), value.removeprefix(file))
     assert (edits.cap_layers, edits.percentile) == wanted
+
+
+@pytest.mark.parametrize("given", [
+    {"cap": "none.npy", "cap_layers": "x"},
+    {"steer": pathlib.Path("none.npy"), "steer_layers": "x"},
+    {"axis": pathlib.Path("none.npy"), "axis_layers": "x"}])
+def test_layers_are_checked_before_a_file_is_read(given):
+    """For each of the three options."""
+    with pytest.raises(UserError, match="layers is 'x'; give text such as 46:54"):
+        Edits(**given).read()
 
 
 def test_only_interventions_count_as_edits():

@@ -26,7 +26,7 @@ OTHER = Caps(np.ones((1, 2)), (2,), np.zeros(1), ("x",), "second", "m", PRINT)
 
 def rows(text):
     """Return the cells of the lines of a table."""
-    return [[cell.strip() for cell in line.strip("│┃ ").replace("┃", "│").split("│")]
+    return [[cell.strip() for cell in line.strip()[1:-1].replace("┃", "│").split("│")]
             for line in text.splitlines() if "│" in line or "┃" in line]
 
 

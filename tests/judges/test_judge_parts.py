@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -56,9 +57,9 @@ def test_a_prompt_is_sent_six_times_with_doubled_delays(monkeypatch, tmp_path):
 
 def test_a_random_part_of_a_delay_is_left_out_but_not_of_a_requested_one(monkeypatch, tmp_path):
     """Up to a quarter; the endpoint's own delay is kept in full."""
-    slow = Failure("HTTP 429", again=True, after=3.0)
+    slow = Failure("HTTP 429", again=True, after=3.5)
     assert asked(monkeypatch, tmp_path, BUSY, slow, Reply("3"), share=0.75, backoff=2.0) == (
-        ("3", 0.0), [1.5, 3.0], 3)
+        ("3", 0.0), [1.5, 3.5], 3)
 
 
 def test_an_endpoint_judge_describes_itself(tmp_path):
@@ -78,8 +79,8 @@ def test_the_note_of_a_judge_has_thousands(tmp_path):
     """Requests, cost, and failed items."""
     judge = http.HttpJudge(Given(BUSY), tmp_path / "v.jsonl", price=(1.0, 2.0))
     judge.begin()
-    judge.journal.calls, judge.journal.spent, judge.failed = 1234, 12345.678, 5678
-    assert judge.note() == "calls: 1,234, cost: $1.235e+04, failed: 5,678"
+    judge.journal.calls, judge.journal.spent, judge.failed = 1234, 1234.25, 5678
+    assert judge.note() == "calls: 1,234, cost: $1,234, failed: 5,678"
     judge.close()
 
 
@@ -90,6 +91,24 @@ def test_items_with_one_prompt_fail_together(tmp_path):
     found = list(judge.score([one, Item("other", one.role, one.question, one.answer)]))
     assert [(v.key, v.error) for v in found] == [("q0", "HTTP 400"), ("other", "HTTP 400")]
     assert judge.failed == 2 and len(judge.endpoint.asked) == 1
+    judge.close()
+
+
+@pytest.mark.parametrize(("concurrency", "count", "threads"), [(3, 5, 3), (3, 2, 2), (8, 8, 8)])
+def test_there_are_no_more_threads_than_requests(monkeypatch, tmp_path, concurrency, count,
+                                                 threads):
+    """`concurrency` is the largest number, by default 8."""
+    made = []
+
+    def thread(**named):
+        made.append(named["name"])
+        return threading.Thread(**named)
+
+    more = {} if concurrency == 8 else {"concurrency": concurrency}
+    judge = http.HttpJudge(Given(Reply("3")), tmp_path / "v.jsonl", **more)
+    monkeypatch.setattr(http, "threading", SimpleNamespace(Thread=thread, Event=threading.Event))
+    assert len(list(judge.score(items(count)))) == count
+    assert made == ["judge"] * threads
     judge.close()
 
 
@@ -194,6 +213,24 @@ def test_a_digit_judge_is_named_by_its_model_and_rubric():
     assert later.name == f"{judge.name} batch 64" and later.after and not loads
     assert later.model is model and not later.after and loads == [1]
     assert later.model is model and loads == [1]
+
+
+def test_a_prompt_must_leave_room_for_three_tokens(monkeypatch):
+    """The error of a longer prompt comes before the other verdicts, and has both numbers."""
+    model = SimpleNamespace(name="m", fingerprint="f", tokenizer=Words({}, {}), params=1,
+                            config=SimpleNamespace(max_context=64))
+    judge, sizes = DigitJudge(model), iter([60, 61])
+    monkeypatch.setattr(digits.prompts, "encode",
+                        lambda *_: SimpleNamespace(tokens=np.zeros(next(sizes))))
+    monkeypatch.setattr(DigitJudge, "read", lambda self, rows: Readings(
+        self.scale, np.array([[0.125, 0.25, 0.5, 0.125]]), np.array([0.9]), np.zeros(1),
+        np.array([2])))
+    long, good = judge.score(items(2))
+    assert (long.key, long.score, long.error) == (
+        "q1", None, "the prompt has 61 tokens, so a score does not fit into the judge's context "
+        "of 64 tokens")
+    assert (good.key, good.score, good.mass, good.expected) == ("q0", 2, 0.9, 1.625)
+    assert good.raw == "2: 0.500, 1: 0.250, 0: 0.125, 3: 0.125" and not good.refused
 
 
 def test_a_human_judge_is_named_by_its_file_and_scale():
