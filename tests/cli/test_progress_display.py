@@ -207,6 +207,7 @@ def test_loading_reports_its_bytes_in_a_display_with_lines(monkeypatch):
 @pytest.mark.parametrize(("counts", "axis", "wanted"), [
     ((0, 0, 0), False, "its settings"), ((1234, 0, 0), False, "1,234 rollouts"),
     ((1234, 5678, 2), False, "1,234 rollouts and 5,678 verdicts (complete roles: 2)"),
+    ((5, 7, 0), False, "5 rollouts and 7 verdicts"),
     ((9, 0, 3), True, "9 rollouts (complete roles: 3) and the axis")])
 def test_what_a_stopped_run_has_kept_is_told(monkeypatch, tmp_path, counts, axis, wanted):
     """A folder without a manifest has nothing."""
