@@ -80,8 +80,8 @@ def _run(arguments: list[str] | None) -> None:
             message = f"{error.filename}: {error.strerror}"
         _fail(message)
     except MemoryError as error:
-        _fail(f"out of memory ({error or 'no details'}); use a smaller batch, shorter replies or a "
-              "smaller model")
+        _fail(f"out of memory ({str(error) or 'no details'}); use a smaller batch, shorter "
+              "replies or a smaller model")
     except (interrupt.Stopped, KeyboardInterrupt) as stop:
         kept = getattr(stop, "kept", "the state of the output files is unknown")
         output.say(f"stopped; {kept}", error=True)

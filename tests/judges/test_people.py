@@ -53,6 +53,25 @@ def test_a_file_is_written_filled_in_and_read_back(tmp_path, delimiter):
     assert [v.score for v in in_order(judge, ITEMS)][:2] == [3, 0]
 
 
+def test_a_file_is_utf_8_with_a_mark_and_quoted_cells(tmp_path):
+    """A spreadsheet program needs the byte order mark; the description helps the person."""
+    in_order(HumanJudge(tmp_path / "mine.csv"), ITEMS[:1])
+    assert (tmp_path / "mine.csv").read_bytes() == (
+        b'\xef\xbb\xbf"item","role","description","system_prompt","question","answer","score",'
+        b'"digest"\n"ghost/q0","ghost","lingers","Be one.","Who?","Boo.","","3bbdf4fc"\n')
+
+
+@pytest.mark.parametrize(("head", "cells"), [
+    ("item,score,digest", "a,3,x"), ("item;score;digest", "a;3;x"),
+    ("item\tscore\tdigest", "a\t3\tx"), ("digest,notes;more,score,item", "x,y,3,a")])
+def test_the_separator_is_the_most_frequent_one_of_the_first_line(tmp_path, head, cells):
+    """Columns may have any order, and other columns are ignored."""
+    (tmp_path / "mine.csv").write_text(f"{head}\n{cells}\n")
+    (row,) = read_rows(tmp_path / "mine.csv").values()
+    assert row == {name: {"item": "a", "score": "3", "digest": "x"}.get(name, "") for name in (
+        "item", "role", "description", "system_prompt", "question", "answer", "score", "digest")}
+
+
 def test_only_in_the_scale_of_roles_a_zero_is_a_refusal(tmp_path):
     for scale, refused in ((TRAIT_SCALE, False), (ROLE_SCALE, True)):
         path = tmp_path / f"{scale[-1]}.csv"

@@ -19,7 +19,9 @@ ITEM = Item("a", ROLE, "Who {answer}?", "Boo {question}.")
 @pytest.mark.parametrize(("text", "score"), [
     ("3", 3), ("Score: 2", 2), ("**1**", 1), ("0.", 0), ("7", None), ("-1", None), ("12", None),
     ("Score:-1", None), ("score-3", 3), ("2.5", None), ("1,2", None), ("I'd say 9, no, 2", 2),
-    ("3/3", 3), ("", None), ("three", None), ("9" * 5000, None), ("٣", 3),
+    ("3/3", 3), ("", None), ("three", None), ("9" * 5000, None), ("٣", 3), ("−2", None),
+    ("(-1)", None), ("*-1*", None), ("5-2", None), ("1.2.3", None), ("1, 2", 1), ("2,", 2),
+    ("-1, or 2", 2), ("0002", 2), ("0000000002", None), ("4 or 1", 1), ("a2", 2),
 ])
 def test_the_first_integer_of_the_scale_is_the_score(text, score):
     assert ROLES.read(text) == (score, score == 0)
