@@ -300,7 +300,7 @@ def test_a_class_and_a_method_are_named_in_their_messages():
     with pytest.raises(jp.UserError) as caught:
         Thing()
     assert str(caught.value) == "Thing() needs one, two"
-    with pytest.raises(jp.UserError, match=r"^Thing\(\) takes one by position; pass 'b' by keyword, "
-                                           "as one of two$"):
+    with pytest.raises(jp.UserError, match=r"^Thing\(\) takes one by position; pass 'b' by "
+                                           "keyword, as one of two$"):
         Thing("a", "b")
     assert Thing("a", two=1).one == "a"

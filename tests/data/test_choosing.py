@@ -48,5 +48,5 @@ def test_the_default_persona_comes_first_in_every_choice():
 
 def test_an_unknown_role_without_a_similar_name_is_explained():
     """With the command that lists the names."""
-    with pytest.raises(UserError, match="^'zzzz' is not the name of a role; `jaxpersona data show "):
+    with pytest.raises(UserError, match="^'zzzz' is not the name of a role; `jaxpersona data"):
         roles_named(PLAIN, ["a", "zzzz"])

@@ -105,8 +105,8 @@ def test_traits_and_domains_are_sorted_by_name(tmp_path):
                 "id": f"{name}p", "card": "A user.", "topics": [
                     {"id": f"{name}t", "title": "T", "opening": "O"}]}]}))
     assert load_drift(tmp_path) == [
-        Domain(name, f"About {name}.", (User(f"{name}p", "A user.", (Topic(f"{name}t", "T", "O"),)),))
-        for name in "ab"]
+        Domain(name, f"About {name}.", (
+            User(f"{name}p", "A user.", (Topic(f"{name}t", "T", "O"),)),)) for name in "ab"]
     folder = tmp_path / "traits"
     folder.mkdir()
     for name in ("z", "y"):

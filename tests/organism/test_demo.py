@@ -282,3 +282,34 @@ def test_a_demo_extracts_the_axis_with_the_organism_s_method(monkeypatch):
         "steering": report, "drift": report, "speed": "cap"}
     with pytest.raises(ValueError, match="seed"):
         demo.run_demo("mini", "folder", seed=-1)
+
+
+def test_the_arms_cap_the_upper_half_of_the_layers_at_the_floor_of_the_axis(monkeypatch):
+    """Controls: random directions at their own 25th percentile, and a random displacement."""
+    calls = []
+    monkeypatch.setattr(demo, "cap", lambda vector, **more: calls.append((vector, more)) or len(
+        calls))
+    rng = np.random.default_rng(3)
+    means = rng.normal(size=(9, 4, 3))
+    monkeypatch.setattr(demo.Run, "read", lambda folder: SimpleNamespace(
+        sample=lambda name: SimpleNamespace(means=means if name == "default" else None)))
+    axis = SimpleNamespace(values=rng.normal(size=(4, 3)), thresholds=lambda name, of: {
+        ("p25", "default"): np.array([1.0, 2.0, 3.0, 4.0])}[name, of])
+    model = SimpleNamespace(config=SimpleNamespace(n_layers=4))
+    made = demo._Arms(model, SimpleNamespace(axis=axis), "folder", 6)
+    assert made.layers_list == [2, 3] and made.samples == [] and made.seed == 6
+    vector, more = calls[0]
+    assert made.cap == 1 and vector is axis and more["layers"] == slice(2, 4)
+    assert more["floor"].tolist() == [3.0, 4.0]
+    assert made.percentile == [2, 4, 6, 8, 10] and made.displaced == [3, 5, 7, 9, 11]
+    draw = np.random.default_rng([6, 7])
+    for own, other in zip(calls[1::2], calls[2::2], strict=True):
+        random = draw.normal(size=(4, 3))
+        values = (means * random).sum(-1) / np.linalg.norm(random, axis=-1)
+        np.testing.assert_array_equal(own[0], random[None, 2:])
+        np.testing.assert_allclose(own[1]["floor"], np.percentile(values, 25, 0)[2:], rtol=1e-5)
+        assert own[1]["layers"] == other[1]["layers"] == [2, 3] and set(own[1]) == {
+            "layers", "floor"}
+        np.testing.assert_array_equal(other[0], axis.values[None, 2:])
+        np.testing.assert_array_equal(other[1]["push"], random[None, 2:])
+        assert other[1]["floor"].tolist() == [3.0, 4.0]

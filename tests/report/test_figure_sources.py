@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxpersona as jp
-from jaxpersona.models.batch import ASSISTANT, TEMPLATE, USER
+from jaxpersona.models.batch import TEMPLATE, USER
 from jaxpersona.persona import axis as science
 from jaxpersona.persona.extraction import Extraction
 from jaxpersona.report import sources, style, tokens
@@ -42,16 +42,16 @@ def test_a_layer_that_no_model_has_is_refused(layer):
 def extraction():
     """Roles a to d define the axis; h was held out, and s has no vector."""
     vectors = {name: np.array([value[::-1], value], float) for name, value in CROSS.items()}
-    default = np.array([[0, 0, 0], [5, 3, 0]], float)
+    default = np.array([[0, 3, 5], [5, 3, 0]], float)
     found = science.analyse(default, vectors)
     place = {"default": 9.0, "a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0, "h": 6.0, "s": 5.0}
     answers = {name: np.array([[0.0, value], [0.0, value + 2]]) for name, value in place.items()}
-    return Extraction(jp.Axis(found.axis), found, default, vectors | {"h": default}, answers, {}, 14,
-                      9, mean_projections={"a": np.array([0.0, 2.5])})
+    return Extraction(jp.Axis(found.axis), found, default, vectors | {"h": default}, answers, {},
+                      14, 9, mean_projections={"a": np.array([0.0, 2.5])})
 
 
 def test_an_extraction_is_ranked_by_the_means_over_all_replies():
-    """Quartiles are those of the stored replies; roles with a vector but not in the axis are open."""
+    """Quartiles are those of the stored replies; h has a vector, but is not in the axis."""
     found = sources.places(extraction(), 1)
     assert found.names == ["d", "a", "c", "b", "s", "h"]
     assert found.means.tolist() == [2.0, 2.5, 3.0, 4.0, 6.0, 7.0]

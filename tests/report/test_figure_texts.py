@@ -325,7 +325,8 @@ def test_labels_reference_lines_and_bands():
     rows, columns = ax.patches
     assert ends(rows) == (1.0, 4.0)
     assert (columns.get_x(), columns.get_x() + columns.get_width()) == (5.0, 6.0)
-    style.titled(ax, "word " * 40)
+    with style.style():  # titles begin at the left
+        style.titled(ax, "word " * 40)
     assert legend(ax) == ["across", "up", "rows", r"\$columns\$"]
     lines = ax.get_title(loc="left").split("\n")
     assert len(lines) == 4 and max(map(len, lines)) <= 60

@@ -74,7 +74,8 @@ def test_the_agreement_has_the_smallest_and_the_largest_number_of_replies():
         for j in range(i):
             one, two = (y[i] + y[j]) / 2, (y.sum() - y[i] - y[j]) / 3
             cosines.append((16 + one * two) / np.sqrt((16 + one**2) * (16 + two**2)))
-    assert min(np.abs(found.low[0] - cosines)) < 1e-6 and min(np.abs(found.high[0] - cosines)) < 1e-6
+    for end in (found.low, found.high):
+        assert min(np.abs(end[0] - cosines)) < 1e-6
     other = Halves((1, 2), seed=1)
     other.add("default", sample((4, 1), (4, -1), (4, 3), (4, 0), (4, 2)), None)
     for role in "ab":
@@ -169,8 +170,19 @@ def test_reading_a_run_is_reported_role_by_role(tmp_path):
     assert len(found.plain) == 2 and len(found.samples) == 3
     assert {item.role.name for item, _ in found.samples} == {"a", "b", "c"}
     told.clear()
+    values = np.ones((2, 4, 3))
+    save_drift(folder, {arm: Talks([], values, values) for arm in ("uncapped", "capped")},
+               found.axis, 2, floor="p50", behaviour={"uncapped": [0.5, 1], "capped": [0.5, 1]},
+               leak={"uncapped": 0.5, "capped": 0.25})
     path = jp.report.write_page(folder, report=lambda *step: told.append(step))
     assert path == folder / "report.html" and path.read_text().startswith("<!DOCTYPE html>")
+    page = made_runs.parse(path.read_text())
+    slider = next(about for tag, about in page.tags if tag == "input")
+    assert [slider[name] for name in ("min", "max", "value")] == ["0", "2", "1"]
+    assert "1 of 0–2" in page.text and "State of the run" not in page.text
+    assert "with a cap at the p50 of the default persona." in page.text
+    arms = "4 conversations (capped), 4 conversations (uncapped)"
+    assert f"Projection at layer 2 of the replies of {arms}, measured" in page.text
     assert [step for step, *_ in told] == ["roles"] * 5 + ["intervals"] * 3 + ["components"] * 4
 
 

@@ -1,4 +1,4 @@
-"""The texts of the page of a run: results, gaps, provenance and captions, from values made by hand."""
+"""Texts of the page of a run: results, gaps, provenance and captions, from values made by hand."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def test_missing_parts_of_a_run_with_an_axis_are_named():
     found.analysis.roles["few"] = found.analysis.roles["h"].__class__(
         np.zeros(1), np.zeros((2, 1)), 1, 1, False, False)
     found.axis = jp.Axis([[1, 0.1, 0]], notes={"min_count": 7})
-    assert gaps(found)["Roles with fewer than 7 fully played replies, which the axis leaves out"] == (
-        "few")
+    few = "Roles with fewer than 7 fully played replies, which the axis leaves out"
+    assert gaps(found)[few] == "few"
     found.analysis.__dict__["rounds"] = CURVE
     told = gaps(found)
     assert told["Roles that are not settled at the precision 0.9"] == "all questions were asked: b"
@@ -125,15 +125,16 @@ def test_the_caption_of_the_halves_has_their_numbers():
         run_about.halves(found))
     found.halves = agreement(2, 16, roles=1_200)
     text = run_about.halves(found)
-    assert "for each of 1,200 roles, 2 to 16 replies with score 3" in text and "halves, 20 times" in (
-        text)
+    assert "for each of 1,200 roles, 2 to 16 replies with score 3" in text
+    assert "halves, 20 times" in text
 
 
 def test_the_provenance_has_the_values_of_the_manifest():
     """Flags that are off and empty variables are left out."""
     found = contents(counts={"a": {"3": 1_000, "None": 2, "failed": 1}, "b": {"3": 500, "0": 4}})
     found.manifest |= {
-        "model": {"layers": 1, "dtype": "bfloat16"}, "roles": {"a": 1}, "questions": {"0": 1, "1": 2},
+        "model": {"layers": 1, "dtype": "bfloat16"}, "roles": {"a": 1},
+        "questions": {"0": 1, "1": 2},
         "arguments": {"top_p": 0.9, "mesh": None, "stops": [1, 2]}, "judges": {"z": 1, "b": 2},
         "last": {"model": "m", "min_count": 3, "held_out": ["x"], "keep_means": 16, "other": 1,
                  "versions": {"jax": "0.7"}},
@@ -208,7 +209,8 @@ def test_the_page_shows_the_parts_that_it_has():
     assert told["title"] == "Assistant Axis of a model" and told["notes"] == ["a note"]
     assert told["shown"] == {"pca": True, "order": True, "byLayer": True, "thresholds": True,
                              "reliability": False, "rounds": True, "drift": False}
-    assert (told["scored"], told["many"], told["bars"], told["intervals"]) == (True, False, "", False)
+    assert told["scored"] and not told["many"]
+    assert told["bars"] == "" and not told["intervals"]
     assert told["rounds"] == ("The target is 0.9, at layer 2. The run needed 1,500 of 4,000 "
                               "rollouts.")
     found.manifest["last"] = {"model": "qwen"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import types
 
 import numpy as np
 import pytest
@@ -88,8 +89,8 @@ def test_the_program_answers_until_its_input_ends(monkeypatch, template, varies)
     monkeypatch.setattr(sandbox_worker.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sandbox_worker, "limit_process", lambda memory: timed.append(memory))
     monkeypatch.setattr(sandbox_worker, "limit_time", timed.append)
-    monkeypatch.setattr(sandbox_worker.sys, "stdin", io.TextIOWrapper(source))
-    monkeypatch.setattr(sandbox_worker.sys, "stdout", io.TextIOWrapper(sink))
+    monkeypatch.setattr(sandbox_worker.sys, "stdin", types.SimpleNamespace(buffer=source))
+    monkeypatch.setattr(sandbox_worker.sys, "stdout", types.SimpleNamespace(buffer=sink))
     sandbox_worker.main()
     monkeypatch.undo()
     assert timed == [400 << 20, 1.0, 0, 1.0, 0]
@@ -115,7 +116,7 @@ def test_values_that_json_does_not_know_are_converted_or_named():
     given = {"n": np.float32(0.5), "t": AddedToken(), "a": np.arange(2)}
     assert json.loads(sandbox._encoded({"variables": given})[8:]) == {
         "variables": {"n": 0.5, "t": "<s>", "a": [0, 1]}}
-    with pytest.raises(ValueError, match="the template variable 'x' is {1}; use strings"):
+    with pytest.raises(ValueError, match="the template variable 'x' is .1.; use strings"):
         sandbox._encoded({"variables": {"a": 1, "x": {1}}})
     with pytest.raises(ValueError, match="the template variables are not JSON-serializable"):
         sandbox._encoded({"variables": {}, "other": {1}})
@@ -131,9 +132,10 @@ def test_nested_blocks_share_the_time_of_one_conversation(monkeypatch):
             assert sandbox._budget.get() is outer
         monkeypatch.setattr(sandbox, "_answer", lambda _: {"text": "a", "seconds": 2.5})
         assert sandbox.render("{{ 1 }}", {}) == "a" and outer == [0.0]
-        with pytest.raises(ValueError, match="of one conversation take more than 2.5 s in total") as e:
+        with pytest.raises(ValueError, match="take more than 2.5 s in total") as used:
             sandbox.render("{{ 1 }}", {}, "some/model")
-        assert not isinstance(e.value, sandbox.Refused) and "(some/model); use another" in str(e.value)
+        assert not isinstance(used.value, sandbox.Refused)
+        assert "(some/model); use another" in str(used.value)
     assert sandbox._budget.get() is None
     with sandbox.one_conversation():
         assert sandbox._budget.get() == [2.5]
