@@ -163,3 +163,44 @@ def test_values_of_several_kinds_are_counted():
         unseen: object = dataclasses.field(default=1, repr=False)
 
     assert repr(Held()) == "Held(mixed=2 × values, number=3, table={a: float64[2, 3]})"
+
+
+def test_values_in_messages_are_cut_to_forty_characters():
+    """The limit includes the quotes and the ellipsis."""
+    assert brief.shown("x" * 38) == repr("x" * 38)
+    assert brief.shown("x" * 39) == "'" + "x" * 38 + "…" and len(brief.shown("x" * 99)) == 40
+    assert brief.shown([1, 2], 6) == "[1, 2]" and brief.shown([1, 2], 5) == "[1, …"
+    assert brief.shown([10**5000]) == "a list with too many digits"
+
+
+def test_parts_of_a_line_are_short():
+    """Lists of arrays are counted, a dict shows eight entries, and texts are quoted and cut."""
+    @dataclasses.dataclass
+    class Held:
+        __repr__ = brief.brief
+        held: object
+
+    for value, wanted in (([np.ones(2)] * 3, "3 × array"), ([jax.numpy.ones(2)], "1 × array"),
+                          (({}, {}), "2 × dict"), ([], "[]"), ([1, 2], "[1, 2]"),
+                          (("a", "b"), "('a', 'b')"), ("y" * 41, repr("y" * 39 + "…")),
+                          (np.float32(0.5), "0.5"), (np.ones((2, 0)), "float64[2, 0]"),
+                          ({i: i for i in range(9)}, "{" + ", ".join(
+                              f"{i}: {i}" for i in range(8)) + "}")):
+        assert repr(Held(value)) == f"Held(held={wanted})"
+    itself = {"a": 1}
+    itself["b"] = itself
+    assert repr(Held(itself)) == "Held(held={a: 1})"
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("question", "Question(id=7, text="), ("learned", "Direction(8 layers × 128, residual)"),
+    ("trait", "Trait('odd', 5 pairs, 40 questions)"), ("rules", "RuleJudge()")])
+def test_a_line_of_texts_has_their_counts(session, name, expected):
+    """Not the texts, which are long."""
+    assert repr(session[name]).startswith(expected)
+
+
+def test_a_role_says_whether_it_has_a_judge_s_prompt():
+    """And the number of its system prompts."""
+    assert repr(Role("ghost", ("a", "b"), "x")) == "Role('ghost', 2 prompts, with eval_prompt)"
+    assert repr(Role("ghost", ("a",), "")) == "Role('ghost', 1 prompt, no eval_prompt)"

@@ -11,6 +11,7 @@ import pytest
 import support as s
 
 import jaxpersona as jp
+from jaxpersona import calls
 from jaxpersona.calls import checked_call
 
 MODEL = jp.load("mini")
@@ -241,3 +242,65 @@ def test_a_percentile_by_name_is_that_of_the_axis(layers, of):
 def test_a_number_that_is_also_a_percentile_is_warned_about():
     with pytest.warns(UserWarning, match="floor is 25, which is a projection; .* give floor='p25'"):
         jp.cap(AXIS, layers=4, floor=25)
+
+
+ALIASES = {
+    "layers": "layer layer_idx layer_ids layers_ids at",
+    "scale": "coeff coef coefficient alpha strength multiplier factor lam weight c",
+    "max_new_tokens": "max_tokens max_length max_new max_gen_len n_tokens new_tokens length",
+    "conversations": "prompt prompts messages inputs texts text conversation chats input_ids",
+    "floor": "threshold tau min minimum low lower cap value percentile pct",
+    "ceiling": "max maximum high upper", "where": "position positions tokens token mask on",
+    "interventions": "hooks hook edits edit intervention steering caps",
+    "capture": "captures cache read readings capturing", "batch_size": "batch bs n_rows",
+    "vector": "direction directions vec v vectors axis", "temperature": "temp t",
+    "top_p": "topp p nucleus", "top_k": "topk", "seed": "random_seed rng key generator",
+    "dtype": "torch_dtype precision", "source": "path name model checkpoint model_name repo",
+    "path": "file filename fname", "reply": "add_generation_prompt", "vocabulary": "vocab_size",
+    "positive": "pos positives good", "negative": "neg negatives bad",
+}
+
+
+@pytest.mark.parametrize("right", ALIASES)
+def test_names_of_other_libraries_are_known(right):
+    """Where a function has no argument with a similar name, the table of names is the only hint."""
+    for wrong in ALIASES[right].split():
+        assert calls._remedy(wrong, ["zz", right]) == f"did you mean {right}?", wrong
+        assert calls._remedy(wrong.upper(), [right]) == f"did you mean {right}?", wrong
+
+
+@pytest.mark.parametrize(("wrong", "known", "right"), [
+    ("c", ["factor", "coefficient"], "coefficient"), ("texts", ["tokens"], "tokens"),
+    ("texts", ["tokens", "conversation"], "conversation"), ("cap", ["value"], "value"),
+    ("bs", ["rows", "batch_tokens"], "batch_tokens"), ("batch_size", ["rows"], "rows"),
+    ("vec", ["directions"], "directions"), ("repo", ["path"], "path"),
+    ("fname", ["source"], "source")])
+def test_the_first_argument_that_fits_is_suggested(wrong, known, right):
+    """In the order of the table, not in the order of the arguments."""
+    assert calls._remedy(wrong, known) == f"did you mean {right}?"
+
+
+@pytest.mark.parametrize(("wrong", "words"), [
+    ("load_in_8bit", 'use dtype="int8"'), ("load_in_4bit", "4-bit weights are not supported"),
+    ("trust_remote_code", "never run"), ("stream", "engine.stream(handle)"),
+    ("num_return_sequences", "repeat the conversation"), ("return_tensors", "NumPy arrays")])
+def test_options_without_a_counterpart_are_explained(wrong, words):
+    """Unless the function has an argument of this name."""
+    assert words in calls._remedy(wrong, ["a"])
+    assert words not in calls._remedy(wrong, [wrong])
+
+
+def test_a_class_and_a_method_are_named_in_their_messages():
+    """A constructor by its class, without `self` among its arguments."""
+    @calls.checked_class
+    class Thing:
+        def __init__(self, one, *, two):
+            self.one = one
+
+    with pytest.raises(jp.UserError) as caught:
+        Thing()
+    assert str(caught.value) == "Thing() needs one, two"
+    with pytest.raises(jp.UserError, match=r"^Thing\(\) takes one by position; pass 'b' by "
+                                           "keyword, as one of two$"):
+        Thing("a", "b")
+    assert Thing("a", two=1).one == "a"

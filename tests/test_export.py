@@ -185,3 +185,20 @@ def test_a_missing_pandas_is_one_line(monkeypatch):
     with pytest.raises(jp.UserError, match=r"pip install 'jaxpersona\[frames\]'") as caught:
         generated().to_frame()
     assert "\n" not in str(caught.value)
+
+
+class Named(export.Table):
+    def records(self):
+        return [{"a": 1}]
+
+    def facts(self):
+        return {"kind": "mine", "records": 3, "é": "世"}
+
+
+def test_facts_cannot_replace_the_fields_of_a_result():
+    """They get a prefix; letters beyond ASCII are written as they are."""
+    assert Named().to_json() == ('{"kind": "Named", "notes.kind": "mine", "notes.records": 3, '
+                                 '"é": "世", "records": [{"a": 1}]}')
+    shown = Named()._repr_html_()
+    assert "kind: mine<br>records: 3<br>é: 世" in shown and ">a</th>" in shown
+    assert export.page("a", {}, [], 0).count("<p>") == 1  # neither facts nor rows nor a rest

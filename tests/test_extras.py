@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import types
 
 import numpy as np
 import pytest
@@ -168,3 +169,33 @@ def test_make_names_the_extras_of_the_platform(target):
     extras_of = "test,tpu" if linux else "test"
     assert f"JAXPERSONA_TEST_EXTRAS={extras_of} " in said.stdout
     assert f"'.[{extras_of}]'" in said.stdout
+
+
+def test_a_module_without_a_spec_is_not_installed(monkeypatch):
+    """Such as a stand-in that a test or a notebook put into sys.modules."""
+    monkeypatch.setitem(sys.modules, "gguf", types.ModuleType("gguf"))
+    assert sys.modules["gguf"].__spec__ is None and not extras.installed("gguf")
+    assert extras.installed("numpy") and not extras.installed("no_such_package")
+
+
+def test_a_user_s_choice_of_advice_stays(monkeypatch):
+    """The variable is set only during the import, and only if the user has not set it."""
+    monkeypatch.setenv(extras._NO_ADVICE, "0")
+    with extras._without_advice():
+        assert os.environ[extras._NO_ADVICE] == "0"
+    assert os.environ[extras._NO_ADVICE] == "0"
+    monkeypatch.delenv(extras._NO_ADVICE)
+    with extras._without_advice():
+        assert os.environ[extras._NO_ADVICE] == "1"
+    assert extras._NO_ADVICE not in os.environ
+
+
+@pytest.mark.parametrize(("package", "line"), [
+    ("torch", "'jaxpersona[torch]'"), ("gguf", "'jaxpersona[gguf]'"), ("plotly",
+                                                                       "'jaxpersona[report]'"),
+    ("libtpu", "'jaxpersona[tpu]'"), ("matplotlib", "'jaxpersona[figures]'"),
+    ("openai", "'jaxpersona[http]'"), ("pandas", "'jaxpersona[frames]'"), ("scipy", "scipy"),
+    ("orbax", "orbax-checkpoint"), ("transformers", "transformers")])
+def test_a_package_has_the_line_of_its_extra(package, line):
+    """The extra that contains the package, or the package's own name on the index."""
+    assert extras.pip_line(package) == f"pip install {line}"

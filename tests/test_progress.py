@@ -6,12 +6,15 @@ import io
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
 import jaxpersona as jp
 from jaxpersona import progress
 from jaxpersona.calls import checked_call
+
+DELAYS = (progress.SECONDS, progress.EVERY)  # the fixture below replaces them
 
 
 @checked_call
@@ -158,3 +161,84 @@ assert os.waitpid(child, 0)[1] == 0
                            text=True, timeout=120, check=False)
     assert found.returncode == 0, found.stderr
     assert "slow is running" in found.stderr
+
+
+class Notebook:
+    """A shell whose class has the name of Jupyter's shell."""
+
+
+Notebook.__name__ = "ZMQInteractiveShell"
+
+
+@pytest.mark.parametrize(("screen", "shell", "wanted"), [
+    (Terminal(), None, True), (io.StringIO(), None, False), (io.StringIO(), Notebook(), True),
+    (io.StringIO(), object(), False)])
+def test_a_line_is_rewritten_in_a_terminal_and_in_a_notebook(monkeypatch, screen, shell, wanted):
+    """A pipe gets separate lines, also from a plain IPython shell."""
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    assert progress._rewrites() is wanted
+
+
+def test_a_line_has_the_step_the_numbers_the_note_and_the_time(monkeypatch):
+    """The time left is shown after the first report of a step and before its last item."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    shown = progress._Display("run", progress.steps)
+    shown._start = 40.4
+    assert shown._text() == "run is running, 60 s"
+    shown.tell("rollouts", 0, 3_000, 0)
+    now[0] = 130.0
+    shown.tell("rollouts", 1_000, 3_000, 12_345)
+    assert shown._text() == "rollouts 1,000/3,000, 12,345 tokens, 90 s, about 60 s left"
+    shown.tell("rollouts", 3_000, 3_000, 0)
+    assert shown._text() == "rollouts 3,000/3,000, 90 s"
+    shown.tell("judge", 5, 10, 0)  # a step that has only begun has no rate
+    assert shown._text() == "judge 5/10, 90 s"
+    now[0] = 131.0
+    shown.tell("judge", 6, 10, 0)
+    assert shown._text() == "judge 6/10, 91 s, about 4 s left"
+
+
+def test_a_display_without_a_total_shows_its_note(monkeypatch):
+    """Such as the turn of `grow`, whose number of replies is unknown."""
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: 52.0)
+    shown = progress._Display("grow", lambda turn: ("turn", 0, 0, f"turn {turn}"))
+    shown._start = 40.0
+    shown.tell(3)
+    assert shown._text() == "grow is running, 12 s, turn 3"
+
+
+def test_a_shorter_line_covers_the_longer_one_before_it(monkeypatch):
+    """On a terminal; elsewhere each text is a line."""
+    screen = io.StringIO()
+    monkeypatch.setattr("sys.stderr", screen)
+    shown = progress._Display("run", progress.steps)
+    shown._write("a longer text", True)
+    shown._write("short", True)
+    assert screen.getvalue() == "\ra longer text\rshort        "
+    shown._write("line", False)
+    assert screen.getvalue().endswith("line\n")
+
+
+def test_numbers_are_read_with_their_units():
+    """Bytes become whole megabytes, with a total of at least one; no tokens are no note."""
+    assert progress.megabytes(2_999_999, 16_000_000) == ("load (MB)", 2, 16, "")
+    assert progress.megabytes(5, 10) == ("load (MB)", 0, 1, "")
+    assert progress.tokens("reply")(1, 4, 0) == ("reply", 1, 4, "")
+    assert progress.tokens("reply")(2, 4, 1_500) == ("reply", 2, 4, "1,500 tokens")
+    assert progress.steps("a", 2, 3, 7_000) == ("a", 2, 3, "7,000 tokens")
+    assert DELAYS == (3.0, 30.0)  # seconds before the first line, and between two lines
+
+
+@pytest.mark.parametrize(("joined", "first", "wanted"), [
+    (True, False, False), (True, True, True), (False, False, True)])
+def test_only_the_first_of_several_processes_shows_progress(monkeypatch, capfd, joined, first,
+                                                            wanted):
+    """A single process shows it without asking for its place."""
+    from jaxpersona.distributed import processes
+
+    monkeypatch.setattr(processes, "joined", lambda: joined)
+    monkeypatch.setattr(processes, "first", lambda: first)
+    work(4)
+    assert bool(capfd.readouterr().err) is wanted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 
@@ -184,3 +185,37 @@ def fork(before, inside):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_settings_of_logs_and_files_are_no_part_of_the_key_of_a_trace():
+    """They change no program; the settings of numbers and random keys may."""
+    names = {name for name, _ in runtime.tracing_settings()}
+    assert names >= {"jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl",
+                     "jax_numpy_dtype_promotion"}
+    for start in ("jax_log", "jax_logging", "jax_debug_log", "jax_compilation_cache",
+                  "jax_persistent_cache", "jax_platforms", "jax_traceback", "jax_dump",
+                  "jax_explain", "jax_raise_persistent_cache", "jax_enable_compilation_cache",
+                  "jax_distributed"):
+        assert not [name for name in names if name.startswith(start)], start
+    assert [name for name, _ in runtime.tracing_settings()] == sorted(names)
+
+
+def test_settings_of_a_thread_have_a_fixed_order():
+    """One value changes with one setting."""
+    before = runtime.thread_settings()
+    with jax.default_matmul_precision("float32"):
+        inside = runtime.thread_settings()
+    changed = [i for i, (a, b) in enumerate(zip(before, inside, strict=True)) if a != b]
+    assert [list(jax.config.values)[i] for i in changed] == ["jax_default_matmul_precision"]
+    assert runtime.thread_settings() == before
+
+
+def test_a_process_is_known_by_its_own_number(monkeypatch):
+    """The first call records it; in another process, the message names both."""
+    monkeypatch.setattr(runtime, "_used_by", None)
+    runtime.check_process()
+    assert runtime._used_by == os.getpid()
+    runtime.check_process()
+    monkeypatch.setattr(runtime, "_used_by", 1)
+    with pytest.raises(jp.UserError, match=rf"process {os.getpid()} was forked from process 1, wh"):
+        runtime.check_process()

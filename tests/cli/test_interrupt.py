@@ -259,3 +259,33 @@ def test_nothing_is_claimed_of_a_folder_that_cannot_be_read():
     with pytest.raises(interrupt.Stopped) as stopped, interrupt.keeping(lambda: "two files"):
         raise interrupt.Stopped(signal.SIGTERM)
     assert stopped.value.kept == "two files" and stopped.value.code == 143
+
+
+def test_the_handlers_of_the_imports_are_replaced_after_a_command():
+    """Their line would claim that nothing was written."""
+    before = signal.signal(signal.SIGINT, interrupt._leave)
+    try:
+        with interrupt.raised():
+            assert signal.getsignal(signal.SIGINT) is interrupt._stop
+        assert signal.getsignal(signal.SIGINT) is interrupt._leave_at_once
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_action_on_ctrl_c_leaves_the_other_signal_alone():
+    """The action replaces the handler of SIGINT in the block."""
+    pressed, before = [], [signal.getsignal(n) for n in SIGNALS]
+    with interrupt.intercepted(lambda: pressed.append(1)):
+        for count in (1, 2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            assert pressed == [1] * count
+        assert signal.getsignal(signal.SIGTERM) is before[1]
+    assert [signal.getsignal(n) for n in SIGNALS] == before
+
+
+def test_a_stop_is_named_by_its_signal():
+    """Before a command knows its files, nothing was written."""
+    stop = interrupt.Stopped(signal.SIGTERM)
+    assert (str(stop), stop.code, stop.kept) == ("SIGTERM", 143, "nothing was written")
+    assert not isinstance(stop, Exception)

@@ -133,3 +133,62 @@ def test_a_cap_s_cost_is_what_its_program_adds():
         none | {"collectives_per_layer": 2})
     assert plan.compare({"plain": unknown, "capped": capped}, (0,)) == none == (
         plan.compare(None, (0,)))
+
+
+@pytest.mark.parametrize(("name", "memory", "bandwidth", "peak", "link"), [
+    ("v5e", 16 * 2**30, 819e9, 197e12, 200e9), ("v5p", 95 * 2**30, 2765e9, 459e12, 600e9),
+    ("v6e", 32 * 2**30, 1640e9, 918e12, 448e9), ("a100", 80e9, 2039e9, 312e12, 300e9),
+    ("h100", 80e9, 3350e9, 989e12, 450e9), ("h200", 141e9, 4800e9, 989e12, 450e9)])
+def test_a_chip_has_its_published_numbers(name, memory, bandwidth, peak, link):
+    """TPU memory is in GiB, GPU memory in GB; links count in one direction."""
+    chip = chips.CHIPS[name]
+    assert (chip.name, chip.memory, chip.bandwidth, chip.peak, chip.link) == (
+        name, memory, bandwidth, peak, link)
+    assert (name in chip.source) == (name in chips.TPUS)
+
+
+@pytest.mark.parametrize(("count", "wanted"), [
+    (1, (1, 1)), (8, (1, 8)), (16, (1, 16)), (32, (2, 16)), (6, (3, 2)), (7, (7, 1)), (12, (3, 4))])
+def test_the_model_axis_is_the_largest_that_fits(count, wanted):
+    """Up to 16; 64 query heads cannot be divided by 3."""
+    sizes = plan.choose_mesh(preset("llama-3.3-70b"), count)
+    assert (sizes["data"], sizes["model"]) == wanted
+
+
+def test_a_plan_has_its_arguments_and_its_hours():
+    """The hours of a run are those at each share of the roofline, to one digit."""
+    found = plan.plan(SMALL, "h100:2", name="mine", batch=4, context=512,
+                      cap_layers=[1, 2], mesh={"data": 2, "model": 1})
+    assert (found["model"], found["topology"], found["chips"], found["dtype"]) == (
+        "mine", "h100:2", 2, "bfloat16")
+    assert (found["batch"], found["context"], found["prompt"]) == (4, 512, 384)
+    assert found["cap"] == [1, 2]
+    assert found["mesh"] == {"data": 2, "model": 1} and found["short_by"] == 0
+    assert found["chip"]["name"] == "h100" and found["chip"]["memory"] == 80e9
+    size = found["bytes_per_chip"]
+    assert size["total"] == size["weights"] + size["cache"] + size["temporaries"]
+    assert size["usable"] == 78_750_000_000
+    by_row = (size["cache"] + size["temporaries"]) / 4
+    assert found["largest_batch"] == int((size["usable"] - size["weights"]) / by_row) // 2 * 2
+    times = found["roofline_seconds"]
+    one = 82_800 * (times["prefill"] + 512 * times["decode_step"]) / 3600  # 331,200 / 4 batches
+    assert found["axis_run_hours"] == {
+        "1.0": round(one, 1), "0.6": round(one / 0.6, 1), "0.3": round(one / 0.3, 1)}
+    assert plan.plan(SMALL, "h100:1")["batch"] == 32
+    assert plan.plan(SMALL, "h100:1")["context"] == 2048
+
+
+def test_a_ratio_of_memory_has_four_digits():
+    """Without any memory, nothing changes."""
+    assert plan._ratio(2, 3) == 0.6667 and plan._ratio(5, 0) == 1.0
+
+
+@pytest.mark.parametrize(("topology", "words"), [
+    ("h200", "use chip:extents, such as v5e:4x4"), ("h200:x", "use chip:extents"),
+    ("h200:2x", "use chip:extents"),
+    ("v9:2", "supported chips are v5e, v5p, v6e, a100, h100, h200"),
+    ("v5e:2x0", "every extent must be at least 1")])
+def test_a_topology_that_cannot_be_read_is_named(topology, words):
+    """With the form, the chips or the extents."""
+    with pytest.raises(ValueError, match=rf"topology is {topology!r}; {words}"):
+        chips.parse(topology)

@@ -84,6 +84,7 @@ def test_a_stopped_training_ends_in_the_same_vector(tmp_path):
     # the two batches alternate, so each loss is compared with earlier losses on the same batch
     assert alone[68] < 0.9 * alone[0] and alone[69] < 0.9 * alone[1], alone[::10]
     first = learn.fit(model, parts, loss, rows, steps=60, folder=tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["50", "60"]
     parts = learn.Direction(32, layers=1, seed=4)
     more = learn.fit(model, parts, loss, rows, steps=70, folder=tmp_path)
     assert len(first) == 60 and len(more) == 10 and [*first, *more] == alone
@@ -314,3 +315,43 @@ def test_a_training_is_not_resumed_with_another_model(tmp_path):
     train(s.tiny_model())
     with pytest.raises(ValueError, match="does not match this direction, because its model is"):
         train(s.tiny_model(seed=1))
+
+
+def test_a_training_has_its_documented_defaults():
+    """Adam with a rate of 0.05; a vector of norm 0.1 at every token of the residual stream."""
+    model, direction = s.tiny_model(n_layers=1), learn.Direction(32, layers=0)
+    before = np.asarray(direction.vector[...])
+    assert np.linalg.norm(before) == pytest.approx(0.1, rel=1e-5)
+    assert (direction.site, direction.layers) == ("residual", (0,))
+    assert s.same_bits(direction.where.encode(), jp.everywhere.encode())
+    assert s.same_bits(before, learn.Direction(32, layers=0, seed=0).vector[...])
+    told = []
+    losses = learn.fit(model, direction, lambda out, _: (out.logits ** 2).mean(),
+                       [batch(s.prompts((6,)))], steps=1, progress=lambda *x: told.append(x))
+    assert told == [(1, 1, losses[0])] and losses[0] > 0
+    # the first step of Adam is the rate in every coordinate
+    np.testing.assert_allclose(np.abs(np.asarray(direction.vector[...]) - before), 0.05, rtol=1e-2)
+    assert repr(learn.Direction(8, layers=[1, 2], site="mlp")) == "Direction(2 layers × 8, mlp)"
+
+
+def test_a_direction_acts_at_its_site_and_tokens():
+    """The interventions have the layers, the site and the test of tokens of the direction."""
+    direction = learn.Direction(32, layers=[1, 2], site="mlp", where=jp.generated)
+    wanted = jp.steer(np.asarray(direction.vector[...])[None], layers=[1, 2], site="mlp",
+                      where=jp.generated)
+    assert s.same_bits(direction.interventions(), wanted)
+
+
+def test_a_folder_of_other_files_is_refused_and_the_settings_are_stored(tmp_path):
+    """Before the first step."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("kept")
+    with pytest.raises(ValueError, match="full: the folder is not empty and has no direction.json"):
+        learn._check_settings(tmp_path / "full", {"layers": [1]})
+    settings = {"layers": [1], "site": "mlp"}
+    (tmp_path / "new").mkdir()
+    learn._check_settings(tmp_path / "new", settings)
+    assert json.loads((tmp_path / "new" / "direction.json").read_text()) == settings
+    learn._check_settings(tmp_path / "new", settings)
+    with pytest.raises(ValueError, match=r"because its layers is \[1\], not \[2\]; use another"):
+        learn._check_settings(tmp_path / "new", settings | {"layers": [2]})
