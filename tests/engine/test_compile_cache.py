@@ -70,3 +70,37 @@ def test_a_processor_described_in_any_encoding_has_a_folder(tmp_path):
     named = _processor(str(described))
     described.write_bytes(b"model name\t: x\nflags\t\t: fpu vme\n")
     assert named == _processor(str(described)) != _processor(str(tmp_path / "none"))
+
+
+def test_the_instruction_set_of_a_processor_is_read_from_its_first_flags(tmp_path, monkeypatch):
+    """x86 processors list "flags", ARM processors "Features"."""
+    import hashlib
+
+    from jaxpersona.engine import compile_cache
+
+    monkeypatch.setattr(compile_cache.platform, "machine", lambda: "m1")
+    monkeypatch.setattr(compile_cache.platform, "processor", lambda: "other")
+    for content, line in (("model name\t: x\nFeatures\t: fp asimd\nFeatures\t: sve\n",
+                           "Features\t: fp asimd"), ("a\nflags\t: fpu\n", "flags\t: fpu"),
+                          ("no such line\n", "other")):
+        (tmp_path / "cpuinfo").write_text(content)
+        wanted = hashlib.sha256(line.encode()).hexdigest()[:8]
+        assert compile_cache._processor(str(tmp_path / "cpuinfo")) == f"m1-{wanted}"
+
+
+def test_traces_have_a_folder_and_a_limit_of_their_own(tmp_path, monkeypatch):
+    """Without JAX's compilation cache, or if it is switched off, there are none."""
+    from jaxpersona.engine import compile_cache
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compile_cache, "setting", lambda name: "/elsewhere")
+    monkeypatch.setattr(compile_cache, "_processor", lambda: "cpu")
+    monkeypatch.setenv(compile_cache.SWITCH, "1")
+    found = compile_cache.traces()
+    assert (found.path, found.limit) == (tmp_path / "jaxpersona" / "cpu" / "traces", 268_435_456)
+    assert compile_cache.use_compile_cache() == "/elsewhere"  # the user's own folder
+    monkeypatch.setenv(compile_cache.SWITCH, "0")
+    assert compile_cache.traces() is None and compile_cache.use_compile_cache() == "/elsewhere"
+    monkeypatch.setenv(compile_cache.SWITCH, "1")
+    monkeypatch.setattr(compile_cache, "setting", lambda name: None)
+    assert compile_cache.traces() is None

@@ -118,3 +118,30 @@ def test_a_folder_that_cannot_be_made_is_logged(tmp_path, caplog):
     folder = OwnFolder(tmp_path / "file" / "own", 100)
     folder.write("a", CONTENT)
     assert "not written" in caplog.text and folder.read("a") is None
+
+
+def test_a_file_as_large_as_the_limit_is_kept_and_read(folder, caplog):
+    """A file that is one byte larger is neither read nor kept."""
+    folder.write("a", CONTENT)
+    size = (folder.path / "a").stat().st_size
+    assert size == len(CONTENT) + 18 + 32  # the first line and a SHA-256 hash
+    assert OwnFolder(folder.path, size).read("a") == CONTENT
+    assert OwnFolder(folder.path, size - 1).read("a") is None
+    assert "larger than the folder's limit" in caplog.text
+    OwnFolder(folder.path, size).write("a", CONTENT)
+    assert folder.read("a") == CONTENT
+    OwnFolder(folder.path, size - 1).write("a", CONTENT)
+    assert folder.read("a") is None and not os.listdir(folder.path)
+
+
+def test_what_cannot_be_written_is_logged_and_leaves_no_temporary_file(folder, caplog, monkeypatch):
+    """The file of an earlier write stays."""
+    folder.write("a", CONTENT)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(own_folder.os, "replace", full)
+    folder.write("a", CONTENT[::-1])
+    assert f"{folder.path / 'a'}: the file was not written (No space left" in caplog.text
+    assert os.listdir(folder.path) == ["a"] and folder.read("a") == CONTENT

@@ -76,3 +76,20 @@ def test_a_sample_runs_the_programs_and_draws_of_generate():
     assert cut.waiting and cut.unfinished.size and not cut.complete
     assert cut.finished.size + cut.unfinished.size + cut.waiting == len(talks)
     assert cut.unfinished.max() <= 2  # one step after the prompt
+
+
+@pytest.mark.parametrize(("unfinished", "waiting", "complete"), [
+    ((), 0, True), ((3,), 0, False), ((), 1, False), ((3, 4), 2, False)])
+def test_a_sample_is_complete_without_unfinished_and_waiting_replies(unfinished, waiting, complete):
+    """Either kind alone makes the sample incomplete."""
+    found = pace([4, 6], unfinished, waiting)
+    assert found.complete is complete and found.tokens == 10 + sum(unfinished)
+
+
+def test_the_time_of_more_replies_than_a_call_has_is_that_of_full_calls():
+    """A call has at most `per_call` replies, and the idle rows at its end count."""
+    found = pace([], [5, 5], 9, seconds=4.0, limit=10, rows=4)
+    # 10 tokens in 4 s; a call of 2 replies of 10 tokens keeps 2 of 4 rows busy
+    assert found.seconds_for(6, 2) == pytest.approx(6 * 10 * 4 / 10 / 0.5)
+    assert found.seconds_for(6, 4) == pytest.approx(6 * 10 * 4 / 10)
+    assert found.seconds_for(1, 4) == pytest.approx(1 * 10 * 4 / 10 / 0.25)

@@ -214,3 +214,41 @@ def test_every_seed_row_and_position_has_a_draw_of_its_own():
                                 jnp.asarray(place, jnp.int32)))
     # 8,000 draws from 2^23 values: about four pairs coincide by chance
     assert np.unique(found).size > found.size - 30
+
+
+def test_settings_are_spread_over_rows_and_taken_by_row():
+    """The largest valid values keep their values and get fixed dtypes."""
+    made = sampling(3, temperature=[0.0, 0.5, 3.4e38], top_p=1, top_k=[0, 256, 1],
+                    seed=[2**32 - 1, 0, 7])
+    assert [x.dtype.name for x in (made.temperature, made.top_p, made.top_k, made.seed)] == [
+        "float32", "float32", "int32", "uint32"]
+    assert made.top_p.tolist() == [1.0] * 3 and made.seed.tolist() == [2**32 - 1, 0, 7]
+    some = made.take([2, -1, 1])  # padding has the settings of the first row
+    assert some.top_k.tolist() == [1, 0, 256] and some.seed.tolist() == [7, 2**32 - 1, 0]
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"temperature": -0.5}, "temperature is -0.5; it must be at least 0, and finite in float32"),
+    ({"top_p": 1.01}, r"top_p is 1.01; it must be in \(0, 1\]"),
+    ({"top_k": 257}, r"top_k is 257; it must be an integer in 0…256 \(0: no limit\)"),
+    ({"seed": 2**32}, "seed is 4294967296; it must be an integer in 0…2³²−1"),
+    ({"seed": [1, 2]}, r"seed has shape \(2,\); it must be a number or have shape \[3\]"),
+    ({"top_p": np.ones((3, 1))}, r"top_p has shape \(3, 1\)"),
+    ({"seed": jax.random.key(0)}, "give a number such as seed=0, not a key"),
+    ({"top_k": jax.random.key(0)}, "top_k is .*; give a number$"),
+    ({"top_k": True}, "top_k is True"),
+])
+def test_a_setting_out_of_range_is_named_with_its_range(settings, message):
+    """Each message has the setting, its value and the valid values."""
+    with pytest.raises(ValueError, match=message):
+        sampling(3, **settings)
+
+
+def test_on_an_accelerator_only_large_vocabularies_are_searched_in_blocks(monkeypatch):
+    """Up to 64 times as many tokens as candidates, a plain top-k is used."""
+    monkeypatch.setattr(module, "on_cpu", lambda *_: False)
+    monkeypatch.setattr(module, "top_in_blocks", lambda *_: "blocks")
+    assert module.most_probable(jnp.zeros((1, 2 * 8 * 32)), 8)[0].shape == (1, 8)
+    assert module.most_probable(jnp.zeros((1, 2 * 8 * 32 + 1)), 8) == "blocks"
+    monkeypatch.setattr(module, "on_cpu", lambda *_: True)
+    assert module.most_probable(jnp.zeros((1, 9000)), 8)[0].shape == (1, 8)

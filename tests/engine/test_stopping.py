@@ -169,3 +169,23 @@ def test_faulty_stop_strings_are_refused():
             stopping.checked(stop)
     assert stopping.checked(None) == () and stopping.checked("a") == ("a",)
     assert stopping.checked(["b", "a", "b"]) == ("a", "b")
+
+
+def test_stop_strings_may_have_253_bytes_in_total():
+    """Letters outside ASCII have several bytes; a repeated string counts once."""
+    assert stopping.checked(["x" * 253, "x" * 253]) == ("x" * 253,)
+    assert stopping.checked("\u00e9" * 126)
+    for stop, size in ((["x" * 253, "y"], 254), ("\u00e9" * 127, 254)):
+        with pytest.raises(ValueError, match=f"stop has {size} bytes of text; the maximum is 253"):
+            stopping.checked(stop)
+    assert stopping.automaton(stopping.checked("x" * 253)).shape == (255, 256)
+    assert stopping.checked({"b", "a"}) == stopping.checked(("b", "a")) == ("a", "b")
+
+
+def test_a_stop_string_that_ends_inside_another_ends_the_reply_there():
+    """The longer string has begun, but the shorter one is complete first."""
+    step = stopping.automaton(("abcd", "bc"))
+    state = 0
+    for byte in b"abc":
+        state = int(step[state, byte])
+    assert state == len(step) - 1 and (step[state] == state).all()
