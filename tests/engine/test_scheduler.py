@@ -68,6 +68,7 @@ def test_replies_are_collected_as_soon_as_there_are_enough(done, options, wanted
     ({"free": 1}, {"batched": False}, [0]), ({"free": 0}, {"batched": False}, []),
     ({"free": 3}, {"refill": False}, []), ({"free": 8}, {"refill": False}, [0, 1]),
     ({"free": 3, "filling": True}, {"refill": False}, [0, 1]),
+    ({"free": 1, "filling": True}, {"refill": False}, [0]),  # without refill, any row is filled
     ({"free": 3, "together": 8}, {"batched": False}, []),  # a prefill would replace all rows
     ({"free": 8, "together": 8}, {}, [0, 1, 3]), ({"free": 3, "piece": 16}, {}, []),
 ], ids=str)

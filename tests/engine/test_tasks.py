@@ -41,6 +41,9 @@ def test_a_part_of_a_prompt_keeps_its_positions_and_has_no_last_token():
     user, first = USER | VALID | LAST, FIRST
     assert made.kind.tolist() == [[USER | VALID, user, 0], [0] * 3, [user | first, 0, 0], [0] * 3]
     assert not cut([task([5])], [0], [1], 1, 1, False).chunk
+    # a row of an earlier batch may mark a token in the middle as the last one
+    marked = cut([task([5, 6, 7], system=2, kind=LAST)], [0], [3], 3, 1, True)
+    assert [int(kind) & LAST for kind in marked.kind[0]] == [0, 0, LAST]
 
 
 def test_prompts_share_a_prefix_if_its_ids_kinds_and_turns_are_equal():
