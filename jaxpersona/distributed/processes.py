@@ -165,14 +165,14 @@ def in_turn(act: Callable[[], T]) -> T:
     """
     if not many():
         return act()
-    if first():
-        result = act()
-        merge({})  # a barrier: the other processes wait here until `act` has returned
-    else:
+    if not first():
+        merge({})  # a barrier: wait until process 0 has called `act`
+    try:
+        return act()
+    finally:  # also after an error, because the other processes wait at the same barriers
+        if first():
+            merge({})
         merge({})
-        result = act()
-    merge({})
-    return result
 
 
 def leave(code: int) -> NoReturn:

@@ -60,10 +60,10 @@ def make_mesh(data: int = 1, model: int = 1, *, fsdp: int = 1,
       ('data', 'model')
     """
     have = len(devices) if devices is not None else jax.device_count()
-    wanted = {"data": data, **({"fsdp": fsdp} if fsdp != 1 else {}), "model": model}
-    for name, count in wanted.items():
+    for name, count in (("data", data), ("fsdp", fsdp), ("model", model)):
         if not isinstance(count, int):
             raise UserError(f"{name} is {shown(count, 60)}; it must be an integer")
+    wanted = {"data": data, **({"fsdp": fsdp} if fsdp != 1 else {}), "model": model}
     size = data * fsdp * model
     if min(wanted.values()) < 1 or size > have:
         axes = " × ".join(f"{name}={n}" for name, n in wanted.items())

@@ -306,6 +306,8 @@ def stack_rows(interventions: Sequence[Interventions | None], *,
         if own is not None and own.rows is not None:
             raise UserError(f"the interventions of row {row} were made with rows=; stack "
                             "interventions made without rows=")
+    if into is not None and not isinstance(into, Interventions):
+        raise UserError(f"into is {shown(into)}; give the result of jp.reserve")
     if into is not None and into.rows != count:
         raise UserError(f"into= is for batch size {into.rows}, but the number of interventions is "
                         f"{count}; give one item per row")

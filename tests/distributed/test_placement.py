@@ -72,6 +72,7 @@ def test_heads_that_do_not_divide_the_mesh_are_held_by_groups():
     (dict(model=0), {}, "every axis must be at least 1"),
     (dict(fsdp=-1), {}, "fsdp=-1 × model=1 needs -1 devices; every axis must be at least 1"),
     (dict(data=2.0), {}, "data is 2.0; it must be an integer"),
+    (dict(fsdp=1.0), {}, "fsdp is 1.0; it must be an integer"),
     (dict(model=5, devices=range(4)), {}, "model=5 needs 5 devices; available: 4"),
     (dict(data=2, fsdp=8), {}, "fsdp=8 × model=1 needs 16 devices; available: 8"),
     (dict(model=4), dict(n_kv_heads=6, n_heads=12), "n_kv_heads is 6, .* use model=3"),

@@ -68,6 +68,24 @@ def test_the_first_process_acts_before_the_others(monkeypatch, first, order):
     assert processes.in_turn(lambda: seen.append("act") or 7) == 7 and seen == order
 
 
+@pytest.mark.parametrize(("first", "order"), [
+    (True, ["act", "barrier", "barrier"]), (False, ["barrier", "act", "barrier"])])
+def test_an_error_of_one_process_leaves_no_other_waiting(monkeypatch, first, order):
+    """A process whose `act` raises still reaches both barriers, and its error is raised."""
+    seen = []
+
+    def act():
+        seen.append("act")
+        raise OSError("no space")
+
+    monkeypatch.setattr(processes, "many", lambda: True)
+    monkeypatch.setattr(processes, "first", lambda: first)
+    monkeypatch.setattr(processes, "merge", lambda items: seen.append("barrier") or items)
+    with pytest.raises(OSError, match="no space"):
+        processes.in_turn(act)
+    assert seen == order
+
+
 @pytest.mark.parametrize(("given", "there", "words"), [
     (("h:1", 2, 1), (2, 1), ""), (("h:1", 2, 0), (2, 1), "process index is 0, but .* index 1;"),
     (("h:1", 3, 1), (2, 1), "process count is 3 .* with process count 2 and"),

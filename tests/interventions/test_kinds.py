@@ -180,6 +180,7 @@ MIXED = [Vector(np.eye(8)[:2] + i, fingerprint=f"{i}" * 16) for i in (1, 2)]
     ("different models", lambda u: rotate(*MIXED, to=1.0, layers=1)),
     ("different models", lambda u: mean_ablate(*MIXED, layers=1)),
     ("different models", lambda u: cap(MIXED[0], layers=1, floor=0.0, push=MIXED[1])),
+    ("into is 'x'; give the result of jp.reserve", lambda u: stack_rows([None], into="x")),
     ("into= is for batch size 2", lambda u: stack_rows([None], into=reserve(2, 8, [1]))),
     ("the interventions of row 1 do not fit", lambda u: stack_rows(
         [None, chain(steer(u, layers=1), steer(u, layers=1))], into=reserve(2, 8, [1]))),
