@@ -1,11 +1,12 @@
 """A fused kernel for the end of a layer: residual add, rank-one edits, projections and norm.
 
-At the end of a layer, the MLP's output is added to the residual stream, the sum is projected onto
-the directions of edits and readings, and the edits and then the next norm are applied. XLA compiles
-these operations to several kernels, and each of them reads the residual stream. The Pallas kernel
-reads the residual stream and the MLP's output once, keeps a block of tokens in on-chip memory, and
-writes the edited residual stream and its normalized form once. `reference` computes the same result
-in plain JAX.
+At the end of a layer, the MLP's output is added to the residual stream, the rank-one edits are
+applied one after another, and the next norm is applied to the result. Each edit projects the
+current residual stream onto its direction, and readings project it onto theirs, before or after the
+edits. XLA compiles these operations to several kernels, and each of them reads the residual stream.
+The Pallas kernel reads the residual stream and the MLP's output once, keeps a block of tokens in
+on-chip memory, and writes the edited residual stream and its normalized form once. `reference`
+computes the same result in plain JAX.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def show_format(
 def export(
     folder: Annotated[pathlib.Path, typer.Argument(help="A new or empty folder.")],
 ) -> None:
-    """Write the package data to a folder, as an editable copy for options such as --roles."""
+    """Copy the package data to a folder, to edit it and pass it to `jaxpersona axis --roles`."""
     from jaxpersona.data.export import export as write
 
     say(f"wrote {write(folder)} files to {folder}")

@@ -188,15 +188,16 @@ def next_logprobs(
       [N, C] float32, the log-probabilities in nats.
 
     Raises:
-      UserError: there are no prompts or candidates, an id is outside the vocabulary, a prompt is
-        invalid or fills the context, the interventions do not match the model or the number of
-        prompts, `batch_tokens` is not a positive integer, or activations are not finite.
+      UserError: there are no prompts or candidates, a candidate is not an integer or is outside the
+        vocabulary, a prompt is invalid or fills the context, the interventions do not match the
+        model or the number of prompts, `batch_tokens` is not a positive integer, or activations are
+        not finite.
 
     Examples:
       >>> import jaxpersona as jp
       >>> model = jp.load("mini")
-      >>> yes, no = model.tokenizer.convert_tokens_to_ids(["I", "A"])
-      >>> jp.next_logprobs(model, ["Who are you?"], [yes, no]).shape
+      >>> ids = model.tokenizer.convert_tokens_to_ids(["I", "A"])
+      >>> jp.next_logprobs(model, ["Who are you?"], ids).shape
       (1, 2)
     """
     check_model(model)

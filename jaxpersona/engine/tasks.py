@@ -36,7 +36,10 @@ class Edits(Protocol):
     """The interventions on a lane's rows."""
 
     def structure(self, rows: int) -> Interventions:
-        """Return interventions for `rows` rows, of which only the structure is meaningful."""
+        """Return interventions with the static structure that programs of `rows` rows have.
+
+        Their values are placeholders.
+        """
         ...
 
     def of(self, tasks: Sequence[Task | None], rows: int) -> Interventions:

@@ -211,7 +211,7 @@ def holds(code: jax.Array, batch: Batch) -> jax.Array:
     """Evaluate encoded token tests on a batch.
 
     Args:
-      code: the encoded tests: [5] int32, one test for all rows, or [B, 5], one test per row.
+      code: the encoded tests, int32: [5] or [1, 5], one for all rows, or [B, 5], one per row.
       batch: a batch of B rows of T tokens.
 
     Returns:

@@ -54,7 +54,7 @@ class Batches:
         self._stopped, self._lock = threading.Event(), threading.Lock()
         self._told: set[tuple[str, str]] = set()  # (role, key) of items whose failure was returned
         self._states: dict[str, BatchState] = {}  # name of each outstanding batch → last state
-        self._length: dict[str, str] = {}  # name of a batch → field of the maximum length
+        self._length: dict[str, str] = {}  # name of a batch → field that limits the answer
         self._late = self._short = ""  # reasons to submit again after this round
         self._repeat = False  # whether to send requests again with another length field
 

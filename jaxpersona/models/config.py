@@ -160,7 +160,11 @@ class ModelConfig:
         return self.parameters * itemsize
 
     def step_bytes(self, itemsize: int = 2) -> int:
-        """Return the number of weight bytes read per decode step, without an untied embedding."""
+        """Return the number of weight bytes read per decode step.
+
+        An input embedding that is not tied to the output head is excluded, because a step reads
+        only one of its rows per token.
+        """
         untied = 0 if self.tied_embeddings else self.vocab_size * self.d_model
         return (self.parameters - untied) * itemsize
 

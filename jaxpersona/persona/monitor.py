@@ -93,7 +93,10 @@ class Monitor:
 
     @property
     def usual(self) -> dict[int, tuple[float, float]]:
-        """The default persona's quartiles: layer → (25th, 75th percentile); {} if unknown."""
+        """The quartiles of the projections of the default persona's rollouts, one value per rollout.
+
+        A dict from layer to (25th, 75th percentile); {} if unknown.
+        """
         known = self.vector.percentiles.get("default", {}) if isinstance(self.vector, Axis) else {}
         if "p25" not in known or "p75" not in known:
             return {}

@@ -238,12 +238,12 @@ def collect(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[Q
 
 def _stored(run: Run, roles: Sequence[Role], judge: str, asked: Mapping[str, Sequence[int]],
             ) -> tuple[dict[str, Cells], dict[str, Counter[int]]]:
-    """Return the sums per question of all roles, and the questions of all their rollouts.
+    """Return each role's sums per question, and its number of stored rollouts per question id.
 
     Args:
       run, roles: as for `collect`.
       judge: the name of the judge.
-      asked: role → the ids of the questions for the sums.
+      asked: role → the ids of the questions to sum over, in the order of the sums.
     """
     cells, stored = {}, {}
     for i, role in enumerate(roles):

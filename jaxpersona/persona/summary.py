@@ -58,7 +58,7 @@ def summary(found: Extraction, folder: str | os.PathLike[str], layer: int, *,
     Args:
       found: the extraction.
       folder: the run folder; only existing files are listed.
-      layer: the layer of the projections and of the ranking.
+      layer: the layer of the projections, the ranking, |cos(PC1, axis)| and the variance explained.
       held_out: names of the held-out roles.
       options: options to add to the suggested commands except `report`, such as `["--model",
         "NAME"]`.

@@ -71,7 +71,11 @@ def weight_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh,
 
 
 def step_bytes(config: ModelConfig, dtype: Weights) -> int:
-    """Return the number of weight bytes read per decode step, without an untied embedding."""
+    """Return the number of weight bytes read per decode step.
+
+    An input embedding that is not tied to the output head is excluded, because a step reads
+    only one of its rows per token.
+    """
     if dtype == "bfloat16":
         return config.step_bytes(ITEM)
     whole = int8_layout(config)

@@ -1,4 +1,4 @@
-"""Draw figures of the benchmark results that the programs in `bench/` write as JSON files."""
+"""Draw figures of the JSON results of the benchmarks of decoding, caps, rows and rooflines."""
 
 from __future__ import annotations
 

@@ -85,7 +85,8 @@ STATES = 1 + max(state for state, _ in _STEP)
 def _walk(text: str) -> np.ndarray:
     """Return the state after `text` for each initial state, [states] uint8.
 
-    `CODE_BIT` is set if some of the text is code.
+    `text` consists of the automaton's five characters (see `_reduced`). `CODE_BIT` is set in an
+    entry if some of the text is code when read from that initial state.
     """
     out = np.zeros(STATES, np.uint8)
     for begin in range(STATES):
