@@ -85,7 +85,7 @@ class Engine:
         """
         check_model(model)
         if sizes is not None and not (isinstance(sizes, (list, tuple)) and sizes):
-            raise UserError(f"sizes is {shown(sizes)}; give cache sizes in slots, such as [256, 1024]")
+            raise UserError(f"sizes is {shown(sizes)}; give cache sizes in slots, such as [256]")
         numbers = {f"sizes[{i}]": size for i, size in enumerate(() if sizes is None else sizes)}
         prompts.check_settings(rows=rows, lanes=lanes, chunk=chunk, queue=queue, **numbers)
         ways = rows_divisor(model.params.like)

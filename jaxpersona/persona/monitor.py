@@ -93,7 +93,7 @@ class Monitor:
 
     @property
     def usual(self) -> dict[int, tuple[float, float]]:
-        """The quartiles of the projections of the default persona's rollouts, one value per rollout.
+        """The quartiles of the default persona's projections, with one value per rollout.
 
         A dict from layer to (25th, 75th percentile); {} if unknown.
         """

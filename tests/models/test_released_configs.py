@@ -282,7 +282,7 @@ def _malformed(name: str) -> Iterator[tuple[str, dict[str, Any], str]]:
         for kind in (FULL, SLIDING):
             yield (f"yarn-{kind}", {"rope_parameters": {kind: {"rope_type": "yarn"}}},
                    "rope_type is 'yarn'")
-            yield f"list-{kind}", {"rope_parameters": {kind: []}}, "the rope parameters of a layer type are []"
+            yield f"list-{kind}", {"rope_parameters": {kind: []}}, "rope parameters are []"
     else:
         by_layer = {FULL: {"rope_type": "default"}, SLIDING: {"rope_type": "linear", "factor": 8.0}}
         yield "rope-by-layer", {"rope_parameters": by_layer}, "{'full_attention': {"
