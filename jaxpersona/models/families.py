@@ -178,7 +178,7 @@ _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
     """Convert a transformers v4 `rope_scaling` or v5 `rope_parameters` dict to a `Rope`."""
     if not isinstance(raw, Mapping):
-        raise UserError(f"rope parameters are {reprlib.repr(raw)}; give a JSON object per layer type")
+        raise UserError(f"rope parameters are {reprlib.repr(raw)}; give an object per layer type")
     for key in ("rope_theta", *_LLAMA3):
         if not _is_positive(raw.get(key, 1)):
             raise UserError(f"rope scaling: {key} is {reprlib.repr(raw[key])}; it must be a "
