@@ -262,7 +262,7 @@ REFUSED = {
     "token ids must be in 0…96": {"rows": [[5, 97]]}, "must be messages": {"rows": [[]]},
     "has no tokenizer": {"rows": ["hello"]}, "temperature has shape": {"temperature": [1.0, 1.0]},
     "ids has length 1, but the number of conversations is 11": {"ids": [1]},
-    "ids must": {"ids": [-1] * 11},
+    "ids\\[0\\] is -1": {"ids": [-1] * 11},
     "are for batch size 2": {"interventions": cap(np.ones((1, 32)), layers=[1], floor=0.0,
                                                           rows=[0, 0])},
     "layers is \\[3\\]; the model has layers": {
