@@ -46,6 +46,14 @@ def test_all_faults_are_listed(tmp_path):
         assert wanted in text
 
 
+def test_blank_lines_count_as_lines(tmp_path):
+    """The numbers in messages are those of the file, also after blank lines."""
+    with pytest.raises(jp.UserError) as error:
+        read_prompts(write(tmp_path, "p.jsonl", "", '"Hi."', "  ", "{", "", "5"))
+    assert "2 errors" in str(error.value)
+    assert "line 4: invalid JSON" in str(error.value) and "line 6: contains a" in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
 def test_a_file_without_a_prompt_is_refused(tmp_path, name):
     with pytest.raises(jp.UserError, match="contains no prompt"):

@@ -317,3 +317,5 @@ def test_each_debugging_flag_asks_for_an_error(flag):
     edits = steer(V * 1e18, layers=[1], scale=1e19)
     with flag(True), pytest.raises(ValueError, match=r"layer 1 \(residual\)"):
         go(ROWS[:2], interventions=edits, capture=None, max_new_tokens=4, batch_size=2)
+    with flag(True), pytest.raises(ValueError, match=r"layer 1 \(residual\)"):
+        jp.extract(MODEL, ROWS[:2], interventions=edits, capture=capture.mean(everywhere))

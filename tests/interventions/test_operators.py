@@ -271,6 +271,17 @@ def test_linear_operators_follow_their_equations(made, expected):
     np.testing.assert_array_equal(np.asarray(out)[~active], h[~active])
 
 
+def test_equal_bounds_set_the_projection():
+    """A cap whose floor and ceiling are equal is accepted, also per layer."""
+    h = np.random.default_rng(6).normal(size=(2, 3, 8)).astype(np.float32)
+    v, active = np.eye(8)[0], jnp.ones((2, 3), bool)
+    for bound in (0.5, np.array([0.5])):
+        edit = cap(v, layers=[1], floor=bound, ceiling=bound).prepare(2, active).edits[0]
+        out, _ = edit.apply(1, jnp.asarray(h), active, jnp.asarray(h))
+        np.testing.assert_allclose(out[..., 0], 0.5, atol=1e-6)
+        np.testing.assert_array_equal(out[..., 1:], h[..., 1:])
+
+
 def test_push_displaces_as_far_as_the_cap_elsewhere():
     """With a push, h moves by the cap's deficit along a different direction, also per row."""
     rng = np.random.default_rng(5)

@@ -160,6 +160,20 @@ def test_an_imported_axis_is_that_of_the_published_steps(tmp_path, dtype):
     assert any("relative distance of the axis from that in axis.pt: " in x for x in found.notes)
 
 
+def test_scores_of_the_default_persona_are_not_imported(tmp_path):
+    """A file with its scores changes nothing: its mean is taken over all rollouts."""
+    source = write(tmp_path / "in")
+    plain = import_reference(source, tmp_path / "plain", min_count=LEAST)
+    line = (source / "responses" / "default.jsonl").read_text().split("\n")[0]
+    record = json.loads(line)
+    key = f"default_p{record['prompt_index']}_q{record['question_index']}"
+    (source / "scores" / "default.json").write_text(json.dumps({key: 1}))
+    found = import_reference(source, tmp_path / "run", min_count=LEAST)
+    assert found.scores == plain.scores
+    assert list(Run.read(tmp_path / "run").vectors("default")) == ["mean"]
+    np.testing.assert_array_equal(found.extraction.axis.values, plain.extraction.axis.values)
+
+
 def test_another_min_count_or_held_out_role_changes_the_imported_axis(tmp_path):
     source = write(tmp_path / "in")
     with_all = import_reference(source, tmp_path / "run", min_count=LEAST)
