@@ -77,7 +77,9 @@ def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def leftovers(folder: pathlib.Path) -> list[tuple[pathlib.Path, str, int]]:
-    """List the temporary files of `atomic` in a folder, including those of killed processes.
+    """List the temporary files in a folder that `atomic` created and has not yet removed.
+
+    A process that is killed while it writes a file leaves its temporary file.
 
     Returns:
       For each temporary file, a tuple of its path, the name of its target file, and the id of the

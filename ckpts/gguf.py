@@ -1,8 +1,8 @@
 """Control vectors in llama.cpp's GGUF format.
 
-llama.cpp adds the tensor `direction.N` to the residual stream after block N (zero-based), which is
-layer N in this package. The format cannot store layer 0, because llama.cpp rejects a tensor
-`direction.0`.
+llama.cpp adds the tensor `direction.N` to the residual stream after block N (zero-based); this
+package calls the same place layer N. The format cannot store layer 0, because llama.cpp rejects a
+tensor `direction.0`.
 """
 
 from __future__ import annotations

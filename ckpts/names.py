@@ -88,6 +88,13 @@ def file_index(tensor: Tensor, ranges: list[tuple[int, int]]) -> tuple[slice, ..
     (heads × head_dim). Only the first of several flattened dimensions may be sharded, because a
     head is never split over devices.
 
+    Args:
+      tensor: the tensor.
+      ranges: a half-open range (start, stop) for each dimension of the parameter.
+
+    Returns:
+      A slice for each dimension of the tensor in the file.
+
     Raises:
       UserError: a flattened dimension other than the first is sharded.
     """

@@ -129,7 +129,8 @@ def choose(judge: str, options: JudgeOptions, *, own: bool, after: bool = False)
 
     Raises:
       UserError: the judge is unknown, the judge is "rules" but the roles do not belong to `mini`,
-        or an option does not apply to the judge.
+        an option does not apply to the judge, or an option needs `--judge-batch` or cannot be
+        combined with it.
     """
     kind, colon, argument = judge.partition(":")
     known = (kind in WITH_ARGUMENT and bool(argument)) if colon else kind in KINDS
