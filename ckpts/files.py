@@ -95,7 +95,12 @@ def leftovers(folder: pathlib.Path) -> list[tuple[pathlib.Path, str, int]]:
 
 
 def parse_field(text: str, field: str, kind: type) -> Any:
-    """Parse a header field as JSON and check that the value has type `kind` (`dict` or `list`).
+    """Parse a header field as JSON, check the type of the value and return it.
+
+    Args:
+      text: the text of the field.
+      field: the name of the field, for error messages.
+      kind: the type that the value must have, `dict` or `list`.
 
     Raises:
       UserError: the text is invalid JSON, is nested too deeply, contains an integer with too many
@@ -199,6 +204,8 @@ def read_tensors(path: str | os.PathLike, limit: int | None = None,
 def read_entries(path: str | os.PathLike,
                  limit: int | None = None) -> tuple[dict[str, Entry], dict[str, str]]:
     """Read a safetensors file's header; return the tensor entries by name, and the metadata.
+
+    The arguments are as for `read_tensors`.
 
     Raises:
       UserError: as for `read_tensors`.

@@ -34,7 +34,8 @@ _OURS = ("kind", "name", "model", "fingerprint", "fingerprint_scheme", "layers",
 def read(path: str | os.PathLike) -> Vector:
     """Read a control vector; layers that are missing from the file are zero.
 
-    The result is an `Axis` if `write` stored an axis.
+    The last layer is the highest one in the file or, if higher, the last layer of the direction
+    that was passed to `write`. The result is an `Axis` if `write` stored an axis.
 
     Raises:
       UserError: the package gguf is not installed, or the file is missing, too large, damaged or

@@ -54,7 +54,7 @@ class Tensor:
 
 
 def tensors(config: ModelConfig) -> Params:
-    """Return a `Params` with the `Tensor` of every parameter."""
+    """Return a `Params` that contains the `Tensor` of each parameter instead of its array."""
     specs = layout(config)
     fields = _FIELDS | _POST_NORMS if config.post_norms else _FIELDS
 

@@ -62,7 +62,12 @@ class Form:
 
 def parse_form(dtype: DTypeLike | None, activations: DTypeLike | None, tables: str | None,
                default: np.dtype) -> Form:
-    """Convert arguments of `load` to a `Form`; `default` is the default dtype on the device.
+    """Convert arguments of `load` to a `Form`.
+
+    Args:
+      dtype, activations, tables: as for `load`.
+      default: the dtype of the weights if `dtype` is None; the dtype of the activations if `dtype`
+        is int8 and `activations` is None.
 
     Raises:
       UserError: an argument is invalid, or `activations` or `tables` is given but `dtype` is not

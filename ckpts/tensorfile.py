@@ -87,8 +87,8 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Entry], dict[str, str], l
     """Read and validate the header of a safetensors file.
 
     Returns:
-      The tensor entries by name, the metadata, and a list of error messages, each of which begins
-      with the file's name.
+      The tensor entries by name, the metadata (whose values are not checked), and a list of error
+      messages, each of which begins with the file's name.
     """
     try:
         require_file(path)  # opening a pipe would block

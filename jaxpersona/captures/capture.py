@@ -164,7 +164,7 @@ def joined(given: Any) -> Capture | None:
 
     Raises:
       UserError: the argument is not a capture, such as `mean` instead of `mean()`, or two captures
-        in a list have the same name.
+        in a list have readings of the same name.
     """
     if given is None or isinstance(given, Capture):
         return given

@@ -214,7 +214,7 @@ def write_slots(buffer: jax.Array, values: jax.Array, slots: jax.Array,
 
 
 def spread_states(states: dict[str, State], like: jax.Array) -> dict[str, State]:
-    """Shard the rows of capture states over the mesh of `like`, if `like` is on a mesh."""
+    """Return capture states with their rows sharded over the mesh of `like`, if it is on a mesh."""
     return {
         name: tree.unflatten([spread_rows(x, at, like)
                               for x, at in zip(leaves, state.row_axes, strict=True)])

@@ -304,10 +304,10 @@ def _part(rate: float | None, share: int) -> float | None:
 
 
 def _price(text: str | None, option: str = "--judge-price") -> tuple[float, float] | None:
-    """Parse the value of `--judge-price` or of another option, such as "0.4,1.6".
+    """Parse an option's prices of prompt and answer tokens, such as "0.4,1.6"; None if not given.
 
     Raises:
-      UserError: the text does not have this form.
+      UserError: the text is not two finite, nonnegative numbers separated by a comma.
     """
     if text is None:
         return None
