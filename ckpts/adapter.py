@@ -60,7 +60,7 @@ def check_folder(folder: pathlib.Path) -> dict[str, Any]:
     """Check, without the model, that a folder is a supported LoRA adapter.
 
     Returns:
-      The content of `adapter_config.json`.
+      The content of `adapter_config.json` as a dict.
 
     Raises:
       UserError: the folder is not a LoRA adapter, is damaged, or uses an unsupported feature.
@@ -83,8 +83,8 @@ def check_adapter(folder: pathlib.Path, config: ModelConfig) -> None:
     """Check that an adapter fits a model, without reading its LoRA factors.
 
     One warning names the unknown settings in `adapter_config.json`. Another names the modules that
-    the settings select but for which the file has no LoRA factors, or states that this was not
-    checked.
+    the settings select but for which the file has no LoRA factors, or states that the file was not
+    checked for missing factors.
 
     Raises:
       UserError: as for `read_adapter`, or a setting that selects modules is malformed.

@@ -112,7 +112,7 @@ def stop_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _token(fields: Mapping[str, Any], key: str, tokens: Sequence[str]) -> str | None:
-    """Return the text of the token whose id is in a metadata field; None if there is no field."""
+    """Return the text of the token with the id in a metadata field; None without this field."""
     number = fields.get(f"tokenizer.ggml.{key}")
     if number is None:
         return None
