@@ -1,8 +1,8 @@
 """LoRA adapters in the format of the PEFT library, merged into the weights or kept separate.
 
 An adapter is a folder with `adapter_config.json` and `adapter_model.safetensors`. In LoRA (Hu et
-al. 2021), a product W·x becomes W·x + s·B·(A·x), with A [r, in], B [out, r] and s = α/r, or α/√r
-with rsLoRA (Kalajdzievski 2023).
+al. 2021), a product W·x becomes W·x + s·B·(A·x). The factors A [r, in] and B [out, r] have rank r.
+The scale s is α/r, or α/√r with rsLoRA (Kalajdzievski 2023), where α is the setting `lora_alpha`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ class _Located:
 
 
 def check_folder(folder: pathlib.Path) -> dict[str, Any]:
-    """Check that a folder is a supported LoRA adapter, without the model; return its settings.
+    """Check, without the model, that a folder is a supported LoRA adapter.
+
+    Returns:
+      The content of `adapter_config.json` as a dict.
 
     Raises:
       UserError: the folder is not a LoRA adapter, is damaged, or uses an unsupported feature.
@@ -79,8 +82,9 @@ def check_folder(folder: pathlib.Path) -> dict[str, Any]:
 def check_adapter(folder: pathlib.Path, config: ModelConfig) -> None:
     """Check that an adapter fits a model, without reading its LoRA factors.
 
-    One warning names the unknown settings in `adapter_config.json`; another names the weights that
-    `target_modules` selects but that are missing from the file.
+    One warning names the unknown settings in `adapter_config.json`. Another names the modules that
+    the settings select but for which the file has no LoRA factors, or states that the file was not
+    checked for missing factors.
 
     Raises:
       UserError: as for `read_adapter`, or a setting that selects modules is malformed.
@@ -116,7 +120,7 @@ def read_adapter(folder: pathlib.Path, config: ModelConfig) -> dict[str, Pair]:
 
 def _locate(folder: pathlib.Path,
             config: ModelConfig) -> tuple[dict[str, Any], dict[str, _Located]]:
-    """Return the settings of an adapter, and the factors of each weight that it changes."""
+    """Return an adapter's settings, and the `_Located` of each changed weight by tensor name."""
     raw, place = check_folder(folder), folder / ADAPTER
     entries = tensorfile.read_header(folder / WEIGHTS)[0]
     expected = {t.name: t for t in jax.tree.leaves(names.tensors(config)) if t.spec.inner}
@@ -141,7 +145,7 @@ def _locate(folder: pathlib.Path,
 
 def _paired(entries: Mapping[str, Entry], expected: Mapping[str, names.Tensor],
             config: ModelConfig) -> tuple[dict[str, tuple[Entry, Entry]], list[str]]:
-    """Return the factors (A, B) of each weight by tensor name, and a list of all errors."""
+    """Return the entries (A, B) of each weight's factors by tensor name, and all error messages."""
     by_weight: dict[str, dict[str, Entry]] = {}
     faults = []
     for name, entry in sorted(entries.items()):

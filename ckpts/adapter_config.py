@@ -39,7 +39,12 @@ _KNOWN = frozenset("""
 
 
 def check_settings(raw: Mapping[str, Any], place: pathlib.Path) -> None:
-    """Raise UserError if a setting is not supported and changes the computation."""
+    """Raise UserError if the adapter is not LoRA, or if an unsupported setting may affect results.
+
+    Args:
+      raw: the settings.
+      place: the file with the settings, for error messages.
+    """
     if raw.get("peft_type", "LORA") != "LORA":
         raise UserError(f"{place}: peft_type is {raw['peft_type']!r:.60}; only 'LORA' is supported")
     for key, inactive in _INACTIVE.items():
@@ -68,15 +73,17 @@ def warn_missing(raw: Mapping[str, Any], present: set[str], modules: Sequence[st
                  folder: pathlib.Path, file: str) -> None:
     """Warn once about modules that the settings select but for which the file has no LoRA factors.
 
+    If a regular expression may take too long to match, nothing is checked, and the warning says so.
+
     Args:
       raw: the settings.
-      present: the modules for which the file has factors.
-      modules: all linear layers of the model.
-      folder: the folder of the adapter, for the warning.
-      file: the file with the factors, for the warning.
+      present: the names of the modules for which the file has factors.
+      modules: the names of all linear layers of the model.
+      folder: the folder of the adapter, for messages.
+      file: the name of the file with the factors, for messages.
 
     Raises:
-      UserError: a setting is malformed.
+      UserError: a setting that selects modules is malformed.
     """
     place = folder / "adapter_config.json"
     try:
@@ -113,7 +120,7 @@ def _selector(raw: Mapping[str, Any], key: str, place: pathlib.Path) -> Callable
 
     `key` is "target_modules" or "exclude_modules". A list contains module names or their last
     components. A string is a regular expression for the whole name, or "all-linear" for all linear
-    layers except the output head.
+    layers except the output head. A missing or null setting selects no module.
     """
     value = raw.get(key)
     if value is None:
@@ -147,6 +154,17 @@ def setting(raw: Mapping[str, Any], key: str, patterns: str, module: str,
 
     As in PEFT, the default is 8, and a pattern is a regular expression that must match the whole
     name of the module or the part of the name after any of its dots.
+
+    Args:
+      raw: the settings.
+      key: the setting for all modules, "r" or "lora_alpha".
+      patterns: the setting with values by pattern, "rank_pattern" or "alpha_pattern".
+      module: the name of the module.
+      place: the file with the settings, for error messages.
+
+    Raises:
+      UserError: a pattern is invalid or may take too long to match, or the value is not a positive
+        number below a million.
     """
     value = raw.get(key, 8)
     table = raw.get(patterns) or {}

@@ -77,7 +77,9 @@ def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def leftovers(folder: pathlib.Path) -> list[tuple[pathlib.Path, str, int]]:
-    """List the temporary files of `atomic` in a folder, including those of killed processes.
+    """List the temporary files in a folder that `atomic` created and has not yet removed.
+
+    A process that is killed while it writes a file leaves its temporary file.
 
     Returns:
       For each temporary file, a tuple of its path, the name of its target file, and the id of the
@@ -93,7 +95,12 @@ def leftovers(folder: pathlib.Path) -> list[tuple[pathlib.Path, str, int]]:
 
 
 def parse_field(text: str, field: str, kind: type) -> Any:
-    """Parse a header field as JSON and check that the value has type `kind` (`dict` or `list`).
+    """Parse a header field as JSON, check the type of the value and return it.
+
+    Args:
+      text: the text of the field.
+      field: the name of the field, for error messages.
+      kind: the type that the value must have, `dict` or `list`.
 
     Raises:
       UserError: the text is invalid JSON, is nested too deeply, contains an integer with too many
@@ -197,6 +204,8 @@ def read_tensors(path: str | os.PathLike, limit: int | None = None,
 def read_entries(path: str | os.PathLike,
                  limit: int | None = None) -> tuple[dict[str, Entry], dict[str, str]]:
     """Read a safetensors file's header; return the tensor entries by name, and the metadata.
+
+    The arguments are as for `read_tensors`.
 
     Raises:
       UserError: as for `read_tensors`.

@@ -1,8 +1,8 @@
 """Control vectors in llama.cpp's GGUF format.
 
-llama.cpp adds the tensor `direction.N` to the residual stream after block N (zero-based), which is
-layer N in this package. The format cannot store layer 0, because llama.cpp rejects a tensor
-`direction.0`.
+llama.cpp adds the tensor `direction.N` to the residual stream after block N (zero-based); this
+package calls the same place layer N. The format cannot store layer 0, because llama.cpp rejects a
+tensor `direction.0`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ _OURS = ("kind", "name", "model", "fingerprint", "fingerprint_scheme", "layers",
 def read(path: str | os.PathLike) -> Vector:
     """Read a control vector; layers that are missing from the file are zero.
 
-    The result is an `Axis` if `write` stored an axis.
+    The last layer is the highest one in the file or, if higher, the last layer of the direction
+    that was passed to `write`. The result is an `Axis` if `write` stored an axis.
 
     Raises:
       UserError: the package gguf is not installed, or the file is missing, too large, damaged or

@@ -111,7 +111,8 @@ def to_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
     Args:
       fields: the metadata, including `general.architecture`.
       shapes: the shapes of the tensors, by GGUF name.
-      rope_divisors: [H/2], the divisors of the rotary frequencies (`rope_freqs.weight`), or None.
+      rope_divisors: [head_dim / 2] float32, the divisors of the rotary frequencies (the tensor
+        `rope_freqs.weight`), or None if the file has no such tensor.
       place: the file's name, for warnings.
 
     Raises:

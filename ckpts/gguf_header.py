@@ -49,10 +49,10 @@ class TensorInfo:
 
 
 def import_gguf(path: pathlib.Path) -> Any:
-    """Import and return the optional package gguf.
+    """Import and return the optional package gguf; `path` is the file that needs it.
 
     Raises:
-      UserError: the package is not installed; the message names the file `path`.
+      UserError: the package is not installed; the message names the file.
     """
     return require("gguf", f"{path}: GGUF files need the package gguf")
 
@@ -144,7 +144,7 @@ class HeaderReader:
         return fields
 
     def read_tensors(self, max_elements: int | None = None) -> list[TensorInfo]:
-        """Read the tensor infos, which follow the metadata fields.
+        """Read the tensor infos, which follow the metadata fields; return them in file order.
 
         Args:
           max_elements: the maximum total number of elements in all tensors; None sets no limit.

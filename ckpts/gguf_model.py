@@ -96,9 +96,10 @@ class Checkpoint:
 
 
 def open_checkpoint(path: pathlib.Path) -> Checkpoint:
-    """Read and validate the headers of a GGUF model.
+    """Read and validate the headers of a GGUF model; return a `Checkpoint`.
 
-    The only tensor that is read is `rope_freqs.weight`, from which the RoPE scaling is computed.
+    The only tensor that is read is `rope_freqs.weight` (if present), from which the RoPE scaling
+    is computed.
 
     Args:
       path: the file, or the first of the parts `<name>-00001-of-0000N.gguf`.
@@ -123,7 +124,7 @@ def open_checkpoint(path: pathlib.Path) -> Checkpoint:
 
 
 def _read_divisors(tensor: Quantized, gguf: Any) -> np.ndarray:
-    """Read the divisors of the rotary frequencies, [H/2] float32."""
+    """Read the divisors of the rotary frequencies, [head_dim / 2] float32."""
     if len(tensor.shape) != 1 or not 1 <= tensor.shape[0] <= 1 << 16:
         raise UserError(f"{ROPE_DIVISORS} has shape {list(tensor.shape)}; it must be [head_dim/2]")
     with np.errstate(all="ignore"):
@@ -254,6 +255,12 @@ class GgufSource:
                  gguf: Any) -> None:
         """Check that the tensors match the configuration.
 
+        Args:
+          tensors: the model's tensors, by GGUF name.
+          config: the model configuration.
+          architecture: the GGUF architecture, such as "llama".
+          gguf: the imported package gguf.
+
         Raises:
           UserError: tensors are missing or unexpected, or have the wrong shape.
         """
@@ -320,8 +327,8 @@ class GgufSource:
         """Read a matrix of type Q8_0 without dequantizing it; return None for any other tensor.
 
         Returns:
-          The values, [rows, columns] int8, and the scales of the blocks of 32 columns,
-          [rows, columns / 32] float16.
+          The values, [rows, columns] int8, and the scales, [rows, columns / 32] float16, one for
+          each block of 32 columns in a row. The rows are in Hugging Face's order.
 
         Raises:
           UserError: the file cannot be read, or was truncated after its header was read.

@@ -99,7 +99,11 @@ def build(fields: Mapping[str, Any]) -> Any:
 
 
 def stop_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the stop token ids in the metadata, then the ids of the tokens in `_STOP_TEXTS`."""
+    """Return the stop token ids in the metadata, then the other ids of tokens in `_STOP_TEXTS`.
+
+    Raises:
+      UserError: a stop token id in the metadata is not the id of a token.
+    """
     tokens = fields.get("tokenizer.ggml.tokens") or []
     found = [fields[f"tokenizer.ggml.{key}"] for key in _STOP_KEYS
              if _token(fields, key, tokens) is not None]
@@ -108,7 +112,7 @@ def stop_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _token(fields: Mapping[str, Any], key: str, tokens: Sequence[str]) -> str | None:
-    """Return the text of the token whose id is in a metadata field, or None if it is missing."""
+    """Return the text of the token with the id in a metadata field; None without this field."""
     number = fields.get(f"tokenizer.ggml.{key}")
     if number is None:
         return None

@@ -120,8 +120,8 @@ def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *,
       progress: called with (bytes read so far, total bytes).
 
     Raises:
-      UserError: `dtype` or the model is not supported, or a file is missing or invalid; one message
-        lists every error in the index and the headers.
+      UserError: `dtype` or the model is not supported, the mesh does not fit the model, or a file
+        is missing or invalid; one message lists every error in the index and the headers.
     """
     folder = pathlib.Path(folder)
     if config is None:

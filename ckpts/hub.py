@@ -14,15 +14,18 @@ _NOT_FETCHED = ("consolidated*.safetensors", "adapter_model*.safetensors", "*/*.
 
 
 def download(name: str, revision: str | None) -> pathlib.Path:
-    """Return the local folder of a Hugging Face Hub repository; download the repository if needed.
+    """Return the local folder of a Hugging Face Hub repository; download its files if needed.
+
+    Only files that match `_PATTERNS` and not `_NOT_FETCHED` are downloaded.
 
     Args:
       name: the repository, "owner/name".
       revision: a branch, tag or commit; None uses the default branch.
 
     Raises:
-      UserError: the repository is gated, missing or unreachable, the revision does not exist, or
-        huggingface_hub is not installed; the message states the reason.
+      UserError: the repository is gated, missing or unreachable, the revision does not exist, the
+        name is invalid, the download fails, or huggingface_hub is not installed; the message states
+        the reason.
     """
     require("huggingface_hub", f"{name}: downloads from the Hugging Face Hub need huggingface_hub")
     from huggingface_hub import constants, errors, snapshot_download

@@ -54,7 +54,7 @@ class Tensor:
 
 
 def tensors(config: ModelConfig) -> Params:
-    """Return a `Params` with the `Tensor` of every parameter."""
+    """Return a `Params` that contains the `Tensor` of each parameter instead of its array."""
     specs = layout(config)
     fields = _FIELDS | _POST_NORMS if config.post_norms else _FIELDS
 
@@ -87,6 +87,13 @@ def file_index(tensor: Tensor, ranges: list[tuple[int, int]]) -> tuple[slice, ..
     A dimension in the file is either one dimension of the parameter or several flattened dimensions
     (heads × head_dim). Only the first of several flattened dimensions may be sharded, because a
     head is never split over devices.
+
+    Args:
+      tensor: the tensor.
+      ranges: a half-open range (start, stop) for each dimension of the parameter.
+
+    Returns:
+      A slice for each dimension of the tensor in the file.
 
     Raises:
       UserError: a flattened dimension other than the first is sharded.

@@ -106,8 +106,9 @@ def load(folder: str | pathlib.Path, *, dtype: DTypeLike | None = None,
 
     Raises:
       UserError: `dtype` or the model is not supported, the folder is missing, not an Orbax folder
-        or damaged, its arrays do not match config.json, a mesh is given for int8 weights with block
-        scales, or orbax-checkpoint is not installed. One message lists every mismatch.
+        or damaged, its arrays do not match config.json (one message lists every mismatch), the mesh
+        does not fit the model, a mesh is given for int8 weights with block scales, or
+        orbax-checkpoint is not installed.
     """
     folder = pathlib.Path(folder).absolute()
     target = None if dtype is None else parse_dtype(dtype)

@@ -40,7 +40,7 @@ _TABLES = ("int8", "float")
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """The dtypes in which `load` loads a model, and the adapter to merge.
+    """The dtypes in which `load` loads a model, and the adapter to check or merge.
 
     Attributes:
       dtype: the dtype of the activations and of weights that are not int8.
@@ -62,7 +62,12 @@ class Form:
 
 def parse_form(dtype: DTypeLike | None, activations: DTypeLike | None, tables: str | None,
                default: np.dtype) -> Form:
-    """Convert arguments of `load` to a `Form`; `default` is the default dtype on the device.
+    """Convert arguments of `load` to a `Form`.
+
+    Args:
+      dtype, activations, tables: as for `load`.
+      default: the dtype of the weights if `dtype` is None; the dtype of the activations if `dtype`
+        is int8 and `activations` is None.
 
     Raises:
       UserError: an argument is invalid, or `activations` or `tables` is given but `dtype` is not
@@ -97,7 +102,7 @@ def _is_int8(dtype: DTypeLike | None) -> bool:
 
 def load_int8(source: TensorSource, config: ModelConfig, form: Form, *, mesh: Mesh | None = None,
               progress: Progress | None = None, blocks: Blocks | None = None) -> Params:
-    """Load all parameters, and quantize the matrices that `form` selects to int8.
+    """Load all parameters; the matrices that `form` selects are quantized to int8.
 
     Args:
       source: the checkpoint, with every tensor of `names.tensors(config)` in the shape
@@ -107,14 +112,14 @@ def load_int8(source: TensorSource, config: ModelConfig, form: Form, *, mesh: Me
       mesh: the mesh over which to shard the parameters; each process reads only its own shards.
       progress: called with (bytes read so far, total bytes).
       blocks: a function from a tensor's name to its stored int8 values and block scales, or to None
-        if the checkpoint stores the tensor in another format. The stored values and scales are used
-        only on a CPU without a mesh, and only for tensors that no adapter changes. The other
-        selected matrices are quantized from float32, with one scale per output channel: with block
-        scales, a GPU or TPU would write a dequantized copy of the weight for every product, and on
-        a mesh, block scales are not supported.
+        if the checkpoint stores the tensor in another format; None if it stores no int8 values. The
+        stored values and scales are used only on a CPU without a mesh, and only for tensors that no
+        adapter changes. The other selected matrices are quantized from float32, with one scale per
+        output channel: with block scales, a GPU or TPU would write a dequantized copy of the weight
+        for every product, and on a mesh, block scales are not supported.
 
     Raises:
-      UserError: the files are invalid, or the adapter does not fit the model.
+      UserError: the files are invalid, or the adapter or the mesh does not fit the model.
     """
     tensors, tree = jax.tree.flatten(names.tensors(config))
     total = sum(source.size(tensor.name) for tensor in tensors)

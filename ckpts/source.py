@@ -62,6 +62,9 @@ def load_params(source: TensorSource, config: ModelConfig, *, dtype: np.dtype | 
         float32 for quantized tensors, which are dequantized.
       mesh: the mesh over which to shard the parameters; each process reads only its own shards.
       progress: called with (bytes read so far, total bytes).
+
+    Raises:
+      UserError: the mesh does not fit the model (`sharding.fit`), or a tensor cannot be read.
     """
     tensors, tree = jax.tree.flatten(names.tensors(config))
     total = sum(source.size(tensor.name) for tensor in tensors)

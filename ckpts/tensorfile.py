@@ -87,8 +87,8 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Entry], dict[str, str], l
     """Read and validate the header of a safetensors file.
 
     Returns:
-      The tensor entries by name, the metadata, and a list of error messages, each of which begins
-      with the file's name.
+      The tensor entries by name, the metadata (whose values are not checked), and a list of error
+      messages, each of which begins with the file's name.
     """
     try:
         require_file(path)  # opening a pipe would block
@@ -169,8 +169,9 @@ def _layout_faults(path: pathlib.Path, entries: Iterable[Entry], base: int,
 def read_slice(entry: Entry, index: tuple[slice, ...] = ()) -> np.ndarray:
     """Read a tensor, or the part of it selected by unit-step slices, into a new array.
 
-    If only the first dimension is sliced, the data are read directly into the result. Otherwise,
-    they are copied from a memory map of this tensor.
+    `index` contains a slice for each leading dimension; the remaining dimensions are read whole. If
+    only the first dimension is sliced, the data are read directly into the result. Otherwise, they
+    are copied from a memory map of this tensor.
 
     Raises:
       UserError: the file cannot be read, or is shorter than its header declares.

@@ -40,10 +40,13 @@ def read_pickle(path: str | os.PathLike, limit: int = VECTOR_BYTES, *, convert: 
       convert: whether to convert the tensors; otherwise they are returned as PyTorch tensors, and
         the caller must check their numbers of elements before copying them.
 
+    Returns:
+      The content of the file. With `convert`, tuples are also converted, to lists.
+
     Raises:
       UserError: the file is missing, too large or damaged, PyTorch is not installed, or the pickle
-        contains anything except tensors and plain values (or, with `convert`, a tensor that is not
-        floating-point). No code from the file is run.
+        contains anything except tensors and plain values. With `convert`, also if a tensor is not
+        floating-point or has more elements than the file has bytes, or the nesting is too deep.
     """
     path = pathlib.Path(path)
     size = require_file(path, limit)
@@ -156,8 +159,8 @@ def read(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[str,
       A direction, or the caps of each capping experiment by id (see `capping`).
 
     Raises:
-      UserError: as for `read_pickle`, or the content has none of these forms, or `kind` is unknown
-        or does not match the content.
+      UserError: as for `read_pickle`, or the content has none of these forms, `kind` is unknown or
+        does not match the content, or the kind of a bare tensor cannot be inferred.
     """
     path = pathlib.Path(path)
     if kind not in (None, *KINDS):
@@ -246,6 +249,9 @@ def capping(table: Mapping[str, Any]) -> dict[str, Caps]:
     from above: h ← h − û·max(⟨h, û⟩ − τ, 0). With v̂ = −û, this is a floor at −τ:
     h ← h + v̂·max(−τ − ⟨h, v̂⟩, 0) (Lu et al. 2026, §5). Percentile p in the file corresponds to
     percentile 100 − p along v̂.
+
+    Args:
+      table: the content of the file, a dict with the keys "vectors" and "experiments".
 
     Returns:
       The caps of each experiment by id, in file order.

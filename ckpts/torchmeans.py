@@ -35,7 +35,8 @@ def read_means(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
     Raises:
       UserError: as for `torchfile.read_pickle`, or the content is not a dict from strings to dense
-        floating-point tensors; the message names the file.
+        floating-point tensors, or the tensors have more elements in total than the file has bytes;
+        the message names the file.
     """
     path = pathlib.Path(path)
     held = read_pickle(path, MEANS_BYTES, convert=False)

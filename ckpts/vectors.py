@@ -101,9 +101,10 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
       A direction, or caps by experiment id.
 
     Raises:
-      UserError: the suffix is unknown, the file is missing, damaged or unsafe, has too many layers
-        or uses an unsupported convention, `kind` is invalid or does not apply, or the file needs
-        PyTorch or gguf, which is not installed; the message states the reason.
+      UserError: `path` is not a path, its suffix is unknown, the file is missing, damaged or
+        unsafe, has too many layers or uses an unsupported convention, `kind` is invalid or does not
+        apply, or the file needs PyTorch or gguf, which is not installed; the message states the
+        reason.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise UserError(f"path is {shown(path, 60)}; give the path of a file, or 'mini'")

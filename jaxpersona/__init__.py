@@ -1,7 +1,7 @@
 """A JAX engine that reads and steers the persona of chat models in the residual stream.
 
-Captures and interventions are arrays that are passed to the model, without hooks; XLA compiles
-their operations into the model's program.
+Captures and interventions are pytrees of arrays that are passed to the model, without hooks; XLA
+compiles their operations into the model's program.
 """
 
 from importlib.metadata import version as _version

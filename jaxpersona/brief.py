@@ -1,4 +1,4 @@
-"""One-line `repr` strings of at most 120 characters; arrays are shown as dtype and shape."""
+"""One-line `repr` strings of at most 120 characters, and short forms of values for messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def brief(self: Any) -> str:
 
 
 def line(name: str, *parts: str) -> str:
-    """Return `name(part, part, …)` on one line, truncated to `LENGTH` characters."""
+    """Return `name(part, part, …)` on one line, truncated to `LENGTH` characters.
+
+    Empty parts are omitted.
+    """
     return cut(f"{name}({', '.join(part for part in parts if part)})", "…)")
 
 
@@ -35,7 +38,7 @@ def cut(text: str, end: str = "…") -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """Format a count with its noun in singular or plural, such as "1 token" or "2 tokens"."""
+    """Format a count with its noun (one with a plural in -s, or "reply"), such as "2 tokens"."""
     if number == 1:
         return f"1 {noun}"
     return f"{number:,} {noun[:-1]}ies" if noun == "reply" else f"{number:,} {noun}s"

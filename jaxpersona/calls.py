@@ -58,7 +58,7 @@ _ADVICE = {
     "num_return_sequences": "repeat the conversation in the list of conversations",
 }
 
-# function → how to call it, if the positional arguments do not fit the signature
+# function → how to call it, shown if there are too many or too few arguments
 _CALLS = {
     "forward": "call jp.forward(model.params, model.config, batch)",
     "stack_rows": "give one list with an item per row, such as jp.stack_rows([None, cap])",

@@ -85,7 +85,7 @@ class MeanState(State):
     count: Float[Array, "B ..."]
 
     def result(self) -> Any:
-        """Return the mean [B, L, D], or [B, L, M, D] with `turns`; NaN if no token was selected."""
+        """Return means [B, L, D], or [B, L, M, D] with `turns`; NaN where no token was selected."""
         count, xp = self.count[None, ..., None], numpy_of(self.total)
         mean = xp.where(count > 0, self.total / xp.maximum(count, 1.0), xp.nan)
         return xp.moveaxis(mean, 0, 1)

@@ -164,7 +164,7 @@ def joined(given: Any) -> Capture | None:
 
     Raises:
       UserError: the argument is not a capture, such as `mean` instead of `mean()`, or two captures
-        in a list have the same name.
+        in a list have readings of the same name.
     """
     if given is None or isinstance(given, Capture):
         return given
@@ -268,12 +268,12 @@ def projections(directions: Any, where: Where | str = everywhere, *, layers: Lay
       where, layers, site, name: as for `mean`; by default, all tokens are selected.
 
     Returns:
-      A capture whose result is [B, L, S, K] float32, where S is the number of cache slots, with NaN
-      at slots without a selected token.
+      A capture whose result is [B, L, S, K] float32 (see the module docstring for S), with NaN at
+      slots without a selected token.
 
     Raises:
-      UserError: a direction is zero, not finite or of the wrong shape, or another argument is
-        invalid.
+      UserError: a direction is zero, not finite, of the wrong shape or measured at another site,
+        the directions belong to different models, or another argument is invalid.
 
     Examples:
       >>> import jaxpersona as jp
@@ -368,7 +368,7 @@ def norms(where: Where | str = everywhere, *, layers: Layers | None = None, site
     By default, all tokens are selected.
 
     Returns:
-      A capture whose result is [B, L, S] float32, where S is the number of cache slots, with NaN at
+      A capture whose result is [B, L, S] float32 (see the module docstring for S), with NaN at
       slots without a selected token.
 
     Examples:
@@ -389,8 +389,8 @@ def full(where: Where | str = everywhere, *, layers: Layers | None = None, site:
     selected.
 
     Returns:
-      A capture whose result is [B, L, S, D] float32, where S is the number of cache slots, with NaN
-      at slots without a selected token. The result takes 4·B·L·S·D bytes.
+      A capture whose result is [B, L, S, D] float32 (see the module docstring for S), with NaN at
+      slots without a selected token. The result takes 4·B·L·S·D bytes.
 
     Examples:
       >>> import jaxpersona as jp

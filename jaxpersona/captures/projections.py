@@ -121,7 +121,7 @@ class ProjectionState(TokenState):
 
 
 class ProjectionMoments(OnDirections, kw_only=True, repr=False):
-    """The count, mean and variance of each row's projections."""
+    """The count, mean and variance of the projections of each row's selected tokens."""
 
     label: ClassVar[str] = "moments"
     needs_token: ClassVar[bool] = True
@@ -152,7 +152,7 @@ class ProjectionMoments(OnDirections, kw_only=True, repr=False):
 
 
 class Moments(flax.struct.PyTreeNode):
-    """The count, mean and variance of each row's projections.
+    """The count, mean and variance of the projections of each row's selected tokens.
 
     Attributes:
       count: [B] float32, the number of selected tokens.
@@ -200,10 +200,11 @@ class MomentState(State):
 
 
 class Histogram(OnDirections, kw_only=True, repr=False):
-    """A histogram of each row's projections with fixed bin edges; the outer bins are unbounded.
+    """A histogram of the projections of each row's selected tokens, with fixed bin edges.
 
     Attributes:
-      edges: [L or 1, K or 1, E] float32, ascending.
+      edges: [L or 1, K or 1, E] float32, ascending. The first and the last of the E + 1 bins are
+        unbounded.
     """
 
     edges: Float[Array, "L K E"]

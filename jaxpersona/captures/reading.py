@@ -61,7 +61,10 @@ class State(flax.struct.PyTreeNode):
 
     @property
     def empty(self) -> Any:
-        """[B] bool: True for rows whose result is undefined because no token was selected."""
+        """[B] bool: True for rows whose result is undefined because no token was selected.
+
+        By default, the result is assumed to be defined for every row.
+        """
         return np.zeros(jax.tree.leaves(self)[0].shape[self.row_axes[0]], bool)
 
 
@@ -141,7 +144,9 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
         return np.zeros(1, np.uint32)
 
     def check(self, layers: tuple[int, ...], width: int) -> None:
-        """Check the reading against the layers that are read and the width D of the model.
+        """Check the reading against the layers that are read and the model's width D.
+
+        By default, nothing is checked.
 
         Raises:
           UserError: an array has the wrong shape.
@@ -209,7 +214,7 @@ def write_slots(buffer: jax.Array, values: jax.Array, slots: jax.Array,
 
 
 def spread_states(states: dict[str, State], like: jax.Array) -> dict[str, State]:
-    """Shard the rows of capture states over the mesh of `like`, if `like` is on a mesh."""
+    """Return capture states with their rows sharded over the mesh of `like`, if it is on a mesh."""
     return {
         name: tree.unflatten([spread_rows(x, at, like)
                               for x, at in zip(leaves, state.row_axes, strict=True)])

@@ -107,12 +107,18 @@ def cap_edits(model: Model, held: Axis | Caps, layers: str | None, percentile: s
 
 
 def _floor(axis: Axis, percentile: str | None, of: str | None) -> np.ndarray:
-    """Return the threshold at each layer; default: p25 of the default persona's projections."""
+    """Return an axis's thresholds [L]; by default, percentile "p25" of the population "default"."""
     return axis.thresholds(percentile or "p25", of=of or "default")
 
 
 def spec_edits(model: Model, spec: Any, file: pathlib.Path, check: bool) -> Interventions:
     """Return the interventions of `--spec`, after a self-test of the caps if `check` is True.
+
+    Args:
+      model: the model.
+      spec: the content of the file (see `read_spec`).
+      file: the file, for messages and for the paths in it, which are relative to its folder.
+      check: whether to run the self-test on the caps that it supports (see `_test_operator`).
 
     Raises:
       UserError: the file contains invalid interventions, or a cap fails the self-test.

@@ -159,7 +159,7 @@ class Dialogue:
         return True
 
     def _greet(self) -> None:
-        """Print the model, the interventions, what projections measure, and a hint about /help."""
+        """Print the model, the interventions, an explanation of projections, and a hint."""
         session, monitor = self.session, self.session.monitor
         say(repr(session.model), error=True)
         if session.edits.edits:
@@ -275,7 +275,7 @@ class Dialogue:
         say(f"wrote {file}: {count(len(self.session.turns), 'turn')}", error=True)
 
     def _load(self, file: pathlib.Path) -> None:
-        """Replace the conversation and the system prompt with those in a JSON file.
+        """Continue with the conversation and system prompt in a JSON file.
 
         Raises:
           UserError: the file cannot be read, or contains no valid conversation.

@@ -110,7 +110,8 @@ class Edits(EditOptions):
         """Check the options, read their files and return `self`; no model is needed.
 
         Raises:
-          UserError: an option is invalid, or a file cannot be read.
+          UserError: an option is invalid, conflicts with another option or needs one that was not
+            given, or a file cannot be read or has unsuitable contents.
         """
         from jaxpersona.ckpts.vectors import load_vector
         from jaxpersona.interventions.bank import parse_layers

@@ -129,7 +129,8 @@ def choose(judge: str, options: JudgeOptions, *, own: bool, after: bool = False)
 
     Raises:
       UserError: the judge is unknown, the judge is "rules" but the roles do not belong to `mini`,
-        or an option does not apply to the judge.
+        an option does not apply to the judge, or an option needs `--judge-batch` or cannot be
+        combined with it.
     """
     kind, colon, argument = judge.partition(":")
     known = (kind in WITH_ARGUMENT and bool(argument)) if colon else kind in KINDS
@@ -303,10 +304,10 @@ def _part(rate: float | None, share: int) -> float | None:
 
 
 def _price(text: str | None, option: str = "--judge-price") -> tuple[float, float] | None:
-    """Parse the value of `--judge-price` or of another option, such as "0.4,1.6".
+    """Parse an option's prices of prompt and answer tokens, such as "0.4,1.6"; None if not given.
 
     Raises:
-      UserError: the text does not have this form.
+      UserError: the text is not two finite, nonnegative numbers separated by a comma.
     """
     if text is None:
         return None

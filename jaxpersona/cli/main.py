@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     is a bug: its traceback is printed, and the exit code is 1.
 
     Args:
-      arguments: the command-line arguments; default: those of the process.
+      arguments: the command-line arguments; None uses `sys.argv[1:]`.
     """
     with output.prepared(), interrupt.raised(), progress.muted():
         _run(arguments)
