@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
     from jaxpersona.persona.extraction import Extraction
 
-Report = Callable[[str, int, int, int], None]  # step, done, total, tokens
+Report = Callable[[str, int, int, int], None]  # step, done, total, tokens (see `progress`)
 _SHOWING: list[Report] = []  # the report function of the running display, if there is one
 LOG_SECONDS = 30.0  # time in seconds between progress lines if standard error is not a terminal
 ModelOption = Annotated[str, typer.Option("--model", help=(

@@ -81,7 +81,7 @@ class Role:
 
 @dataclass(frozen=True)
 class Question:
-    """A question that is asked in every role; `id` identifies the rollouts of the question."""
+    """A question that is asked in every role; the integer `id` identifies its rollouts."""
 
     id: int
     text: str

@@ -305,7 +305,7 @@ class Engine:
         return shape_of(row, limit, False, context, self.rows, piece), limit
 
     def _streams(self, tasks: Sequence[Task]) -> bool:
-        """Return whether any task is streamed; if so, its first token is sent before decoding."""
+        """Return whether the request of any task is streamed, for `pause` of the scheduler."""
         held = [self._handles.get(task.number) for task in tasks]
         return any(entry is not None and entry[0]._streamed for entry in held)
 
