@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def say(*lines: object, error: bool = False) -> None:
-    """Print lines of text, with control characters escaped (`inputs.printable`)."""
+    """Print each value on a line, with control characters escaped (`inputs.printable`).
+
+    The text is printed to standard output or, if `error` is True, to standard error.
+    """
     for line in lines:
         print(printable(line), file=sys.stderr if error else sys.stdout)
 
@@ -50,7 +53,7 @@ def console(error: bool = False) -> Console:
 
 @contextlib.contextmanager
 def prepared() -> Iterator[None]:
-    """Configure the standard streams for a command, and print warnings as single lines.
+    """Configure the standard streams for a command; print warnings as lines on standard error.
 
     Characters that the encoding of a stream cannot represent are printed as escape sequences, such
     as \\u2028. The format of warnings is restored at the end of the `with` block.

@@ -56,7 +56,10 @@ def plan(
 
 
 def read_shape(source: str) -> ModelConfig:
-    """Return the configuration of a preset, a GGUF file or a folder with a config.json.
+    """Return the configuration of a model without loading its weights.
+
+    Args:
+      source: "random:<preset>", or the path of a GGUF file or of a folder with a config.json.
 
     Raises:
       UserError: the source does not exist, or its configuration is invalid or not supported.
@@ -76,7 +79,7 @@ def read_shape(source: str) -> ModelConfig:
 
 
 def card(found: dict[str, Any]) -> list[str]:
-    """Format the result of `plan` as lines of text.
+    """Format the result of `planning.plan.plan` as lines of text.
 
     The text states which numbers come from the compiler, which are computed by arithmetic and which
     are extrapolated.

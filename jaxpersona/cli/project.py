@@ -114,7 +114,7 @@ def project(
 
 
 def _compared(known: Reference, value: float) -> dict[str, object]:
-    """Return a JSON object that compares a projection with the default persona and the roles."""
+    """Return a JSON object that compares `value` with the projections in a reference."""
     return {"z": round(known.z(value), 4), "default": known.place(value),
             "below_floor": value < known.floor, "nearest": known.nearest(value)}
 

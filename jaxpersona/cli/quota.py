@@ -22,7 +22,7 @@ PAPER: Mapping[str, tuple[Any, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class QuotaOptions:
-    """The options that set the number of rollouts."""
+    """The options `--precision`, `--rounds` and `--paper`, which set the number of rollouts."""
 
     precision: Annotated[float | None, typer.Option(
         "--precision", show_default="all questions", help=(
@@ -38,7 +38,7 @@ class QuotaOptions:
         "reply of up to 512 tokens for each prompt and question, and --min-count 50."))] = False
 
     def sizes(self) -> list[int] | None:
-        """Return the value of `--rounds` as numbers, or None if it is not given.
+        """Return the value of `--rounds` as a list of integers, or None if it is not given.
 
         Raises:
           UserError: an item is not a nonnegative integer of at most nine digits.
@@ -58,10 +58,10 @@ class QuotaOptions:
 
 
 def of_paper(given: Mapping[str, Any], typed: Collection[str] = ()) -> dict[str, Any]:
-    """Return the values that `--paper` sets, by the names of the options.
+    """Return a dict from each option in `PAPER` to the value that `--paper` sets.
 
     Args:
-      given: the values of the options in `PAPER`.
+      given: the current value of each option in `PAPER`, by name.
       typed: the names of the options that the user gave, even with their default values.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Options and functions that several commands use: load a model, show progress, draw figures."""
+"""Options and functions that several commands use, for example to load a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
     from jaxpersona.persona.extraction import Extraction
 
-Report = Callable[[str, int, int, int], None]  # step, done, total, tokens
+Report = Callable[[str, int, int, int], None]  # step, done, total, tokens (see `progress`)
 _SHOWING: list[Report] = []  # the report function of the running display, if there is one
 LOG_SECONDS = 30.0  # time in seconds between progress lines if standard error is not a terminal
 ModelOption = Annotated[str, typer.Option("--model", help=(
@@ -48,10 +48,10 @@ MinCountOption = Annotated[int, typer.Option("--min-count", help=(
 
 
 def kept_means(text: str) -> int | None:
-    """Parse the value of `--keep-means`; return None for `all`.
+    """Return the value of `--keep-means` as an integer, or None for `all`.
 
     Raises:
-      UserError: the value is neither `all` nor an integer of at least 2.
+      UserError: the value is neither `all` nor an integer of at least 2 with at most nine digits.
     """
     from jaxpersona.runs.sample import check_keep
 
@@ -64,7 +64,7 @@ def kept_means(text: str) -> int | None:
 
 
 def typed(context: typer.Context) -> set[str]:
-    """Return the names of the running command's options that the user gave."""
+    """Return the names of the running command's arguments and options that the user gave."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return {name for name, source in sources.items()
             if source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")}
@@ -79,7 +79,7 @@ def open_model(source: str, dtype: str | None, mesh: str | None = None,
       dtype, mesh, adapter: the values of `--dtype`, `--mesh` and `--adapter`, or None.
 
     Raises:
-      UserError: the model or the adapter cannot be loaded, or the mesh is invalid.
+      UserError: the model or the adapter cannot be loaded, or the dtype or the mesh is invalid.
     """
     from jaxpersona.ckpts.loading import load
     from jaxpersona.distributed import sharding
@@ -95,6 +95,10 @@ def open_model(source: str, dtype: str | None, mesh: str | None = None,
 @contextlib.contextmanager
 def progress(log: bool = False, note: Callable[[], str] | None = None) -> Iterator[Report]:
     """Yield a function report(step, done, total, tokens) that shows the progress of steps.
+
+    The arguments of the function are the name of a step, the number of units (such as replies, or
+    bytes in the step "load") that are done, the total number of units, and the number of tokens
+    processed so far in the step, or 0.
 
     If standard error is a terminal, the progress is shown as bars; otherwise, if `log` is True, a
     line is printed every `LOG_SECONDS`, even before the first step and after the last one. Both
@@ -142,7 +146,7 @@ def _bars(shown: Console, note: Callable[[], str] | None) -> Iterator[Report]:
             interrupt.check()
             if step not in tasks:
                 tasks[step] = bar.add_task(step, total=total, rate="")
-            if done < latest.get(step, math.inf):  # the first report, or a report on another model
+            if done < latest.get(step, math.inf):  # the step begins, or begins again
                 begun[step] = time.perf_counter()
             latest[step] = done
             spent = max(time.perf_counter() - begun[step], 1e-9)
@@ -162,10 +166,10 @@ def _silent(step: str, done: int, total: int, tokens: int) -> None:
 
 
 def stream(pieces: Iterable[str]) -> None:
-    """Print the pieces of a streamed reply, and show a spinner until the first piece arrives.
+    """Print the pieces of a streamed reply and a final newline.
 
-    The first piece may take several seconds, because the model's programs are compiled first. The
-    spinner is shown only if standard error is a terminal.
+    A spinner is shown until the first nonempty piece, which may take several seconds, because the
+    model's programs are compiled first. It is shown only if standard error is a terminal.
     """
     shown = console(error=True)
     status = shown.status("waiting for the first token") if shown.is_interactive else None
@@ -198,7 +202,7 @@ def _logged(note: Callable[[], str] | None) -> Iterator[Report]:
 
     def report(step: str, done: int, total: int, tokens: int) -> None:
         interrupt.check()
-        if done < latest.get(step, math.inf):  # the first report, or a report on another model
+        if done < latest.get(step, math.inf):  # the step begins, or begins again
             begun[step] = (time.perf_counter(), done)
         latest[step] = done
         state[:] = [(step, done, total, tokens, time.perf_counter())]
@@ -251,7 +255,9 @@ def check_folder(option: str, folder: pathlib.Path) -> None:
 
 
 def check_output(option: str, file: pathlib.Path) -> None:
-    """Check that an output file can be written, so that an error occurs before the computation.
+    """Check that an output file is an existing regular file or can be created.
+
+    Commands call this function before a long computation. They replace an existing file.
 
     Raises:
       UserError: the path exists but is not a regular file, or it does not exist and cannot be
@@ -292,7 +298,13 @@ def draw_run(folder: pathlib.Path, extraction: Extraction, middle: int,
              held_out: Sequence[str]) -> bool:
     """Write the figures of an extraction to the run folder; return whether all were drawn.
 
-    If a figure cannot be drawn, the reason is printed.
+    If a figure cannot be drawn, the reason is printed and the remaining figures are omitted.
+
+    Args:
+      folder: the run folder.
+      extraction: the axis, the role vectors and their analysis.
+      middle: the zero-based index of the layer that the figures show.
+      held_out: the names of the roles excluded from the axis.
     """
     from jaxpersona.extras import require
     from jaxpersona.report import figures

@@ -182,10 +182,14 @@ def convert(
 
 
 def _belonging(chosen: Found, source: str) -> Found:
-    """Check that a direction or caps fit a model, and add the model's name and fingerprint.
+    """Check that a direction or caps fit a model; return them with its name and fingerprint.
 
     For `random:<preset>`, only the shape is checked. No fingerprint is added, and the model's name
-    is added only if the file has no fingerprint.
+    is added only if `chosen` has no fingerprint.
+
+    Args:
+      chosen: the direction or caps.
+      source: the value of `--model`.
 
     Raises:
       UserError: the direction or caps do not fit the model, or the model cannot be loaded.

@@ -1,4 +1,4 @@
-"""Select roles by name, or draw a pseudorandom sample that a larger sample contains."""
+"""Select roles by name, from the beginning of a list, or as a pseudorandom sample."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def roles_named(roles: Sequence[Role], names: Sequence[str]) -> list[Role]:
 
 
 def some_roles(roles: Sequence[Role], count: int) -> list[Role]:
-    """Return the default persona, and then a pseudorandom sample of `count` other roles.
+    """Return the default persona, and then a pseudorandom sample of at most `count` other roles.
 
     Roles are selected in the order of a hash of their names, and returned in the order of `roles`.
     A larger sample therefore contains every smaller sample, and a run can be extended with more
@@ -47,7 +47,7 @@ def some_roles(roles: Sequence[Role], count: int) -> list[Role]:
 
 
 def first_roles(roles: Sequence[Role], count: int) -> list[Role]:
-    """Return the default persona, and then the first `count` other roles."""
+    """Return the default persona, and then the first `count` other roles, or all if fewer."""
     return _default_first(roles, [role.name for role in roles if role.name != DEFAULT][:count])
 
 

@@ -49,7 +49,7 @@ def read_prompts(file: pathlib.Path, system: str | None = None) -> list[Conversa
 
 
 def _conversation(value: Any, system: str | None, at: str, faults: Faults) -> Conversation:
-    """Convert the value of a line to a list of messages, and append any errors to `faults`."""
+    """Return the messages of a line's value, `system` first if given; record errors in `faults`."""
     if isinstance(value, dict):
         if "messages" not in value:
             faults.append(f"{at}: the object has no messages; give {{\"messages\": […]}}")

@@ -134,7 +134,7 @@ def export(folder: Path) -> int:
 
     Args:
       folder: a new or empty folder, which will contain roles/, questions.jsonl, traits/, drift/,
-        the lists of descriptions, and the data card with its figure.
+        the other JSON files of the package data, and the data card with its figure.
 
     Returns:
       The number of files written.

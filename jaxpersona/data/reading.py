@@ -38,7 +38,7 @@ class Faults(list[str]):
 
 
 def folder_files(folder: Traversable, faults: Faults) -> list[Traversable]:
-    """Return the `.json` files in a folder, sorted by name.
+    """Return the `.json` files in a folder, except hidden files, sorted by name.
 
     If the folder is missing or contains none, the function records an error and returns [].
     """
@@ -114,7 +114,7 @@ def read_table(file: Traversable, faults: Faults) -> dict[str, Any] | None:
 
 
 def kind(value: Any) -> str:
-    """Return the JSON type name of a value, with an article."""
+    """Return the JSON type of a parsed value, such as "an object" or "null"."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean",
              int: "a number", float: "a number", type(None): "null"}
     return names[type(value)]
@@ -124,14 +124,15 @@ def get_text(table: Any, field: str, where: str, faults: Faults, *, empty: bool 
              prefix: str = "") -> str:
     """Return a string field of a JSON object.
 
-    If the field is missing or invalid, the function records an error and returns "".
+    If the field is missing, not a string, blank or not valid Unicode, the function records an error
+    and returns "".
 
     Args:
       table: the object; a value of any other type is an error.
       field: the key.
-      where: the name of the file, for error messages.
+      where: the file, and the line if necessary, for error messages.
       faults: the list to which an error is appended.
-      empty: whether an empty string is allowed.
+      empty: whether an empty string is allowed; a string of whitespace never is.
       prefix: the path of the object within the file, such as "instruction[2].".
     """
     name = prefix + field
@@ -166,9 +167,9 @@ def get_list(table: dict[str, Any], field: str, where: str, faults: Faults, *,
 
 
 def get_eval_prompt(table: dict[str, Any], where: str, faults: Faults) -> str:
-    """Return the field `eval_prompt`.
+    """Return the field `eval_prompt`, or "" if it is missing or not a nonempty string.
 
-    If it is missing or invalid, or lacks {question} or {answer}, the function records an error.
+    In these cases, and if it lacks {question} or {answer}, the function records an error.
     """
     text = get_text(table, "eval_prompt", where, faults)
     missing = [p for p in ("{question}", "{answer}") if text and p not in text]

@@ -81,7 +81,7 @@ class Role:
 
 @dataclass(frozen=True)
 class Question:
-    """A question that is asked in every role; `id` identifies the rollouts of the question."""
+    """A question that is asked in every role; the integer `id` identifies its rollouts."""
 
     id: int
     text: str
@@ -150,7 +150,7 @@ class User:
 
 @dataclass(frozen=True)
 class Domain:
-    """A category of conversations in which persona drift is measured."""
+    """A category of conversations in which persona drift is measured, with its simulated users."""
 
     name: str
     description: str
@@ -167,6 +167,11 @@ def _check_texts(what: str, texts: Any) -> None:
 
 def all_of(kind: type, given: Any, name: str) -> list[Any]:
     """Convert an iterable of roles or questions to a list.
+
+    Args:
+      kind: the type of the items, `Role` or `Question`.
+      given: the iterable.
+      name: the name of the caller's argument, for error messages.
 
     Raises:
       UserError: `given` is a single item or is not iterable, or an item has the wrong type.

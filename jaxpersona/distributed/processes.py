@@ -31,8 +31,8 @@ def start(coordinator: str | None = None, count: int | None = None,
           index: int | None = None) -> None:
     """Initialize `jax.distributed`; call this before creating any array.
 
-    If `jax.distributed` is already initialized, `start` only checks that `count` and `index` agree
-    with that initialization.
+    Give all three arguments or none. If `jax.distributed` is already initialized, `start` only
+    checks the arguments, including that `count` and `index` agree with that initialization.
 
     Args:
       coordinator: the address host:port of process 0. If None, the address is detected, which
@@ -112,9 +112,9 @@ def owns(i: int) -> bool:
 
 
 def fetch(tree: Any) -> Any:
-    """Copy the arrays of a pytree to the host, including the shards of other processes.
+    """Return a pytree with its JAX arrays as complete NumPy arrays.
 
-    All processes must call this function.
+    The shards of other processes are copied too. All processes must call this function.
     """
     leaves, structure = jax.tree.flatten(tree)
     remote = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)
@@ -141,7 +141,11 @@ def total(values: np.ndarray) -> np.ndarray:
 
 
 def merge(items: Mapping[str, T]) -> dict[str, T]:
-    """Merge the dicts of all processes into one dict; all processes must call this function."""
+    """Merge the dicts of all processes into one dict; all processes must call this function.
+
+    The values must be picklable. If several dicts have a key, the process with the largest index
+    determines its value.
+    """
     if not many():
         return dict(items)
     from jax.experimental import multihost_utils

@@ -103,13 +103,15 @@ def fit(mesh: AbstractMesh, config: ModelConfig) -> AbstractMesh: ...
 def fit(mesh: Mesh | AbstractMesh, config: ModelConfig) -> Mesh | AbstractMesh:
     """Adapt a mesh to a model.
 
-    If the axis "model" is larger than the number of key/value heads and a multiple of it, the axis
-    is split into "model" × "group": each key/value head is replicated over a group of devices, and
-    its query heads are divided among these devices. Otherwise, the mesh is returned unchanged.
+    If the size of the axis "model" is a multiple of the number of key/value heads and greater than
+    it, the axis is split into "model" × "group": each key/value head is replicated over a group of
+    devices, and its query heads are divided among these devices. A mesh that already has an axis
+    "group", and any other mesh, is returned unchanged.
 
     Raises:
-      UserError: a mesh axis is not in `RULES`, or its size does not divide a dimension of the model
-        that it shards, other than the vocabulary.
+      UserError: a mesh axis is not in `RULES`; its size does not divide a dimension of the model
+        that it shards, other than the vocabulary; or the mesh has an axis "group" of more than one
+        device, and the size of "model" is not the number of key/value heads.
     """
     known = {name for names in RULES.values() for name in names}
     if unknown := [name for name in mesh.axis_names if name not in known]:
@@ -181,7 +183,7 @@ def mesh_of(*operands: Any) -> Mesh | AbstractMesh | None:
 
 
 def on_cpu(*operands: Any) -> bool:
-    """Return whether the operands are on a CPU device, without a mesh.
+    """Return whether the operands' `platform` is "cpu" and no operand is on a mesh.
 
     Some operations have an equivalent form that is faster on a CPU.
     """
@@ -256,7 +258,7 @@ def off_mesh(tree: Any) -> Any:
 
 
 def check_set_mesh(like: jax.Array) -> None:
-    """Check that a mesh set by `jax.set_mesh` is the mesh of an array.
+    """Check that a mesh set by `jax.set_mesh` has the same axes and sizes as the mesh of an array.
 
     Raises:
       UserError: the meshes differ, or a mesh with Explicit axes is set and the array has no mesh.
@@ -293,7 +295,7 @@ def out_sharding(axes: Axes, *operands: Any) -> NamedSharding | None:
 
 
 def place(x: jax.Array, axes: Axes, *operands: Any) -> jax.Array:
-    """Shard x by its logical axes over the mesh of the operands (default: the mesh of x).
+    """Return x, sharded by its logical axes over the mesh of the operands (default: of x itself).
 
     On a mesh with Auto axes, a sharding constraint is added. Without a mesh, x is returned
     unchanged.

@@ -12,8 +12,8 @@ from jaxpersona.errors import UserError
 class Background:
     """A thread that runs steps within a `with` block (`running`).
 
-    When the block ends, the thread completes its current step and exits, even if the wait for it is
-    interrupted. The thread itself records that it has ended.
+    When the block ends, the thread completes its current step and exits, even if the caller's wait
+    for the thread is interrupted. `active` is True until the thread has exited.
     """
 
     def __init__(self, changed: threading.Condition, unfinished: Callable[[], bool],
@@ -66,7 +66,7 @@ class Background:
                 thread.join()
 
     def _run(self, stop: threading.Event) -> None:
-        """Run steps until the block ends."""
+        """Run steps when there are unfinished requests, until the `with` block ends."""
         try:
             while True:
                 with self._changed:

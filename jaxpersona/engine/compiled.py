@@ -167,7 +167,7 @@ class Program:
             return jitted.lower(*args, **named)
 
     def _of(self, args: tuple, named: dict[str, Any]) -> tuple[Any, str]:
-        """Return the jitted function for these arguments, and the arguments' platform."""
+        """Return the jitted function for these arguments, and the first array's platform."""
         first, *others = args
         head = jax.tree.leaves(first)[:1]
         static = {name: value for name, value in named.items() if name in self._static}

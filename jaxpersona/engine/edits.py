@@ -108,10 +108,10 @@ class RowEdits:
 
 def checked_capacity(capacity: Interventions | None, layers: int,
                      width: int) -> Interventions | None:
-    """Check the `capacity` of an engine and return it on one device.
+    """Check the `capacity` of an engine; return it with arrays on a mesh copied to the host.
 
     Args:
-      capacity: the result of `reserve`, for any number of rows, or None.
+      capacity: the result of `reserve`, for any number of rows, or None, which is returned as is.
       layers, width: the model's number of layers and its width D.
 
     Raises:
@@ -131,7 +131,7 @@ def for_one_row(edits: Interventions | None, capacity: Interventions | None) -> 
     """Return interventions on one row, with the structure of `capacity` if it is not None.
 
     Args:
-      edits: interventions created without `rows=`, or None.
+      edits: interventions created without `rows=`; None: no intervention.
       capacity: the result of `reserve`, with any number of rows, or None.
 
     Raises:
@@ -165,7 +165,7 @@ def _neutral(table: Any) -> Any:
 
 
 def row_count(edits: Interventions, axes: tuple[int, ...]) -> int:
-    """Return the number of rows B of per-row interventions."""
+    """Return the number of rows B of interventions whose leaves have the batch axes `axes`."""
     return next(x.shape[axis] for x, axis in zip(jax.tree.leaves(edits), axes, strict=True)
                 if axis >= 0)
 

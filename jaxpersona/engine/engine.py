@@ -73,7 +73,7 @@ class Engine:
           capacity: the result of `reserve`, for any number of rows. It limits the layers, site and
             number of rank-one edits in a request, so that requests with different edits share
             programs. None: every structure of interventions has its own programs and lanes.
-          sizes: the available cache sizes, in slots per row; default: see `tasks.cache_size`.
+          sizes: the cache sizes, in slots per row. None: a size per request (`tasks.cache_size`).
           lanes: the maximum number of lanes; each has its own cache.
           chunk: the maximum number of decode steps between two transfers to the host.
           queue: the maximum number of queued requests.
@@ -120,8 +120,8 @@ class Engine:
         """Check a request, append it to the queue and return its handle.
 
         Raises:
-          UserError: the conversation or a setting is invalid, or the request does not match the
-            model or exceeds the capacity or the cache sizes. Other requests are not affected.
+          UserError: `request` is not a `Request`, its conversation or a setting is invalid, or it
+            does not match the model or exceeds the capacity or the cache sizes.
           QueueFull: `queue` requests are already queued.
         """
         if not isinstance(request, Request):
@@ -157,7 +157,7 @@ class Engine:
 
         Raises:
           UserError: the handle does not belong to this engine.
-          BaseException: the error that ended the request.
+          BaseException: a copy of the error that ended the request.
         """
         while not Handle.of(handle, self._owner).done:
             self._advance(handle)
@@ -172,7 +172,7 @@ class Engine:
 
         Raises:
           UserError: the handle does not belong to this engine.
-          BaseException: the error that ended the request.
+          BaseException: a copy of the error that ended the request.
         """
         request = Handle.of(handle, self._owner).request
         handle._streamed = True
@@ -263,7 +263,7 @@ class Engine:
                 raise
 
     def _compile(self, kind: Any, shape: Shape) -> Lane:
-        """Compile a lane's programs, including the program that frees cancelled rows."""
+        """Return a kind's lane, with all its programs compiled for prompts of a shape."""
         lane = self._scheduler.lane_of(kind)
         assert lane is not None
         lane.compile(shape)
@@ -305,7 +305,7 @@ class Engine:
         return shape_of(row, limit, False, context, self.rows, piece), limit
 
     def _streams(self, tasks: Sequence[Task]) -> bool:
-        """Return whether any task is streamed; if so, its first token is sent before decoding."""
+        """Return whether the request of any task is streamed, for `pause` of the scheduler."""
         held = [self._handles.get(task.number) for task in tasks]
         return any(entry is not None and entry[0]._streamed for entry in held)
 

@@ -141,8 +141,8 @@ def extract(
         and a fix. "raise": raise a `UserError`. `jax_debug_nans` and `jax_debug_infs` imply
         "raise".
       progress: by default, a call of more than three seconds shows its progress; False shows
-        nothing. A function is called with three numbers instead: the finished conversations, all
-        conversations, and the token positions so far, including padding.
+        nothing. A function is called with three counts instead: finished conversations, all
+        conversations, and token positions processed so far, including padding.
       residual: "xla", or "pallas" for one fused TPU kernel that applies the edits and computes the
         projections and the next norm (see `forward`).
 

@@ -166,8 +166,8 @@ def generate(
         and a fix. "raise": raise a `UserError`. `jax_debug_nans` and `jax_debug_infs` imply
         "raise".
       progress: by default, a call of more than three seconds shows its progress; False shows
-        nothing. A function is called with three numbers instead: the finished conversations, all
-        conversations, and the generated tokens so far.
+        nothing. A function is called with three counts instead: finished conversations, all
+        conversations, and tokens in the finished replies.
 
     Returns:
       The replies and captured activations, in input order.
@@ -277,7 +277,7 @@ def lane_opener(model: Model, edits: SharedEdits, capture: Capture, stops: Stops
 
     Args:
       model, capture, stops, batch_size, stats: as for `queue`.
-      edits: the interventions on the rows.
+      edits: the interventions on all prompts.
       greedy: whether every temperature is 0.
     """
     params = fast_params(model, batch_size)

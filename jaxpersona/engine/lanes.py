@@ -59,8 +59,9 @@ class Lane:
       tasks: the task of each row; None if the row is free.
       filling: whether rows have been assigned since the last call of `decode`.
       state: the state of the B rows; None before the first prefill if R = B.
-      axes: the batch axis of each leaf of the state.
-      prefixes: the carries of the R most recently prefilled shared prefixes, one row each.
+      axes: a `State` with the index of each leaf's batch axis, −1 for a leaf without one.
+      prefixes: the carries, of one row each, after the R most recently prefilled shared prefixes,
+        by a key of the prefix and its interventions.
       staged: the task of each staging row; None if the row is free. Empty without pieces.
       ran: the number of prompt tokens prefilled so far in each staging row.
       staging: the state of the R staging rows; None without pieces.
@@ -188,7 +189,7 @@ class Lane:
         Returns:
           Tuples (tasks, rows, state): at most `together` tasks, and the index of each task's row in
           `state`. If `together` < B, each state has `together` rows and omits the cached keys and
-          values.
+          values. Without finished rows, [].
         """
         out = []
         for begin in range(0, max(done.size, 1), self.together):
@@ -206,7 +207,7 @@ class Lane:
         return out if done.size else []
 
     def end(self, rows: Sequence[int]) -> None:
-        """Free the rows of cancelled requests without collecting results."""
+        """Free the rows with the indices `rows`, whose requests were cancelled."""
         removed = np.zeros(self.rows, bool)
         for i in rows:
             removed[i], self.tasks[i] = True, None

@@ -133,7 +133,7 @@ def _filled(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
 @program(static=("config", "slots"))
 def prefill_prefix(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
                    capture: Capture, *, slots: int) -> Carry:
-    """Prefill shared prefixes of prompts into a new cache, without computing logits."""
+    """Return the carry after shared prefixes, one per row of `batch`, with a cache of S slots."""
     TRACES["prefix"] += 1
     return forward(params, config, batch.replace(chunk=True), interventions=edits, capture=capture,
                    slots=slots, logits=None, attention="auto").carry
@@ -146,6 +146,7 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
     """Run the model on the prompts and select the first token of each reply.
 
     Args:
+      params, config: the model's parameters and configuration.
       batch: B prompts of T tokens. With `prefix`, it contains only the tokens after the prefix. A
         row without tokens is free.
       edits: the interventions on the B rows.
@@ -216,9 +217,10 @@ def prefill_piece(params: Params, config: ModelConfig, state: State, batch: Batc
     At a prompt's end, the first token of the reply is selected.
 
     Args:
-      state: the state of B rows after the earlier pieces (donated). Only its carry is used.
+      params, config, edits, capture, sampling, stops, limit, greedy: as for `prefill`.
+      state: the state of B rows after the earlier pieces (donated). Of its values, only the carry
+        is used.
       batch: the next T tokens of each prompt; an empty row is free.
-      edits, capture, sampling, stops, limit, greedy: as for `prefill`.
       begins: [B] bool, the rows whose prompt begins in this piece. Their state is reset, except for
         old keys and values, which are masked because the positions of their slots are reset.
       ends: [B] bool, the rows whose prompt ends in this piece.
@@ -246,6 +248,7 @@ def decode(params: Params, config: ModelConfig, state: State, edits: Interventio
     reaches the length limit is also passed through the model, so that its activations are captured.
 
     Args:
+      params, config: the model's parameters and configuration.
       state: the state of B rows (donated).
       edits: the interventions on the B rows.
       capture: the activations to capture.

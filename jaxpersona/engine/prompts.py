@@ -245,12 +245,13 @@ def reply_limits(max_new_tokens: Any, count: int, context: int) -> np.ndarray:
 
 
 def limits(model: Model, rows: list[chat.Row], max_new: Any) -> np.ndarray:
-    """Return each reply's maximum length in tokens, [N] int32: `max_new`, limited by the context.
+    """Return each reply's maximum length in tokens, [N] int32, within the model's context.
 
     Args:
       model: the model.
       rows: N encoded prompts.
-      max_new: the maximum length of every reply in tokens, or [N].
+      max_new: the requested maximum length of every reply in tokens, or [N]. The result is smaller
+        if the prompt and this many tokens exceed the context.
 
     Raises:
       UserError: a prompt fills the context.

@@ -31,7 +31,7 @@ class Request:
       conversation: a list of {"role", "content"}, a string (one user message), a `chat.Row`, or
         token ids.
       interventions: edits of the activations, created without `rows=`.
-      capture: a capture of activations, or a list of captures.
+      capture: a capture of activations, or a list of captures, which is stored as one `Capture`.
       max_new_tokens: the maximum number of tokens in the reply; the model's context and the
         largest of the engine's `sizes` limit it further.
       temperature, top_p, top_k, seed: the sampling settings (`sampling.Sampling`).

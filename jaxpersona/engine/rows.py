@@ -40,11 +40,13 @@ def put_rows(target: T, source: T, rows: jax.Array, *, axes: tuple[int, ...]) ->
 
 @program(static=("axes",), result=lambda source, **_: source)
 def take_rows(source: T, rows: jax.Array, *, axes: tuple[int, ...]) -> T:
-    """Return copies of the rows of a pytree at the indices `rows` [n].
+    """Return copies of the rows of a pytree at the indices `rows`.
 
     A leaf without a batch axis is returned unchanged.
 
     Args:
+      source: the pytree.
+      rows: [n] int32, the indices, which may repeat.
       axes: the result of `axis_of_rows` for each leaf.
     """
     def take(value: jax.Array, axis: int) -> jax.Array:
@@ -60,6 +62,7 @@ def side_by_side(pieces: tuple[T, ...], *, axes: tuple[int, ...]) -> T:
     A leaf without a batch axis is taken from the first pytree.
 
     Args:
+      pieces: the pytrees.
       axes: the result of `axis_of_rows` for each leaf.
     """
     def join(axis: int, *leaves: jax.Array) -> jax.Array:

@@ -61,10 +61,14 @@ def sampling(rows: int, *, temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any 
              seed: Any = 0) -> Sampling:
     """Check the settings and broadcast them to `rows` rows.
 
+    Args:
+      rows: the number of rows B.
+      temperature, top_p, top_k, seed: see `Sampling`; each is a number or an array [B].
+
     Raises:
       UserError: a temperature is negative or not finite in float32, top_p is outside (0, 1], top_k
         is not an integer in 0…`CANDIDATES`, a seed is not an integer in 0…2³²−1, or a setting is
-        neither a number nor an array [`rows`].
+        neither a number nor an array [B].
     """
     def spread(name: str, value: Any, dtype: Any, ok: Any, want: str) -> jax.Array:
         try:

@@ -95,7 +95,7 @@ class Scored(Table):
         return column in ("ids", "logprobs")
 
     def chosen(self, where: Where | str = everywhere) -> list[np.ndarray]:
-        """Return the log-probabilities of the tokens that `where` selects, one array per text.
+        """Return the log-probabilities in nats of the selected tokens: one array [n] per text.
 
         The first token of a text has no log-probability and is omitted.
         """
@@ -132,8 +132,8 @@ def logprobs(
 
     Args:
       model: the result of `load`.
-      conversations: N conversations, each a list of messages, a `chat.Row`, or token ids (for plain
-        text, use `model.tokenizer(text).input_ids`).
+      conversations: N conversations, each a list of messages, a string (one user message), a
+        `chat.Row`, or token ids (for plain text, use `model.tokenizer(text).input_ids`).
       interventions: edits of the activations, created without `rows=` or with one row per
         conversation.
       batch_tokens: the target number of tokens per forward pass, including padding; it affects the
@@ -226,6 +226,13 @@ def _run(model: Model, rows: list[chat.Row], interventions: Interventions | None
       batch_tokens: the target number of tokens per forward pass; None: the default.
       candidates: [C] int32, the ids of candidates for the next token; None: score the texts' own
         tokens after the first.
+
+    Returns:
+      N float32 arrays in nats: [C] with candidates; otherwise, the first T−1 values of the array of
+      a text of T tokens are its log-probabilities, and any further values are padding.
+
+    Raises:
+      UserError: an argument is invalid, or activations are not finite.
     """
     if batch_tokens is not None:
         prompts.check_settings(batch_tokens=batch_tokens)
@@ -251,8 +258,8 @@ def _in_batches(model: Model, rows: list[chat.Row], edits: Interventions, tokens
     """Score texts in batches.
 
     Yields:
-      For each batch: the indices of its texts, their log-probabilities, and whether their
-      activations are finite.
+      For each batch: the indices of its n texts; log-probabilities, [B, W−1] or [B, C]; and [B]
+      bool, whether a row's activations are finite. The n texts are the first n of the B rows.
     """
     like = model.params.like
     tokens = _TOKENS.get(platform(like), _TOKENS_ELSE) if tokens is None else tokens
@@ -269,8 +276,8 @@ def _in_pieces(model: Model, rows: list[chat.Row], edits: Interventions, tokens:
     """Score texts in pieces.
 
     Yields:
-      For each call in which texts end: the indices of these texts, their log-probabilities, and
-      whether their activations are finite.
+      For each call in which texts end: the indices of these n texts; n arrays of log-probabilities,
+      [T−1] for a text of T tokens or [C]; and [n] bool, whether a text's activations are finite.
     """
     together = ROWS if tokens is None else max(1, tokens // PIECE)
     parts: dict[int, list[np.ndarray]] = {}
