@@ -47,7 +47,7 @@ class Bank:
       total: the number of layers L of the model, or None for arrays, which do not specify it.
       index: [B] integers, the index of each batch row's direction (−1 for no edit), or None if one
         direction applies to all rows.
-      direction: [l, n, D], the unit vectors; a zero vector remains zero.
+      direction: [l, n, D], the unit vectors; a zero vector stays zero.
       norm: [l, n], the norms of the vectors before normalization.
       origin: [n] uint32, for each direction, a hash of its model's weights (`params.origin`), or 0
         if unknown.

@@ -185,7 +185,7 @@ class Endpoint:
             return self._state(self._client.batches.retrieve(identifier))
 
     def find_batch(self, name: str) -> BatchState | None:
-        """Return the state of the batch with this name, or None if not in the last `_LISTED`.
+        """Return the state of the named batch; None if not among the last `_LISTED` batches.
 
         Raises:
           Failure: the endpoint did not list its batches.

@@ -121,7 +121,7 @@ class HttpJudge:
         _ = self.journal
 
     def note(self) -> str:
-        """Describe the journal's requests and the failed items; "" if no journal is open."""
+        """Describe the calls, costs, batches and failed items; "" if no journal is open."""
         if self._journal is None:
             return ""
         parts = [f"calls: {self._journal.calls:,}"]
