@@ -34,7 +34,7 @@ class Table:
         """Return the records as a pandas DataFrame.
 
         Raises:
-          UserError: pandas is not installed.
+          UserError: pandas is not installed, or its import fails.
         """
         return require("pandas", "to_frame needs pandas").DataFrame(self.records())
 
@@ -60,9 +60,10 @@ class Table:
 
 
 def others(found: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
-    """Return a dict whose entries can be added to the fields of a result.
+    """Return a copy of `found` whose entries can be added to a result with the given fields.
 
-    An entry with the name of a field gets the prefix "notes.", so that it cannot replace the field.
+    A name that is also in `fields` gets the prefix "notes.", so that its entry cannot replace the
+    field.
 
     Examples:
       >>> from jaxpersona.export import others
@@ -95,7 +96,13 @@ def page(caption: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any
 
 
 def shapes(captured: Mapping[str, Any]) -> dict[str, str]:
-    """Return the names and shapes of captured arrays, in the form of `Table.facts`."""
+    """Return a dict for `Table.facts` that describes captured values.
+
+    Returns:
+      {"captured": text}, where the text contains the name and the shape of each array; for a list,
+      its length and the shape of its first array; and for other values, the type. Without captured
+      values, {}.
+    """
     found = {}
     for name, value in captured.items():
         several = isinstance(value, list)

@@ -148,6 +148,6 @@ def printable(text: object) -> str:
 
 
 def is_finite(value: Any) -> bool:
-    """Return whether a value is a number that Python can format as a finite float."""
+    """Return whether a value is an int or a float within the range of finite Python floats."""
     largest = sys.float_info.max  # an integer of a JSON file may be larger
     return isinstance(value, (int, float)) and -largest <= value <= largest

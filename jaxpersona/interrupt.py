@@ -1,4 +1,4 @@
-"""Signal handlers that exit the CLI on SIGINT or SIGTERM and print which files were written.
+"""Signal handlers that stop the CLI on SIGINT or SIGTERM, so that it reports the written files.
 
 Importing JAX takes seconds and happens before the CLI's `main`, so the package imports this module
 first. In a process that runs the `jaxpersona` command, this import installs the handlers. Other

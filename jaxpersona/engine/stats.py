@@ -37,12 +37,12 @@ class RunStats:
 
     @property
     def utilisation(self) -> float:
-        """The mean fraction of live rows in a decode step; NaN if there were no decode steps."""
+        """`live_steps` / `row_steps`, the fraction of live rows; NaN if there were no steps."""
         return self.live_steps / self.row_steps if self.row_steps else float("nan")
 
     @property
     def prefill_efficiency(self) -> float:
-        """The fraction of prefilled positions with a prompt token; NaN if nothing was prefilled."""
+        """`prompt_tokens` / `padded_tokens`; NaN if nothing was prefilled."""
         return self.prompt_tokens / self.padded_tokens if self.padded_tokens else float("nan")
 
     def __repr__(self) -> str:

@@ -25,7 +25,7 @@ def checked(stop: Any) -> tuple[str, ...]:
     """Check stop strings and return them as a sorted tuple without duplicates.
 
     Args:
-      stop: a string, a list, tuple or set of strings, or None.
+      stop: a string, a list, tuple or set of strings, or None for no stop strings.
 
     Raises:
       UserError: the type is wrong, a string is empty or has a lone surrogate, or the strings have
@@ -51,7 +51,8 @@ def automaton(strings: Sequence[str]) -> np.ndarray:
     """Return the transition table of the stop-string automaton over bytes.
 
     Returns:
-      [states, 256] uint8, the next state for each state and byte; the last state is accepting.
+      [states, 256] uint8, the next state for each state and byte. State 0 is the initial state. The
+      last state is the accepting one and is never left.
     """
     tree: list[dict[int, int]] = [{}]
     ends: set[int] = set()
@@ -135,7 +136,8 @@ def table(tokenizer: Any, size: int, strings: tuple[str, ...]) -> np.ndarray:
       strings: the result of `checked`.
 
     Returns:
-      [V, states] uint8, the next state for each token and state; the last state is accepting.
+      [V, states] uint8, read-only, the next state for each token and state, with the states of
+      `automaton`.
     """
     return _table(tokenizer, size, strings, len(tokenizer))
 
@@ -177,7 +179,14 @@ class Written:
         self.tokenizer, self.strings, self.sent = tokenizer, strings, ""
 
     def push(self, tokens: np.ndarray) -> str:
-        """Return the new text that is safe to stream; `tokens` are all tokens generated so far."""
+        """Return the text that can be streamed now and was not returned before.
+
+        Args:
+          tokens: [n] integers, all tokens of the reply generated so far.
+
+        Returns:
+          The new text; "" if there is none, or if a later token changed text already returned.
+        """
         whole = text_of(self.tokenizer, tokens, self.strings)
         held = whole.rstrip("\ufffd")
         for one in self.strings:

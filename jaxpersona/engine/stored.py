@@ -5,8 +5,8 @@
 compilation cache returns the executable for these bytes. The first process also compiles the
 exported bytes, so that all processes use the same executable.
 
-A program that cannot be exported, or whose arguments cannot be described exactly, is compiled by
-`jax.jit` as usual.
+A program for a GPU, a program that cannot be exported, and a program whose arguments cannot be
+described exactly are compiled by `jax.jit` as usual.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Stored:
         """Return the trace for the arguments.
 
         A `Stored` object may be called with arguments of different structures, such as states with
-        different captures, so the key contains everything that `jax.jit` distinguishes.
+        different captures, so the key in `_made` contains everything that `jax.jit` distinguishes.
 
         Returns:
           A pair: a function that takes the arguments' leaves, and the structure of its result. None
@@ -145,7 +145,7 @@ class Stored:
 
     def _export(self, shapes: list, tree: Any, static: dict,
                 structure: Any) -> jax.export.Exported | None:
-        """Trace and export the program as a function of leaves; return None if this fails."""
+        """Trace and export the program as a function of leaves; None if it cannot be exported."""
         traced = []
 
         def flat(*leaves: Any) -> list[Any]:

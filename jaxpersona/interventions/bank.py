@@ -8,9 +8,9 @@ the width of the residual stream. A direction has one of these forms:
 - with `rows=`, a bank of n directions: an array [n, D] or [n, l, D], or a list of named directions.
   Batch row b uses direction rows[b] of the bank; an index of −1 means no edit.
 
-A strength or threshold is a number or an array: [l] for one direction, and [n] or [n, l] for a
-bank. With named directions, the last axis may instead have length L, with one value per layer of
-the model.
+A strength or threshold is a number or an array: [l] or [1, l] for one direction, and [n] or [n, l]
+for a bank. With named directions, an array [L] or [n, L], with one value per layer of the model, is
+also allowed.
 
 Under a JAX transformation (grad, vmap, jit), only shapes are checked, because the values are
 unknown. All operations are differentiable.
@@ -66,7 +66,10 @@ class Bank:
           zero: whether zero vectors are allowed.
 
         Raises:
-          UserError: an argument is invalid.
+          UserError: `site`, `layers` or the shape of `vector` is invalid; `vector` is empty, mixes
+            named directions and arrays, contains non-numeric, non-finite or (unless `zero`) zero
+            vectors or directions of another site or with different numbers of layers; or it
+            contains several directions and `rows` is None.
         """
         if site not in SITES:
             raise UserError(f"site is {site!r}; it must be one of {SITES}")
@@ -198,7 +201,8 @@ def percentile(vector: Any, name: str, bound: Any, of: str) -> Any:
       of: the population over which the percentile is computed (`Axis.thresholds`).
 
     Raises:
-      UserError: `vector` is not an `Axis`, or has no thresholds for the percentile or population.
+      UserError: `bound` is a string, and `vector` is not an `Axis` or has no thresholds for this
+        percentile and population.
     """
     if not isinstance(bound, str):
         table = getattr(vector, "percentiles", {}).get(of, {})

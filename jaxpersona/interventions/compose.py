@@ -58,10 +58,10 @@ class Interventions(flax.struct.PyTreeNode):
 
     @own_rules()
     def take(self, rows: Any) -> Interventions:
-        """Select rows: row i of the result is row rows[i] of `self`.
+        """Select rows: row i of the result is row rows[i] of `self`, for a list `rows` of integers.
 
         If rows[i] is −1, row i of the result has no entry. A table whose single entry applies to
-        all rows is unchanged, so it still edits row i.
+        all rows is unchanged, so it edits row i even then.
 
         Raises:
           UserError: an index is not an integer, less than −1, or not less than the number of rows
@@ -286,8 +286,9 @@ def stack_rows(interventions: Sequence[Interventions | None], *,
         call are discarded.
 
     Raises:
-      UserError: the argument is not a list or is empty, an item has the wrong type or was created
-        with `rows=`, or the items do not fit `into`.
+      UserError: `interventions` is not a list or is empty, an item has the wrong type or was
+        created with `rows=`, `into` has the wrong type or another number of rows, or the items do
+        not fit the tables of `into`.
 
     Examples:
       >>> import jaxpersona as jp

@@ -1,4 +1,4 @@
-"""One kernel for the end of a block: residual add, rank-one edits, projections and norm."""
+"""The end of a block as one operation: residual add, rank-one edits, projections and next norm."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class Fusion:
             block.
 
         Returns:
-          The kernel's result, and a dict from the name of each projection reading to its
-          projections [B, T, K].
+          The result of `kernels.edit.site`, and a dict from the name of each projection reading to
+          its projections [B, T, K] onto its K directions.
 
         Raises:
           UserError: the kernel does not support an edit, a reading, the platform, the width or the

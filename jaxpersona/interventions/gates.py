@@ -90,7 +90,8 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
         """Measure the projections of h [B, T, D] and evaluate the gate.
 
         Returns:
-          [B, T] bool, True for tokens at which the gate is open, and the updated state.
+          [B, T] bool, True for tokens at which the gate is open, and the state after this call,
+          which is unchanged for a token gate.
         """
         wide = h.astype(jnp.float32)
         p = jnp.einsum("btd,btd->bt", wide, jnp.broadcast_to(self.direction[:, None], h.shape),

@@ -123,7 +123,7 @@ def _gated(table: Table, vector: Any, layer: int, bounds: dict[str, Any], test: 
 
 
 def _spread(name: str, value: Any, count: int) -> Any:
-    """Broadcast a bound to an array [count]; None means no bound.
+    """Broadcast the bound `name` ("above" or "below") to an array [count]; None means no bound.
 
     Raises:
       UserError: the bound is not numeric, `check_finite` rejects it, or its shape is invalid.

@@ -153,7 +153,7 @@ class Custom(Table, kw_only=True, repr=False):
                               site=self.site, params=self.params, on=self.on, fn=self.fn)
 
     def identities(self, layers: int, size: int) -> dict[str, np.ndarray]:
-        """Return entries that apply at no layer (see `Table.identities`)."""
+        """Return the field `on` for entries that apply at no layer (see `Table.identities`)."""
         return {"on": np.zeros((layers, size), np.float32)}
 
     def operator(self) -> str:

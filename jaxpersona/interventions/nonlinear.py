@@ -59,8 +59,8 @@ def rotate(
       layers, where, rows, site: as for `steer`.
 
     Raises:
-      UserError: `to` and `by` are both given or both missing, the directions are collinear or have
-        different shapes, or an argument is invalid (see `steer`).
+      UserError: `to` and `by` are both given or both missing; the directions are collinear, have
+        different shapes or belong to different models; or an argument is invalid (see `steer`).
 
     Examples:
       >>> import jaxpersona as jp
@@ -147,7 +147,8 @@ def custom(
 
     Raises:
       UserError: `fn` is not callable, is not hashable or does not accept (params, h); the leaves of
-        `params` are not numeric or differ in n; or another argument is invalid (see `steer`).
+        `params` are not numeric or, with `rows=`, do not all have the shape [n, …] with the same n;
+        or another argument is invalid (see `steer`).
 
     Examples:
       >>> import jaxpersona as jp

@@ -93,11 +93,13 @@ def cap(
       push: a direction or bank of the same shape as `vector`, along which h moves instead of along
         v̂. This is a control condition: h moves by the same distance as without `push`, but the
         projection onto v̂ is not clamped.
-      of: the population whose percentile is used, "default" or "all" (`Axis.thresholds`).
+      of: the population over which a percentile name is evaluated, "default" or "all"
+        (`Axis.thresholds`).
 
     Raises:
-      UserError: both bounds are missing, the floor is above the ceiling, or an argument is invalid
-        (see `steer`).
+      UserError: both bounds are missing, the floor is above the ceiling, a bound is a percentile
+        that `vector` does not have, `push` and `vector` have different shapes or belong to
+        different models, or an argument is invalid (see `steer`).
 
     Examples:
       >>> import jaxpersona as jp
@@ -178,8 +180,8 @@ def mean_ablate(
         mean for all of them is also allowed.
 
     Raises:
-      UserError: the shapes of `mean` and `vector` do not match, or an argument is invalid (see
-        `steer`).
+      UserError: the shapes of `mean` and `vector` do not match, they belong to different models, or
+        an argument is invalid (see `steer`).
 
     Examples:
       >>> import jaxpersona as jp

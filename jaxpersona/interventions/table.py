@@ -91,7 +91,8 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         replaced (static).
     """
 
-    PAYLOAD: ClassVar[dict[str, int]] = {}  # name of a subclass's field → position of its axis n
+    # for each field of a subclass: its name → the position of the axis n in its arrays
+    PAYLOAD: ClassVar[dict[str, int]] = {}
 
     where: Int[Array, "n 5"]
     origin: UInt[Array, " n"]
@@ -307,9 +308,13 @@ def one_origin(*origins: Any) -> np.ndarray:
 
 
 def common(where: Any, origin: Any, index: np.ndarray | None, size: int) -> dict[str, Any]:
-    """Return the fields `where`, `origin` and `index` of a table with `size` entries.
+    """Return a dict of the fields `where`, `origin` and `index` of a table with `size` entries.
 
-    The arrays are strongly typed. The added entries are padding and apply to no token.
+    The arrays are strongly typed. Entries n…`size`−1 are padding and apply to no token.
+
+    Args:
+      where, origin, index: as in `Table`, with n ≤ `size` entries.
+      size: the number of entries of the table.
     """
     extra = size - len(where)
     where = np.concatenate([where, np.broadcast_to(np.array([NOWHERE]), (extra, len(NOWHERE)))])

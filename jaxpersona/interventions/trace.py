@@ -58,7 +58,19 @@ class Applied(flax.struct.PyTreeNode):
 
 
 class Trace:
-    """The state of the edits, gates and readings during one call of `forward`."""
+    """The state of the edits, gates and readings during one call of `forward`.
+
+    Args:
+      config: the model's configuration.
+      batch: the tokens of this call.
+      edits, capture: the interventions and the readings.
+      gates: the states of the gates after the earlier calls, or None if this is the first call.
+      before: [B] int32 or None, the number of tokens in the cache of each row (`Gate.init`).
+      fusion: the implementation of the end of a block.
+
+    Raises:
+      UserError: `gates` belongs to other interventions, or a reading does not match the model.
+    """
 
     def __init__(self, config: ModelConfig, batch: Batch, edits: PreparedInterventions,
                  capture: Capture, gates: Gates | None, before: jax.Array | None,
@@ -185,7 +197,7 @@ class Trace:
           slots: [B, T] int32, the cache slot of each token.
 
         Returns:
-          The state of each reading after this call, by name.
+          The state of each reading after this call, by name; {} if `state` is None.
 
         Raises:
           UserError: the states belong to another capture.
@@ -204,7 +216,7 @@ class Trace:
             }
 
     def applied(self) -> tuple[Applied, ...]:
-        """Return the numbers of tokens that each table selected and changed."""
+        """Return one `Applied` per table, in order."""
         with jax.named_scope("intervention"):
             rows = self.batch.tokens.shape[0]
             return tuple(

@@ -41,8 +41,9 @@ class Where:
 
     A token passes if its kind has all bits of `need`, at least one bit of `any` (unless `any` is 0)
     and no bit of `none`, and if lo ≤ turn < hi, where `turn` is the index of the token's message. A
-    token passes `a & b` if it passes both tests. `a.without("first", …)` excludes tokens of the
-    named kinds.
+    token passes `a & b` if it passes both tests; a `UserError` is raised if a single test cannot
+    express this, or if no token can pass. `a.without("first", …)` excludes tokens of the named
+    kinds.
 
     Examples:
       >>> import jaxpersona as jp

@@ -11,8 +11,8 @@ from jaxpersona.brief import brief
 from jaxpersona.errors import UserError
 
 _SAMPLES = 2000  # number of bootstrap samples
-# highest score for which the matrix has a row and a column for each score; if any score is higher,
-# each row and column covers a range of ten scores
+# up to this highest score, the matrix has a row and a column for each score that occurs; if a score
+# is higher, each row and column covers a range of ten scores
 _SHOWN = 12
 
 
@@ -24,19 +24,21 @@ class Agreement:
     scored, and ignore undecided replies.
 
     Attributes:
-      labels: the K labels of the confusion matrix: single scores, or ranges of ten scores if a
-        score is greater than 12, and "none" for undecided replies.
+      labels: the K labels of the confusion matrix: the scores that occur, or, if a score is greater
+        than 12, the ranges of ten scores that occur; the last label is "none", for undecided
+        replies.
       table: [K, K], the confusion matrix; entry (i, j) is the number of replies with label i by A
         and label j by B.
       both: the number of replies with a score from both judges.
-      equal: the fraction of these replies with equal scores.
+      equal: the fraction of these replies with equal scores; NaN if `both` is 0.
       kappa: Cohen's kappa with linear weights, 1 − d / e, where d is the mean over replies of
         |a − b| for the scores a by A and b by B, and e is the mean of |a − b| if the scores of A
         and B are paired at random. NaN if e is 0.
       interval: (low, high), the 95 % confidence interval of kappa from a bootstrap over the
         replies; NaN for fewer than two replies, or if kappa is undefined in most bootstrap samples.
-      difference: the mean over replies of the score of A minus the score of B.
-      roles: role → (number of replies, fraction of equal scores, kappa, difference).
+      difference: the mean over replies of the score of A minus the score of B; NaN if `both` is 0.
+      roles: role → (`both`, `equal`, `kappa`, `difference`) for the replies of this role; roles
+        without a reply that both judges scored are omitted.
       only: (number of replies that only A judged, number of replies that only B judged).
     """
 

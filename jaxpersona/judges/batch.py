@@ -1,4 +1,4 @@
-"""Send requests in batches: files that an OpenAI-compatible endpoint answers within 24 hours.
+"""Requests in batches: an OpenAI-compatible endpoint answers a file of requests within 24 hours.
 
 A batch is recorded in the journal before it is submitted, and again with the endpoint's identifier
 when it is accepted. A process that is killed at any point therefore finds its batch again: by the
@@ -54,7 +54,7 @@ class Batches:
         self._stopped, self._lock = threading.Event(), threading.Lock()
         self._told: set[tuple[str, str]] = set()  # (role, key) of items whose failure was returned
         self._states: dict[str, BatchState] = {}  # name of each outstanding batch → last state
-        self._length: dict[str, str] = {}  # name of a batch → field that limits the answer
+        self._length: dict[str, str] = {}  # name of a batch → `Endpoint.length` in its requests
         self._late = self._short = ""  # reasons to submit again after this round
         self._repeat = False  # whether to send requests again with another length field
 
@@ -68,17 +68,17 @@ class Batches:
                 f"({', '.join(sorted({s.status for s in states}))})")
 
     def stop(self) -> None:
-        """End `run`, which may be running in another thread, and wait for its end."""
+        """End `run`, which may be running in another thread; wait up to `GRACE` s for its end."""
         self._stopped.set()
         if self._lock.acquire(timeout=GRACE):
             self._lock.release()
 
     def outcomes(self, journal: Journal, groups: Groups) -> dict[str, tuple[str, float] | str]:
-        """Return the outcome of each key: (answer, cost in USD), or the error as text.
+        """Return a dict from each key to its outcome: (answer, cost in USD), or the error as text.
 
         Requests without an answer in the journal are sent. A failed request is sent again if its
-        error was already returned for the same item. If the requests cannot be sent, their keys are
-        omitted from the result, and `why` is the reason.
+        error was already returned for the same item. If requests cannot be sent, their keys are
+        omitted from the result; `why` is the reason, or "" if `stop` was called.
         """
         for key, (_, members) in groups.items():
             named = {(item.role.name, item.key) for item in members}
@@ -101,7 +101,8 @@ class Batches:
             tick: Callable[[], None] = lambda: None) -> None:
         """Send all wanted requests that have no outcome, and wait until their batches have ended.
 
-        Batches of earlier processes that contain wanted requests are not sent again.
+        Requests in outstanding batches of earlier processes are not sent again. If no further
+        requests can be sent, `why` is the reason, and some requests may have no outcome.
 
         Args:
           journal: the journal.
@@ -162,7 +163,7 @@ class Batches:
                 journal.accepted(one.name, state.id, self._endpoint.url)
 
     def _submit(self, journal: Journal, wanted: Wanted) -> list[str]:
-        """Submit batches; return their names, and those of outstanding batches with wanted keys."""
+        """Submit batches; return the names of all outstanding batches that contain wanted keys."""
         names: dict[str, None] = {}
         chunk: dict[str, tuple[bytes, float]] = {}
         size, cost = 0, 0.0
@@ -192,7 +193,7 @@ class Batches:
         """Record a batch, submit it and record its identifier; return its name.
 
         Raises:
-          Ended: the endpoint did not accept the batch.
+          Ended: the endpoint did not accept the batch, or may have accepted it (`_create`).
         """
         name = secrets.token_hex(8)
         journal.intended(name, self._endpoint.url)
@@ -219,7 +220,7 @@ class Batches:
         return name
 
     def _create(self, name: str, file: str) -> BatchState:
-        """Submit an uploaded file, at most once.
+        """Submit an uploaded file; retry only if the endpoint has no batch of this name.
 
         Raises:
           Failure: the endpoint did not accept the batch.
@@ -244,7 +245,7 @@ class Batches:
         return self._wait.tried(once)
 
     def _collect(self, journal: Journal, names: Sequence[str]) -> int:
-        """Wait until batches have ended; return the total number of answers.
+        """Wait until batches have ended, and record their outcomes; return the number of answers.
 
         Raises:
           Ended: the endpoint does not return the state or the results of a batch.
@@ -283,7 +284,7 @@ class Batches:
         the first one counts.
 
         Raises:
-          Failure: a results file could not be downloaded.
+          Failure: a download failed, unless the reason is that the endpoint has deleted the file.
         """
         found: dict[str, Reply | Failure] = {}
         unread = False
@@ -302,7 +303,7 @@ class Batches:
                     unread = True
                 else:
                     found.setdefault(*one)
-        # if a line is unreadable or missing in a completed batch, its request may be charged
+        # a request without a result may be charged if a result is unreadable or the batch completed
         missing = Failure(f"the batch has no result for this reply (status: {state.status}"
                           f"{f', {state.problems}' if state.problems else ''})",
                           maybe_paid=unread or state.status == "completed")

@@ -35,7 +35,8 @@ class Readings:
 
     Attributes:
       scale: the S integers.
-      probabilities: [n, S], the probability of each integer, normalized to a sum of 1.
+      probabilities: [n, S], the probability of each integer, normalized to a sum of 1; all 0 if
+        `mass` is 0.
       mass: [n], the probability that the judge's reply begins with an integer of the scale.
       refusal: [n], the probability that the judge's reply begins with the first token of the
         rubric's refusal word; 0 if the rubric has no refusal word.
@@ -81,7 +82,8 @@ class DigitJudge:
       model: the judging model, which needs a tokenizer, or a function without arguments that loads
         this model when it is first needed. The judging model may be the evaluated model.
       rubric: the prompt and the scale; default: each role's `eval_prompt`, scores 0 to 3.
-      batch_tokens: the target number of tokens per batch (`engine.scoring.next_logprobs`).
+      batch_tokens: the target number of tokens per batch, or None for the default of
+        `engine.scoring.next_logprobs`.
 
     Raises:
       UserError: the model has no tokenizer, or its tokenizer has no token for a digit.
@@ -195,7 +197,8 @@ class DigitJudge:
             deeper = []
             for at, (i, node, p, chosen) in enumerate(level):
                 each = {token: float(column[token][at]) for token in node.next}
-                # probability that no digit follows, even one that leaves the scale (10 → 105)
+                # probability that no digit follows, not even one that leads out of the scale, such
+                # as the 5 of 105 after 10
                 more = node.next if first else dict.fromkeys([*node.next, *self._digits])
                 ends = max(0.0, 1.0 - sum(float(column[token][at]) for token in more))
                 if node.value is not None:

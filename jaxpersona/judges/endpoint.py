@@ -109,7 +109,8 @@ class Endpoint:
       temperature: the sampling temperature.
 
     Attributes:
-      length: the name of the request's field for the maximum length of the answer.
+      length: the name of the request field that contains `max_tokens`: "max_tokens" or, after an
+        `OtherLength` error, "max_completion_tokens".
 
     Raises:
       UserError: the URL is invalid or contains a user, a password, a query or a fragment; the key
@@ -178,13 +179,13 @@ class Endpoint:
         """Return the state of a batch.
 
         Raises:
-          Failure: the endpoint did not return it.
+          Failure: the endpoint did not return the state.
         """
         with self._translated("a batch"):
             return self._state(self._client.batches.retrieve(identifier))
 
     def find_batch(self, name: str) -> BatchState | None:
-        """Return the state of the batch that `submit` gave this name, or None if there is none.
+        """Return the state of the named batch; None if not among the last `_LISTED` batches.
 
         Raises:
           Failure: the endpoint did not list its batches.
@@ -199,7 +200,7 @@ class Endpoint:
         """Return the content of a results file.
 
         Raises:
-          Failure: the endpoint did not return it, or it has more than `RESULT_BYTES` bytes.
+          Failure: the endpoint did not return the file, or it has more than `RESULT_BYTES` bytes.
         """
         with self._translated("a file"):
             client = self._client.with_options(timeout=_FILE_SECONDS)
@@ -247,7 +248,7 @@ class Endpoint:
 
         Args:
           wanted: a description of the expected response, for the message.
-          length: the name of the request's field for the maximum length of the answer.
+          length: the value of `self.length` in the request; "" if the request has no such field.
         """
         api = self._api
         try:
@@ -267,7 +268,7 @@ class Endpoint:
                           maybe_paid=True) from None
 
     def _fields(self, prompt: str, length: str) -> dict[str, Any]:
-        """Return the fields of a request; `length` is the field for the maximum length."""
+        """Return the fields of a chat request; `length` is the name of its length field."""
         return {"model": self.model, "messages": [{"role": "user", "content": prompt}],
                 "temperature": self.temperature, length: self.max_tokens}
 
@@ -275,7 +276,7 @@ class Endpoint:
         """Validate an identifier from the endpoint, and return it.
 
         Raises:
-          TypeError: the value is not one line of text, or contains the API key.
+          TypeError: the value is not a line of 1 to `_SHOWN` characters, or contains the API key.
         """
         if not isinstance(value, str) or not value or self._clean(value) != value:
             raise TypeError("the endpoint returned no valid id")
@@ -332,7 +333,7 @@ class Endpoint:
         Args:
           status: the HTTP status code.
           message, code: the message and the code of the endpoint's error.
-          length: the name of the request's field for the maximum length of the answer.
+          length: the value of `self.length` in the request; "max_tokens" if unknown, "" if unused.
           after: the delay in seconds that the endpoint requests, or None.
         """
         message = self._clean(message)
@@ -355,7 +356,8 @@ class Endpoint:
 def retry_after(headers: Any, now: float | None = None) -> float | None:
     """Return the delay in seconds from the header Retry-After-Ms or else Retry-After.
 
-    If both headers are missing or invalid, return None.
+    If both headers are missing or invalid, return None. `now` is a Unix time in seconds, by default
+    the current time.
     """
     for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         value = headers.get(name)

@@ -40,8 +40,8 @@ class HttpJudge:
       rpm, tpm: the maximum numbers of requests and tokens per minute; None: no limit.
       budget: the limit on all requests in the journal, including those of earlier runs; None: no
         limit.
-      price: (price of prompts, price of answers) in USD per million tokens, or None. If the
-        endpoint returns the cost of an answer, that cost is used instead.
+      price: (price of prompts, price of answers) in USD per million tokens, or None; `batch.price`
+        takes precedence. If the endpoint returns the cost of an answer, that cost is used instead.
       backoff: the delay in seconds before the first retry of a failed request; default: 0.5. The
         delay doubles with each further retry, up to 30 seconds, and is shortened by a random
         fraction of up to 25 %.
@@ -50,7 +50,7 @@ class HttpJudge:
         `concurrency`, `rpm` and `tpm` apply only to single requests.
 
     Raises:
-      UserError: a setting is out of range, or `budget` is in USD and `price` is None.
+      UserError: a setting is out of range, or `budget` is in USD and no price is given.
 
     Examples:
       >>> from jaxpersona.judges.endpoint import Endpoint
@@ -121,7 +121,7 @@ class HttpJudge:
         _ = self.journal
 
     def note(self) -> str:
-        """Describe the journal's requests and the failed items; "" if no journal is open."""
+        """Describe the calls, costs, batches and failed items; "" if no journal is open."""
         if self._journal is None:
             return ""
         parts = [f"calls: {self._journal.calls:,}"]
@@ -192,12 +192,12 @@ class HttpJudge:
                 tick: Callable[[], None] = lambda: None) -> None:
         """Get the answers to all items in batches, so that `score` takes them from the journal.
 
-        The method returns when all batches have ended. Without the argument `batch`, it returns
-        immediately.
+        The method returns when all batches have ended or the judge cannot continue. Without the
+        argument `batch`, it returns immediately.
 
         Args:
-          items: a function that returns the items, of any number of roles. It is called again if
-            not all items fit into the budget.
+          items: a function that returns the items, of any number of roles; it is called several
+            times.
           tick: a function that is called at least once per second.
 
         Raises:

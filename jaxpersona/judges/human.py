@@ -26,7 +26,7 @@ class HumanJudge:
 
     Args:
       path: the CSV file; created if missing. The person enters an integer of the scale in the
-        column `score`, or "?" if the score cannot be decided.
+        column `score`, or a text in `UNDECIDED`, such as "?", if the score cannot be decided.
       scale: the allowed integers.
 
     Examples:
@@ -80,14 +80,14 @@ class HumanJudge:
 
 
     def outdated(self, items: Sequence[Item], scores: Mapping[str, int | None]) -> set[str]:
-        """Return the keys of the items whose score in the file is not their score in `scores`.
+        """Return the keys of the items in `scores` whose score in the file is now a different one.
 
-        The score of such an item was changed in the file, its row was deleted or belongs to another
-        answer, or `scores` was read from another file with the same name.
+        The score of such an item was changed or removed in the file, its row was deleted or belongs
+        to another question or answer, or `scores` was read from another file with the same name.
 
         Args:
-          items: the items.
-          scores: key of an item → its score in an earlier call.
+          items: the items to check; items whose keys are not in `scores` are ignored.
+          scores: key of an item → its score in an earlier call, or None if it was undecided.
 
         Raises:
           UserError: the file cannot be read, or contains an invalid score.
