@@ -76,9 +76,10 @@ class Judge(Protocol):
     - `after`: whether the judge scores only after all rollouts are generated, for example because
       its model does not fit into memory together with the evaluated model.
 
-    A judge may also have a method `prepare(items, tick)`, which is called before `score` is called
-    for the first role: `items` is a function that returns the items of all roles, and `tick` a
-    function to be called at least once per second.
+    A judge may also have a method `prepare(items, tick)`, which is called once before the first
+    call of `score` if `after` is true or the replies of an existing run are judged (`judge_run`):
+    `items` is a function that returns the unjudged items of all roles of this process, and `tick`
+    is a function without arguments that the judge must call at least once per second.
 
     A judge may have a method `begin()`, which is called before the first rollout is generated and
     raises an error if the judge cannot work, for example because another process uses its files.

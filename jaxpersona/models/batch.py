@@ -175,7 +175,11 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
 
 
 def _row(values: Any, number: int) -> np.ndarray:
-    """Return one row of a batch as an integer array [T]."""
+    """Return one row of a batch as an array [T] of integers.
+
+    Raises:
+      UserError: a value is not an integer, or `values` is a single integer.
+    """
     try:
         row = np.asarray(values)
     except ValueError:

@@ -176,7 +176,7 @@ _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 
 
 def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
-    """Convert a transformers v4 `rope_scaling` or v5 `rope_parameters` dict to a `Rope`."""
+    """Convert a v4 `rope_scaling` or v5 `rope_parameters` dict; `theta` is the default base."""
     if not isinstance(raw, Mapping):
         raise UserError(f"rope parameters are {reprlib.repr(raw)}; give an object per layer type")
     for key in ("rope_theta", *_LLAMA3):
