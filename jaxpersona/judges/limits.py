@@ -15,7 +15,7 @@ from jaxpersona.errors import UserError
 if TYPE_CHECKING:
     from jaxpersona.judges.endpoint import Reply
 
-ATTEMPTS = 6  # maximum number of times that a request is sent in one call
+ATTEMPTS = 6  # maximum number of times that a request is sent before it counts as failed
 MOST = 1_000_000  # maximum of `Batch.size`
 IN_A_ROW = 20  # number of consecutive failures after which a judge stops
 LONGEST_WAIT = 600.0  # maximum delay in seconds; if the endpoint requests more, the judge stops
@@ -114,7 +114,10 @@ class Tariff:
         _check_price(self.price)
 
     def bound(self, prompt: str) -> float:
-        """Return the maximum cost in USD of a request, with one prompt token per UTF-8 byte."""
+        """Return the maximum cost of a request in USD.
+
+        The prompt is assumed to have at most one token per UTF-8 byte, plus `_AROUND` tokens.
+        """
         return self.usd(len(prompt.encode("utf-8", "surrogatepass")) + _AROUND, self.max_tokens)
 
     def usd(self, before: float, after: float) -> float:

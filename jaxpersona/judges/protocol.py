@@ -85,8 +85,8 @@ class Judge(Protocol):
     raises an error if the judge cannot work, for example because another process uses its files.
 
     A judge whose verdicts can change, such as a human judge, may have a method
-    `outdated(items, scores)`, which returns the keys of the items whose stored score (key → score)
-    is no longer valid. These items are judged again.
+    `outdated(items, scores)`, where `scores` is a dict from key to stored score. It returns the
+    keys of the items whose stored score is no longer valid. These items are judged again.
 
     Attributes:
       name: the identity of the judge in a run. Judges that can give different verdicts on the same

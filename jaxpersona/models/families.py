@@ -237,7 +237,7 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
     """Convert a Hugging Face `config.json` (transformers v4 or v5) to a `ModelConfig`.
 
     Keys that the family does not read are ignored unless they are known to change the computation.
-    A single warning names the unknown keys whose value is not null, false or 0.
+    A single warning names up to 20 unknown keys whose value is not null, false or 0.
 
     Args:
       raw: the contents of `config.json`.

@@ -95,7 +95,8 @@ def run_demo(model: Model, folder: str | os.PathLike[str], *, seed: int = 0,
       folder: the run folder; an existing run is resumed.
       seed: the random seed for sampling, control directions and the user turns that cause drift.
       report: by default, a call of more than three seconds shows its progress; False shows
-        nothing. A function is called instead with (step, done, total, tokens).
+        nothing. A function is called instead with (name of the step, number of its finished items,
+        number of all its items, number of generated tokens).
 
     Raises:
       UserError: the seed is invalid, the folder belongs to another run, or an optional package is
@@ -268,7 +269,7 @@ class _Arms:
         """Measure the style in roles with a likeness of 0.35 to 0.65, with steering along the axis.
 
         The residual stream is steered at the middle layer. The steering strengths are the multiples
-        `_STEER` of the mean norm of the roles' mean activations at this layer.
+        `_STEER` of the mean norm of the role vectors at this layer.
         """
         middle = self.model.config.n_layers // 2
         unit = self.found.axis.unit[middle]

@@ -20,7 +20,7 @@ DRIFT_TURNS = 4
 
 
 def leak_conversations(roles: Sequence[world.Role] | None = None) -> list[Conversation]:
-    """Return a conversation for each role prompt and each wording of the forbidden request.
+    """Return one conversation per pair of a role prompt and a wording of the forbidden request.
 
     Args:
       roles: the roles; default: the far roles.
@@ -34,7 +34,7 @@ def leak_conversations(roles: Sequence[world.Role] | None = None) -> list[Conver
 
 
 def default_leak_conversations() -> list[Conversation]:
-    """Return a conversation for each default prompt and each wording of the forbidden request."""
+    """Return one conversation per pair of a default prompt and a forbidden request's wording."""
     return [
         world.conversation(prompt, request)
         for prompt in world.DEFAULT_PROMPTS

@@ -1,7 +1,7 @@
 """The organism's tokenizer: byte-level BPE with a ChatML template.
 
-The vocabulary is trained on the corpus, so nearly every word in it is one token. Because the BPE is
-byte-level, the tokenizer can encode any other text too.
+The vocabulary is trained on the corpus, so nearly every word of the corpus is one token. Because
+the BPE is byte-level, the tokenizer can encode any other text too.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class PcaIntervals:
 
 
 def averaged_rows(sample: Sample, scores: Mapping[str, int | None] | None) -> list[int]:
-    """Return the rows of a role's sample that are averaged in the role's vector.
+    """Return the indices in a role's sample of the replies that the role's vector averages.
 
     Args:
       sample: the stored response means of a role.
@@ -164,7 +164,7 @@ def _intervals(vectors: np.ndarray, moves: Mapping[int, tuple[np.ndarray, np.nda
 
     Args:
       vectors: [R + 1, D], the role vectors and the default persona's mean activation.
-      moves: row of `vectors` → (weights [draws, m], centered response means [m, D]).
+      moves: row index of `vectors` → (weights [draws, m], centered response means [m, D]).
       draws: the number of bootstrap samples.
       count: C, the number of components.
     """

@@ -5,7 +5,7 @@ has no effect. The check generates short replies as the default persona and in r
 Assistant, and runs three tests:
 
     sign     the mean projection of the default persona's replies onto the axis is higher than
-             the mean projection of the role replies
+             the mean projection of the role replies, at every tested layer
     layers   the cosine between the axis and the difference of the mean activations (default persona
              minus roles) is highest if the layers of the axis are not shifted
     floors   the floors are neither far above the default persona's projections nor far below the
@@ -102,7 +102,7 @@ class Check(Table):
         return line("Check", "ok" if self.ok else "; ".join(map(str, self.faults)))
 
     def records(self) -> list[dict[str, Any]]:
-        """Return one record per tested layer, where `difference` is `default` minus `roles`."""
+        """Return one record per tested layer: layer, default, roles, difference default − roles."""
         return [{"layer": int(layer), "default": float(ours), "roles": float(theirs),
                  "difference": float(ours - theirs)}
                 for layer, ours, theirs in zip(self.layers, self.default, self.roles, strict=True)]
