@@ -156,7 +156,7 @@ class Journal:
             self._append({"batch": batch, "id": identifier, "url": url})
 
     def ended(self, batch: str, status: str, unsent: int = 0) -> None:
-        """Record the end of a batch; `unsent` is the number of its requests that are no calls."""
+        """Record a batch's end and its number of requests that do not count as calls (`unsent`)."""
         with self._lock:
             self._append({"batch": batch, "ended": status, "unsent": unsent})
 
