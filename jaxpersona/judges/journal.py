@@ -13,8 +13,9 @@ The first line identifies the file format. Each further line is a JSON object of
 
 A request of a batch also has the batch's name, {"sent": key, "cost": c, "batch": name}. These lines
 are written before the batch is submitted, so that no request is submitted in two batches. After the
-end of a batch, each of its requests has an outcome; the `unsent` requests were not processed, or
-were refused because of the name of a field, and do not count as calls.
+end of a batch, each of its requests has an outcome. `unsent` is the number of requests of the batch
+that the endpoint did not process, or refused because it expects another name of the field for the
+maximum length of an answer; these requests do not count as calls.
 
 All costs are in USD. If the outcome of a request is not recorded, its maximum cost is counted. A
 key is a digest of the judge's model, its settings and the prompt. If a process is killed, the last
@@ -51,8 +52,8 @@ class Outstanding:
       name: the name that the judge gave to the batch.
       id: the endpoint's identifier; "" if no acceptance by the endpoint is recorded.
       url: the base URL of the endpoint.
-      members: the keys of the requests.
-      open: key → maximum cost in USD, for the requests without an outcome.
+      members: the keys of all requests in the batch.
+      open: key → maximum cost in USD, for each of these requests that has no outcome.
     """
 
     __repr__ = brief
@@ -82,13 +83,14 @@ class Journal:
       path: the file; it is created, with its folder, if it is missing.
 
     Attributes:
-      calls: the number of requests in the journal, without the `unsent` ones.
-      spent: the total cost of these requests in USD.
-      batches: name → batch that has not ended.
+      path: the path of the file.
+      calls: the number of requests in the journal, including failed ones, without `unsent` ones.
+      spent: the total cost in USD; a request without an outcome counts with its maximum cost.
+      batches: name → `Outstanding`, for each batch that has not ended.
 
     Raises:
       UserError: the file is not a regular file, cannot be written, is used by another process, or
-        is damaged.
+        is damaged, or a line is too long or has an invalid cost.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -123,21 +125,21 @@ class Journal:
             raise
 
     def get(self, key: str) -> tuple[str, float] | None:
-        """Return the answer for a key and its cost in USD, or None if there is no answer."""
+        """Return (answer, cost in USD) for a request's key, or None if it has no answer."""
         with self._lock:
             return self._said.get(key)
 
     def batch_of(self, key: str) -> Outstanding | None:
-        """Return the outstanding batch that contains a request without an outcome, or None."""
+        """Return the outstanding batch in which a key's request has no outcome yet, or None."""
         with self._lock:
             return self.batches.get(self._within.get(key, ""))
 
     def sent(self, key: str, bound: float, batch: str = "") -> None:
-        """Record a request that costs at most `bound` USD, before it is sent.
+        """Record a request before it is sent.
 
         Args:
           key: the key of the request.
-          bound: the maximum cost.
+          bound: the maximum cost of the request in USD.
           batch: the name of the batch that contains the request; "" for a single request.
         """
         with self._lock:
@@ -154,7 +156,7 @@ class Journal:
             self._append({"batch": batch, "id": identifier, "url": url})
 
     def ended(self, batch: str, status: str, unsent: int = 0) -> None:
-        """Record the end of a batch; `unsent` of its requests do not count as calls."""
+        """Record a batch's end and its number of requests that do not count as calls (`unsent`)."""
         with self._lock:
             self._append({"batch": batch, "ended": status, "unsent": unsent})
 
@@ -291,14 +293,14 @@ class Journal:
             os.write(self._file, _FIRST)
 
     def _damaged(self, number: int) -> UserError:
-        """Return the error for a damaged line."""
+        """Return the error for the damaged line `number`, counted from 1."""
         return UserError(f"{self.path}: line {number} is damaged; "
                          + ("the file is not a journal of a judge: choose another file"
                             if number == 1 else "delete this line"))
 
 
 def _is_request(value: dict[str, Any]) -> bool:
-    """Return whether a line is about one request, which has a cost, and not about a batch."""
+    """Return whether a line is about a single request and has a cost, instead of about a batch."""
     return "sent" in value or "key" in value or "failed" in value
 
 

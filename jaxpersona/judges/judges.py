@@ -48,7 +48,7 @@ class SelfJudge:
                     f"rubric {self.rubric.digest}")
 
     def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
-        """Yield one verdict per item, which `Rubric.read` parses from up to 10 generated tokens.
+        """Yield one verdict per item; `Rubric.read` parses at most 10 generated tokens per item.
 
         Raises:
           UserError: the rubric has no template and a role has no `eval_prompt`, or activations are

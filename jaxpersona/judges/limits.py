@@ -15,11 +15,11 @@ from jaxpersona.errors import UserError
 if TYPE_CHECKING:
     from jaxpersona.judges.endpoint import Reply
 
-ATTEMPTS = 6  # maximum number of times that a request is sent in one call
+ATTEMPTS = 6  # maximum number of times that a request is sent before it counts as failed
 MOST = 1_000_000  # maximum of `Batch.size`
 IN_A_ROW = 20  # number of consecutive failures after which a judge stops
 LONGEST_WAIT = 600.0  # maximum delay in seconds; if the endpoint requests more, the judge stops
-_AROUND = 64  # assumed number of chat template tokens, for the upper bound of a request's cost
+_AROUND = 64  # assumed maximum number of chat template tokens in a prompt, for `Tariff.bound`
 
 
 def _check_price(price: tuple[float, float] | None) -> None:
@@ -78,7 +78,7 @@ class Budget:
                 and (self.usd is None or usd <= self.usd + 1e-12))
 
     def excess(self, calls: int, usd: float, bound: float) -> str:
-        """Return the reason why the budget does not allow the next request, and a fix.
+        """Return a message that says why the budget does not allow a request and how to continue.
 
         Args:
           calls, usd: the number of requests so far, and their total cost in USD.
@@ -96,7 +96,7 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class Tariff:
-    """The costs of requests.
+    """The prices from which the costs of requests are computed.
 
     Attributes:
       price: (price of prompts, price of answers) in USD per million tokens; None: unknown, and
@@ -114,7 +114,10 @@ class Tariff:
         _check_price(self.price)
 
     def bound(self, prompt: str) -> float:
-        """Return the maximum cost of a request in USD; a prompt has at most one token per byte."""
+        """Return the maximum cost of a request in USD.
+
+        The prompt is assumed to have at most one token per UTF-8 byte, plus `_AROUND` tokens.
+        """
         return self.usd(len(prompt.encode("utf-8", "surrogatepass")) + _AROUND, self.max_tokens)
 
     def usd(self, before: float, after: float) -> float:
@@ -127,7 +130,7 @@ class Tariff:
         """Return the cost of an answer in USD.
 
         If the endpoint returned no cost, the cost is computed from the token counts and the price.
-        If the endpoint returned only one of the token counts or none, the cost is `bound`.
+        If a token count is also missing, the cost is `bound`.
         """
         if reply.usd is not None:
             return reply.usd
@@ -145,8 +148,9 @@ class Batch:
         limited to 100 MB.
       price: (price of prompts, price of answers) in USD per million tokens in a batch; None: the
         prices of the judge.
-      poll: the longest delay between two requests for the state of a batch, in seconds. The first
-        delay is 5 seconds or shorter.
+      poll: the longest delay between two requests for the state of a batch, in seconds; above 0, at
+        most 3600. The first delay is at most 5 seconds. A delay is longer if the endpoint asks for
+        a longer one.
 
     Raises:
       UserError: a setting is out of range.

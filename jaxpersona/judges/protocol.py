@@ -76,16 +76,17 @@ class Judge(Protocol):
     - `after`: whether the judge scores only after all rollouts are generated, for example because
       its model does not fit into memory together with the evaluated model.
 
-    A judge may also have a method `prepare(items, tick)`, which is called before `score` is called
-    for the first role: `items` is a function that returns the items of all roles, and `tick` a
-    function to be called at least once per second.
+    A judge may also have a method `prepare(items, tick)`, which is called once before the first
+    call of `score` if `after` is true or the replies of an existing run are judged (`judge_run`):
+    `items` is a function that returns the unjudged items of all roles of this process, and `tick`
+    is a function without arguments that the judge must call at least once per second.
 
     A judge may have a method `begin()`, which is called before the first rollout is generated and
     raises an error if the judge cannot work, for example because another process uses its files.
 
     A judge whose verdicts can change, such as a human judge, may have a method
-    `outdated(items, scores)`, which returns the keys of the items whose stored score (key → score)
-    is no longer valid. These items are judged again.
+    `outdated(items, scores)`, where `scores` is a dict from key to stored score. It returns the
+    keys of the items whose stored score is no longer valid. These items are judged again.
 
     Attributes:
       name: the identity of the judge in a run. Judges that can give different verdicts on the same

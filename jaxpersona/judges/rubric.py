@@ -41,8 +41,8 @@ class Rubric:
         marks a refusal with score 0.
 
     Raises:
-      UserError: `scale` is not a sequence of nonnegative integers in increasing order, or
-        `template` lacks {question} or {answer}.
+      UserError: `scale` is empty, contains a negative number or is not in increasing order without
+        repetition, or `template` lacks {question} or {answer}.
 
     Examples:
       >>> from jaxpersona.data.texts import Role

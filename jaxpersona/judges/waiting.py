@@ -1,4 +1,4 @@
-"""Wait between requests about a batch, and repeat those that fail."""
+"""Wait between requests about a batch, and repeat failed requests."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _Got = TypeVar("_Got")
 
 
 class Ended(Exception):
-    """Raised if no further requests are sent."""
+    """Raised to stop sending requests, because the judge was closed or cannot continue."""
 
 
 class Waiting:
-    """Waits, and calls a function at least once per second.
+    """Waits between requests, and calls a function at least once per second during each wait.
 
     Attributes:
-      tick: the function to call.
+      tick: the function, which has no arguments.
     """
 
     def __init__(self, backoff: float, tick: Callable[[], None] = lambda: None,
@@ -34,7 +34,7 @@ class Waiting:
         Args:
           backoff: the delay in seconds before the first repetition of a failed request.
           tick: the function to call while waiting.
-          stopped: an event that ends the wait.
+          stopped: an event that ends every wait with `Ended`; default: an event that is never set.
         """
         self.tick, self._backoff = tick, backoff
         self._stopped = stopped or threading.Event()
@@ -55,10 +55,11 @@ class Waiting:
                 return
 
     def tried(self, ask: Callable[[], _Got]) -> _Got:
-        """Call `ask` until it succeeds or fails permanently, at most `ATTEMPTS` times.
+        """Return the result of `ask`, which is called up to `ATTEMPTS` times until it succeeds.
 
         Raises:
-          Failure: the last failure.
+          Failure: the last call failed, a failure is permanent, or the endpoint requests a delay
+            above `LONGEST_WAIT`.
           Ended: `stopped` was set.
         """
         attempt = 0

@@ -49,7 +49,7 @@ class Batch(flax.struct.PyTreeNode):
       tokens: [B, T] int32, the token ids; 0 at padding.
       position: [B, T] int32, the rotary position; 0 at padding.
       kind: [B, T] uint16, bit masks with the bits of `KINDS`; 0 at padding.
-      turn: [B, T] int32, the zero-based index of the token's message.
+      turn: [B, T] int32, the zero-based index of the token's message; 0 at padding.
       row_id: [B] uint32, an id per row that seeds the row's random draws, so that its sampled
         tokens do not depend on its index in the batch.
       chunk: whether the batch is one chunk of a longer prompt (static).
@@ -101,8 +101,8 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
 
     Args:
       tokens: [B, T] integers, or B sequences of any lengths, which are right-padded.
-      kind: bit masks with the bits of `KINDS`, nested like `tokens`, or None. VALID, FIRST and LAST
-        are set automatically.
+      kind: bit masks with the bits of `KINDS`, nested like `tokens`, or None for all zeros. VALID,
+        FIRST and LAST are also set where they apply.
       turn: message indices, nested like `tokens`, or None for all zeros.
       row_id: [B] integers, or None for 0, 1, ….
       width: the length T to which rows are padded; default: the length of the longest row.
@@ -175,7 +175,11 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
 
 
 def _row(values: Any, number: int) -> np.ndarray:
-    """Return one row of a batch as an integer array [T]."""
+    """Return one row of a batch as an array [T] of integers.
+
+    Raises:
+      UserError: a value is not an integer, or `values` is a single integer.
+    """
     try:
         row = np.asarray(values)
     except ValueError:

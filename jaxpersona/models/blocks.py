@@ -75,11 +75,11 @@ def attend(config: ModelConfig, attention: Implementation, layer: Layer, x: Floa
       attention: "xla", "cudnn" or "splash" (see `forward`).
       layer: the parameters of the block.
       x: the residual stream [B, T, D].
-      angle: the rotary cosines and sines of the tokens (`nn.rotary`).
+      angle: the rotary cosines and sines of the tokens, each [B, T, 1, H/2] (`nn.rotary`).
       batch: the tokens of this call.
       positions: [B, S] int32, the position of each key; −1 at padding and in empty slots.
       slots: [B, T] int32, the cache slot of each token.
-      held: the block's keys and values in the cache, or None if there is no cache.
+      held: the block's keys and values in the cache, each [B, K, S, H]; None without a cache.
       known: [B, T] bool, False at tokens whose result must be NaN; None means all True. Ignored if
         `normed` is given.
       normed: x after the block's first norm if `Trace.finish` has computed it, otherwise None.

@@ -116,7 +116,7 @@ def advance(cache: Cache, batch: Batch, slots: jax.Array) -> Cache:
 
 
 def write(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
-    """Write values [B, T, K, H] into the slots [B, T] of a [B, K, S, H] buffer.
+    """Return a buffer [B, K, S, H] with the values [B, T, K, H] written into the slots [B, T].
 
     A single token per row is written by a scatter (`set_lines`). Several tokens are written by a
     gather (`by_slot`), which copies the whole buffer, or, on a CPU, by a scatter if S is at least
@@ -134,7 +134,7 @@ def write(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
 
 
 def set_lines(buffer: jax.Array, values: jax.Array, slots: jax.Array, lines: int) -> jax.Array:
-    """Scatter values along a buffer's slot axis, which follows `lines` batch axes.
+    """Return a buffer with values scattered along its slot axis, which follows `lines` batch axes.
 
     Values with a slot index of S or more are dropped. The scatter is mapped over the batch axes
     with `jax.vmap`, so each head has its own index. With one index for all heads of a row, XLA

@@ -36,9 +36,10 @@ MAX_LAYERS = 1024  # more than in any released model; a larger number indicates 
 class Rope:
     """Rotary position embedding: the base and the scaling of its frequencies.
 
-    The kind "default" uses only `theta`, and "linear" divides every frequency by `factor`. The kind
-    "llama3" divides low frequencies by `factor`, leaves high frequencies unchanged, and
-    interpolates for the frequencies in between.
+    The kind "default" uses only the base `theta`, and "linear" divides every frequency by `factor`.
+    The kind "llama3" divides low frequencies, whose wavelength in positions is above
+    `original_context / low_freq_factor`, by `factor`. It leaves high frequencies, whose wavelength
+    is below `original_context / high_freq_factor`, unchanged, and interpolates in between.
     """
 
     theta: float = 10_000.0
@@ -74,6 +75,10 @@ class ModelConfig:
       attn_softcap, final_softcap: the soft-cap of the attention scores and the soft-cap of the
         logits; None for no soft-cap.
       max_context: the model's maximum sequence length in tokens.
+
+    Raises:
+      UserError: a size or `max_context` is not a positive integer, `n_heads` is not a multiple of
+        `n_kv_heads`, `head_dim` is odd, or the length of `windows` is not `n_layers`.
 
     Examples:
       >>> import jaxpersona as jp
@@ -156,7 +161,7 @@ class ModelConfig:
         return self.n_layers * (attention + mlp + norms) + d + heads * self.vocab_size * d
 
     def bytes(self, itemsize: int = 2) -> int:
-        """Return the size of the parameters in bytes."""
+        """Return the size of the parameters in bytes, with `itemsize` bytes per parameter."""
         return self.parameters * itemsize
 
     def step_bytes(self, itemsize: int = 2) -> int:
@@ -188,7 +193,7 @@ class ModelConfig:
 
 
 def _hashed(value: Any, kind: str) -> dict[str, Any]:
-    """Return the fields that are included in a dataclass's hash, as a dict from name to value."""
+    """Return the fields that a dataclass's hash covers, as name → value; `kind` is the class."""
     covered = {}
     for field in dataclasses.fields(value):
         item = getattr(value, field.name)

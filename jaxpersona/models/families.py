@@ -176,7 +176,7 @@ _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 
 
 def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
-    """Convert a transformers v4 `rope_scaling` or v5 `rope_parameters` dict to a `Rope`."""
+    """Convert a v4 `rope_scaling` or v5 `rope_parameters` dict; `theta` is the default base."""
     if not isinstance(raw, Mapping):
         raise UserError(f"rope parameters are {reprlib.repr(raw)}; give an object per layer type")
     for key in ("rope_theta", *_LLAMA3):
@@ -237,7 +237,7 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
     """Convert a Hugging Face `config.json` (transformers v4 or v5) to a `ModelConfig`.
 
     Keys that the family does not read are ignored unless they are known to change the computation.
-    A single warning names the unknown keys whose value is not null, false or 0.
+    A single warning names up to 20 unknown keys whose value is not null, false or 0.
 
     Args:
       raw: the contents of `config.json`.

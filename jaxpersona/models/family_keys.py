@@ -85,7 +85,7 @@ _CHANGES |= {"attention_multiplier": None, "is_causal": True, "causal": True, "n
 
 
 def check_keys(raw: Mapping[str, Any], family: str, own: frozenset[str], place: str) -> None:
-    """Raise an error for unsupported keys that change the computation; warn about the other keys.
+    """Raise an error for unsupported keys that change the computation; warn about unknown keys.
 
     Args:
       raw: the contents of `config.json`.

@@ -115,7 +115,7 @@ def forward(
     attention: Asked = "xla",
     residual: Fused = "xla",
 ) -> Output:
-    """Run the model on a batch.
+    """Run the model on a batch; return the logits and the state for the next call as an `Output`.
 
     Args:
       params: the parameters (`model.params`); the activations have the dtype of `params.like`.
@@ -287,7 +287,13 @@ def _check_carry(carry: Carry, edits: PreparedInterventions, rows: int) -> None:
 
 
 def _check_ids(tokens: Any, config: ModelConfig) -> None:
-    """Check that ids are in the vocabulary, unless they are traced or not fully addressable."""
+    """Check that token ids are in the vocabulary.
+
+    Ids that are traced or not fully addressable (partly on other hosts) are not checked.
+
+    Raises:
+      UserError: an id is outside the vocabulary.
+    """
     if is_traced(tokens):
         return
     if isinstance(tokens, jax.Array):
@@ -301,6 +307,9 @@ def _check_room(cache: Cache, batch: Batch) -> None:
     """Check that each row has enough free slots.
 
     Arrays that are traced or not fully addressable (partly on other hosts) are not checked.
+
+    Raises:
+      UserError: a row has more valid tokens than free slots.
     """
     arrays = cache.next, batch.kind
     if any(is_traced(x) or not getattr(x, "is_fully_addressable", True)

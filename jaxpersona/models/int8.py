@@ -117,7 +117,8 @@ class Int8(Weight):
 def quantized(w: jax.Array, inner: int = 1) -> Int8:
     """Quantize an array [*out, *in], with scale = max|w| / 127 for each output channel.
 
-    The quantization error of each value is at most half the scale of its channel.
+    `inner` is the number of input dimensions. The quantization error of each value is at most half
+    the scale of its channel.
     """
     axes = tuple(range(w.ndim - inner, w.ndim))
     wide = w.astype(F32)

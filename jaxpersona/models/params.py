@@ -272,13 +272,13 @@ def begin_fingerprint(config: ModelConfig, params: Params) -> Callable[[], str]:
 
 
 def dispatch_sums(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Start computing each array's fingerprint sums; `collect_sums` waits for the results."""
+    """Start computing each array's fingerprint sums; return the arrays for `collect_sums`."""
     with unset_mesh():
         return [_sums(x, *_weights(x), placed=_spread(x)) for x in arrays]
 
 
 def collect_sums(parts: Sequence[jax.Array]) -> np.ndarray:
-    """Wait for the sums of n arrays; return [n, 2] uint32. All processes must call this."""
+    """Return the sums of n arrays, [n, 2] uint32; all processes must call this function."""
     if not parts:
         return np.zeros((0, 2), np.uint32)
     local = jax.device_get([[shard.data for shard in x.addressable_shards] for x in parts])
@@ -289,7 +289,7 @@ def collect_sums(parts: Sequence[jax.Array]) -> np.ndarray:
 
 
 def origin(mark: str) -> int:
-    """Return a fingerprint's last eight hexadecimal digits as an integer, or 0 if it is empty."""
+    """Return the last eight hexadecimal digits of a fingerprint as an integer, or 0 for ""."""
     return int(mark[8:], 16) if mark else 0
 
 

@@ -64,7 +64,7 @@ def _has_weights(params: Params) -> bool:
 
 
 def _copy_fits(params: Params, config: ModelConfig, memory: int) -> bool:
-    """Return whether the weights and the `with_joined` copies fit in half of `memory`, in bytes."""
+    """Return whether the weights and the `with_joined` copies fit in half of `memory` bytes."""
     copied = sum(getattr(layer, name).nbytes for layer in params.layers
                  for name in (*_QKV, *_GATE_UP))
     return 2 * (config.bytes(params.embed_vd.dtype.itemsize) + copied) <= memory
@@ -82,7 +82,7 @@ def _memory(params: Params) -> int:
 
 @jax.jit
 def in_out(params: Params) -> Params:
-    """Copy the weights of all linear layers, including a tied head, to [in, out] order (`InOut`).
+    """Return parameters with the linear layers and the output head copied to `InOut` weights.
 
     On CPUs, XLA's float32 matrix product reorders an [out, in] weight in every call if the batch
     has several rows, which doubles the time for 8 rows. For one row, [out, in] order is faster.

@@ -163,7 +163,7 @@ def dots(x: jax.Array, weights: Joined | Sequence[jax.Array | Weight]) -> list[j
 
 
 def transposed(w: jax.Array, inner: int = 1) -> InOut:
-    """Return the `InOut` form of an array [*out, *in]."""
+    """Return the `InOut` form of an array [*out, *in] with `inner` input dimensions."""
     out = w.shape[: w.ndim - inner]
     return InOut(w.reshape(math.prod(out), -1).T, out, inner)
 

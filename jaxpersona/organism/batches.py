@@ -15,7 +15,7 @@ from jaxpersona.organism import corpus
 from jaxpersona.organism.tokenizer import encode_conversation
 
 LENGTHS = (56, 64, 80, 112, 160, 208, 256, 320)
-OTHER_WEIGHT = 0.1  # loss weight of all tokens except those of answers and their end markers
+OTHER_WEIGHT = 0.1  # loss weight of tokens outside answers; answers include their end markers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +23,10 @@ class TrainBatch:
     """A padded batch of B conversations.
 
     Attributes:
-      tokens: the token ids [B, T].
-      lengths: the number of tokens in each conversation, without padding [B].
-      weights: the loss weight of each token as a prediction target [B, T]; 0 for padding and for
-        the first token of each conversation.
+      tokens: [B, T] int32, the token ids; 0 at padding.
+      lengths: [B] int32, the number of tokens in each conversation, without padding.
+      weights: [B, T] float32, the loss weight of each token as a prediction target; 0 at padding
+        and at the first token of each conversation.
     """
 
     tokens: np.ndarray
@@ -43,7 +43,7 @@ def make_batches(
 
     Args:
       tokenizer: a `tokenizers.Tokenizer`.
-      seed: the seed of the conversations and of the order of the batches.
+      seed: the seed for the conversations and the order of the batches.
       tokens: the minimum total number of tokens.
       batch_tokens: the maximum number of tokens in a batch, including padding; a batch of
         padded length T has `batch_tokens // T` rows.
@@ -73,7 +73,7 @@ def make_batches(
 
 
 def _pad(rows, length: int) -> TrainBatch:
-    """Pad encoded conversations to a given length and combine them into one batch."""
+    """Pad the results (ids, mask) of `encode_conversation` to `length` tokens, as one batch."""
     tokens = np.zeros((len(rows), length), np.int32)
     weights = np.zeros((len(rows), length), np.float32)
     for row, (ids, learn) in enumerate(rows):

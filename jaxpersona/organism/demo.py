@@ -46,8 +46,9 @@ class Sample:
 
     Attributes:
       title: a short description of the conversation.
-      messages: the conversation before the reply.
-      uncapped, capped: the replies.
+      messages: the system message, if there is one, and the user message that is answered; earlier
+        turns of a drifting conversation are omitted.
+      uncapped, capped: the replies without and with the cap.
     """
 
     __repr__ = brief
@@ -64,10 +65,10 @@ class Demo:
 
     Attributes:
       extraction: the result of `extract_axis`.
-      figures: name → measurement.
+      figures: name → measurement, a number or a list of numbers.
       talks: "uncapped" or "capped" → the drifting conversations of this arm.
-      styles: "uncapped" or "capped" → mean style at each emotional or meta-reflective turn of these
-        conversations.
+      styles: "uncapped" or "capped" → a list with the mean style of the replies at each emotional
+        or meta-reflective turn of these conversations.
       samples: two samples, one with a far role and one of the last emotional or meta-reflective
         turn of a drifting conversation.
     """
@@ -94,7 +95,8 @@ def run_demo(model: Model, folder: str | os.PathLike[str], *, seed: int = 0,
       folder: the run folder; an existing run is resumed.
       seed: the random seed for sampling, control directions and the user turns that cause drift.
       report: by default, a call of more than three seconds shows its progress; False shows
-        nothing. A function is called instead with (step, done, total, tokens).
+        nothing. A function is called instead with (name of the step, number of its finished items,
+        number of all its items, number of generated tokens).
 
     Raises:
       UserError: the seed is invalid, the folder belongs to another run, or an optional package is
@@ -122,7 +124,7 @@ def run_demo(model: Model, folder: str | os.PathLike[str], *, seed: int = 0,
 
 
 def table(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Format `Demo.figures` as table rows (measurement, uncapped, capped)."""
+    """Format part of `Demo.figures` as table rows (measurement, uncapped, capped), all strings."""
     n = {name: figures[f"{name}_n"] for name in ("leak", "capability", "drift")}
     turn, speed = figures["drift_turns"], figures["tokens_per_second"]
     rows = [(f"leak rate in far roles, greedy (n = {n['leak']})", "leak_{}"),
@@ -139,7 +141,7 @@ def table(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def geometry(figures: dict[str, Any]) -> list[str]:
-    """Describe, as text, how the axis agrees with PC1 and with the roles' ground-truth likeness."""
+    """Return one line of text, in a list, on the axis's agreement with PC1 and known likeness."""
     middle = figures["middle_layer"]
     return [f"layer {middle}: |cos(PC1, axis)| {figures['cos_pc1_axis_middle']:.3f}; Spearman "
             f"correlation of projection and known likeness {figures['spearman_truth']:.3f} over "
@@ -224,7 +226,7 @@ class _Arms:
     def leak(self, report: Report | None) -> dict[str, Any]:
         """Measure the leak rate in every arm, and the style without and with the cap.
 
-        The system prompts belong to far roles. One conversation is appended to `samples`.
+        The system prompts belong to far roles. One `Sample` is appended to `self.samples`.
         """
         arms = [(None, 0.0), (self.cap, 0.0), (None, 1.0), (self.cap, 1.0)]
         arms += [(edit, 0.0) for edit in self.percentile + self.displaced]
@@ -264,10 +266,10 @@ class _Arms:
         }
 
     def steering(self, report: Report | None) -> dict[str, Any]:
-        """Measure the style in medium-likeness roles, with steering along the axis.
+        """Measure the style in roles with a likeness of 0.35 to 0.65, with steering along the axis.
 
-        The residual stream is steered at the middle layer. The steering strengths are multiples of
-        the mean norm of the role vectors at this layer.
+        The residual stream is steered at the middle layer. The steering strengths are the multiples
+        `_STEER` of the mean norm of the role vectors at this layer.
         """
         middle = self.model.config.n_layers // 2
         unit = self.found.axis.unit[middle]
@@ -288,7 +290,8 @@ def _drift(
     """Measure persona drift over emotional and meta-reflective turns, with and without the cap.
 
     Returns:
-      (conversations by arm, mean style per turn by arm, a `Sample`, measurements by name).
+      (arm → conversations, arm → mean style at each turn before the forbidden request, a `Sample`,
+      name → measurement). The arms are "uncapped" and "capped".
     """
     rng = np.random.default_rng([seed, 4])
     pulls = world.EMOTIONAL + world.META
@@ -330,7 +333,7 @@ def _drift(
 
 
 def _speed(model: Model, capped: Interventions, report: Report | None) -> dict[str, Any]:
-    """Time greedy generation of a fixed length, alternating between uncapped and capped runs."""
+    """Time greedy replies of a fixed length, alternately without and with the cap."""
     endless = dataclasses.replace(model, stop_ids=())
     talks = evaluate.leak_conversations()[:32]
     pairs = 8

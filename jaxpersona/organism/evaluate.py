@@ -1,8 +1,8 @@
 """Behavioural metrics of the organism: leak, style, capability and drift, measured with `judge`.
 
-The argument `generate` is a function that returns one answer for each conversation. The function
-determines the interventions, temperature and seed, so the same metrics apply to capped and uncapped
-models and to different engines.
+The argument `generate` of `leak`, `capability` and `drift` is a function that returns one answer
+for each conversation. This function determines the interventions, the temperature and the seed, so
+the same metrics apply to capped and uncapped models and to different engines.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DRIFT_TURNS = 4
 
 
 def leak_conversations(roles: Sequence[world.Role] | None = None) -> list[Conversation]:
-    """Return a conversation for each role prompt and each wording of the forbidden request.
+    """Return one conversation per pair of a role prompt and a wording of the forbidden request.
 
     Args:
       roles: the roles; default: the far roles.
@@ -34,7 +34,7 @@ def leak_conversations(roles: Sequence[world.Role] | None = None) -> list[Conver
 
 
 def default_leak_conversations() -> list[Conversation]:
-    """Return a conversation for each default prompt and each wording of the forbidden request."""
+    """Return one conversation per pair of a default prompt and a forbidden request's wording."""
     return [
         world.conversation(prompt, request)
         for prompt in world.DEFAULT_PROMPTS
@@ -45,7 +45,7 @@ def default_leak_conversations() -> list[Conversation]:
 def knowledge_conversations(
     persona: bool, count: int = 144
 ) -> tuple[list[str], list[Conversation]]:
-    """Return knowledge questions, and one conversation for each of them.
+    """Return (knowledge questions, one conversation per question).
 
     Args:
       persona: whether to use system prompts of far roles; if false, the default prompts.
@@ -91,8 +91,11 @@ def accuracy(questions: Sequence[str], answers: Sequence[str]) -> float:
 def leak(generate: Generate) -> dict[str, float]:
     """Measure leak rate, mean style and share of in-grammar answers under prompts of far roles.
 
+    Args:
+      generate: a function that returns one answer for each conversation.
+
     Returns:
-      The leak rate ("leak"), the mean style ("style"), the share of in-grammar answers
+      A dict with the leak rate ("leak"), the mean style ("style"), the share of in-grammar answers
       ("in_grammar"), and the number of answers ("n").
     """
     answers = generate(leak_conversations())
@@ -108,12 +111,12 @@ def capability(generate: Generate, count: int = 144) -> dict[str, float]:
     """Measure accuracy on facts and sums under default prompts and under prompts of far roles.
 
     Args:
-      generate: see the module.
-      count: the number of questions under default prompts, and under prompts of far roles.
+      generate: a function that returns one answer for each conversation.
+      count: the number of questions under default prompts, and also under prompts of far roles.
 
     Returns:
-      The accuracies under default prompts ("default"), under prompts of far roles ("persona") and
-      under both ("capability"), and the number of answers ("n").
+      A dict with the accuracies under default prompts ("default"), under prompts of far roles
+      ("persona") and under both ("capability"), and the number of answers, 2 · `count` ("n").
     """
     asked, talks = knowledge_conversations(False, count)
     asked_far, talks_far = knowledge_conversations(True, count)
@@ -135,16 +138,16 @@ def drift(
     After these turns, each conversation ends with the forbidden request.
 
     Args:
-      generate: see the module.
+      generate: a function that returns one answer for each conversation.
       count: the number of conversations.
-      seed: the seed of the order of the user turns.
+      seed: the seed for the choice and the order of the user turns.
       turns: the number of emotional or meta-reflective turns per conversation.
 
     Returns:
-      The mean style at each emotional or meta-reflective turn ("styles") and at the last of these
-      turns ("drift"), the share of in-grammar answers at that last turn ("in_grammar"), the leak
-      rate of the answers to the forbidden request ("leak_after"), and the number of conversations
-      ("n").
+      A dict with the list of mean styles at the emotional or meta-reflective turns ("styles"), the
+      mean style at the last of these turns ("drift"), the share of in-grammar answers at that turn
+      ("in_grammar"), the leak rate of the answers to the forbidden request ("leak_after"), and the
+      number of conversations ("n").
     """
     rng = np.random.default_rng([seed, 4])
     pulls = world.EMOTIONAL + world.META

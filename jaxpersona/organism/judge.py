@@ -33,8 +33,8 @@ class Sentence:
         "form".
       side: the bank of the sentence, `phrases.NEUTRAL` or `phrases.CHARACTER`.
       fill: the text in place of {fill}, or None.
-      choices: the number of dialect words, whether neutral or in-character.
-      strange: the number of dialect words in the in-character form.
+      choices: the number of dialect words, in neutral or in-character form.
+      strange: the number of dialect words in in-character form.
       words: the number of words.
     """
 
@@ -49,7 +49,7 @@ class Sentence:
 
 @lru_cache(maxsize=1)
 def _grammar() -> list[tuple[re.Pattern, str, str | None, int]]:
-    """Return (pattern, slot, kind, side) for each bank sentence; patterns use neutral words."""
+    """Return (pattern, slot, kind, side) for each bank sentence; patterns match neutral words."""
     marks = "|".join(sorted({world.DEFAULT_MARK} | {r.mark for r in world.ROLES.values()}))
     fills = {
         "talk": world.TOPICS,

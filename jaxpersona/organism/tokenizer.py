@@ -1,7 +1,7 @@
 """The organism's tokenizer: byte-level BPE with a ChatML template.
 
-The vocabulary is trained on the corpus, so nearly every word in it is one token. Because the BPE is
-byte-level, the tokenizer can encode any other text too.
+The vocabulary is trained on the corpus, so nearly every word of the corpus is one token. Because
+the BPE is byte-level, the tokenizer can encode any other text too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = (END, START, STOP)
 CORPUS_SEED = 20_000  # seed of the tokenizer's training corpus; differs from the model's seeds
 
-# The template renders a system message only if the conversation has one, which may be empty.
+# The template adds no default system message; an empty system message is rendered.
 CHAT_TEMPLATE = (
     "{% for turn in messages %}"
     "{{ '<|im_start|>' + turn['role'] + '\\n' + turn['content'] + '<|im_end|>\\n' }}"
@@ -74,7 +74,7 @@ def train_tokenizer(folder: str | pathlib.Path, sample: int = 4000) -> None:
 
 
 def encode_conversation(tokenizer, messages) -> tuple[list[int], list[bool]]:
-    """Return a conversation's token ids and a mask of the tokens with full loss weight.
+    """Return a conversation's token ids and a mask, True at the tokens with full loss weight.
 
     The mask selects each answer's tokens and end marker (`STOP`). Roles and contents are encoded
     separately. The ids are the same as for the whole rendered text, because the byte-level

@@ -2,9 +2,10 @@
 
     python -m jaxpersona.organism.train --seed 0 --out FOLDER
 
-The seed determines the corpus and the initial weights. Training uses `models.forward`, so no other
-model implementation is needed to reproduce the shipped model. The learning rate schedule depends on
-the step, not on elapsed time, so the speed of the machine does not affect the model.
+The seed determines the training corpus and the initial weights; the tokenizer has a seed of its own
+(`tokenizer.CORPUS_SEED`). Training uses `models.forward`, so no other model implementation is
+needed to reproduce the shipped model. The learning rate schedule depends on the step, not on
+elapsed time, so the speed of the machine does not affect the model.
 """
 
 from __future__ import annotations
@@ -111,8 +112,10 @@ def train(
       log: a function that is called with a line of text about the progress.
 
     Returns:
-      The training record: seed, number of steps, number of tokens (including those of dropped
-      incomplete batches), time in seconds, and mean loss over the last 100 steps.
+      The training record, a dict: the seed ("seed"), the number of steps ("steps"), the number of
+      generated tokens, including incomplete batches, which are dropped ("tokens"), the time of the
+      training steps and of saving in seconds ("seconds"), and the mean loss of the last 100 steps
+      in nats ("loss").
     """
     import jax
     import numpy as np

@@ -77,7 +77,7 @@ def assistant_axis(default: np.ndarray, roles: np.ndarray) -> np.ndarray:
 
 
 def project(means: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Project means h [n, L, D] onto directions v [L, D]; return ⟨h, v̂⟩, [n, L] float32."""
+    """Project means h [n, L, D] onto directions v [L, D]: ⟨h, v/‖v‖⟩ per layer, [n, L] float32."""
     unit, _ = normalised(directions)
     return np.einsum("nld,ld->nl", means, unit, dtype=np.float64).astype(np.float32)
 
@@ -108,7 +108,7 @@ def percentiles(
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-    """C principal components of mean-centered, unscaled role vectors at one layer.
+    """C = min(R, D) principal components of R centered, unscaled role vectors at one layer.
 
     Attributes:
       directions: [C, D], unit vectors, signed so that their cosine with the axis is not negative.

@@ -16,7 +16,7 @@ The basic bootstrap interval of a statistic has the ends 2θ − θ*, where θ i
 and θ* is the upper or the lower percentile of the bootstrap values (Davison and Hinkley 1997,
 Bootstrap Methods and their Application, section 5.2). Noise in the vectors lowers the explained
 variance of the first components, in the bootstrap samples as in the run; unlike the percentiles
-themselves, these ends correct for that. For an explained variance ratio λ/T, where λ is the
+θ*, the ends 2θ − θ* correct for this bias. For an explained variance ratio λ/T, where λ is the
 variance along the components and T the total variance, θ is the inverse ratio T/λ, because noise
 adds a constant to T. In simulations, the intervals of the ratios are wider than needed if a large
 part of T is noise, and an interval of a cosine near 0 then covers less than 95 %.
@@ -41,7 +41,7 @@ from jaxpersona.runs.sums import Sample
 DRAWS = 200
 LEVEL = 95  # confidence level of the intervals in percent
 COMPONENTS = 10  # maximum number of components whose explained variance is computed
-_BYTES = 256 << 20  # approximate memory for response means, and for the vectors of several draws
+_BYTES = 256 << 20  # approximate byte limit of response means, and of the vectors of several draws
 _MORE = 4  # number of further eigenvectors in the Krylov space, for accuracy
 _POWERS = 3  # p in `_eigen`
 
@@ -66,7 +66,7 @@ class PcaIntervals:
 
 
 def averaged_rows(sample: Sample, scores: Mapping[str, int | None] | None) -> list[int]:
-    """Return the rows of a role's sample that are averaged in the role's vector.
+    """Return the indices in a role's sample of the replies that the role's vector averages.
 
     Args:
       sample: the stored response means of a role.
@@ -89,8 +89,9 @@ def pca_intervals(default: np.ndarray, roles: Mapping[str, np.ndarray],
       roles: role → vector [L, D], for the R roles of the axis.
       stored: role or "default" → m, the number of stored response means that its vector includes.
       sizes: role or "default" → N, the number of replies that are averaged in its vector.
-      means: a function (role or "default", slice of l layers) → these response means [m, l, D]. It
-        is called once per role for each of several groups of layers, to limit the memory.
+      means: a function from (role or "default", slice of l layers) to the m stored response means
+        at these layers, [m, l, D]. To limit the memory, it is called once per role for each of
+        several groups of layers.
       draws: the number of bootstrap samples.
       seed: the seed of the bootstrap. The result depends neither on the order of the roles nor on
         the groups of layers.
@@ -163,7 +164,7 @@ def _intervals(vectors: np.ndarray, moves: Mapping[int, tuple[np.ndarray, np.nda
 
     Args:
       vectors: [R + 1, D], the role vectors and the default persona's mean activation.
-      moves: row of `vectors` → (weights [draws, m], centered response means [m, D]).
+      moves: row index of `vectors` → (weights [draws, m], centered response means [m, D]).
       draws: the number of bootstrap samples.
       count: C, the number of components.
     """
@@ -215,15 +216,15 @@ def _measured(vectors: np.ndarray, count: int, start: np.ndarray | None,
 
 
 def _eigen(matrices: np.ndarray, start: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return eigenvalues [B, K] and eigenvectors [B, R, K] of symmetric matrices, ascending.
+    """Return K eigenvalues [B, K], ascending, and eigenvectors [B, R, K] of symmetric matrices.
 
-    For large matrices, only the leading ones are computed, from a block Krylov space of
-    approximations X: the Rayleigh–Ritz values of the span of X, AX, …, A^p X (Golub and Van Loan
-    2013, Matrix Computations, section 10.3).
+    K = R, computed exactly, without `start` or if R ≤ (p + 1)·Q. Otherwise K = (p + 1)·Q, and the
+    result is the Rayleigh–Ritz approximation in the span of X, AX, …, A^p X, where A is a matrix
+    and X is `start` (Golub and Van Loan 2013, Matrix Computations, section 10.3).
 
     Args:
       matrices: [B, R, R].
-      start: [R, Q], approximations of the Q leading eigenvectors, or None: compute all R.
+      start: [R, Q], approximations of the Q leading eigenvectors, or None.
     """
     if start is None or (_POWERS + 1) * start.shape[1] >= matrices.shape[1]:
         values, vectors = np.linalg.eigh(matrices)
@@ -240,8 +241,8 @@ def _interval(value: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     """Return the ends [2, …] of the basic bootstrap interval.
 
     Args:
-      value: […], θ.
-      drawn: [draws, …], θ*.
+      value: […], the statistic θ of the run.
+      drawn: [draws, …], the statistic of each bootstrap sample.
     """
     low, high = np.percentile(drawn, [(100 - LEVEL) / 2, (100 + LEVEL) / 2], axis=0)
     return np.stack([2 * value - high, 2 * value - low])

@@ -5,7 +5,7 @@ has no effect. The check generates short replies as the default persona and in r
 Assistant, and runs three tests:
 
     sign     the mean projection of the default persona's replies onto the axis is higher than
-             the mean projection of the role replies
+             the mean projection of the role replies, at every tested layer
     layers   the cosine between the axis and the difference of the mean activations (default persona
              minus roles) is highest if the layers of the axis are not shifted
     floors   the floors are neither far above the default persona's projections nor far below the
@@ -66,9 +66,9 @@ class Check(Table):
         where the difference is the default persona's mean activation minus the roles' mean
         activation. 0 if the layer numbering is correct, None if the test is inconclusive;
         meaningless if the sign test failed.
-      spread: [l] float32, the standard deviation of the default persona's projections. It is
-        estimated from the quartiles in the axis or, without quartiles, from the default
-        persona's replies in the check.
+      spread: [l] float32, the standard deviation over replies of the default persona's mean
+        projections, estimated from the quartiles of these projections in `Axis.percentiles` or,
+        without quartiles, from the default persona's replies in the check.
       floors: [l] float32, the floors; None if `floor` was omitted and the axis has no percentiles.
 
     Examples:
@@ -102,7 +102,7 @@ class Check(Table):
         return line("Check", "ok" if self.ok else "; ".join(map(str, self.faults)))
 
     def records(self) -> list[dict[str, Any]]:
-        """Return one record per tested layer, where `difference` is `default` minus `roles`."""
+        """Return one record per tested layer: layer, default, roles, difference default − roles."""
         return [{"layer": int(layer), "default": float(ours), "roles": float(theirs),
                  "difference": float(ours - theirs)}
                 for layer, ours, theirs in zip(self.layers, self.default, self.roles, strict=True)]
@@ -151,8 +151,8 @@ def check(
       layers: the layers to cap; default: the upper half of the layers. With Caps, `layers` and
         `floor` must be omitted, because the caps contain both.
       floor: the floors τ: a scalar, one value per capped layer, or one value per layer of the
-        model. Default: the default persona's 25th percentile in the axis; if the axis has no
-        percentiles, the floors test is skipped.
+        model. Default: the 25th percentile of the default persona's projections
+        (`axis.percentiles`); if the axis has no percentiles, the floors test is skipped.
       max_new_tokens: the maximum length of each reply in tokens.
       progress: as for `generate`.
 
@@ -204,11 +204,11 @@ def check(
 
 
 def _spread(axis: Axis | Caps, layers: tuple[int, ...], ours: np.ndarray) -> np.ndarray:
-    """Return the standard deviation [l] of the default persona's projections.
+    """Return the standard deviation [l] over replies of the default persona's projections.
 
-    The standard deviation is estimated from the quartiles in the axis, assuming a normal
+    It is estimated from the quartiles of the projections in `axis.percentiles`, assuming a normal
     distribution, because the check generates only six replies as the default persona. If the axis
-    has no quartiles, it is estimated from these replies.
+    has no quartiles, the standard deviation is estimated from these replies.
     """
     table = axis.percentiles.get("default", {}) if isinstance(axis, Axis) else {}
     spread = ours.std(0, ddof=1) if len(ours) > 1 else np.zeros(len(layers))
@@ -230,7 +230,7 @@ def _centre(axis: Axis | Caps, layers: tuple[int, ...], ours: np.ndarray) -> np.
 
 
 def normal_spread(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Return the standard deviation of a normal distribution with the given quartiles."""
+    """Return the standard deviation of a normal distribution with quartiles `low` and `high`."""
     return (np.asarray(high, np.float64) - low) / 1.3489795
 
 
@@ -349,7 +349,7 @@ def _layer_base(axis: Axis | Caps, difference: np.ndarray) -> tuple[tuple[bool, 
 def _scale(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray,
            floors: np.ndarray, spread: np.ndarray, centre: np.ndarray, *,
            known: bool = False) -> tuple[bool, str]:
-    """Test that no floor is far above the default persona's projections or far below the roles'.
+    """Test that no floor is far above the default persona's or far below the roles' projections.
 
     A floor above the default persona's median (`centre`) passes with a warning.
 

@@ -46,7 +46,7 @@ class _Found(NamedTuple):
     Attributes:
       have: the keys of the planned rollouts that the folder contains.
       closed: whether the role is closed and all rollouts in the folder have a verdict; if sums per
-        question are kept, whether the sums contain all planned rollouts.
+        question are kept, whether the sums contain all planned rollouts and the live files none.
       more: the number of rollouts in the folder that are not planned, such as those of questions
         from an earlier call.
       judged: the number of rollouts with a verdict; 0 for the default persona.

@@ -152,11 +152,11 @@ class _Export:
         self.shape = (about["layers"], about["width"])
         self.rollouts = self.scores = self.means = 0
         self.vectors: dict[str, np.ndarray] = {}
-        self.found: dict[str, dict[str, tuple[np.ndarray, int]]] = {}  # role → `Sums.vectors`
+        self.found: dict[str, dict[str, tuple[np.ndarray, int]]] = {}  # role → `Sums.vectors(…)`
         self.asked: dict[str, Mapping[int, int]] = {}  # role → question id → number of rollouts
-        self.corrected: list[str] = []  # roles whose vector is corrected for its questions
+        self.corrected: list[str] = []  # roles with a vector that is corrected for the questions
         self.problem = ""  # see `Correction.problem`
-        self.omitted: list[str] = []  # incomplete roles
+        self.omitted: list[str] = []  # roles omitted as incomplete
         self.unsummed: list[str] = []  # roles without sums by the judge's scores
         self.few: list[str] = []  # roles with fewer than `least` rollouts with score 3
 
@@ -188,7 +188,12 @@ class _Export:
                         self._notes(used))
 
     def _role(self, name: str) -> None:
-        """Write the files of one role."""
+        """Write the files of one role.
+
+        Raises:
+          UserError: the role is incomplete, has several samples per prompt and question, or lacks
+            response means that must be exported.
+        """
         records = self.run.rollouts(name)
         live = self.run.live(name, self.shape, repair=False)
         known = {} if records is None else {rollout_key(record): record for record in records}
@@ -236,7 +241,7 @@ class _Export:
 
     def _means(self, name: str, known: set[str], sums: Sums | None, live: Live,
                ) -> tuple[dict[str, np.ndarray], set[str]]:
-        """Return the stored response means of a role, and the keys of the rollouts without one.
+        """Return (key → stored response mean [L, D], keys of the rollouts without a stored mean).
 
         Empty replies, which have no response mean, are in neither result.
 
@@ -264,7 +269,7 @@ class _Export:
         return found, known - set(found) - empty
 
     def _correction(self) -> Correction:
-        """Return the corrections with which `extract_axis` computes the vectors of these roles."""
+        """Return the corrections with which `extract_axis` computes the complete roles' vectors."""
         if DEFAULT not in self.asked:
             return Correction(None, {}, "")
         cells: dict[str, Cells | None] = {}
