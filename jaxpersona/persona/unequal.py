@@ -6,8 +6,8 @@ depends on the role's questions. For a role with other questions than the defaul
 correction is b · (v(default) − u(role)): v is the default persona's mean over all its replies, u
 its mean over the replies to the role's questions, and b the slope of the regression of the roles'
 means per question on the default persona's means (`precision.question_slope`). b is computed from
-all rollouts that the vectors average. This computation needs sums per question, which only runs
-with a precision keep.
+all rollouts that the vectors average. This computation needs sums per question, which are kept only
+by runs with a precision and by imports of such runs.
 """
 
 from __future__ import annotations
