@@ -27,8 +27,9 @@ class Extraction(Table):
       axis: the axis with its thresholds.
       analysis: the role vectors that define the axis, and their principal components.
       default: the mean [L, D] of the default persona's response means.
-      role_means: role → mean [L, D] of the response means of its rollouts with score 3, for roles
-        with at least `min_count` such rollouts, including held-out roles.
+      role_means: role → mean [L, D] of the response means of its rollouts with score 3, corrected
+        for unequal questions (`persona.unequal`), for roles with at least `min_count` such
+        rollouts, including held-out roles.
       projections: role or "default" → projections [k, L] of the k stored response means, which
         belong to a sample of the role's rollouts, or to all rollouts of the default persona.
       counts: role → number of replies per score, as returned by `verdict_counts`; without the

@@ -194,6 +194,7 @@ class Session:
           iterator raises UserError if activations are not finite.
 
         Raises:
+          ContextFull: as for `reply`.
           UserError: the conversation has no reply, or the session has no interventions.
         """
         if not self.turns:

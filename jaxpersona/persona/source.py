@@ -199,7 +199,7 @@ class Source:
                   ) -> float | None:
         """Return the median relative distance between stored and recomputed response means.
 
-        At most `_COMPARED` means are recomputed; None if no reply has text that can be compared.
+        At most `_COMPARED` means are recomputed. The result is None if no reply can be compared.
 
         Raises:
           UserError: the distance exceeds `FARTHEST`.

@@ -180,8 +180,8 @@ def grow(
         Conversations with equal ids use the same random draws.
       readout: whether to compute `Talks.readout`.
       report: by default, a call of more than three seconds shows its progress; False shows
-        nothing. A function is called instead with (turn, number of replies finished in this turn,
-        number of tokens generated in this turn).
+        nothing. A function is called instead with (index of the turn from 0, number of replies
+        finished in this turn, number of tokens generated in this turn).
 
     Returns:
       The replies and their projections.

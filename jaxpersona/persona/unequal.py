@@ -119,7 +119,8 @@ def correction(run: Run, asked: Mapping[str, Iterable[int]], cells: Mapping[str,
         sample = run.sample(DEFAULT)
         finite = [i for i, value in enumerate(sample.differences)
                   if np.isfinite(value.astype(np.float32)).all()]
-        means = sample.differences[finite].astype(np.float64)  # the base cancels
+        # without the sample's base, which cancels in the difference of two means below
+        means = sample.differences[finite].astype(np.float64)
         of = np.array([place_of_key(sample.keys[i])[0] for i in finite])
         for some in {sets[name] for name in others}:
             if (inside := np.isin(of, sorted(some))).any():

@@ -281,10 +281,10 @@ def compare(compiled: Mapping[str, Compiled] | None,
 
     A value is None if a decode program that it requires was not compiled or exceeds device memory.
     `collectives_per_layer` is the maximum over the layers, in which a reduce-scatter and its
-    all-gather count as one (`hlo.reductions`). `added_collectives` and `added_bytes`
-    are the additional collectives and accessed bytes of a decode step with the cap.
-    `added_fusions_per_layer` is the median number of kernels added per capped layer, and
-    `added_fusions_once` is the number of other added kernels. `temporaries_by_program` contains the
+    all-gather count as one (`hlo.reductions`). `added_collectives` and `added_bytes` are the
+    additional collectives and accessed bytes of a decode step with the cap.
+    `added_fusions_per_layer` is the median number of fusions added per capped layer, and
+    `added_fusions_once` is the number of other added fusions. `temporaries_by_program` contains the
     ratio of temporary memory with the cap to temporary memory without the cap, for prefill and for
     decode. `temporaries_ratio` is the same ratio for the maximum over prefill and decode.
     """

@@ -66,8 +66,8 @@ class Analysis:
     Attributes:
       cos: [L], |cos(PC1, axis)| at each layer.
       variance: for each layer, the explained variance ratios of the first components.
-      intervals: "default" or "all" (roles) → percentile, such as "p25" → [2, L], the ends of its
-        95 % bootstrap interval.
+      intervals: "default" or "all" → percentile, such as "p25" → [2, L], the ends of its 95 %
+        bootstrap interval ("all": over the roles that are not held out and the default persona).
       roles: role or "default" → its values.
       rounds: the rounds of a run with `--precision`, or None.
     """
@@ -98,8 +98,8 @@ class Contents:
       replies: closed role or "default" → (reply, score), a reply with the role's highest score.
       samples: (reply, score) pairs in descending order of score; undecided replies come last.
       plain: replies of the default persona, which is not judged.
-      vectors: closed role → mean [L, D] of the response means of its rollouts with score 3, and
-        "default" → mean [L, D] of the default persona's response means; empty without an axis.
+      vectors: closed role → its vector [L, D] for rollouts with score 3, and "default" → mean
+        [L, D] of the default persona's response means, as stored by the run; empty without an axis.
       stored: role of the axis or "default" → the keys of its stored response means that its vector
         averages; empty without an axis.
       averaged: role of the axis or "default" → number of replies that its vector averages.

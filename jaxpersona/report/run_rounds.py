@@ -48,7 +48,12 @@ class Curve:
 
     @classmethod
     def read(cls, about: Any) -> Curve:
-        """Convert the field "precision" of `analysis.json`; raise an error for an invalid value."""
+        """Convert the field "precision" of `analysis.json`.
+
+        Raises:
+          AttributeError, KeyError, OverflowError, TypeError, ValueError: a value is missing or
+            invalid.
+        """
         names = sorted(str(name) for name in about["asked"] if name != "default")
         if not names:
             raise ValueError("asked contains no role")
