@@ -1,8 +1,9 @@
-"""The display of progress in slow functions, and the values of their argument `progress=`.
+"""The display of progress in slow functions, and the values of their argument for it.
 
-By default (None or True), a function that takes longer than `SECONDS` shows its progress on
-standard error: on a terminal and in a notebook as one line that is rewritten, otherwise as a line
-every `EVERY` seconds. False shows nothing, and a function is called with the numbers instead.
+The argument is named `progress` or `report`. By default (None or True), a call that takes longer
+than `SECONDS` shows its progress on standard error: on a terminal and in a notebook as one line
+that is rewritten, otherwise as a new line every `EVERY` seconds. With False, nothing is shown. If
+the argument is a function, nothing is shown either, and the function is called with the numbers.
 """
 
 from __future__ import annotations
@@ -56,13 +57,13 @@ def muted() -> Iterator[None]:
 
 def shows(read: Callable[..., State], argument: str = "progress",
           ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a function, so that it accepts True, False and None for its progress function.
+    """Return a decorator for functions whose argument for progress is a function or None.
 
-    The decorated function receives a function or None.
+    The decorated function also accepts True and False, and raises a UserError for any other value.
 
     Args:
       read: a function that converts the arguments of a call of the progress function to a `State`.
-      argument: the name of the argument, which must be a keyword-only argument.
+      argument: the name of the function's argument, which must be a keyword-only argument.
     """
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)

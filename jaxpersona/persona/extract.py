@@ -114,19 +114,23 @@ def extract_axis(
       rounds: the number of questions after each round, such as [8, 16, 32], in ascending order;
         with `precision` only. Default: `precision.rounds_of`.
       report: by default, a call of more than three seconds shows its progress; False shows
-        nothing. A function is called instead with (step, done, total, tokens). The step is
-        "rollouts" or "judging". With `precision`, `total` counts up to the current round only.
+        nothing. A function is called instead with ("rollouts", number of finished rollouts, total
+        number of rollouts, number of generated tokens) and with ("judging", number of judged
+        replies, total number of replies to judge, 0). With `precision`, the totals include only
+        the rounds up to the current one.
       notice: a function that is called with a line of text for each difference in roles, questions
         or arguments from the previous call, and after each round.
 
     Returns:
-      The axis and its thresholds, with the role vectors, projections and scores.
+      The axis with its thresholds, the role vectors, the projections and the numbers of replies
+      per score, as an `Extraction`.
 
     Raises:
       UserError: an argument is invalid, for example because `roles` has no "default" or a role name
         is not valid as a file name; a prompt does not fit into the context; scikit-learn is not
-        installed; the folder belongs to another run or is in use; a file is damaged; activations
-        are not finite; the judge cannot continue; all replies of the default persona are empty; or
+        installed; the folder belongs to another run, contains other files, cannot be written or is
+        in use; `take_from` is not a matching run of format 2; a file is damaged; activations are
+        not finite; the judge cannot continue; all replies of the default persona are empty; or
         fewer than two roles that are not held out have `min_count` rollouts with score 3.
     """
     settings = settings or Settings()
@@ -186,6 +190,10 @@ def axis_of(model: Model, run: Run, roles: Sequence[Role], judge: Judge, min_cou
 
     `warn` is called with a sentence if roles were asked different questions and their vectors
     cannot be corrected for this (`persona.unequal`).
+
+    Raises:
+      UserError: all replies of the default persona are empty, or fewer than two roles that are not
+        held out have `min_count` rollouts with score 3.
     """
     names = [role.name for role in roles]
     owned = [name for i, name in enumerate(names) if processes.owns(i)]
@@ -280,6 +288,6 @@ def _sums(run: Run, name: str, judge: str) -> Sums:
 
 
 def _in_order(owned: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Merge the entries of all processes in the order of `names`, so that sums are reproducible."""
+    """Return the entries of all processes in the order of `names`, for reproducible float sums."""
     merged = processes.merge(owned)
     return {name: merged[name] for name in names}

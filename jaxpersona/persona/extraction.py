@@ -26,9 +26,10 @@ class Extraction(Table):
     Attributes:
       axis: the axis with its thresholds.
       analysis: the role vectors that define the axis, and their principal components.
-      default: the default persona's mean activation [L, D].
-      role_means: role → "pos_3" vector [L, D], for roles with at least `min_count` rollouts with
-        score 3, including held-out roles.
+      default: the mean [L, D] of the default persona's response means.
+      role_means: role → mean [L, D] of the response means of its rollouts with score 3, corrected
+        for unequal questions (`persona.unequal`), for roles with at least `min_count` such
+        rollouts, including held-out roles.
       projections: role or "default" → projections [k, L] of the k stored response means, which
         belong to a sample of the role's rollouts, or to all rollouts of the default persona.
       counts: role → number of replies per score, as returned by `verdict_counts`; without the
@@ -78,9 +79,10 @@ class Extraction(Table):
         """Return one record per role, including "default", by descending mean projection.
 
         Each record has the keys `role`, `projection` (the mean projection of the role's replies at
-        the layer), `p25` and `p75` (percentiles of the stored projections), `answers` (the number
-        of rollouts), `in_axis` (whether the role's vector is included in the axis) and `scores`
-        (the values of the role's dictionary in `counts`; [] for the default persona).
+        the layer), `p25` and `p75` (percentiles of `projections` at the layer), `answers` (the
+        number of rollouts), `in_axis` (whether the role's vector is included in the axis) and
+        `scores` (the values of the role's dictionary in `counts`; [] for the default persona).
+        Roles whose replies are all empty have NaN projections and come last.
         """
         found = []
         for name, values in self.projections.items():
@@ -94,7 +96,7 @@ class Extraction(Table):
         return sorted(found, key=lambda row: (np.isnan(row["projection"]), -row["projection"]))
 
     def facts(self) -> dict[str, Any]:
-        """Return the model's name, the layer of `records` and the number of rollouts."""
+        """Return a dict of the model's name, the layer of `records` and the number of rollouts."""
         return {"model": self.axis.model, "layer": self.axis.n_layers // 2,
                 "rollouts": self.rollouts}
 
@@ -103,10 +105,11 @@ def save_analysis(folder: pathlib.Path, found: Extraction, held_out: Sequence[st
     """Write the statistics of an extraction to `analysis.json` in a folder.
 
     For each layer, the file contains |cos(PC1, axis)|, the explained variance ratios of the first
-    20 components, and the thresholds with their bootstrap intervals. For each role, it contains the
-    mean projection and quartiles at each layer, the numbers of rollouts (in total, per score, and
-    with a stored response mean), and whether the role is held out or included in the axis. A run
-    with a precision adds its rounds (`Rounds.value`).
+    20 components, and the thresholds with their bootstrap intervals. For each role and the default
+    persona, it contains two statistics by layer (the mean projection of all replies, and the 25th
+    and 75th percentiles of the projections of the stored response means), the numbers of rollouts
+    (in total, per score, and with a stored response mean), and whether the role is held out or
+    included in the axis. A run with a precision adds its rounds (`Rounds.value`).
     """
     analysis = found.analysis
     write_json(folder / "analysis.json", {
@@ -132,7 +135,7 @@ def save_analysis(folder: pathlib.Path, found: Extraction, held_out: Sequence[st
 
 
 def _quartiles(values: np.ndarray) -> np.ndarray:
-    """Return the quartiles [2, L] of projections [k, L]; NaN if all replies are empty."""
+    """Return the 25th and 75th percentiles [2, L] of the finite rows [k, L]; NaN without one."""
     known = values[np.isfinite(values).all(1)]
     return np.percentile(known, [25, 75], 0) if len(known) else np.full(
         (2, values.shape[1]), np.nan)

@@ -64,8 +64,8 @@ class Forecast:
       disk_bytes: the expected size of the files that the run will add to the folder.
       live_bytes: the largest size of the response means that the run stores temporarily.
       free_bytes: the free space on the disk of the folder.
-      precision: the target of a run with a precision, for which all numbers are upper bounds; None
-        for a run of all questions.
+      precision: the target reliability of a run with a precision, for which all estimates assume
+        that every role is asked all questions; None for a run of all questions.
     """
 
     __repr__ = brief
@@ -123,6 +123,9 @@ def forecast(
         overwrite, precision, rounds: as for `extract_axis`.
       sample_seconds: the time in seconds, excluding compilation, for which missing rollouts are
         generated to measure the speed; 0: nothing is generated.
+
+    Returns:
+      The estimates, as a `Forecast`.
 
     Raises:
       UserError: as for `extract_axis`, or the run has several processes, or `sample_seconds` is
@@ -194,11 +197,12 @@ def forecast(
 
 def _done(run: Run, roles: Sequence[Role], judge: Judge, shape: tuple[int, int], overwrite: bool,
           ) -> tuple[dict[str, set[str]], int]:
-    """Verify the run folder and count its rollouts and verdicts, without changing it.
+    """Verify the run folder, and return its rollouts and number of verdicts, without changing it.
 
     Returns:
-      (a dict from role to the keys of its rollouts in the folder, the number of rollouts with a
-      verdict), or ({}, 0) if the folder contains no run or the run will be overwritten.
+      (a dict from each of `roles` to the keys of its rollouts in the folder, the number of these
+      rollouts with a verdict, without the default persona), or ({}, 0) if the folder contains no
+      run or the run will be overwritten.
 
     Raises:
       UserError: the folder contains another run or other files, or a file is damaged.
@@ -316,7 +320,10 @@ def describe(found: Forecast, *, judge: str, cost: float | None = None) -> list[
 
 
 def hours(seconds: float) -> str:
-    """Return a duration as text in hours; below two hours, add minutes or seconds."""
+    """Return a duration in seconds as text in hours, below two hours also in minutes or seconds.
+
+    If the duration is not finite, the text states that it is unknown.
+    """
     if not np.isfinite(seconds):
         return "? hours (unknown, because the sample generated no token; increase its duration)"
     if seconds < 600:

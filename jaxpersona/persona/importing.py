@@ -103,13 +103,15 @@ def import_reference(
         the model and compared, and `extract_axis` can then continue the run with this model. None:
         the model is unknown, and `extract_axis` raises an error for the run.
       roles: the roles; their prompts must equal those in the responses. None: the prompts are
-        read from the responses. The scores are valid only for the `eval_prompt` of these roles.
+        read from the responses. The scores are stored for the `eval_prompt` of these roles (None:
+        for ""); if `extract_axis` is called with another `eval_prompt`, it discards the scores.
       judge: the name under which the scores are stored.
       settings: the generation settings with which `extract_axis` continues the run; `samples` must
         be 1. Default: `Settings()`, which has the published values.
       min_count: the number of rollouts with score 3 that a role needs to be included in the axis.
-      held_out: names of roles that are not included in the axis.
-      keep_means: the number of rollouts per role whose response means are stored; None: all.
+      held_out: names of roles that are included neither in the axis nor in the thresholds.
+      keep_means: the number of rollouts per role whose response means are stored; None: all. All
+        response means of the default persona are stored.
       overwrite: whether to replace a run in the folder. The old run is deleted only after the whole
         source has been read without errors.
       report: by default, a call of more than three seconds shows its progress; False shows
@@ -125,7 +127,8 @@ def import_reference(
       UserError: `source` contains invalid data (the message lists all errors, with line numbers);
         `model` did not generate the responses; neither `model` nor the folder determines the shape
         of response means; an argument is invalid, such as an unknown name in `held_out`; a package
-        is missing; or `run` contains a run and `overwrite` is false, or contains files but no run.
+        is missing; or `run` is a file, cannot be written, contains a run although `overwrite` is
+        false, or contains files but no run.
 
     Examples:
       >>> import tempfile
@@ -176,7 +179,7 @@ def import_reference(
 
 def _write(run: Run, source: Source, judge: str, min_count: int, held_out: Sequence[str],
            keep: int | None, seed: int, report: Report | None) -> Imported:
-    """Write all files of the imported run except the manifest.
+    """Write all files of the imported run except the manifest, and return the result.
 
     Raises:
       UserError: response means are not valid; the message lists all errors.

@@ -22,6 +22,7 @@ class Judging:
     several processes. Otherwise the judge scores in its own thread while the caller generates.
 
     Attributes:
+      judge: the judge.
       whole: whether the judge scores in the caller's thread, one role at a time (`now`).
       after: whether judging starts only after all rollouts are generated (see `Judge`).
     """
@@ -69,10 +70,10 @@ class Judging:
             self._waiting.put(list(items))
 
     def take(self, seconds: float = 0.0) -> list[Found]:
-        """Return the new verdicts of the judge's thread as (role, key, verdict, cost).
+        """Return a list of the new verdicts of the judge's thread, in the form that `now` yields.
 
         Args:
-          seconds: the maximum time in seconds to wait for the first verdict.
+          seconds: the maximum time in seconds to wait for the first verdict; 0: do not wait.
 
         Raises:
           UserError: the judge cannot continue, or gave an invalid verdict. If there are earlier
@@ -95,6 +96,9 @@ class Judging:
 
     def now(self, items: Sequence[Item]) -> Iterator[Found]:
         """Score items of one role in the caller's thread, and yield (role, key, verdict, cost).
+
+        `role` is the role's name, `key` the rollout's key, `verdict` a dict of the other fields of
+        `Verdict`, and `cost` the cost in USD.
 
         Raises:
           UserError: the judge cannot continue, gave a score outside its scale, or did not give

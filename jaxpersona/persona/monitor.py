@@ -63,8 +63,8 @@ class Monitor:
             middle of the layers at which the direction is nonzero.
 
         Raises:
-          UserError: the direction belongs to another model, or is zero at one of the layers, or a
-            layer does not exist.
+          UserError: the direction belongs to another model or site, or is zero at every layer or at
+            one of `layers`; or a layer does not exist.
         """
         vector = fit(model, vector)
         known = np.flatnonzero(vector.values.any(1))
@@ -93,9 +93,10 @@ class Monitor:
 
     @property
     def usual(self) -> dict[int, tuple[float, float]]:
-        """The quartiles of the default persona's projections, with one value per rollout.
+        """The usual projections of the default persona: layer → (25th, 75th percentile).
 
-        A dict from layer to (25th, 75th percentile); {} if unknown.
+        The percentiles are over rollouts, of the mean projection of each rollout's reply. The dict
+        is empty if they are unknown.
         """
         known = self.vector.percentiles.get("default", {}) if isinstance(self.vector, Axis) else {}
         if "p25" not in known or "p75" not in known:

@@ -14,18 +14,20 @@ v(r, h), where u(r, h) is the mean of the default persona over the questions of 
 slope of the least-squares regression of the roles' means per question on the default persona's
 means (`question_slope`).
 
-**Reliability.** c is the cosine of the two halves of a vector. With the model v = μ + e, where the
-errors e of single questions are independent, c estimates |μ|² / (|μ|² + 2σ²/n). The reliability of
-the vector of all n questions, ρ = |μ|² / (|μ|² + σ²/n), is therefore 2c / (1 + c) (Spearman 1910,
-Brown 1910). ρ is the expected cosine of the vectors of two independent runs with n questions each.
-The expected cosine of a vector and the vector of a run with infinitely many questions is √ρ.
+**Reliability.** c is the cosine of the two halves of a vector. If question q gives the vector
+μ + e(q), with independent errors of E|e(q)|² = σ², c estimates |μ|² / (|μ|² + 2σ²/n). The
+reliability of the vector of all n questions, ρ = |μ|² / (|μ|² + σ²/n), is therefore 2c / (1 + c)
+(Spearman 1910, Brown 1910). ρ is the expected cosine of the vectors of two independent runs with n
+questions each. The expected cosine of a vector and the vector of a run with infinitely many
+questions is √ρ.
 
 **Interval.** The jackknife (Tukey 1958) leaves out one question at a time from its half, for all
-roles together, and computes t = log(ρ / (1 − ρ)) again. With m(h) questions in half h, the squared
-standard error of t is Σₕ (m(h) − 1) / m(h) · Σⱼ (tⱼ − t̄(h))². The interval has the quantiles of
-Student's t distribution with m(0) + m(1) − 2 degrees of freedom. A percentile bootstrap over
-questions is not used: drawing with replacement doubles the error of each half, so that the interval
-is too low (`tests/persona/test_precision.py`).
+roles together, and computes t = log(ρ / (1 − ρ)) again. tⱼ is the value without question j, t̄(h)
+the mean of tⱼ over the m(h) questions of half h, and the squared standard error of t is
+Σₕ (m(h) − 1) / m(h) · Σⱼ (tⱼ − t̄(h))². The interval uses the quantiles of Student's t distribution
+with m(0) + m(1) − 2 degrees of freedom. A percentile bootstrap over questions is not used: drawing
+with replacement doubles the error variance of each half, so that the interval is too low
+(`tests/persona/test_precision.py`).
 """
 
 from __future__ import annotations
@@ -97,7 +99,7 @@ class Cells:
                      None if self.asked is None else self.asked[:questions])
 
     def padded(self, questions: int) -> Cells:
-        """Extend the cells to `questions` questions; the role was not asked the added ones."""
+        """Return the cells extended to `questions` questions; the added ones were not asked."""
         n = len(self.counts)
         more, asked = questions - n, np.ones(n, bool) if self.asked is None else self.asked
         return Cells(np.pad(self.totals, ((0, more), (0, 0))), np.pad(self.counts, (0, more)),
@@ -110,7 +112,7 @@ class Cells:
 
 @dataclasses.dataclass(frozen=True)
 class _Means:
-    """Means of a role over its replies.
+    """The means of a role's replies, or a linear combination of such means of several roles.
 
     Attributes:
       halves: [2, D], the mean of each half; NaN without a reply.
@@ -148,7 +150,7 @@ def spearman_brown(cosine: np.ndarray | float) -> np.ndarray:
 
 
 def question_slope(default: Cells, roles: Mapping[str, Cells]) -> float:
-    """Return the slope of the regression of the roles' question effects on the default persona's.
+    """Return the regression slope of the roles' question effects on the default persona's effects.
 
     For role r, x(r, q) is the default persona's mean over its replies to question q, minus the
     average of these means over all questions with replies of both the default persona and the role.
@@ -156,8 +158,8 @@ def question_slope(default: Cells, roles: Mapping[str, Cells]) -> float:
     is Σ ⟨x(r, q), y(r, q)⟩ / Σ |x(r, q)|² over all roles and these questions.
 
     Args:
-      default: the cells of the default persona, [n, D].
-      roles: role → cells [n(r), D] of the first n(r) ≤ n questions.
+      default: the default persona's cells of n questions.
+      roles: role r → its cells of the first n(r) ≤ n questions.
 
     Returns:
       The slope, limited to 0 … 1; 0 if no role has at least two questions with replies of both the
@@ -187,9 +189,9 @@ def measure(default: Cells, roles: Mapping[str, Cells], used: Sequence[str],
     """Return the reliabilities of the axis and of the roles' centred vectors.
 
     Args:
-      default: the cells of the default persona, [n, D].
-      roles: role → cells [n(r), D] of the first n(r) ≤ n questions.
-      used: the names of the roles that define the axis and the mean of all roles. Those with
+      default: the default persona's cells of n questions.
+      roles: role r → its cells of the first n(r) ≤ n questions.
+      used: the names of the roles whose mean defines the axis and centres the vectors. Roles with
         replies to fewer than two questions of a half are ignored.
       slope: the fraction of a question's effect that all personas share; default: the result of
         `question_slope`.
@@ -261,7 +263,7 @@ def _reliability(means: _Means, asked: np.ndarray) -> Reliability:
 
     Args:
       means: the means of the vector.
-      asked: [n] bool, the questions that have replies.
+      asked: [n] bool, the questions that the jackknife leaves out, one at a time.
     """
     student = require("scipy.stats", "intervals of a reliability need scipy").t
 
@@ -330,8 +332,8 @@ def rank(seed: int, question: int) -> bytes:
 def rounds_of(questions: int) -> list[int]:
     """Return the default rounds: the cumulative number of questions after each round, ascending.
 
-    The first number is `FIRST`, and each further number is 1.5 or 4/3 times the one before. The
-    last number is `questions`.
+    The numbers begin with `FIRST` and grow by the factors 1.5 and 4/3 in turn while they are below
+    `questions`, which is the last number.
 
     Args:
       questions: the number of questions.
@@ -352,7 +354,10 @@ def check_precision(precision: float, rounds: Sequence[int] | None, questions: i
     Args:
       precision: the target reliability, at which a vector is settled: it gets no more questions.
       rounds: the cumulative number of questions after each round, or None for `rounds_of`.
-      questions: the number of questions of the run; it is appended to `rounds` if it is missing.
+      questions: the number of questions of the run.
+
+    Returns:
+      The rounds as a list, to which `questions` is appended if it is missing.
 
     Raises:
       UserError: `precision` is not between 0 and 1, there are fewer than `FIRST` questions, or

@@ -42,11 +42,11 @@ def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: 
       (roles, questions, held_out) as lists.
 
     Raises:
-      UserError: an argument has the wrong type, a setting is out of range, "default" is missing or
-        held out, a name in `held_out` is unknown, a role name is not valid as a file name, a prompt
-        is blank (except "" in the default role), there is no question, two questions have the same
-        id, the judge needs an `eval_prompt` that a role lacks, or the roles or rollouts are too few
-        for an axis.
+      UserError: an argument has the wrong type, a setting is out of range, `min_count` is not
+        positive, "default" is missing or held out, a name in `held_out` is unknown, a role name is
+        given twice or not valid as a file name, a prompt is blank (except "" in the default role),
+        there is no question, two questions have the same id, the judge needs an `eval_prompt` that
+        a role lacks, or the roles or rollouts are too few for an axis.
     """
     roles, questions = all_of(Role, roles, "roles"), all_of(Question, questions, "questions")
     if isinstance(held_out, str):

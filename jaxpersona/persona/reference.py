@@ -80,8 +80,8 @@ def reference(vector: Vector, layer: int, file: str | os.PathLike[str] | None = 
         same model, the roles' mean projections are read from `analysis.json` in that folder.
 
     Returns:
-      The reference values, or None if the direction is not an axis with the default persona's
-      percentiles.
+      The reference values, or None if the direction is not an axis with the default persona's 1st,
+      25th, 50th, 75th and 99th percentiles.
 
     Raises:
       UserError: `run.json` or `analysis.json` is damaged, or `analysis.json` has a different number

@@ -37,10 +37,11 @@ def judge_run(folder: str | os.PathLike[str], roles: Sequence[Role], judge: Judg
         default persona may be omitted.
       judge: the judge.
       report: by default, a call of more than three seconds shows its progress; False shows
-        nothing. A function is called instead with ("judging", done, total, 0) after each verdict.
+        nothing. A function is called instead with ("judging", number of new verdicts, number of
+        replies to judge, 0) after each verdict, and while the judge prepares.
 
     Returns:
-      (counts, cost): `counts` maps each role to its number of replies per score
+      (counts, cost): `counts` maps each role except "default" to its number of replies per score
       (`verdict_counts`), and `cost` is the total cost of the new verdicts in USD.
 
     Raises:

@@ -6,8 +6,8 @@ question, which the run folder keeps (`runs.sums`). The axis is settled if the l
 interval is at least the target. A role is settled if the axis is settled, the lower end of the
 interval of the role's vector is also at least the target, and the role has `min_count` rollouts
 with score 3. A settled role is asked no further questions. The default persona is asked all
-questions of the last round. The quota is the number of rollouts of a run in which all roles are
-asked all questions.
+questions of the last round, and all other questions of the call of which the folder contains
+rollouts of a role.
 
 The decisions after a round depend only on the rollouts of this round and of earlier ones. A
 resumed run therefore makes the same decisions, even if the folder already contains more rollouts.
@@ -67,8 +67,8 @@ class Rounds:
       rounds: the measurements, one entry per round.
       asked: role or "default" → number of questions that it was asked in these rounds.
       settled: the names of the settled roles, sorted.
-      rollouts: the number of rollouts of all roles that the vectors average. If the run folder
-        already contained more rollouts than the rounds need, these are included.
+      rollouts: the number of rollouts that the vectors average, including the default persona's. If
+        the run folder already contained more rollouts than the rounds need, these are included.
       quota: the number of rollouts if all roles were asked all questions of the call, plus the
         number of rollouts of other questions in the folder.
       slope: the fraction of a question's effect that all personas share
@@ -95,7 +95,7 @@ class Rounds:
         return self.quota - self.rollouts
 
     def last(self) -> dict[str, Reliability]:
-        """Return the last measurement of each role."""
+        """Return a dict from role to the last measured reliability of its centred vector."""
         found: dict[str, Reliability] = {}
         for one in self.rounds:
             found |= one.roles
@@ -135,7 +135,7 @@ class Rounds:
 
 
 def shown(found: Reliability) -> str:
-    """Format a reliability with its interval, such as "0.981 (0.975 to 0.985)"."""
+    """Format a reliability with its interval, such as "0.981 (0.975 to 0.985)", or "unknown"."""
     if not math.isfinite(found.value):
         return "unknown"
     return f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
@@ -175,7 +175,7 @@ def collect(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[Q
             min_count: int, held_out: Sequence[str], keep: int | None, older: Older | None = None,
             report: Report | None = None, notice: Callable[[str], None] = lambda _: None,
             ) -> tuple[Collection, Rounds]:
-    """Generate and judge rollouts in rounds, until all roles are settled or all are generated.
+    """Generate and judge rollouts in rounds, until all roles are settled or asked all questions.
 
     Args:
       model, run, roles, questions, judge, settings, keep, older, report: as for `Collection`.
@@ -185,8 +185,8 @@ def collect(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[Q
       notice: a function that is called with a line of text after each round.
 
     Returns:
-      (the last `Collection`, the measurements). The fields `rollouts`, `slope` and `axis` of the
-      measurements are final only after `measured` sets them.
+      (the last `Collection`, the `Rounds`). The fields `rollouts`, `slope` and `axis` of `Rounds`
+      are final only after `measured` sets them.
 
     Raises:
       UserError: as for `Collection` and `Collection.work`.
@@ -268,7 +268,7 @@ def measured(rounds: Rounds, asked: Mapping[str, Mapping[int, int]], cells: Mapp
       asked: role or "default" → question id → number of rollouts.
       cells: role or "default" → sums per question, all with the same questions.
       used: the names of the roles that define the axis.
-      slope: the slope of the correction.
+      slope: the slope with which the vectors were corrected (`precision.question_slope`).
     """
     axis, _ = measure(cells[DEFAULT], {name: cells[name] for name in sorted(cells)
                                        if name != DEFAULT}, sorted(used), slope)

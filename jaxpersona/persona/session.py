@@ -117,7 +117,8 @@ class Session:
 
     Examples::
 
-        model = jp.load("mini")
+        model, axis = jp.load("mini"), jp.load_axis("mini")
+        cap = jp.cap(axis, layers=slice(4, 8), floor="p25")
         session = Session(model, interventions=cap, monitor=Monitor(model, axis))
         for piece in session.reply("Who are you?"):
             print(piece.text, end="")
@@ -193,6 +194,7 @@ class Session:
           iterator raises UserError if activations are not finite.
 
         Raises:
+          ContextFull: as for `reply`.
           UserError: the conversation has no reply, or the session has no interventions.
         """
         if not self.turns:

@@ -41,13 +41,19 @@ class Source:
     """An output folder of the published code, checked when the object is created.
 
     Attributes:
+      folder, model: the arguments of `Source`.
+      faults: the list of errors found so far.
       roles: role name → `Role`: the given role or, if `given` is None, a role with the prompts of
         the responses.
       gaps: names of roles whose prompt indices in the responses are not 0, 1, 2, …; [] if `given`
         is not None.
+      questions: question index in the responses → text.
+      extra: unknown field of the responses → number of rollouts that have it.
+      rollouts: role name → number of rollouts.
+      held: "scores" and "activations" → names of the roles with a file in this subfolder.
       shape: (L, D), the shape of a response mean.
-      distance: the median relative distance between stored response means and those recomputed
-        with the model; None if no means were compared.
+      distance: the median relative distance between stored and recomputed response means; None if
+        no means were compared.
       axis: the axis in the folder, or None.
     """
 
@@ -63,8 +69,9 @@ class Source:
             and "comparing".
 
         Raises:
-          UserError: the folder contains invalid data (the message lists all errors), or `model` is
-            not the model that generated the responses.
+          UserError: the folder does not exist, has no responses or contains invalid data (the
+            message lists all errors), `model` is not the model that generated the responses, or
+            neither `model` nor the folder determines the shape of response means.
         """
         require_folder(folder)
         names = published.roles_in(folder, published.RESPONSES)
@@ -94,18 +101,21 @@ class Source:
         self.shape, self.distance = self._fitted()
 
     def texts(self, name: str) -> published.Texts:
-        """Read the rollouts of a role."""
+        """Read the rollouts of a role; errors are added to `faults`."""
         return published.read_responses(self.folder, name, self.faults)
 
     def scores(self, name: str, texts: published.Texts) -> dict[str, int]:
-        """Read the scores of a role; {} for the default persona or if the folder has none."""
+        """Return rollout key → score of a role; {} for the default persona or without a file."""
         if name == DEFAULT or name not in self.held[published.SCORES]:
             return {}
         return published.read_scores(self.folder, name, texts, self.faults)
 
     def means(self, name: str, texts: published.Texts,
               shape: tuple[int, ...] | None) -> dict[str, np.ndarray]:
-        """Read the response means of a role; {} if the folder has none."""
+        """Return rollout key → response mean [L, D] of a role; {} without a file.
+
+        `shape` is (L, D), or None if unknown: all means must then have the shape of the first.
+        """
         if name not in self.held[published.ACTIVATIONS]:
             return {}
         return published.read_activations(self.folder, name, texts, shape, self.faults)
@@ -151,8 +161,8 @@ class Source:
         """Check that the model generated the responses; return (L, D) and `distance`.
 
         Raises:
-          UserError: a response mean is invalid, the model did not generate the responses, or L and
-            D are unknown.
+          UserError: a response mean is invalid, the first file of response means is empty, the
+            model did not generate the responses, or L and D are unknown.
         """
         model, origin = self.model, self.origin()
         mark = origin.get("fingerprint") if origin.get("fingerprint_scheme") == SCHEME else ""
@@ -189,6 +199,8 @@ class Source:
                   ) -> float | None:
         """Return the median relative distance between stored and recomputed response means.
 
+        At most `_COMPARED` means are recomputed. The result is None if no reply can be compared.
+
         Raises:
           UserError: the distance exceeds `FARTHEST`.
         """
@@ -219,7 +231,7 @@ class Source:
         return found if isinstance(found, dict) else {}
 
     def manifest(self, judge: str, settings: Settings, **last: Any) -> dict[str, Any]:
-        """Return the manifest of the imported run."""
+        """Return the manifest of the imported run, with the fields `last` in its part "last"."""
         roles = list(self.roles.values())
         questions = [Question(i, text) for i, text in sorted(self.questions.items())]
         if self.model is not None:

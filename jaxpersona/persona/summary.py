@@ -38,9 +38,9 @@ def distances(found: Extraction, layer: int) -> dict[str, float]:
       layer: the layer of the projections.
 
     Returns:
-      A dict from role to distance, in standard deviations of the default persona's projections and
-      in descending order. The distance is negative if the role's mean is below the default
-      persona's. Roles whose replies are all empty are omitted.
+      A dict from role to distance, in descending order. The unit is the standard deviation of the
+      projections of the default persona's replies. The distance is negative if the role's mean is
+      below the default persona's mean. Roles whose replies are all empty are omitted.
     """
     own = found.projections[DEFAULT][:, layer]
     spread = max(float(own[np.isfinite(own)].std()), 1e-12)

@@ -58,7 +58,8 @@ def project_conversation(
     """Project the assistant messages of a finished conversation onto directions.
 
     Each value is the mean of ⟨h, v̂⟩ over the response tokens of one message, as in the drift
-    measurements of Lu et al. 2026.
+    measurements of Lu et al. 2026. h is the residual stream after the interventions at a layer, and
+    v̂ a direction, normalized at this layer.
 
     Args:
       model: the model.
@@ -97,6 +98,9 @@ def _project(model: Model, rows: Sequence[chat.Row], vectors: Sequence[Vector],
 
     Returns:
       For each conversation, one `TurnProjection` per assistant message with response tokens.
+
+    Raises:
+      UserError: there is no layer at which all directions are nonzero.
     """
     directions = np.stack([vector.values for vector in vectors], 1)
     known = [i for i, layer in enumerate(directions) if layer.any(1).all()]
@@ -176,8 +180,8 @@ def grow(
         Conversations with equal ids use the same random draws.
       readout: whether to compute `Talks.readout`.
       report: by default, a call of more than three seconds shows its progress; False shows
-        nothing. A function is called instead with (turn, number of replies finished in this turn,
-        number of tokens generated in this turn).
+        nothing. A function is called instead with (index of the turn from 0, number of replies
+        finished in this turn, number of tokens generated in this turn).
 
     Returns:
       The replies and their projections.

@@ -1,13 +1,13 @@
 """Correct role vectors for questions that a role was not asked.
 
 Roles of a run can have rollouts of different questions, for example after a run with a precision
-(`persona.rounds`). A question changes the response means of all personas, so the average of a role
-depends on its questions. For a role with other questions than the default persona, the correction
-is b · (v(default) − u(role)): v is the default persona's mean over all its replies, u its mean over
-the replies to the role's questions, and b the slope of the regression of the roles' means per
-question on the default persona's means (`precision.question_slope`). b is computed from all
-rollouts that the vectors average. This computation needs sums per question, which only runs with a
-precision keep.
+(`persona.rounds`). A question changes the response means of all personas, so a role's vector
+depends on the role's questions. For a role with other questions than the default persona, the
+correction is b · (v(default) − u(role)): v is the default persona's mean over all its replies, u
+its mean over the replies to the role's questions, and b the slope of the regression of the roles'
+means per question on the default persona's means (`precision.question_slope`). b is computed from
+all rollouts that the vectors average. This computation needs sums per question, which are kept only
+by runs with a precision and by imports of such runs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Correction:
       slope: the fraction of a question's effect that all personas share; None if the run has no
         sums per question.
       shifts: role → correction [L, D] float64, without roles that need none.
-      problem: a sentence about roles that are not corrected; "" if there are none.
+      problem: a sentence about roles that are not corrected for all their questions; "" if there
+        are none.
     """
 
     __repr__ = brief
@@ -49,7 +50,7 @@ class Correction:
 
 
 def questions_of(run: Run, name: str, judge: str, sums: Sums) -> Counter[int]:
-    """Return a dict from the id of each question of a closed role to its number of rollouts."""
+    """Return question id → number of rollouts of a closed role; `judge` is the judge's name."""
     verdicts = run.verdicts(name, judge)
     keys = sums.groups if verdicts is None else verdicts["scores"]
     return Counter(place_of_key(key)[0] for key in keys)
@@ -63,6 +64,8 @@ def order_of(asked: Mapping[str, Iterable[int]], seed: int) -> list[int]:
 def cells_of(sums: Sums, name: str, order: Sequence[int], asked: Iterable[int] | None = None,
              ) -> Cells | None:
     """Return a role's sums per question, or None if the run does not keep them.
+
+    The sums include the role's rollouts with score 3, or all rollouts of the default persona.
 
     Args:
       sums: the sums of the role.
@@ -84,7 +87,7 @@ def same_width(cells: Mapping[str, Cells]) -> dict[str, Cells]:
 
 
 def merged_cells(own: Mapping[str, Cells | None]) -> dict[str, Cells] | None:
-    """Merge the cells of all processes; return None if a role has none."""
+    """Merge the cells of all processes, with equal widths; return None if a role has none."""
     found = processes.merge({name: (one, ) for name, one in own.items()})
     cells = {name: one for name, (one,) in found.items() if one is not None}
     return same_width(cells) if len(cells) == len(found) else None
@@ -116,7 +119,8 @@ def correction(run: Run, asked: Mapping[str, Iterable[int]], cells: Mapping[str,
         sample = run.sample(DEFAULT)
         finite = [i for i, value in enumerate(sample.differences)
                   if np.isfinite(value.astype(np.float32)).all()]
-        means = sample.differences[finite].astype(np.float64)  # the base cancels
+        # without the sample's base, which cancels in the difference of two means below
+        means = sample.differences[finite].astype(np.float64)
         of = np.array([place_of_key(sample.keys[i])[0] for i in finite])
         for some in {sets[name] for name in others}:
             if (inside := np.isin(of, sorted(some))).any():

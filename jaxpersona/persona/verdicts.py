@@ -84,6 +84,12 @@ def sample(replies: Mapping[str, Item], scores: Mapping[str, int | None], count:
            seed: int = 0) -> list[tuple[Item, int | None]]:
     """Draw up to `count` replies with each score, from as many roles as possible.
 
+    Args:
+      replies: "role/key" → reply (`replies_of`).
+      scores: "role/key" → score (`scores_of`). Replies without an entry are not drawn.
+      count: the maximum number of replies with each score.
+      seed: the seed of the draw.
+
     Returns:
       A list of (reply, score) in descending order of score; undecided replies come last.
     """

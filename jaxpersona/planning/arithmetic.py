@@ -71,7 +71,7 @@ def weight_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh,
 
 
 def step_bytes(config: ModelConfig, dtype: Weights) -> int:
-    """Return the number of weight bytes read per decode step.
+    """Return the number of weight bytes that all chips together read per decode step.
 
     An input embedding that is not tied to the output head is excluded, because a step reads
     only one of its rows per token.
@@ -153,7 +153,7 @@ def seconds(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,
 def run_hours(roofline: Mapping[str, float], shapes: Shapes, fraction: float) -> float:
     """Return the hours needed to generate `ROLLOUTS` rollouts at a fraction of roofline speed.
 
-    Every reply is assumed to have `NEW_TOKENS` tokens.
+    `roofline` is the result of `seconds`. Every reply is assumed to have `NEW_TOKENS` tokens.
     """
     batches = -(-ROLLOUTS // shapes.batch)
     one = roofline["prefill"] + NEW_TOKENS * roofline["decode_step"]

@@ -81,10 +81,11 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
       config: the model configuration.
       topology: the topology in the form chip:extents, such as v5e:4x4 or h200:8.
       name: the model's name in the result.
-      batch: the number of rows B over all chips.
+      batch: the total number of rows on all chips.
       context: the number of cache slots per row; a quarter of the slots, at most 512, is reserved
         for the reply.
-      cap_layers: the layers to cap; the capped program is compared with the uncapped program.
+      cap_layers: the layers to cap in a second program, which is compared with the uncapped
+        program; by default, there is no second program.
       mesh: the sizes of the axes "data", "fsdp" and "model". By default, "model" has the largest
         size up to 16 that divides the number of chips and is valid for the model, and the size of
         "data" is the number of chips divided by the size of "model".
@@ -92,8 +93,8 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
         cache are bfloat16.
 
     Returns:
-      The dict that `jaxpersona plan --json` prints. Values from the compiler are None for GPUs,
-      or if libtpu is not installed.
+      The dict that `jaxpersona plan --json` prints. For GPUs, or if libtpu is not installed, the
+      temporary memory is estimated (`activation_bytes`), and the values of `compare` are None.
 
     Raises:
       UserError: the topology is unknown or not supported by libtpu, the mesh is invalid for the
@@ -233,7 +234,7 @@ def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
 
 def lowered(params: Params, config: ModelConfig, shapes: Shapes,
             cap_layers: Sequence[int]) -> tuple[Lowered, Lowered]:
-    """Lower prefill and decode with greedy sampling and, if `cap_layers` is given, with a cap.
+    """Return prefill and decode, lowered with greedy sampling and, if `cap_layers`, with a cap.
 
     The leaves of `params` are arrays or `jax.ShapeDtypeStruct`s.
     """
@@ -279,10 +280,11 @@ def compare(compiled: Mapping[str, Compiled] | None,
     """Return the number of collectives per layer in a decode step, and the overhead of a cap.
 
     A value is None if a decode program that it requires was not compiled or exceeds device memory.
-    `collectives_per_layer` is the maximum over the layers. `added_collectives` and `added_bytes`
-    are the additional collectives and accessed bytes of a decode step with the cap.
-    `added_fusions_per_layer` is the median number of kernels added per capped layer, and
-    `added_fusions_once` is the number of other added kernels. `temporaries_by_program` contains the
+    `collectives_per_layer` is the maximum over the layers, in which a reduce-scatter and its
+    all-gather count as one (`hlo.reductions`). `added_collectives` and `added_bytes` are the
+    additional collectives and accessed bytes of a decode step with the cap.
+    `added_fusions_per_layer` is the median number of fusions added per capped layer, and
+    `added_fusions_once` is the number of other added fusions. `temporaries_by_program` contains the
     ratio of temporary memory with the cap to temporary memory without the cap, for prefill and for
     decode. `temporaries_ratio` is the same ratio for the maximum over prefill and decode.
     """

@@ -255,7 +255,11 @@ def _draw_arms(ax: Axes, values: Mapping[str, np.ndarray], looks: list[dict[str,
 
 def _behaviour(ax: Axes, values: Mapping[str, np.ndarray], looks: list[dict[str, Any]],
                leak: dict[str, float]) -> None:
-    """Draw the leak rate of each arm after the last turn, and show the y axis in percent."""
+    """Draw the leak rate of each arm after the last turn, and show the y axis in percent.
+
+    Raises:
+      UserError: `leak` is not empty, and its arms differ from the arms of `values`.
+    """
     from matplotlib.ticker import PercentFormatter
 
     if leak and set(leak) != set(values):
@@ -274,7 +278,11 @@ def _behaviour(ax: Axes, values: Mapping[str, np.ndarray], looks: list[dict[str,
 
 
 def _projection(ax: Axes, axis: Axis | None, layer: int | None, floor: str | float | None) -> None:
-    """Draw the default persona's band and the floor, if they are given, and label the y axis."""
+    """Draw the default persona's band and the floor, if they are given, and label the y axis.
+
+    Raises:
+      UserError: the floor is a percentile without an axis, or is not finite.
+    """
     if axis is not None and layer is not None:
         low, high = (float(axis.thresholds(p, of="default")[layer]) for p in ("p25", "p75"))
         band(ax, low, high, "default persona, p25 to p75")

@@ -213,7 +213,7 @@ def variance(found: Any, layer: int | None = None, *, thresholds: Sequence[float
 
     Args:
       found: as for `pca`, or the explained variance ratios [C] of the components.
-      layer: the layer; default: the middle one.
+      layer: the layer; default: the middle one. For ratios, the layer appears only in the title.
       thresholds: shares of the variance, which are drawn as lines. The legend states how many
         components are needed to reach each share.
       most: the maximum number of components to draw.

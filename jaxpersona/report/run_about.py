@@ -53,7 +53,7 @@ def context(found: Contents, data: dict[str, Any], notes: Sequence[str], version
 
 
 def state(found: Contents) -> dict[str, Any]:
-    """Return whether the run is complete, the name of its state, and lines about its progress."""
+    """Return a dict with "complete" (a bool), the "name" of the state, and "lines" of text."""
     total = len(found.roles) + 1
     closed = (f"{len(found.closed):,} of {total:,} roles (including the default persona) are "
               "complete")
@@ -190,7 +190,7 @@ def _dialogue(item: Item) -> dict[str, str]:
 
 
 def provenance(found: Contents, version: str) -> list[dict[str, Any]]:
-    """Return the settings, software and device of the run, as groups of (name, value) pairs."""
+    """Return the settings, software and device of the run, as groups with a title and rows."""
     manifest = found.manifest
     model, last, numerics = (manifest.get(key, {}) for key in ("model", "last", "numerics"))
     status = found.status or {}

@@ -83,6 +83,8 @@ def _plain(values: Any) -> list[float]:
 def read_drift(folder: pathlib.Path, layers: int) -> Drift | None:
     """Return the content of drift.json, or None if the file is missing.
 
+    `layers` is the number of layers of the model.
+
     Raises:
       UserError: the file is damaged, or its layer does not exist.
     """

@@ -22,7 +22,8 @@ class Agreement:
     """The cosine similarity of the axes of two halves, over `SPLITS` random splits.
 
     Attributes:
-      mean, low, high: [L], the mean, minimum and maximum of the cosine similarity at each layer.
+      mean, low, high: [L], the mean, minimum and maximum of the cosine similarity at each layer;
+        NaN if an axis is zero.
       roles: the number of roles in each half.
       replies: the minimum and the maximum number of replies of a role, in both halves together.
       default: the number of replies of the default persona, in both halves together.
@@ -41,18 +42,19 @@ class Agreement:
 class Halves:
     """Split the stored response means of each role into halves, and compare the axes.
 
-    The axis of a half is the default persona's mean activation minus the mean of the role vectors.
-    A role vector is the mean activation over the role's replies with score 3. All means use only
-    the replies in that half. The sums are accumulated role by role, so that the response means of
-    only one role are in memory at a time.
+    The axis of a half is the mean of the default persona's response means minus the mean of the
+    role vectors. A role vector is the mean of the response means of the role's replies with score
+    3. All means use only the stored response means in that half. The sums are accumulated role by
+    role, so that the response means of only one role are in memory at a time.
 
     Attributes:
-      left_out: the roles (or "default") for which `add` accepted fewer than two replies, and which
-        are therefore in neither half.
+      shape, seed: the arguments of `Halves`.
+      left_out: the roles (or "default") with fewer than two replies to add, which are therefore in
+        neither half.
     """
 
     def __init__(self, shape: tuple[int, ...], seed: int = 0) -> None:
-        """Create empty halves for response means of shape (L, D)."""
+        """Create empty halves for response means of shape (L, D); `seed` determines the splits."""
         self.shape, self.seed = shape, seed
         self.left_out: list[str] = []
         self._roles = np.zeros((2, SPLITS, int(np.prod(shape))))
@@ -61,7 +63,7 @@ class Halves:
         self._own = 0
 
     def add(self, name: str, sample: Sample, scores: Mapping[str, int | None] | None) -> None:
-        """Add the stored response means of a role, without those that are not finite.
+        """Add the stored finite response means of a role, if there are at least two.
 
         Args:
           name: the role, or "default".

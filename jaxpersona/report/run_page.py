@@ -117,7 +117,7 @@ def plotly_js() -> tuple[str, str]:
     """Return the source of plotly.js and its version.
 
     Raises:
-      UserError: plotly is not installed.
+      UserError: plotly is not installed, or its script cannot be embedded in a page.
     """
     offline = require("plotly.offline", "the page of a run needs plotly")
     return _script(offline.get_plotlyjs()), str(offline.get_plotlyjs_version())

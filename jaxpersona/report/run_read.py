@@ -66,8 +66,8 @@ class Analysis:
     Attributes:
       cos: [L], |cos(PC1, axis)| at each layer.
       variance: for each layer, the explained variance ratios of the first components.
-      intervals: population → percentile (such as "p25") → [2, L], the ends of its bootstrap
-        confidence interval.
+      intervals: "default" or "all" → percentile, such as "p25" → [2, L], the ends of its 95 %
+        bootstrap interval ("all": over the roles that are not held out and the default persona).
       roles: role or "default" → its values.
       rounds: the rounds of a run with `--precision`, or None.
     """
@@ -98,8 +98,8 @@ class Contents:
       replies: closed role or "default" → (reply, score), a reply with the role's highest score.
       samples: (reply, score) pairs in descending order of score; undecided replies come last.
       plain: replies of the default persona, which is not judged.
-      vectors: role → "pos_3" vector [L, D], and "default" → mean activation [L, D]; empty without
-        an axis.
+      vectors: closed role → its vector [L, D] for rollouts with score 3, and "default" → mean
+        [L, D] of the default persona's response means, as stored by the run; empty without an axis.
       stored: role of the axis or "default" → the keys of its stored response means that its vector
         averages; empty without an axis.
       averaged: role of the axis or "default" → number of replies that its vector averages.
@@ -189,7 +189,7 @@ def read(folder: str | os.PathLike[str], *, report: Progress | None = None,
 def _read_role(run: Run, name: str, found: Contents) -> dict[str, int | None]:
     """Add a closed role to `found`; return a dict from key to score.
 
-    Rollouts on which the judge failed are omitted.
+    The dict omits rollouts on which the judge failed; it is empty for the default persona.
     """
     given = run.verdicts(name, found.judge)
     scores: dict[str, int | None] = {}

@@ -25,12 +25,11 @@ class Curve:
       layer: the layer of the measurements.
       questions: the cumulative number of questions after each round.
       axis: [3, K], the reliability of the axis and the ends of its interval; NaN if unknown.
-      roles: [3, K], median, 25th and 75th percentile of the last known reliabilities of the roles;
-        NaN if none is known.
+      roles: [3, K], median, 25th and 75th percentile over the roles of each role's last known
+        reliability; NaN if none is known.
       settled: [K], the share of settled roles.
       open: the names of the roles that are not settled after the last round.
-      rollouts: the number of rollouts in these rounds.
-      quota: the number of rollouts if all roles were asked all questions.
+      rollouts, quota: as in `persona.rounds.Rounds`.
       final: [3], the reliability of the axis of all rollouts in the folder, and its interval.
     """
 
@@ -49,7 +48,12 @@ class Curve:
 
     @classmethod
     def read(cls, about: Any) -> Curve:
-        """Convert the field "precision" of `analysis.json`; raise an error for an invalid value."""
+        """Convert the field "precision" of `analysis.json`.
+
+        Raises:
+          AttributeError, KeyError, OverflowError, TypeError, ValueError: a value is missing or
+            invalid.
+        """
         names = sorted(str(name) for name in about["asked"] if name != "default")
         if not names:
             raise ValueError("asked contains no role")

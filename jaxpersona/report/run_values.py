@@ -71,7 +71,7 @@ def _rounded(value: float) -> float | None:
 def values(found: Contents, notes: Notes, drift: Drift | None,
            report: Callable[[str, int, int, int], None] | None = None,
            bars: PcaIntervals | None = None) -> Values:
-    """Return all numbers of the page.
+    """Return the numbers of the page, and the names and sample replies of the roles.
 
     Args:
       found: the content of the run folder.

@@ -93,8 +93,8 @@ def places(found: Any, layer: int | None) -> Places:
       layer: the layer; default: the middle one.
 
     Raises:
-      UserError: `found` has an unsupported type, the run is incomplete, or the layer does not
-        exist.
+      UserError: `found` has an unsupported type or no finite projection of a role at the layer, its
+        run is incomplete or damaged, or the layer does not exist.
     """
     if isinstance(found, (str, os.PathLike)):
         return _of_folder(pathlib.Path(found), layer)
@@ -149,8 +149,8 @@ def _of_folder(folder: pathlib.Path, layer: int | None) -> Places:
     """Return `Places` from the `analysis.json` of a run and the percentiles of its axis.
 
     Raises:
-      UserError: the folder contains no complete run, a file is damaged, or the layer does not
-        exist.
+      UserError: the folder contains no complete run, a file is damaged, the layer does not exist,
+        or no role has a finite projection at the layer.
     """
     about = _analysis(folder)
     axis = load_axis(folder / "axis.safetensors")
@@ -189,8 +189,9 @@ def parts(found: Any, layer: int | None, default: Any = None) -> Parts:
       default: the default persona's mean activation [L, D], if `found` does not contain it.
 
     Raises:
-      UserError: `found` has an unsupported type, the run is incomplete, there are fewer than two
-        roles or no default persona, or the layer does not exist.
+      UserError: `found` has an unsupported type, its run is incomplete or damaged, there are fewer
+        than two roles or no default persona, the vectors are not [L, D] of one shape, or the layer
+        does not exist.
     """
     if isinstance(found, Axis):
         raise UserError(f"found is the axis {found.name!r}, a direction without role vectors; "
@@ -237,7 +238,8 @@ def ratios(found: Any, layer: int | None) -> tuple[np.ndarray, int]:
       layer: the layer; default: the middle one, or −1 (unknown) if `found` is an array of ratios.
 
     Raises:
-      UserError: as for `parts`, or the ratios are negative or have a sum above 1.
+      UserError: as for `parts`, or the ratios are not a non-empty array [C] of nonnegative numbers
+        with a sum of at most 1.
     """
     if isinstance(found, (str, os.PathLike)):
         about = _analysis(pathlib.Path(found))

@@ -71,8 +71,8 @@ def projections(found: Generated | Extracted | Reply, model: Model, index: int =
       reading: the name of the reading in `found.captured`.
       centre: the projection drawn in white, such as the floor of a cap; default: the median.
       name: the name of the direction, for the label of the colour bar.
-      axis: the axis whose projections the reading contains at all layers; the interquartile range
-        of the default persona's projections is marked above the colour bar.
+      axis: the axis onto which the reading projects, at all layers; the interquartile range of the
+        default persona's projections at the layer is marked above the colour bar.
       title: the title.
       ax: the axes to draw on; default: the axes of a new figure. Tokens that do not fit are
         omitted, and the last line states their number.

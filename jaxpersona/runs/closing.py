@@ -193,7 +193,7 @@ def summed(state: State, role: str, keys: Set[str], layer: int) -> bool:
 
 
 def _usable(sums: Sums | None, scores: Mapping[str, int | None], layer: int | None) -> Sums:
-    """Return `sums`, or empty sums if `sums` is None or was made with other scores or layers."""
+    """Return `sums`, or empty sums if `sums` is None or has other scores or another layer."""
     usable = sums is not None and sums.agrees(scores) and layer in (None, sums.layer)
     return sums if sums is not None and usable else Sums({}, {}, layer)
 
