@@ -1,4 +1,4 @@
-"""Live files: the rollouts, response means and verdicts of a role that its final files lack.
+"""Live files: rollouts, response means and verdicts of a role, collected until it is closed.
 
     live/<role>.jsonl            one line per rollout, in the order in which the rollouts finished
     live/<role>.means            the response means of the n rollouts, [n, L, D] float32, no header

@@ -33,7 +33,7 @@ def judge_folder(judge: str) -> str:
 
 
 def check_names(roles: Iterable[str]) -> None:
-    """Check that every role name can be used as a file name.
+    """Check that every role name can be used as a file name, and that no two names collide.
 
     Raises:
       UserError: `roles` is not iterable; a name is empty, not a string, not valid UTF-8 or too

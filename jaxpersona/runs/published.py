@@ -4,7 +4,7 @@
     scores/<role>.json       key → score from 0 to 3; a rollout without a score was not judged
     activations/<role>.pt    key → response mean [L, D] of a rollout
     vectors/<role>.pt        {"vector": [L, D], "type": "pos_3" or "mean", "role": <role>}
-    axis.pt                  {"axis", "default_mean" and "role_mean": [L, D]; two counts}
+    axis.pt                  {"axis", "default_mean", "role_mean": [L, D]; "n_default", "n_roles"}
 
 A key is `<label>_p<prompt_index>_q<question_index>`. The published code labels every rollout "pos".
 A run folder of this package labels the rollouts of the default persona "default", so the functions

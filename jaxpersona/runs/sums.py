@@ -26,8 +26,8 @@ class Sums:
 
     Attributes:
       totals: group → sum of the response means, [L, D] float64. A group is a score as text, or
-        "none" for replies without a score, which are the replies of the default persona and the
-        replies on which the judge was undecided.
+        "none" for replies without a score: all replies of the default persona, and the replies on
+        which the judge was undecided.
       groups: rollout key → group, for each rollout that was added. The group of an empty reply,
         which has no response mean, is "empty".
       layer: the layer of `cells`, or None if sums per question are not kept.
