@@ -2,7 +2,7 @@
 
 The vector is the parameter of a `flax.nnx` module, and gradients flow through the intervention that
 adds it. If a folder is given, Orbax checkpoints store the training state there, so a run can be
-resumed. The result is a named direction.
+resumed. `Direction.to_vector` converts the result to a named direction.
 """
 
 from __future__ import annotations
