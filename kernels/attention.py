@@ -50,7 +50,7 @@ def attention_implementation(
       dtype: the dtype of queries, keys and values.
       tokens: the number of queries per row, including padding.
       fresh: whether there are no earlier tokens, because the cache is new or there is no cache.
-      capability: the GPU's compute capability.
+      capability: the GPU's compute capability, such as 9.0 for an H100; 0 if it is unknown.
       sharded: whether the arrays are sharded over a mesh.
       asked: the requested implementation, or "auto".
 
@@ -116,7 +116,8 @@ def choose(config: Any, asked: Asked, *, dtype: Any, tokens: int, fresh: bool, s
     """Choose the attention implementation for a platform, and test a kernel before its first use.
 
     The tests are `cudnn_fault` and `splash_fault`. The function warns if "auto" falls back to
-    XLA for a long prompt on a GPU or TPU, although the cache contains no earlier tokens.
+    XLA for a long prompt on a GPU or TPU, although the cache contains no earlier tokens. The
+    arguments are as for `attention_implementation`.
 
     Raises:
       UserError: `asked` is unknown, or a kernel is requested but not supported or fails its test.
@@ -175,7 +176,7 @@ def flash(q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, length: jax.A
 
     Args:
       q_btnh: queries [B, T, N, H], with N heads of dimension H.
-      k_btkh, v_btkh: keys and values [B, T, K, H] of the same tokens, with K heads.
+      k_btkh, v_btkh: keys and values [B, T, K, H] of the same tokens, with K heads; K divides N.
       length: [B] int32, the number of valid tokens per row; the other tokens are padding.
       scale: the factor applied to q·k.
       window: sliding-window size in tokens, including the query itself, or None.

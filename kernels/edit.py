@@ -2,11 +2,11 @@
 
 At the end of a layer, the MLP's output is added to the residual stream, the rank-one edits are
 applied one after another, and the next norm is applied to the result. Each edit projects the
-current residual stream onto its direction, and readings project it onto theirs, before or after the
-edits. XLA compiles these operations to several kernels, and each of them reads the residual stream.
-The Pallas kernel reads the residual stream and the MLP's output once, keeps a block of tokens in
-on-chip memory, and writes the edited residual stream and its normalized form once. `reference`
-computes the same result in plain JAX.
+current residual stream onto its direction. Readings project the residual stream onto further
+directions, before or after the edits. XLA compiles these operations to several kernels, and each of
+them reads the residual stream. The Pallas kernel reads the residual stream and the MLP's output
+once, keeps a block of tokens in on-chip memory, and writes the edited residual stream and its
+normalized form once. `reference` computes the same result in plain JAX.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Site(NamedTuple):
 
     Attributes:
       h: the edited residual stream [B, T, D], with the dtype of the input.
-      changed: [n, B] int32, the number of tokens that each edit changed.
+      changed: [n, B] int32, the number of tokens that each edit changed in each row.
       read: [B, T, K] float32, the projections onto the K directions, or None without directions.
       normed: h after the norm, [B, T, D], or None without a norm.
     """
@@ -73,7 +73,7 @@ class Site(NamedTuple):
 def reference(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit] = (), *,
               directions: jax.Array | None = None, before: int = 0,
               norm: Norm | None = None) -> Site:
-    """Compute the result of `site` in plain JAX; the arguments are the same."""
+    """Compute the result of `site` in plain JAX; all arguments are as for `site`."""
     h = unedited = round_residual(x + added)
     counts = []
     for edit in edits:
@@ -93,7 +93,7 @@ def reference(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit] = (), *,
 def site(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit] = (), *,
          directions: jax.Array | None = None, before: int = 0, norm: Norm | None = None,
          implementation: Implementation = "xla") -> Site:
-    """Add the MLP's output to the residual stream; apply edits, readings and a norm to the sum.
+    """Add the MLP's output to the residual stream, edit the sum, and apply a norm to the result.
 
     Args:
       x: the residual stream [B, T, D].
@@ -162,8 +162,9 @@ def _normed(h: jax.Array, weight: jax.Array, eps: float, offset: float) -> jax.A
 def _block(width: int, itemsize: int, entries: int, directions: int, by_token: bool) -> int | None:
     """Return the largest number of tokens in a block that fits in `MEMORY`, or None if none fits.
 
-    The estimate includes two buffers for each of the two inputs and two outputs [T, D], three
-    float32 temporaries of the size of a block, and the vectors of edits and readings.
+    The estimate includes two buffers for each of two inputs and two outputs, three float32
+    temporaries (all with one value per channel and token of the block), and the vectors of edits
+    and readings.
     """
     for tokens in _TOKENS:
         vectors = entries * 4 * width * (tokens if by_token else 8)

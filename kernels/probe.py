@@ -21,8 +21,8 @@ def fault(name: str, attend: Callable[..., jax.Array], *, dtype: str, head_dim: 
       dtype, head_dim: the dtype and the head dimension of the input.
       groups: the number of query heads per key/value head.
       window: sliding-window size in tokens, including the query itself, or None.
-      softcap: the soft-cap of the scores, or None.
-      device: the device to run on.
+      softcap: the bound c of the soft-cap c·tanh(scores/c), or None.
+      device: the device to run on, or None for JAX's default device.
 
     Returns:
       None if the kernel and NumPy agree, otherwise a description of the exception or deviation.
@@ -50,7 +50,8 @@ def definition(q: np.ndarray, k: np.ndarray, v: np.ndarray, length: np.ndarray,
                window: int | None, softcap: float | None = None) -> np.ndarray:
     """Compute softmax(q·kᵀ/√H)·v [B, T, N, H] in NumPy, with the masks of `attention.flash`.
 
-    If `softcap` is not None, the scores are soft-capped before the softmax.
+    q, k and v are [B, T, N, H]; `length` and `window` are as for `attention.flash`. If `softcap` is
+    not None, the scores are soft-capped before the softmax (see `fault`).
     """
     at = np.arange(q.shape[1])
     seen = (at <= at[:, None]) & (at[:, None] - at < (window or at.size))

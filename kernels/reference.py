@@ -61,7 +61,7 @@ def round_residual(x: jax.Array) -> jax.Array:
     """Round x to the precision of its dtype, even inside a fusion.
 
     XLA may keep a bfloat16 sum in float32 inside a fusion. Without this rounding, values that an
-    edit does not change could differ in precision from those in a program without the edit.
+    edit does not change could have another precision than in a program without the edit.
     """
     if x.dtype == jnp.bfloat16:
         return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
@@ -80,7 +80,7 @@ def project(h: jax.Array, direction: jax.Array) -> jax.Array:
 
 
 def twice(direction: jax.Array) -> jax.Array:
-    """Stack two copies of v̂ [B, D] into [B, 2, D], for products on a CPU.
+    """Stack two copies of v̂, [B or 1, D], into [B or 1, 2, D], for products on a CPU.
 
     XLA compiles a product with a single column to three kernels that multiply and reduce, but a
     product with two columns to a single kernel.

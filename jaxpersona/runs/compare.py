@@ -79,7 +79,7 @@ def judges_of(folder: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
     """Return the judge names of a manifest.
 
     Raises:
-      UserError: the field `judges` is not valid.
+      UserError: the field `judges` is not an object with non-empty names as keys.
     """
     judges = manifest.get("judges", {})
     if not isinstance(judges, Mapping) or not all(isinstance(x, str) and x for x in judges):
@@ -101,7 +101,8 @@ def check_same(folder: pathlib.Path, stored: Any, wanted: Mapping[str, Any]) -> 
     compared, and `check_origin` checks `IMPORTED`. All other fields must be equal.
 
     Raises:
-      UserError: a field differs, or the stored manifest is damaged.
+      UserError: as for `check_origin`; or a compared field differs, or the stored manifest is
+        damaged.
     """
     def flat(value: Any, prefix: str = "") -> dict[str, str]:
         if not isinstance(value, dict):

@@ -10,7 +10,7 @@ from jaxpersona.errors import UserError
 
 
 class Damaged(UserError):
-    """Error for a role's file that is missing, unreadable or changed since the run wrote it.
+    """Error for a file of a role that is missing, unreadable, changed or from another role or run.
 
     Attributes:
       role: the name of the role.
@@ -23,6 +23,6 @@ class Damaged(UserError):
 
 
 def remedy(roles: Sequence[str]) -> str:
-    """Return the part of an error message that explains how to replace damaged files."""
+    """Return the end of an error message: how to replace the damaged files of the given roles."""
     options = " ".join(f"--redo {shlex.quote(role)}" for role in roles)
     return f"restore the damaged data, or regenerate it with redo={list(roles)!r} ({options})"

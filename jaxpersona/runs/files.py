@@ -29,7 +29,7 @@ def path_of(folder: pathlib.Path, part: str, role: str, judge: str = "") -> path
 
     Args:
       folder: the run folder.
-      part: one of `PARTS`.
+      part: a key of `PARTS`, such as "rollouts".
       role: the name of the role.
       judge: the name of the judge, for scores and sums; ignored for the default persona, which is
         not judged.
@@ -51,7 +51,7 @@ def folders_of(folder: pathlib.Path, judges: Iterable[str]) -> Iterator[tuple[st
 
 
 def check_links(folder: pathlib.Path) -> None:
-    """Check that no folder in a run folder is a symbolic link.
+    """Check that no subfolder in which a run writes or deletes files is a symbolic link.
 
     Through such a link, files outside the run folder would be written or deleted.
 
@@ -103,8 +103,9 @@ def delete_run(folder: pathlib.Path, roles: Iterable[str], judges: Iterable[str]
 
 
 def delete_role(folder: pathlib.Path, role: str, judges: Iterable[str]) -> int:
-    """Delete all files of a role and return the number of deleted files.
+    """Delete the files of a role and return the number of deleted files.
 
+    Scores and sums are deleted only for the given judges.
     Raises:
       UserError: a file cannot be deleted.
     """
@@ -133,8 +134,8 @@ def delete(path: pathlib.Path) -> bool:
 def remove_leftovers(folder: pathlib.Path, roles: Iterable[str], judges: Iterable[str]) -> None:
     """Remove the temporary files that killed processes of a run left behind.
 
-    The caller holds the lock, so no other process of the run is writing. Figures are written
-    without the lock, so a temporary file of a figure is removed only if its process has ended.
+    The caller holds the lock, so no other process of the run is writing. `FIGURES` are written
+    without the lock, so their temporary files are removed only if the writing process has ended.
     """
     stems = {file_stem(role) for role in roles}
     for path, target, process in leftovers(folder):

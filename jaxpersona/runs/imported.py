@@ -1,8 +1,8 @@
 """The origin of an imported run: its record in run.json, and a check before the run continues.
 
 The field `imported` contains the number of imported rollouts, the path of the source folder, and
-the median relative distance between some of the imported response means and those that the model
-computes (`persona.source`). The distance is None if no response means were compared.
+the median relative distance between imported response means and the means that the model recomputes
+for the same rollouts (`persona.source`). The distance is None if no response means were compared.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Live files: the rollouts, response means and verdicts of a role without final files.
+"""Live files: rollouts, response means and verdicts of a role, collected until it is closed.
 
     live/<role>.jsonl            one line per rollout, in the order in which the rollouts finished
-    live/<role>.means            the response means, [n, L, D] float32 without a header
+    live/<role>.means            the response means of the n rollouts, [n, L, D] float32, no header
     live/<role>.verdicts.jsonl   one line per verdict of a judge
 
 The first line of a JSONL file contains the role and its binding (`Run.binding`). Each new rollout
@@ -38,7 +38,9 @@ class Live:
 
     Attributes:
       records: key → rollout, in the order in which the rollouts finished.
-      verdicts: judge → key → verdict (a JSON object). A judge is identified as "name/rubric".
+      verdicts: judge → key → verdict (a JSON object). A judge is given here and in all methods as
+        "<name>/<digest of the rubric>".
+      shape: (L, D), the shape of a response mean.
     """
 
     def __init__(self, folder: pathlib.Path, role: str, binding: str,
@@ -179,7 +181,7 @@ def _size(path: pathlib.Path) -> int | None:
 
 
 def _no_link(path: str, flags: int) -> int:
-    """Open a file for `open`; raise an OSError if it has become a symbolic link since `_size`."""
+    """The `opener` of `open`; raises an OSError if `path` has become a link since `_size`."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 

@@ -25,7 +25,7 @@ def file_stem(role: str) -> str:
 
 
 def judge_folder(judge: str) -> str:
-    """Return the folder name for a judge; a digest replaces the end of names over 100 bytes."""
+    """Return a judge's `file_stem` as a folder name; over 100 bytes, a digest replaces its end."""
     stem = file_stem(judge)
     if len(stem) <= 100:
         return stem
@@ -33,7 +33,7 @@ def judge_folder(judge: str) -> str:
 
 
 def check_names(roles: Iterable[str]) -> None:
-    """Check that every role name can be used as a file name.
+    """Check that every role name can be used as a file name, and that no two names collide.
 
     Raises:
       UserError: `roles` is not iterable; a name is empty, not a string, not valid UTF-8 or too

@@ -26,13 +26,18 @@ _REMEDY = "delete both files, so that the role is generated again"
 
 
 class Older:
-    """A run folder of format 2, opened read-only."""
+    """A run folder of format 2, opened read-only.
+
+    Attributes:
+      folder: the run folder.
+      manifest: the content of run.json.
+    """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Read the manifest of a run folder.
 
         Raises:
-          UserError: the folder contains no run of format 2.
+          UserError: the folder contains no run of format 2, or its manifest is damaged.
         """
         self.folder = pathlib.Path(folder)
         found: Any = read_json(self.folder / MANIFEST)
@@ -57,7 +62,8 @@ class Older:
         Prompts and questions are not checked; `same` compares them for each rollout.
 
         Raises:
-          UserError: a field of the model, the settings or the device differs or is missing.
+          UserError: a field of the model, the settings or the device differs, or is missing but not
+            in `_ADDED`.
         """
         differ = []
         for part in _PARTS:
@@ -78,7 +84,7 @@ class Older:
         """Yield each rollout of a role with its response mean [L, D], if the folder contains any.
 
         Raises:
-          UserError: a file is damaged.
+          UserError: a file is damaged, or the file of the response means is missing.
         """
         stem = file_stem(role)
         text = self.folder / "rollouts" / f"{stem}.jsonl"
@@ -108,7 +114,7 @@ class Older:
         yield from zip(records, values, strict=True)
 
     def scores(self, role: str) -> dict[str, int | None]:
-        """Return a dict from key to score for a role's rollouts; {} if the role was not judged.
+        """Return a dict from key to score (None: undecided); {} if the role was not judged.
 
         Raises:
           UserError: the file is damaged.
@@ -126,6 +132,9 @@ class Older:
 
 
 def same(record: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Return whether a stored and a planned rollout have equal system prompts and questions."""
+    """Return whether a stored and a planned rollout have equal system prompts and questions.
+
+    The result is False if `wanted` is {}, which means that no such rollout is planned.
+    """
     return all(field in wanted and record.get(field) == wanted[field]
                for field in ("system_prompt", "question"))

@@ -1,14 +1,15 @@
-"""Read and convert the files of the published Assistant Axis code (Lu et al. 2026).
+"""The file formats of the published Assistant Axis code (Lu et al. 2026), and readers of the files.
 
     responses/<role>.jsonl   one rollout per line, with the fields `FIELDS`
     scores/<role>.json       key → score from 0 to 3; a rollout without a score was not judged
     activations/<role>.pt    key → response mean [L, D] of a rollout
     vectors/<role>.pt        {"vector": [L, D], "type": "pos_3" or "mean", "role": <role>}
-    axis.pt                  {"axis": [L, D], "default_mean", "role_mean", "n_default", "n_roles"}
+    axis.pt                  {"axis", "default_mean", "role_mean": [L, D]; "n_default", "n_roles"}
 
 A key is `<label>_p<prompt_index>_q<question_index>`. The published code labels every rollout "pos".
 A run folder of this package labels the rollouts of the default persona "default", so the functions
-below convert the keys. The readers append errors to a list, so that one message reports them all.
+below convert the keys. Only the first three kinds of files are read here. The readers append errors
+to a list, so that one message reports them all.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def roles_in(folder: pathlib.Path, part: str) -> list[str]:
 
 
 def read_responses(folder: pathlib.Path, role: str, faults: Faults) -> Texts:
-    """Read and check the rollouts of a role; record each error with its line number."""
+    """Read and check the rollouts of a role; append the errors, with line numbers, to `faults`."""
     path, found = folder / RESPONSES / f"{role}.jsonl", Texts()
     prompts: dict[int, str] = {}
     questions: dict[int, str] = {}
@@ -204,7 +205,7 @@ def read_activations(folder: pathlib.Path, role: str, texts: Texts, shape: tuple
 
 
 def _unknown(path: pathlib.Path, keys: Iterable[str], texts: Texts, faults: Faults) -> None:
-    """Record an error if there are keys without a rollout."""
+    """Append an error to `faults` if there are keys without a rollout."""
     if more := [key for key in keys if key not in texts.names]:
         faults.append(f"{path}: keys without a rollout in {RESPONSES}: {_some(more)}")
 
@@ -216,7 +217,7 @@ def _some(keys: list[str]) -> str:
 
 
 def _record(raw: Any, role: str, where: str, faults: Faults) -> dict[str, Any] | None:
-    """Convert a line to a rollout of a run folder; record any errors and then return None."""
+    """Convert a parsed line to a rollout of a run folder; return None if the line has errors."""
     before = len(faults)
     if not isinstance(raw, dict):
         faults.append(f"{where}: contains {kind(raw)}, not an object")

@@ -41,8 +41,8 @@ class Settings:
         Sharing changes the rounding of the results.
 
     Raises:
-      UserError: `max_new_tokens`, `samples` or `batch_size` is less than 1, or `samples` or
-        `batch_size` exceeds its limit.
+      UserError: `max_new_tokens`, `samples` or `batch_size` is less than 1, `samples` exceeds
+        `MAX_SAMPLES`, or `batch_size` exceeds `MAX_ROWS`.
     """
 
     temperature: float = 0.7
@@ -119,8 +119,9 @@ def place_of_key(key: str) -> tuple[int, int, int]:
 def is_rollout(value: Any) -> bool:
     """Return whether a JSON value has the form of a stored rollout with its reply.
 
-    `system_prompt` and `question` must be strings, the indices and the token ids `reply_ids` must
-    be integers, and `conversation` must be a list of messages that ends with a reply.
+    `label` must be "default" or "pos", `system_prompt` and `question` strings, the two indices and
+    `sample` (optional) nonnegative integers below `_MAX_INDEX`, `reply_ids` (optional) a list of
+    token ids, and `conversation` a list of messages that ends with a reply.
     """
     if not isinstance(value, dict) or value.get("label") not in (DEFAULT, "pos"):
         return False

@@ -1,7 +1,7 @@
 """The run folder: its files, their digests, and the checks before a run is resumed.
 
     run.json                           the manifest (`runs.manifest`)
-    live/<role>.*                      data of a role without final files (`runs.live`)
+    live/<role>.*                      data collected until the role is closed (`runs.live`)
     rollouts/<role>.jsonl              one rollout per line, in the order of `runs.rollouts`
     samples/<role>.safetensors         the response means of a sample of rollouts (`sums.Sample`)
     scores/<judge>/<role>.json         the verdicts of a judge
@@ -10,7 +10,7 @@
     axis.safetensors                   the axis with its thresholds
     analysis.json                      cosines, variance ratios and projections
     status.json                        progress, rate and time left (`runs.status`)
-    .lock                              exists while a process uses the folder
+    .lock                              exists while a process writes to the folder
 
 While rollouts of a role are generated and judged, they are appended to its live files. When all are
 judged, the role is closed: `runs.closing` writes its final files (rollouts, samples, scores and
@@ -86,10 +86,12 @@ from jaxpersona.runs.sums import Sample, Sums
 class Run:
     """The files of one run. `Run.open` starts or resumes the run; `Run.read` opens it read-only.
 
+    If a method's argument `judge` is None, `self.judge` is used.
+
     Attributes:
       folder: the run folder.
       manifest: the content of run.json, without its digest.
-      notices: lines of text that describe how this call differs from the previous call.
+      notices: text lines for the user: changes by this call, and the origin of an imported run.
     """
 
     def __init__(self, folder: str | os.PathLike, manifest: Mapping[str, Any]) -> None:
@@ -117,19 +119,19 @@ class Run:
     @contextlib.contextmanager
     def open(cls, folder: str | os.PathLike, manifest: Mapping[str, Any], worker: int = 0, *,
              overwrite: bool = False) -> Iterator[Run]:
-        """Start, resume or extend a run, with the folder locked against other runs.
+        """Start, resume or extend a run; yield it, with the folder locked against other runs.
 
         Args:
           folder: a new or empty folder, or the folder of the same run (`compare.check_same`).
-          manifest: a JSON value with the fields of `runs.manifest.manifest`.
+          manifest: the manifest of this call, as returned by `runs.manifest.manifest`.
           worker: the index of this process in the run; process 0 must open the folder first.
-          overwrite: whether to delete an existing run in the folder, even a different run, and
-            start a new run. Files that no run wrote are not deleted.
+          overwrite: whether process 0 deletes an existing run in the folder, even a different run,
+            and starts a new run. Files that no run wrote are not deleted.
 
         Raises:
           UserError: the folder belongs to another run (the message lists the differing fields),
-            has a damaged manifest, is in use, contains other files or symbolic links to folders, or
-            cannot be written.
+            has a manifest that is damaged or of another format, is in use, contains other files or
+            symbolic links to folders, or cannot be written.
         """
         run = cls(folder, manifest)
         folder, path = run.folder, run.folder / MANIFEST
@@ -224,15 +226,15 @@ class Run:
 
     @property
     def judge(self) -> str:
-        """The name of the judge of the last call."""
+        """The name of the judge of the last call, or "" if the manifest has no field "last"."""
         return str(self.manifest.get(LAST, {}).get("judge", ""))
 
     def path(self, part: str, role: str, judge: str | None = None) -> pathlib.Path:
-        """Return the path of a role's file (`files.path_of`); `judge` defaults to `self.judge`."""
+        """Return the path of a role's file (`files.path_of`)."""
         return path_of(self.folder, part, role, self.judge if judge is None else judge)
 
     def live(self, role: str, shape: tuple[int, int], *, repair: bool = True) -> live.Live:
-        """Return the live files of a role; `shape` is (L, D)."""
+        """Open the live files of a role; see `live.Live` for `shape` and `repair`."""
         return live.Live(self.folder, role, self.binding(role), shape, repair=repair)
 
     def rollouts(self, role: str) -> list[dict[str, Any]] | None:
@@ -275,7 +277,7 @@ class Run:
             raise Damaged(role, path, str(error).removeprefix(f"{path}: ")) from None
 
     def _digests(self, role: str) -> tuple[str, str]:
-        """Return the digests of a role's rollouts file after and before its last change."""
+        """Return the digests of a role's rollouts file now and before its last change (or "")."""
         if role not in self._known:
             self.sample(role)
         return self._known[role]
@@ -284,7 +286,7 @@ class Run:
         """Return the sample of a role's response means.
 
         Raises:
-          Damaged: the file is missing or differs from the content that the run wrote.
+          Damaged: as for `seal.read_sealed`.
         """
         tensors, about = read_sealed(self.path("samples", role), role, self.binding(role))
         self._known[role] = about["rollouts"], about["before"]
@@ -294,7 +296,7 @@ class Run:
         """Return a role's response means, summed by a judge's scores; None if there is no file.
 
         Raises:
-          Damaged: the file differs from the content that the run wrote.
+          Damaged: as for `seal.read_sealed`, except for a missing file.
         """
         path = self.path("sums", role, judge)
         if not os.path.lexists(path):
@@ -302,9 +304,10 @@ class Run:
         return Sums.read(*read_sealed(path, role, self.binding(role)))
 
     def verdicts(self, role: str, judge: str | None = None) -> dict[str, Any] | None:
-        """Return the content of a judge's scores file for a role, or None if there is no file.
+        """Return a judge's scores file for a role; None without a file or for the default persona.
 
-        The fields include `rubric`, `scores` and `details`; `scores` has the order of the rollouts.
+        The fields are `role`, `binding`, `judge`, `rubric`, `scores` (key → score or None, in the
+        order of the rollouts) and `details` (key → the other fields of the verdict).
 
         Raises:
           Damaged: the file was changed, belongs to another role or run, or lacks a field.
@@ -322,7 +325,7 @@ class Run:
     def scores(self, role: str, judge: str | None = None) -> dict[str, int | None] | None:
         """Return a dict from `rollout_key` to score for a role, or None if there is no file.
 
-        Rollouts on which the judge failed are omitted.
+        An undecided score is None. Rollouts on which the judge failed are omitted.
 
         Raises:
           Damaged: see `verdicts`.
@@ -354,7 +357,7 @@ class Run:
 
     def save_verdicts(self, role: str, judge: str, rubric: str, scores: Mapping[str, int | None],
                       details: Mapping[str, Mapping[str, Any]]) -> None:
-        """Write a judge's scores for a role's rollouts, and the other fields of its verdicts."""
+        """Write a judge's scores, and in `details` the other fields of its verdicts, by key."""
         write_sealed_json(self.path("scores", role, judge), {
             "role": role, "binding": self.binding(role), "judge": judge, "rubric": rubric,
             "scores": dict(scores), "details": {key: dict(value) for key, value in details.items()
@@ -377,7 +380,7 @@ class Run:
         """Return a role's vectors: a dict from label to vector [L, D].
 
         Raises:
-          Damaged: the file is missing or differs from the content that the run wrote.
+          Damaged: as for `seal.read_sealed`.
         """
         return read_sealed(self.path("vectors", role), role, self.binding(role))[0]
 

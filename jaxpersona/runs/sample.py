@@ -2,9 +2,9 @@
 
 The sample is stratified by prompt: as far as possible, it contains the same number of rollouts of
 each prompt. Every rollout has a random rank that depends only on the seed, the role and the
-rollout, and the rollouts with the lowest ranks are chosen. The sample therefore does not depend on
-the order in which the rollouts finish. After questions are added, the new sample consists of new
-rollouts and of rollouts from the previous sample.
+rollout, and for each prompt, the rollouts with the lowest ranks are chosen. The sample therefore
+does not depend on the order in which the rollouts finish. After questions are added, the new sample
+consists of new rollouts and of rollouts from the previous sample.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def chosen(prompts: Mapping[str, int], keep: int | None, *, seed: int, role: str
 
     Args:
       prompts: key of each rollout → index of its prompt.
-      keep: the number of rollouts to choose, or None for all.
+      keep: the maximum number of rollouts to choose, or None for all.
       seed: the seed of the sample.
       role: the name of the role.
     """

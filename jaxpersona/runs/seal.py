@@ -49,7 +49,7 @@ def write_sealed(path: pathlib.Path, tensors: Mapping[str, np.ndarray],
 
 def read_sealed(path: pathlib.Path, role: str, binding: str,
                 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Return the tensors and the metadata of a file that `write_sealed` wrote.
+    """Return the tensors by name, and the metadata without the digest, of a sealed tensor file.
 
     The digest is verified before any tensor is loaded into memory.
 
@@ -84,7 +84,7 @@ def write_sealed_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
 
 
 def read_sealed_json(path: pathlib.Path, role: str, binding: str) -> dict[str, Any]:
-    """Return the JSON object in a file that `write_sealed_json` wrote.
+    """Return the JSON object in a file that `write_sealed_json` wrote, without the digest.
 
     Raises:
       Damaged: the file is missing, was changed, or belongs to another role or run.

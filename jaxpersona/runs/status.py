@@ -23,15 +23,16 @@ class Status:
     """The progress of a run, which is written to status.json.
 
     Attributes:
+      folder: the run folder.
       total: the number of rollouts of the complete run.
       done: the number of rollouts that the folder contains.
       to_judge: the number of rollouts of the complete run that have to be judged.
-      judged: the number of rollouts with a verdict, without those on which the judge failed.
-      failed: the number of rollouts on which the judge failed in this call.
+      judged: the number of rollouts with a verdict; failures of the judge do not count.
+      failed: the number of rollouts on which the judge failed since this object was created.
       tokens: the number of tokens that this call generated.
       cost: the cost of this call's verdicts in USD.
       roles: the number of roles in the run.
-      closed: the number of closed roles: those whose final files are written (`runs.closing`).
+      closed: the number of closed roles, whose final files are complete (`runs.closing`).
     """
 
     def __init__(self, folder: pathlib.Path, *, total: int, to_judge: int, roles: int,

@@ -1,6 +1,6 @@
 """The stored forms of a role's response means: their sums by score, and a sample of the means.
 
-A run with a precision (`persona.rounds`) also keeps sums per question at one layer.
+A run with a target precision (`persona.rounds`) also keeps sums per question at one layer.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class Sums:
 
     Attributes:
       totals: group → sum of the response means, [L, D] float64. A group is a score as text, or
-        "none" for replies without a score, which are the replies of the default persona and the
-        replies on which the judge was undecided.
+        "none" for replies without a score: all replies of the default persona, and the replies on
+        which the judge was undecided.
       groups: rollout key → group, for each rollout that was added. The group of an empty reply,
         which has no response mean, is "empty".
       layer: the layer of `cells`, or None if sums per question are not kept.
-      cells: (group, question id) → sum of the response means of the group's replies to the
-        question at `layer`, [D] float32.
+      cells: (group, question id) → sum, [D] float32, of the response means at `layer` over all
+        replies to the question that are in the group.
     """
 
     __repr__ = brief
@@ -102,15 +102,16 @@ class Sums:
 
     def by_question(self, group: str | None, questions: Sequence[int],
                     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the sums at `layer` for each question, and the number of their replies.
+        """Return, for each question, the sum of the response means at `layer` and the reply count.
 
         Args:
-          group: the group, or None for all non-empty replies.
-          questions: the ids of n questions; one without replies has the sum 0.
+          group: the group to sum, or None for all non-empty replies.
+          questions: the ids of n different questions.
 
         Returns:
-          (sums [n, D] float32, numbers of replies [n]), in the order of `questions`. Without
-          `cells`, the sums have the shape [n, 0].
+          (sums [n, D] float32, numbers of non-empty replies [n] int), in the order of `questions`.
+          A question without such replies has the sum 0. If `cells` is empty, the sums have the
+          shape [n, 0].
         """
         place = {question: i for i, question in enumerate(questions)}
         counts = np.zeros(len(place), int)
@@ -186,7 +187,7 @@ def sampled(keys: Iterable[str], before: Sample | None, mean: Callable[[str], np
     Args:
       keys: the keys of the rollouts; those without a known mean are omitted.
       before: an earlier sample, whose base and means are reused, or None.
-      mean: a function that returns the response mean [L, D] of a rollout, or None if unknown.
+      mean: a function from a rollout's key to its response mean [L, D], or to None if unknown.
       shape: (L, D), the shape of a response mean.
     """
     place = {key: i for i, key in enumerate(before.keys)} if before is not None else {}

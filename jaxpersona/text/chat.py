@@ -55,8 +55,7 @@ class Row:
     Attributes:
       tokens: the token ids, [T] int32.
       kind: [T] int32, bits of `batch.KINDS` (`batch.batch` adds VALID, FIRST and LAST).
-      turn: [T] int32, the index of each token's message; the generation prompt belongs to the next
-        message.
+      turn: [T] int32, each token's message index; the generation prompt has the next index.
       text: the tokenized text; empty for a row built from token ids or by `answered`.
       messages: the conversation, or None for a row built from token ids or by `answered`.
     """
@@ -87,7 +86,8 @@ def encode(model: Any, conversations: Iterable[Any], *, reply: bool = True, thin
       A batch. Each `row_id` is a hash of the row's tokens and of the number of earlier equal rows.
 
     Raises:
-      UserError: the model has no tokenizer, or as for `listed`, `encode_row` and `batch.batch`.
+      UserError: the model has no tokenizer, a token id is outside the model's vocabulary, or as for
+        `listed`, `encode_row` and `batch.batch`.
 
     Examples:
       >>> import jaxpersona as jp
@@ -246,8 +246,7 @@ def _decoded_after(tokenizer: Any, before: np.ndarray, ids: np.ndarray) -> str:
 def answered(tokenizer: Any, row: Row, reply: np.ndarray) -> Row:
     """Append a reply's token ids [n] to a prompt, with the same kinds as during generation.
 
-    Args:
-      tokenizer: the model's tokenizer; if None, the bits THINKING and CODE are not set.
+    If `tokenizer` is None, the bits THINKING and CODE are not set in the reply.
     """
     reply = np.asarray(reply, np.int32).reshape(-1)
     kind = np.full(reply.size, ASSISTANT | GENERATED, np.int32)
@@ -278,7 +277,7 @@ def check_conversation(conversation: Any, *, reply: bool = True) -> list[dict[st
     """Check a conversation and return the messages; a string is a single user message.
 
     Raises:
-      UserError: the conversation is malformed; the error names the invalid part and the fix.
+      UserError: a message is malformed, or `reply` is true and the last role is not "user".
     """
     if isinstance(conversation, str):
         conversation = [{"role": "user", "content": conversation}]

@@ -114,7 +114,7 @@ def _written(token: str) -> str:
 
 
 def walk(texts: list[str]) -> np.ndarray:
-    """Return a bool mask [T], True for each of the T token texts that contains fenced code."""
+    """Return a bool mask [T]: whether each of T successive token texts contains fenced code."""
     state, out = _LINE, []
     for text in texts:
         entry = int(_walk(_reduced(text))[state])

@@ -73,7 +73,7 @@ def render(template: str, variables: Mapping[str, Any], source: str = "") -> str
     Raises:
       Refused: the template raises an error.
       UserError: a limit is exceeded, a variable is not JSON-serializable, the text contains a lone
-        surrogate, or the worker cannot start.
+        surrogate, or the worker cannot start or crashes.
     """
     request = _encoded({"template": template, "variables": dict(variables)})
     left = _budget.get()

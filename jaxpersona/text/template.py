@@ -47,11 +47,12 @@ class Template:
     """A checkpoint's chat template with the values of its variables.
 
     Attributes:
+      tokenizer, options: the tokenizer, and the values of the template variables by name.
       base: True for a base model without a template; contents are then joined as plain text.
-      lead: the token ids that a base model's tokenizer prepends (such as BOS). Empty if there is a
-        template, because the template adds these tokens.
-      lead_text: the text of `lead`.
+      lead, lead_text: the ids and the text of the tokens (such as BOS) that a base model's
+        tokenizer prepends. Empty if there is a template, because the template adds these tokens.
       name: the path or name of the tokenizer, for error messages.
+      own: whether the tokenizer's class overrides apply_chat_template; if so, it is called.
     """
 
     def __init__(self, tokenizer: Any, thinking: bool, variables: Mapping[str, Any] | None) -> None:
@@ -62,7 +63,6 @@ class Template:
         self.options = {"enable_thinking": thinking, **(variables or {})}
         self.lead: list[int] = _lead(tokenizer) if self.base else []
         self.lead_text = "".join(tokenizer.convert_ids_to_tokens(self.lead)) if self.lead else ""
-        # if the tokenizer's class overrides apply_chat_template, `__call__` uses the override
         method = getattr(type(tokenizer), "apply_chat_template", None)
         self.own = getattr(method, "__module__", "") != "transformers.tokenization_utils_base"
 
@@ -128,7 +128,11 @@ def _pieces(template: Template, messages: list[dict[str, str]]) -> list[tuple[st
 
 def locate(template: Template, messages: list[dict[str, str]], reply: bool,
            ) -> tuple[str, np.ndarray, np.ndarray, dict[int, int]]:
-    """Render messages; return the text, each character's kind and turn, and each content's end."""
+    """Render messages; return the text, each character's kind and turn, and each content's end.
+
+    Raises:
+      UserError: a message's content is changed in an unsupported way, or is omitted.
+    """
     plan = _pieces(template, messages)
     text = template([{"role": role, "content": "".join(p.text for p in pieces)}
                      for role, pieces in plan], reply)
@@ -278,10 +282,7 @@ def _mark_content(text: str, kind: np.ndarray, role: int, parts: list[_Piece],
 
 def _turns(template: Template, twin: list[dict[str, str]], marks: dict[str, _Piece],
            skeleton: str, text: str, found: list[_Found], reply: bool, n: int) -> np.ndarray:
-    """Return the message index of every character.
-
-    The closing text of a message is the text after its content when no other message follows.
-    """
+    """Return the message index of every character."""
     # in the twin, a merged system message is part of the user message
     places = {piece.owner: m for m, message in enumerate(twin)
               for piece in (marks[c] for c in message["content"] if c in marks)}
@@ -313,11 +314,10 @@ def _manner(twin: list[dict[str, str]], m: int) -> tuple[Any, ...]:
 
 def _closings(template: Template, twin: list[dict[str, str]],
               marks: dict[str, _Piece], places: dict[int, int]) -> dict[tuple[Any, ...], str]:
-    """Return the closing text for each kind of message, keyed by `_manner`.
+    """Return the closing text by `_manner`: the text after the content of a final message.
 
-    For each key, the closing texts of the first two messages are rendered, and the second replaces
-    the first, because templates may treat the first message of a conversation as a special case. In
-    total, at most `_EXAMPLES` closing texts are rendered.
+    At most two messages per key, and `_EXAMPLES` in total, are rendered. The second text replaces
+    the first, because templates may treat the first message of a conversation as a special case.
     """
     seen: dict[tuple[Any, ...], int] = {}
     out: dict[tuple[Any, ...], str] = {}

@@ -2,7 +2,7 @@
 
 The vector is the parameter of a `flax.nnx` module, and gradients flow through the intervention that
 adds it. If a folder is given, Orbax checkpoints store the training state there, so a run can be
-resumed. The result is a named direction.
+resumed. `Direction.to_vector` converts the result to a named direction.
 """
 
 from __future__ import annotations
@@ -279,7 +279,7 @@ def _unusable(folder: pathlib.Path, error: Exception) -> UserError:
 
 
 def _check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
-    """Write a run's settings to a new folder, or compare them with those in an existing folder.
+    """Write a run's settings to a new folder, or compare them with the settings in the folder.
 
     Raises:
       UserError: the folder belongs to another training run or contains other files, or
@@ -314,8 +314,8 @@ def _checkpoints(folder: str | pathlib.Path | None, direction: Direction,
     """Yield the checkpoints of a run, or None if `folder` is None.
 
     Raises:
-      UserError: orbax-checkpoint is not installed, or the checkpoints do not match the direction
-        or the model, or cannot be read.
+      UserError: orbax-checkpoint is not installed, the folder contains other files, or the
+        checkpoints do not match the direction or the model, or cannot be read.
     """
     if folder is None:
         yield None

@@ -112,7 +112,8 @@ class Caps(Table, Saved):
         interventions applies the caps of each layer in order.
 
         Returns:
-          For each call, the direction, the l layers, and the floors [l].
+          A list with one tuple per call: the direction (zero at other layers), the l layers in
+          ascending order, and the floors [l] float32.
         """
         rounds: list[dict[int, int]] = []
         for i, layer in enumerate(self.layers):

@@ -145,7 +145,11 @@ class Vector(Table, Saved):
         return self._with(-self.values, f"-{self.name}")
 
     def __mul__(self, factor: float) -> Vector:
-        """Return the direction scaled by a number."""
+        """Return the direction scaled by a number.
+
+        Raises:
+          UserError: the factor or a resulting value is not finite.
+        """
         if not isinstance(factor, (int, float, np.number)):
             return NotImplemented
         number = finite(factor, f"{self.kind} {self.name!r} was multiplied by")
@@ -155,7 +159,11 @@ class Vector(Table, Saved):
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Vector:
-        """Return the direction divided by a number."""
+        """Return the direction divided by a number.
+
+        Raises:
+          UserError: the divisor is zero, or the divisor or a resulting value is not finite.
+        """
         if not isinstance(divisor, (int, float, np.number)):
             return NotImplemented
         if divisor == 0:
@@ -252,9 +260,9 @@ class Axis(Vector):
     """The Assistant Axis, oriented so that higher projections are more Assistant-like.
 
     Attributes:
-      percentiles: for each population of rollouts, a dict from percentile names, such as "p25", to
-        arrays [L] float32. Each rollout is represented by the projection of its mean response
-        activation onto the unit axis.
+      percentiles: a dict from populations of rollouts, such as "default", to dicts from percentile
+        names, such as "p25", to arrays [L] float32. At each layer, a percentile is computed over
+        one value per rollout: the projection of the rollout's response mean onto the unit axis.
 
     Raises:
       UserError: a field is invalid (see `Vector`), or a percentile is not one finite number per
@@ -335,7 +343,7 @@ def _percentiles(population: str, table: Any, layers: int) -> dict[str, np.ndarr
     """Check that a population's percentiles are finite arrays [L], and convert them to float32.
 
     Raises:
-      UserError: a name or a value is invalid.
+      UserError: `table` is not a dict, or a name or a value is invalid.
     """
     if not isinstance(table, Mapping):
         raise UserError(f"percentiles[{population!r}] is of type {type(table).__name__}; it must "
