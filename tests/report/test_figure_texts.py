@@ -229,10 +229,11 @@ def test_the_extremes_of_each_component_are_named():
 
 def test_a_ranking_names_its_layer_and_counts_its_roles():
     """Of forty roles, all have lines of their own; of 41, some share one."""
-    for count, own in ((40, 41), (41, 32)):
+    for count, own, height in ((40, 41, 7.81), (41, 32, 6.725)):
         found = {f"r{i:02}": [[float(i), 0.0]] for i in range(count)} | {"default": [[99.0, 0.0]]}
         ax = jp.plot.ranking(found, 0)
         assert len(ax.get_yticklabels()) == own
+        assert ax.figure.get_size_inches().tolist() == pytest.approx([6.4, height])
         assert ax.get_title(loc="left") == f"{count} roles on the Assistant Axis"
     assert ax.get_yticklabels()[15].get_text() == "11 other roles"
     assert ax.get_xlabel() == ("projection onto the Assistant Axis, layer 0 (higher: more "

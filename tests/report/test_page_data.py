@@ -153,7 +153,7 @@ def test_roles_that_are_closed_or_measured_are_on_the_page():
     assert data["roles"][5] == {"name": "x", "counts": {"3": 2}, "answers": 9}
     assert data["roles"][0]["answers"] == 4 and data["roles"][4]["heldOut"]
     assert (data["layers"], data["middle"], data["unread"]) == (1, 0, False)
-    found.manifest["model"]["layers"] = 9
+    found.manifest["model"]["layers"] = 8
     found.axis = None
     assert values(found, Notes(), None)["middle"] == 4
 
