@@ -276,12 +276,15 @@ def _texts(model: str, roles: str | None, questions: str | None, limit_roles: in
         named = method.held_out()
     if roles_named is not None:
         cast = choosing.roles_named(cast, [name.strip() for name in roles_named.split(",")])
+    for option, limit, least in (("roles", limit_roles, 0), ("questions", limit_questions, 1)):
+        if limit is not None and limit < least:
+            raise UserError(f"--limit-{option} is {limit}; give an integer, at least {least}")
     if limit_roles is not None:
         choose_some = choosing.first_roles if own else choosing.some_roles
-        cast = choose_some(cast, max(limit_roles, 0))
+        cast = choose_some(cast, limit_roles)
     if own and not held_out:
         named = [name for name in named if name in {role.name for role in cast}]
-    return cast, asked if limit_questions is None else asked[: max(limit_questions, 1)], named
+    return cast, asked if limit_questions is None else asked[:limit_questions], named
 
 
 def _show_forecast(cost: Forecast, judge: str, judge_cost: float | None, out: pathlib.Path,

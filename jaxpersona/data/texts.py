@@ -205,8 +205,9 @@ def load_roles(path: Path | None = None, *, model_name: str = "the model") -> li
       UserError: `model_name` is blank, or the folder is missing or has errors; the message lists
         all errors.
     """
-    if not model_name.strip():
-        raise UserError("model_name is empty; give the text that replaces {model_name} in prompts")
+    if not isinstance(model_name, str) or not model_name.strip():
+        raise UserError(f"model_name is {shown(model_name)}; give the text that replaces "
+                        "{model_name} in prompts")
     faults = Faults()
     folder, table = _place(path, "roles", ROLE_LIST)
     described = _descriptions(table, faults)

@@ -60,6 +60,8 @@ class Where:
     hi: int = FOREVER
 
     def __and__(self, other: Where) -> Where:
+        if not isinstance(other, Where):
+            return NotImplemented
         if self.any and other.any and self.any != other.any:
             raise UserError(f"{self} & {other} is not a single test, because both require one of "
                             "several kinds; combine at most one such test with other tests")
@@ -105,8 +107,10 @@ class Where:
         Raises:
           UserError: a bound is not an integer, or the range is empty.
         """
-        if not all(isinstance(bound, (int, np.integer)) for bound in (lo, hi)):
-            raise UserError(f"within({lo!r}, {hi!r}) needs integers, the indices of messages")
+        if not all(isinstance(bound, (int, np.integer)) and not isinstance(bound, bool)
+                   and bound >= 0 for bound in (lo, hi)):
+            raise UserError(f"within({lo!r}, {hi!r}) needs integers of at least 0, the indices of "
+                            "messages")
         restricted = self & Where(lo=lo, hi=hi)
         if restricted.lo >= restricted.hi:
             raise UserError(f"within({lo}, {hi}) contains no message; lo must be less than hi, and "

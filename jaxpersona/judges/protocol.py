@@ -64,6 +64,14 @@ class Verdict:
 
     __repr__ = brief
 
+    def __post_init__(self) -> None:
+        """Replace lone surrogates in texts, which files cannot store, with U+FFFD."""
+        for field in ("raw", "error"):
+            text = getattr(self, field)
+            if isinstance(text, str) and not text.isascii():
+                valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                object.__setattr__(self, field, valid)
+
 
 class Judge(Protocol):
     """The interface of a judge.

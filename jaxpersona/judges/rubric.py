@@ -62,7 +62,8 @@ class Rubric:
     __repr__ = brief
 
     def __post_init__(self) -> None:
-        if not self.scale or list(self.scale) != sorted(set(self.scale)) or self.scale[0] < 0:
+        if (not self.scale or not all(type(score) is int for score in self.scale)
+                or list(self.scale) != sorted(set(self.scale)) or self.scale[0] < 0):
             raise UserError(f"scale is {shown(self.scale, 60)}; give non-negative integers in "
                             "increasing order")
         if self.template is not None:

@@ -186,9 +186,9 @@ def _row(values: Any, number: int) -> np.ndarray:
         row = np.asarray(None)
     if row.ndim == 0 and np.issubdtype(row.dtype, np.integer):
         raise UserError("tokens is a single row of ids; give a list of rows")
-    if row.size and not np.issubdtype(row.dtype, np.integer):
+    if row.ndim != 1 or row.size and not np.issubdtype(row.dtype, np.integer):
         raise UserError(f"row {number} of tokens is {shown(values, 60)}; give integers")
-    return row.reshape(-1)
+    return row
 
 
 def check_ids(ids: np.ndarray, vocabulary: int | None, what: str, tokenizer: Any = None) -> None:

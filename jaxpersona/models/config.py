@@ -49,6 +49,11 @@ class Rope:
     high_freq_factor: float = 4.0
     original_context: int = 8192
 
+    def __post_init__(self) -> None:
+        if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+            raise UserError(f"low_freq_factor is {self.low_freq_factor} and high_freq_factor is "
+                            f"{self.high_freq_factor}; the first must be smaller")
+
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)

@@ -118,6 +118,8 @@ def test_the_numbers_of_the_paper(folder, opened, called):
     (["--paper", "--samples", "2"], "--samples is 2, but --paper sets it to 1; omit one"),
     (["--paper", "--precision", "0.9"], "--precision is 0.9, but --paper omits it"),
     (["--paper", "--limit-questions", "9"], "--limit-questions is 9, but --paper omits it"),
+    (["--limit-questions", "0"], "--limit-questions is 0; give an integer, at least 1"),
+    (["--limit", "-1"], "--limit-roles is -1; give an integer, at least 0"),
     (["--precision", "1"], "precision is 1.0; give a reliability between 0 and 1"),
     (["--rounds", "8"], "rounds is [8], but precision is None"),
     (["--precision", "0.9", "--rounds", "8,x"], "--rounds is '8,x'; give numbers of questions"),
@@ -159,8 +161,10 @@ def test_the_texts_of_a_run_are_those_that_the_options_select(monkeypatch):
     assert asked == method.questions(8)[:3]
     assert held == [name for name in nine if name in names[:4]]  # those that are left
     assert of(limit=4, held="bard")[2] == ["bard"]
-    assert [role.name for role in of(limit=-1)[0]] == ["default"]
-    assert of(few=0)[1] == asked[:1]
+    assert [role.name for role in of(limit=0)[0]] == ["default"]
+    for option, given in (("roles is -1", {"limit": -1}), ("questions is 0", {"few": 0})):
+        with pytest.raises(UserError, match=f"--limit-{option}; give an integer, at least"):
+            of(**given)
 
 
 def test_limited_roles_are_a_mixed_sample_that_a_larger_one_contains():
@@ -172,7 +176,7 @@ def test_limited_roles_are_a_mixed_sample_that_a_larger_one_contains():
     everyone = of()[0]
     few, more = of(12)[0], of(40)[0]
     assert len(few) == 12 and len(more) == 40 and set(few) < set(more)
-    assert more == sorted(more) and of(10**6)[0] == everyone and of(0)[0] == of(-3)[0] == []
+    assert more == sorted(more) and of(10**6)[0] == everyone and of(0)[0] == []
     # not the alphabet's first: the sample has names from each half of the list
     assert 10 < sum(everyone.index(name) < len(everyone) / 2 for name in more) < 30
     assert of(named="pirate, analyst")[0] == ["analyst", "pirate"]

@@ -138,8 +138,9 @@ def test_bad_descriptions_and_model_name(tmp_path):
     write(tmp_path / "a.json", role("a"))
     write(tmp_path / "role_list.json", {"a": 3})
     assert "role_list.json: a is a number" in faults(load_roles, tmp_path)[0]
-    with pytest.raises(ValueError, match="model_name is empty"):
-        load_roles(model_name=" ")
+    for wrong in (" ", None, 3):
+        with pytest.raises(ValueError, match=f"model_name is {wrong!r}; give the text"):
+            load_roles(model_name=wrong)
 
 
 def test_descriptions_in_the_folder_come_before_those_beside_it(tmp_path):

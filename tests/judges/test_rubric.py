@@ -70,6 +70,19 @@ class Broken(NoJudge):
         yield from self.verdicts
 
 
+@pytest.mark.parametrize("scale", [(), (0.5, 1), (0, True), (1, 0), (1, 1), (-1, 0), ("0", "1")])
+def test_a_scale_consists_of_increasing_integers(scale):
+    with pytest.raises(jp.UserError, match="give non-negative integers in increasing order"):
+        Rubric(scale=scale)
+
+
+def test_lone_surrogates_of_an_answer_are_replaced():
+    """An endpoint's JSON can contain them, but a file of verdicts cannot."""
+    found = Verdict("a", raw="x\ud800y", error="\udfff")
+    assert (found.raw, found.error) == ("x\ufffdy", "\ufffd")
+    assert Verdict("a", raw="é\U0001f600").raw == "é\U0001f600"
+
+
 def test_a_judge_gives_one_verdict_per_item_in_any_order():
     other = dataclasses.replace(ITEM, key="b")
     found = in_order(Broken(Verdict("b", 1), Verdict("a", error="later")), [ITEM, other])

@@ -38,6 +38,9 @@ def test_tokens_have_their_kinds_turns_and_positions_and_padding_has_none():
 def test_an_argument_that_does_not_match_the_tokens_is_named(options, words):
     with pytest.raises(UserError, match=words):
         b.batch([[5, 6, 7], [8]], **options)
+    for nested in ([[[5, 6], [7, 8]]], [[5], [[6]]]):  # not flattened
+        with pytest.raises(UserError, match=r"row \d of tokens is \[\[.*; give integers"):
+            b.batch(nested)
     with pytest.raises(UserError, match="size is 0; it must be positive"):
         b.split(b.batch([[5]]), 0)
 

@@ -157,6 +157,8 @@ BASE = REAL["qwen3-0.6b"]
     ({"hidden_act": "relu"}, "relu"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor"),
+    ({"rope_scaling": {"rope_type": "llama3", **LLAMA_SCALING, "low_freq_factor": 4.0}},
+     "low_freq_factor is 4.0 and high_freq_factor is 4.0; the first must be smaller"),
     ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
     ({"rope_scaling": "linear"}, "rope_scaling"),
     ({"rope_scaling": {"rope_type": "default", "mscale": 1.0}}, "mscale"),

@@ -115,6 +115,9 @@ def test_a_vector_and_caps_save_themselves(tmp_path):
     axis = jp.load_axis("mini")
     assert axis.save(tmp_path / "axis.safetensors") == []
     assert repr(jp.load_axis(tmp_path / "axis.safetensors")) == repr(axis)
+    lost = jp.save_vector(tmp_path / "plain.npy", axis)  # what an array cannot store
+    assert lost and axis.save(tmp_path / "axis.npy") == lost
+    assert axis.save(tmp_path / "axis.gguf") == jp.save_vector(tmp_path / "v.gguf", axis) != []
     caps = jp.Caps(axis.values[4:5], (4,), np.ones(1), ("a",))
     assert caps.save(tmp_path / "caps.safetensors") == []
     assert list(jp.load_caps(tmp_path / "caps.safetensors")) == ["caps"]
