@@ -157,14 +157,15 @@ def setting(raw: Mapping[str, Any], key: str, patterns: str, module: str,
 
     Args:
       raw: the settings.
-      key: the setting for all modules, "r" or "lora_alpha".
-      patterns: the setting with values by pattern, "rank_pattern" or "alpha_pattern".
+      key: the name of the setting for all modules, "r" or "lora_alpha".
+      patterns: the name of the setting that maps patterns to values, "rank_pattern" or
+        "alpha_pattern".
       module: the name of the module.
       place: the file with the settings, for error messages.
 
     Raises:
-      UserError: a pattern is invalid or may take too long to match, or the value is not a positive
-        number below a million.
+      UserError: the setting `patterns` is not a JSON object, a pattern is invalid or may take too
+        long to match, or the value is not a positive number below a million.
     """
     value = raw.get(key, 8)
     table = raw.get(patterns) or {}

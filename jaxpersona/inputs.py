@@ -80,7 +80,7 @@ def read_bytes(path: str | os.PathLike[str], limit: int = TEXT_BYTES) -> bytes:
     size = require_file(path, limit)
     try:
         with open(path, "rb") as file:
-            return file.read(max(size, 1 << 20))  # files in /proc report size 0
+            return file.read(min(max(size, 1 << 20), limit))  # files in /proc report size 0
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 

@@ -201,7 +201,7 @@ def _run(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit], directions: 
         return array, pl.BlockSpec(array.shape, lambda g, t: (0,) * array.ndim)
 
     def per_row(array: jax.Array) -> tuple[jax.Array, Any]:
-        """Return an array [B or 1, …] of per-row values and its block specification."""
+        """Return the kernel's input for per-row values [B or 1, n], and its block specification."""
         last = array.shape[-1]
         if array.shape[0] == 1:
             return whole(array)

@@ -167,9 +167,9 @@ def get_list(table: dict[str, Any], field: str, where: str, faults: Faults, *,
 
 
 def get_eval_prompt(table: dict[str, Any], where: str, faults: Faults) -> str:
-    """Return the field `eval_prompt`, or "" if it is missing or not a nonempty string.
+    """Return the field `eval_prompt`, or "" if it is missing, blank or not a valid string.
 
-    In these cases, and if it lacks {question} or {answer}, the function records an error.
+    In these cases, and if it lacks {question} or {answer}, an error is appended to `faults`.
     """
     text = get_text(table, "eval_prompt", where, faults)
     missing = [p for p in ("{question}", "{answer}") if text and p not in text]

@@ -140,8 +140,8 @@ def fit(mesh: Mesh | AbstractMesh, config: ModelConfig) -> Mesh | AbstractMesh:
             name = "fsdp" if field == "d_model" else "model"
             total = split if name == "fsdp" else model * group
             best = _divisor(value, split) * (model if field.startswith("n_") else 1)
-            raise UserError(f"{field} is {value}, which {name}={total} of the mesh does not "
-                            f"split evenly: use {name}={best}")
+            raise UserError(f"{field} is {value}, which cannot be divided into {split} equal "
+                            f"parts, as {name}={total} of the mesh requires: use {name}={best}")
     return mesh
 
 

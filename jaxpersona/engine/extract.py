@@ -65,8 +65,9 @@ class Extracted(Table):
     """The captured activations of N conversations, in input order.
 
     Attributes:
-      captured: the captured values by name: [N, L, …] for L layers, or a list of N arrays
-        [L, T, …] if there is one value for each of T tokens.
+      captured: the result of each reading by name: an array [N, L, …] for L layers; a list of N
+        arrays [L, T, …] if there is one value for each of T tokens; or a pytree of arrays [N, …],
+        such as `Moments`.
       applied: one `Applied` per intervention table; `seen` is [N], and `changed` is [l, N], where l
         is the number of layers of the table.
       rows: the encoded conversations.

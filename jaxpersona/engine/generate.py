@@ -66,9 +66,10 @@ class Generated(Table):
       tokens: the token ids of the replies without the stop token, N arrays [n] int32.
       stopped: [N] bool, True if a stop token ended the reply.
       rows: the encoded prompts.
-      captured: the captured values by name: [N, L, …] for L layers, or a list of N arrays
-        [L, T, …] for per-token captures of the T tokens of prompt and reply. A mean over no tokens,
-        for example in an empty reply, is NaN; a logged warning lists these conversations.
+      captured: the result of each reading by name: an array [N, L, …] for L layers; a list of N
+        arrays [L, T, …] if there is one value for each of the T tokens of prompt and reply; or a
+        pytree of arrays [N, …], such as `Moments`. A mean over no tokens, for example in an empty
+        reply, is NaN; a logged warning lists these conversations.
       applied: one `Applied` per intervention table; `seen` is [N], and `changed` is [l, N], where l
         is the number of layers of the table.
       finish: the reason why each reply ended: "stop" (a stop token), "length" (the limit), or

@@ -172,11 +172,11 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
 
 def _first_tokens(out: Output, batch: Batch, sampling: Sampling, stops: Stops, limit: jax.Array,
                   ends: jax.Array, max_new: int, greedy: bool) -> State:
-    """Return the state after the last tokens of prompts, with the first token of each reply.
+    """Return the state after a prefill call, with the first token of each reply that begins.
 
     Args:
       out: the result of `forward` on the batch.
-      batch: the last tokens of B prompts.
+      batch: the tokens of this call: B prompts, their parts after a prefix, or one piece of each.
       sampling, stops, limit, max_new, greedy: as for `prefill`.
       ends: [B] bool, the rows whose prompt ends in this batch. For other rows, no token is
         selected.

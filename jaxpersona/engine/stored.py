@@ -66,8 +66,9 @@ class Stored:
         # function of the leaves, paired with the structure of its result. It is None if the program
         # cannot be stored.
         self._made: list[tuple[Any, tuple[Callable, Any] | None]] = []
-        # calls the stored trace in `chosen.made`; JAX's fast dispatch handles repeated calls
         self._chosen = _Chosen()
+        # a jitted function that calls the stored trace in `_chosen.made` when it is traced; JAX's
+        # fast dispatch handles repeated calls
         self._quick: Any = _quick(self._chosen, function, self._bound, static=self._static,
                                   donate=self._donate)
         self._never = False  # whether the program cannot be stored

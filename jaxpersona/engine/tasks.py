@@ -130,10 +130,10 @@ def piece_of(config: ModelConfig, like: jax.Array, edits: Interventions, rows: i
 
     On a CPU, the time of a call is proportional to its number of tokens. A prompt therefore runs in
     pieces of `PIECE` tokens, so that prompts of all lengths share one program with little padding.
-    On a GPU or TPU, a short call takes as much time as a long one, so a prompt runs in one call. It
-    also runs in one call if the model is small (`pieces.large`), if a gate needs the whole prompt,
-    on a mesh, and in a lane of at most `FEW_ROWS` rows, which needs few programs even without
-    pieces (`prompts.padded`).
+    On a GPU or TPU, calls with few tokens do not use the device fully, so a prompt runs in one
+    call. It also runs in one call if the model is small (`pieces.large`), if a gate needs the whole
+    prompt, on a mesh, and in a lane of at most `FEW_ROWS` rows, which needs few programs even
+    without pieces (`prompts.padded`).
 
     Args:
       config: the model's configuration.

@@ -66,10 +66,11 @@ class Bank:
           zero: whether zero vectors are allowed.
 
         Raises:
-          UserError: `site`, `layers` or the shape of `vector` is invalid; `vector` is empty, mixes
-            named directions and arrays, contains non-numeric, non-finite or (unless `zero`) zero
-            vectors or directions of another site or with different numbers of layers; or it
-            contains several directions and `rows` is None.
+          UserError: `site`, `layers` or the shape of `vector` is invalid; `vector` is empty, or
+            mixes named directions with arrays; a value is not numeric or not finite; a vector is
+            zero at a chosen layer and `zero` is False; a named direction was measured at another
+            site; named directions have different numbers of layers; or there are several
+            directions and `rows` is None.
         """
         if site not in SITES:
             raise UserError(f"site is {site!r}; it must be one of {SITES}")

@@ -60,12 +60,12 @@ class Interventions(flax.struct.PyTreeNode):
     def take(self, rows: Any) -> Interventions:
         """Select rows: row i of the result is row rows[i] of `self`, for a list `rows` of integers.
 
-        If rows[i] is −1, row i of the result has no entry. A table whose single entry applies to
-        all rows is unchanged, so it edits row i even then.
+        If rows[i] is −1, no table with entries per row edits row i of the result. A table with one
+        entry for all rows is returned unchanged, so it still edits row i.
 
         Raises:
-          UserError: an index is not an integer, less than −1, or not less than the number of rows
-            of `self`.
+          UserError: an index is not an integer or, with entries per row, is less than −1 or not
+            less than the number of rows of `self`.
         """
         chosen = np.asarray(rows)
         if chosen.size and not np.issubdtype(chosen.dtype, np.integer):

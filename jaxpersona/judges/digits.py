@@ -135,8 +135,8 @@ class DigitJudge:
             before, model = self._name, self._load()
             self.identify(model)
             if before and before != self._name:
-                raise UserError(f"the model of the judge changed from {before} to {self._name}; "
-                                "load the model that was passed to `identify`")
+                raise UserError(f"the model of the judge changed: the judge was {before}, and is "
+                                f"now {self._name}; use one unchanged checkpoint")
             self._model = model
         return self._model
 

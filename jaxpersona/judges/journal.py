@@ -25,6 +25,7 @@ line may be incomplete; it is removed when the journal is opened again. No line 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -33,6 +34,7 @@ import os
 import pathlib
 import stat
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 from jaxpersona.brief import brief
@@ -116,8 +118,8 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._release()
-            raise UserError(f"{self.path} is in use by another process; wait until it ends, or "
-                            "choose another file") from None
+            raise UserError(f"{self.path} is in use by another judge or process; wait "
+                            "until it ends, or choose another file") from None
         try:
             self._read()
         except BaseException:
@@ -161,9 +163,13 @@ class Journal:
             self._append({"batch": batch, "ended": status, "unsent": unsent})
 
     def flush(self) -> None:
-        """Write the file to disk."""
+        """Write the file to disk.
+
+        Raises:
+          UserError: writing fails.
+        """
         with self._lock:
-            os.fsync(self._file)
+            self._sync()
 
     def answered(self, key: str, said: str, cost: float, **about: Any) -> None:
         """Record the answer to a request, its cost in USD, and any further fields in `about`."""
@@ -176,15 +182,34 @@ class Journal:
             self._append({"failed": key, "error": error, "cost": cost})
 
     def close(self) -> None:
-        """Flush the file to disk, close it and unlock it."""
+        """Flush the file to disk, close it and unlock it.
+
+        Raises:
+          UserError: writing fails; the file is closed and unlocked all the same.
+        """
         with self._lock:
             if self._file >= 0:
-                os.fsync(self._file)
-                self._release()
+                try:
+                    self._sync()
+                finally:
+                    self._release()
 
     def __del__(self) -> None:
         if getattr(self, "_file", -1) >= 0:
             self._release()
+
+    def _sync(self) -> None:
+        """Write the file to disk."""
+        with self._writing():
+            os.fsync(self._file)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raise a UserError for an operating system error while the file is written."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from None
 
     def _release(self) -> None:
         """Close the file descriptor, which also unlocks the file."""
@@ -206,11 +231,9 @@ class Journal:
         if len(line) > LINE_BYTES:
             raise UserError(f"{self.path}: cannot be written (a line has {len(line)} bytes; the "
                             f"limit is {LINE_BYTES}); choose an endpoint with shorter answers")
-        try:
+        with self._writing():
             if os.write(self._file, line) != len(line):
                 raise OSError("only part of the line was written")
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from None
         self._count(value)
 
     def _count(self, value: dict[str, Any]) -> None:
@@ -275,7 +298,8 @@ class Journal:
                     raise UserError(f"{self.path}: line {number} has more than {LINE_BYTES} bytes; "
                                     "delete this line")
                 if not whole:
-                    os.ftruncate(self._file, end)
+                    with self._writing():
+                        os.ftruncate(self._file, end)
                     break
                 try:
                     value = json.loads(line)
@@ -290,7 +314,8 @@ class Journal:
                     raise self._damaged(number) from None
                 end += len(line)
         if not end:
-            os.write(self._file, _FIRST)
+            with self._writing():
+                os.write(self._file, _FIRST)
 
     def _damaged(self, number: int) -> UserError:
         """Return the error for the damaged line `number`, counted from 1."""

@@ -91,7 +91,9 @@ class Budget:
                 + "); to continue, give a larger --budget and run the same command again")
 
     def __str__(self) -> str:
-        return f"{self.calls:,} calls" if self.calls is not None else f"${self.usd:,.2f}"
+        parts = ([] if self.calls is None else [f"{self.calls:,} calls"]) + (
+            [] if self.usd is None else [f"${self.usd:,.2f}"])
+        return " and ".join(parts) or "no limit"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,11 +66,11 @@ class Demo:
     Attributes:
       extraction: the result of `extract_axis`.
       figures: name → measurement, a number or a list of numbers.
-      talks: "uncapped" or "capped" → the drifting conversations of this arm.
-      styles: "uncapped" or "capped" → a list with the mean style of the replies at each emotional
-        or meta-reflective turn of these conversations.
-      samples: two samples, one with a far role and one of the last emotional or meta-reflective
-        turn of a drifting conversation.
+      talks: the drifting conversations without the cap ("uncapped") and with it ("capped").
+      styles: the same keys → a list with the mean `judge.style` (the share of in-character choices)
+        of the replies at each emotional or meta-reflective turn.
+      samples: two samples, one with a role unlike the Assistant and one of the last emotional or
+        meta-reflective turn of a drifting conversation.
     """
 
     __repr__ = brief

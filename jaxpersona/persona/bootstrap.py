@@ -218,9 +218,10 @@ def _measured(vectors: np.ndarray, count: int, start: np.ndarray | None,
 def _eigen(matrices: np.ndarray, start: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Return K eigenvalues [B, K], ascending, and eigenvectors [B, R, K] of symmetric matrices.
 
-    K = R, computed exactly, without `start` or if R ≤ (p + 1)·Q. Otherwise K = (p + 1)·Q, and the
-    result is the Rayleigh–Ritz approximation in the span of X, AX, …, A^p X, where A is a matrix
-    and X is `start` (Golub and Van Loan 2013, Matrix Computations, section 10.3).
+    Without `start`, or if R ≤ (p + 1)·Q with p = `_POWERS`, the result is exact and K = R.
+    Otherwise K = (p + 1)·Q, and the result is the Rayleigh–Ritz approximation in the span of X, AX,
+    …, A^p X, where A is a matrix and X is `start` (Golub and Van Loan 2013, Matrix Computations,
+    section 10.3).
 
     Args:
       matrices: [B, R, R].

@@ -204,11 +204,11 @@ def check(
 
 
 def _spread(axis: Axis | Caps, layers: tuple[int, ...], ours: np.ndarray) -> np.ndarray:
-    """Return the standard deviation [l] over replies of the default persona's projections.
+    """Return the standard deviation [l] of the default persona's projections across its replies.
 
-    It is estimated from the quartiles of the projections in `axis.percentiles`, assuming a normal
-    distribution, because the check generates only six replies as the default persona. If the axis
-    has no quartiles, the standard deviation is estimated from these replies.
+    It is estimated from the quartiles in `axis.percentiles`, assuming a normal distribution,
+    because the check generates only six replies as the default persona. Without quartiles, and at
+    layers where they are equal, it is estimated from these replies. It is at least 1e-6.
     """
     table = axis.percentiles.get("default", {}) if isinstance(axis, Axis) else {}
     spread = ours.std(0, ddof=1) if len(ours) > 1 else np.zeros(len(layers))

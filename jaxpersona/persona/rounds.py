@@ -113,7 +113,7 @@ class Rounds:
                        for one in self.rounds]}
 
     def brief_value(self) -> dict[str, Any]:
-        """Return the result as a JSON object, without the individual rounds."""
+        """Return a summary as a JSON object, with the numbers of rounds and settled roles."""
         return {"target": self.target, "layer": self.layer,
                 "axis": _listed(self.axis), "rounds": len(self.rounds),
                 "settled": len(self.settled), "roles": len(self.asked) - 1,

@@ -32,12 +32,13 @@ PLAYED = "3"  # the group of sums that role vectors use
 
 @dataclasses.dataclass(frozen=True)
 class Correction:
-    """The corrections of role vectors.
+    """The corrections of role vectors for questions that a role was not asked.
 
     Attributes:
-      slope: the fraction of a question's effect that all personas share; None if the run has no
-        sums per question.
-      shifts: role → correction [L, D] float64, without roles that need none.
+      slope: the fraction of a question's effect that all personas share; None if it was not
+        computed, for example because the run has no sums per question.
+      shifts: role → correction [L, D] float64; roles that need no correction, or for which it
+        cannot be computed, are missing.
       problem: a sentence about roles that are not corrected for all their questions; "" if there
         are none.
     """
@@ -50,7 +51,11 @@ class Correction:
 
 
 def questions_of(run: Run, name: str, judge: str, sums: Sums) -> Counter[int]:
-    """Return question id → number of rollouts of a closed role; `judge` is the judge's name."""
+    """Return the number of a role's rollouts for each question id.
+
+    The role must be closed (`runs.closing`). Its rollouts are those with a verdict of `judge` or,
+    without a file of verdicts, those in `sums`.
+    """
     verdicts = run.verdicts(name, judge)
     keys = sums.groups if verdicts is None else verdicts["scores"]
     return Counter(place_of_key(key)[0] for key in keys)

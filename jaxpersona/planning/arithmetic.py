@@ -71,7 +71,7 @@ def weight_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh,
 
 
 def step_bytes(config: ModelConfig, dtype: Weights) -> int:
-    """Return the number of weight bytes that all chips together read per decode step.
+    """Return the number of weight bytes that one copy of the model reads per decode step.
 
     An input embedding that is not tied to the output head is excluded, because a step reads
     only one of its rows per token.

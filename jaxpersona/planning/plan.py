@@ -68,7 +68,7 @@ class Compiled:
 
     @property
     def temporaries(self) -> int:
-        """The larger of the two temporary sizes; prefill and decode do not run simultaneously."""
+        """The peak temporary memory in bytes per chip; the two programs never run together."""
         return max(self.prefill_temporaries, self.decode_temporaries)
 
 

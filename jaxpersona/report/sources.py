@@ -238,8 +238,8 @@ def ratios(found: Any, layer: int | None) -> tuple[np.ndarray, int]:
       layer: the layer; default: the middle one, or −1 (unknown) if `found` is an array of ratios.
 
     Raises:
-      UserError: as for `parts`, or the ratios are not a non-empty array [C] of nonnegative numbers
-        with a sum of at most 1.
+      UserError: as for `parts`, the ratios are not an array [C > 0] of nonnegative numbers with a
+        sum of at most 1, or `layer` is not an integer of at least 0.
     """
     if isinstance(found, (str, os.PathLike)):
         about = _analysis(pathlib.Path(found))
@@ -248,7 +248,10 @@ def ratios(found: Any, layer: int | None) -> tuple[np.ndarray, int]:
         at = layer_of(layer, len(table))
         given = table[at]
     elif isinstance(found, (np.ndarray, list, tuple)):
-        at, given = -1 if layer is None else layer, found
+        if layer is not None and (type(layer) is bool or not isinstance(layer, (int, np.integer))
+                                  or layer < 0):
+            raise UserError(f"layer is {shown(layer)}; give an integer, at least 0")
+        at, given = -1 if layer is None else int(layer), found
     else:
         read = parts(found, layer)
         return read.components.ratio, read.layer

@@ -172,7 +172,7 @@ def _twin(plan: list[tuple[str, list[_Piece]]], text: str, blanks: str,
     """Return the twin messages, with a unique mark per text piece, and the piece of each mark.
 
     `blanks` selects the whitespace-only pieces to mark: "all", "within" (if the content also has
-    other text), "inside" (unless before the first tag or after the last) or "none".
+    a tag or other text), "inside" (unless before the first tag or after the last) or "none".
     """
     used = set(text).union(*(p.text for _, pieces in plan for p in pieces))
     free = (chr(code) for code in PRIVATE if chr(code) not in used)

@@ -94,10 +94,10 @@ class Direction(nnx.Module):
         return steer(self.vector[...][None], layers=self.layers, where=self.where, site=self.site)
 
     def to_vector(self, model: Model, name: str = "learned") -> Vector:
-        """Return a named direction [L, D], zero at layers that were not trained.
+        """Return the learned values as a `Vector` [L, D], zero at layers that were not trained.
 
-        `steer(vector, layers=direction.layers, where=direction.where, site=direction.site)` applies
-        the vector as in training.
+        For a `Direction` d, `steer(d.to_vector(model), layers=d.layers, where=d.where,
+        site=d.site)` edits the model as in training.
 
         Raises:
           UserError: the model has a different width or too few layers.

@@ -250,9 +250,9 @@ def test_a_journal_in_use_is_noticed_before_anything_is_generated(tmp_path):
     held = Journal(tmp_path / "v.jsonl")
     with fake.serving() as server:
         judge = batch_judge(server, tmp_path / "v.jsonl")
-        with pytest.raises(jp.UserError, match="is in use by another process"):
+        with pytest.raises(jp.UserError, match="is in use by another judge or process"):
             Judging(judge, alone=True)
-        with pytest.raises(jp.UserError, match="is in use by another process"):
+        with pytest.raises(jp.UserError, match="is in use by another judge or process"):
             check_cache(judge)
         held.close()
         check_cache(judge)

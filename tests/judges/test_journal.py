@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -135,7 +136,7 @@ def test_a_pipe_or_a_device_is_refused(tmp_path):
 
 def test_a_file_has_one_user(tmp_path):
     held = Journal(tmp_path / "v.jsonl")
-    with pytest.raises(jp.UserError, match="in use by another process"):
+    with pytest.raises(jp.UserError, match="in use by another judge or process"):
         Journal(tmp_path / "v.jsonl")
     held.close()
     Journal(tmp_path / "v.jsonl").close()
@@ -144,6 +145,31 @@ def test_a_file_has_one_user(tmp_path):
         Journal(tmp_path / "link.jsonl")
     with pytest.raises(jp.UserError, match="cannot be written"):
         Journal(tmp_path)
+
+
+@pytest.mark.parametrize("call", ["fsync", "write", "ftruncate"])
+def test_a_full_disk_is_named(tmp_path, monkeypatch, call):
+    """Also where the file is opened, flushed and closed; a failed close releases the file."""
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "v.jsonl"
+    message = r"v.jsonl: cannot be written \(No space left on device\)"
+    if call == "fsync":
+        held = Journal(path)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, full)
+            for act in (held.flush, held.close):
+                with pytest.raises(jp.UserError, match=message):
+                    act()
+    else:
+        if call == "ftruncate":  # the last line is incomplete
+            Journal(path).close()
+            path.write_text(path.read_text() + '{"key": ')
+        with monkeypatch.context() as patch, pytest.raises(jp.UserError, match=message):
+            patch.setattr(os, call, full)
+            Journal(path)
+    Journal(path).close()
 
 
 def test_the_key_covers_judge_and_text():

@@ -124,6 +124,11 @@ def test_a_budget_has_a_number_and_a_unit(text, wanted):
         assert Budget.parse(text) == wanted
 
 
+def test_a_budget_names_every_limit():
+    texts = [str(Budget(calls=1000)), str(Budget(usd=5)), str(Budget(1000, 5.5)), str(Budget())]
+    assert texts == ["1,000 calls", "$5.00", "1,000 calls and $5.50", "no limit"]
+
+
 @pytest.mark.parametrize(("budget", "calls", "usd", "fine"), [
     (Budget(calls=5), 5, 1e9, True), (Budget(calls=5), 6, 0.0, False),
     (Budget(usd=0.3), 10**9, 0.1 + 0.2, True), (Budget(usd=0.3), 1, 0.3001, False),

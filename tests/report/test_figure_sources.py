@@ -108,6 +108,9 @@ def test_ratios_are_shares_of_the_variance():
     values, layer = sources.ratios((0.5, 0.25), None)
     assert values.tolist() == [0.5, 0.25] and layer == -1
     assert sources.ratios([1.0005], 3)[1] == 3
+    for wrong in (-1, 1.5, True, "2"):
+        with pytest.raises(jp.UserError, match=f"layer is {wrong!r}; give an integer, at least 0"):
+            sources.ratios([0.5], wrong)
     assert sources.ratios(extraction(), 1)[0][:2] == pytest.approx([0.8, 0.2])
     for wrong in ([0.5, 0.502], [-0.1, 0.5], [], [[0.5]]):
         with pytest.raises(jp.UserError, match="nonnegative numbers with a sum of at most 1"):
