@@ -28,10 +28,10 @@ def test_the_configuration_is_that_of_the_shipped_model():
 
 def steps(optimizer, params, gradient, count):
     """Return the updates of `count` steps with a constant gradient."""
-    state, found = optimizer.init(params), []
+    state, found, step = optimizer.init(params), [], jax.jit(optimizer.update)
     for _ in range(count):
         with jax.numpy_dtype_promotion("standard"):
-            update, state = optimizer.update(gradient, state, params)
+            update, state = step(gradient, state, params)
         found.append(jax.tree.map(np.asarray, update))
     return found
 
@@ -120,6 +120,23 @@ def test_a_training_lowers_the_loss_and_saves_the_model(small, tmp_path):
     model = jp.load(tmp_path / "out")
     assert model.config == config and model.fingerprint != s.fingerprint(
         config, jp.init_params(config, jax.random.key(3)))
+
+
+def test_the_loss_of_the_record_is_that_of_the_last_hundred_steps(small, tmp_path, monkeypatch):
+    """The first of 101 steps does not count, and padding is not part of the batch."""
+    def make_batches(*_):
+        return [TrainBatch(np.array([[first, 9, 8, 0]], np.int32), np.array([3], np.int32),
+                           np.full((1, 4), 0.5, np.float32)) for first in [900] + [5] * 100], 7
+
+    def loss(params, config, batch, weights):
+        first = batch.tokens[0, 0].astype(jnp.float32) + batch.length[0] + weights.sum()
+        return first + sum(0.0 * leaf.sum() for leaf in jax.tree.leaves(params))
+
+    monkeypatch.setattr(train.batches, "make_batches", make_batches)
+    monkeypatch.setattr(train, "loss_fn", loss)
+    with jax.numpy_dtype_promotion("standard"):
+        record = train.train(0, tmp_path / "out", 1, log=lambda line: None)
+    assert record["loss"] == 5 + 3 + 2 and record["tokens"] == 7
 
 
 def test_the_program_prints_its_record(monkeypatch, capsys):

@@ -11,11 +11,13 @@ import pytest
 from test_run_values import contents
 
 import jaxpersona as jp
+from jaxpersona.data.texts import Role
+from jaxpersona.judges.protocol import Item
 from jaxpersona.persona.talk import Talks
 from jaxpersona.report import run_page
 from jaxpersona.report.run_drift import read_drift, save_drift
 from jaxpersona.report.run_halves import Halves
-from jaxpersona.report.run_read import _analysis, read
+from jaxpersona.report.run_read import _analysis, _pick, read
 from jaxpersona.report.run_values import Notes, coordinates, values
 from jaxpersona.runs.sums import Sample
 
@@ -184,6 +186,15 @@ def test_reading_a_run_is_reported_role_by_role(tmp_path):
     arms = "4 conversations (capped), 4 conversations (uncapped)"
     assert f"Projection at layer 2 of the replies of {arms}, measured" in page.text
     assert [step for step, *_ in told] == ["roles"] * 5 + ["intervals"] * 3 + ["components"] * 4
+
+
+def test_the_replies_of_a_page_are_drawn_from_the_seed():
+    """Three of nine, the same for the same seed."""
+    items = [Item(f"pos_p0_q{i}", Role("a", ("",), ""), "", "") for i in range(9)]
+    drawn = [tuple(item.key for item, _ in _pick(items, None, [seed, 1])) for seed in range(8)]
+    assert len(set(drawn)) > 4 and all(len(set(keys)) == 3 for keys in drawn)
+    assert [item.key for item, _ in _pick(items, None, [3, 1])] == list(drawn[3])
+    assert [item.key for item, _ in _pick(items, None, [3, 2])] != list(drawn[3])
 
 
 def test_scripts_have_the_line_ends_of_a_browser():
