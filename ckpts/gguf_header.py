@@ -111,8 +111,8 @@ class HeaderReader:
         """Read the metadata fields.
 
         Args:
-          check_architecture: called with the architecture before the fields after it are read; it
-            must raise an error if the architecture is not supported.
+          check_architecture: a function that is called with the architecture as soon as it is read;
+            the function must raise an error if the architecture is not supported.
           keep: the keys of the string arrays to return. If None, only the field
             `general.architecture` is returned.
           count: the number of fields to read; None reads all.

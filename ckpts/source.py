@@ -44,8 +44,8 @@ class TensorSource(Protocol):
           name: the tensor's Hugging Face name.
           index: unit-step slices, one per dimension of the shape in the file; None selects the
             whole tensor.
-          dtype: the dtype of the result, float32, bfloat16 or float16. None keeps the stored dtype,
-            or float32 for a quantized tensor, which is dequantized.
+          dtype: the dtype of the result, float32, bfloat16 or float16. None keeps the stored dtype;
+            a quantized tensor is dequantized to float32.
         """
         ...
 
@@ -58,8 +58,8 @@ def load_params(source: TensorSource, config: ModelConfig, *, dtype: np.dtype | 
       source: the checkpoint, with every tensor of `names.tensors(config)` in the shape
         `Tensor.shape`.
       config: the model configuration.
-      dtype: the dtype to cast to, float32, bfloat16 or float16. None keeps the stored dtypes, or
-        float32 for quantized tensors, which are dequantized.
+      dtype: the dtype to cast to, float32, bfloat16 or float16. None keeps the stored dtypes;
+        quantized tensors are dequantized to float32.
       mesh: the mesh over which to shard the parameters; each process reads only its own shards.
       progress: called with (bytes read so far, total bytes).
 

@@ -1,9 +1,10 @@
-"""The display of progress in slow functions, and the values of their argument for it.
+"""Progress display of slow functions, and the argument that controls it.
 
 The argument is named `progress` or `report`. By default (None or True), a call that takes longer
 than `SECONDS` shows its progress on standard error: on a terminal and in a notebook as one line
 that is rewritten, otherwise as a new line every `EVERY` seconds. With False, nothing is shown. If
-the argument is a function, nothing is shown either, and the function is called with the numbers.
+the argument is a function, nothing is shown either, and the function is called with the current
+progress, such as the numbers of finished and of all items.
 """
 
 from __future__ import annotations

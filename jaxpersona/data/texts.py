@@ -117,7 +117,7 @@ class Trait:
                         count(len(self.questions), "question"))
 
     def __post_init__(self) -> None:
-        """Check that `questions` are strings and `pairs` pairs of strings; else raise UserError."""
+        """Raise a UserError unless all questions are strings and all pairs consist of strings."""
         _check_texts(f"the questions of trait {self.name!r}", self.questions)
         for i, pair in enumerate(self.pairs):
             _check_texts(f"pair {i} of trait {self.name!r}", pair)

@@ -66,7 +66,8 @@ class Edit(Table, kw_only=True, repr=False):
             where=self.where, gate=self.gate, layers=self.layers, site=self.site,
             by_layer=tuple(LayerEdit(
                 direction=self.direction[i],
-                # TPUs read four arrays [n] once for all layers, but one array [n, 4] once per layer
+                # compiled for a TPU, four arrays [n] of all layers are loaded together, but one
+                # array [n, 4] is loaded again in each layer
                 coefficients=tuple(self.coefficients[i, :, k] for k in range(4)),
                 push=None if self.push is None else self.push[i],
                 columns=twice(self.direction[i]) if cpu else None,

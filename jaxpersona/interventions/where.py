@@ -109,7 +109,7 @@ class Where:
         """
         if not all(isinstance(bound, (int, np.integer)) and not isinstance(bound, bool)
                    and bound >= 0 for bound in (lo, hi)):
-            raise UserError(f"within({lo!r}, {hi!r}) needs integers of at least 0, the indices of "
+            raise UserError(f"within({lo!r}, {hi!r}) needs nonnegative integers, the indices of "
                             "messages")
         restricted = self & Where(lo=lo, hi=hi)
         if restricted.lo >= restricted.hi:

@@ -120,7 +120,7 @@ class Batches:
 
     def _run(self, journal: Journal, wanted: Wanted) -> None:
         for one in [one for one in journal.batches.values() if not one.open]:
-            journal.ended(one.name, "completed")  # the process ended before it recorded this
+            journal.ended(one.name, "completed")  # an earlier process exited before this record
         if journal.batches:
             held = [journal.batch_of(key) for key, _ in wanted()]
             self._resume(journal, {one.name: one for one in held if one is not None})

@@ -141,7 +141,11 @@ def table(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def geometry(figures: dict[str, Any]) -> list[str]:
-    """Return one line of text, in a list, on the axis's agreement with PC1 and known likeness."""
+    """Return a list with one line of text about the axis.
+
+    It contains |cos(PC1, axis)| and the rank correlation of the roles' projections with their known
+    likeness to the Assistant.
+    """
     middle = figures["middle_layer"]
     return [f"layer {middle}: |cos(PC1, axis)| {figures['cos_pc1_axis_middle']:.3f}; Spearman "
             f"correlation of projection and known likeness {figures['spearman_truth']:.3f} over "

@@ -133,7 +133,8 @@ def _replies(value: Any, wanted: int) -> list[_Reply]:
         fault = error.errors(include_url=False)[0]
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}"
                         for part in fault["loc"])
-        raise UserError(f"replies{place} is {fault['input']!r:.60}: {fault['msg']}") from None
+        given = "missing" if fault["type"] == "missing" else shown(fault["input"], 60)
+        raise UserError(f"replies{place} is {given}: {fault['msg']}") from None
     if len(replies) != wanted:
         raise UserError(f"replies has {len(replies)} entries for {wanted} assistant messages; "
                         "give one entry per message")

@@ -104,7 +104,7 @@ def correction(run: Run, asked: Mapping[str, Iterable[int]], cells: Mapping[str,
 
     Args:
       run: the open run.
-      asked: role, including "default" → ids of its questions (`questions_of`).
+      asked: role → ids of its questions (`questions_of`); it includes the role "default".
       cells: role → sums per question (`cells_of`), all with the same questions; None if unknown.
       owns_default: whether this process reads the files of the default persona.
     """

@@ -32,7 +32,7 @@ def context(found: Contents, data: dict[str, Any], notes: Sequence[str], version
       data: the numbers of the page (`run_values.values`).
       notes: lines that list values that are not finite.
       version: the version of plotly.js.
-      bars: the intervals of the values by layer, or None.
+      bars: the bootstrap intervals of |cos(PC1, axis)| and the explained variance, or None.
     """
     last = found.manifest.get("last", {})
     curve = None if found.analysis is None else found.analysis.rounds

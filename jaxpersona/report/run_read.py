@@ -66,9 +66,10 @@ class Analysis:
     Attributes:
       cos: [L], |cos(PC1, axis)| at each layer.
       variance: for each layer, the explained variance ratios of the first components.
-      intervals: "default" or "all" → percentile, such as "p25" → [2, L], the ends of its 95 %
-        bootstrap interval ("all": over the roles that are not held out and the default persona).
-      roles: role or "default" → its values.
+      intervals: population → name of a percentile → [2, L], the ends of the percentile's 95 %
+        bootstrap interval. The population is "default" (the default persona) or "all" (also the
+        roles that are not held out); a name is, for example, "p25".
+      roles: name of a role or "default" → its `Measured`.
       rounds: the rounds of a run with `--precision`, or None.
     """
 

@@ -109,8 +109,8 @@ class Sums:
           questions: the ids of n different questions.
 
         Returns:
-          (sums [n, D] float32, numbers of non-empty replies [n] int), in the order of `questions`.
-          A question without such replies has the sum 0. If `cells` is empty, the sums have the
+          (sums [n, D] float32, counts [n] int of the group's non-empty replies), in the order of
+          `questions`. Without such a reply, both are 0. If `cells` is empty, the sums have the
           shape [n, 0].
         """
         place = {question: i for i, question in enumerate(questions)}

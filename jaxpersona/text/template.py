@@ -128,7 +128,7 @@ def _pieces(template: Template, messages: list[dict[str, str]]) -> list[tuple[st
 
 def locate(template: Template, messages: list[dict[str, str]], reply: bool,
            ) -> tuple[str, np.ndarray, np.ndarray, dict[int, int]]:
-    """Render messages; return the text, each character's kind and turn, and each content's end.
+    """Render messages; return the text, each character's kind and turn, and where contents end.
 
     Raises:
       UserError: a message's content is changed in an unsupported way, or is omitted.

@@ -233,8 +233,8 @@ def test_where_asks_kind_and_turn():
     assert everywhere.within(1).within(0, 3) == everywhere.within(0, 3).within(1, 9) == \
         everywhere.within(1, 9) & Where(hi=3) == everywhere.within(1, 3)
     assert everywhere.within(np.int64(1), np.int32(3)) == everywhere.within(1, 3)
-    for bounds in ((1.5,), (1, 2.5), ("1",), (0, None)):
-        with pytest.raises(ValueError, match="needs integers"):
+    for bounds in ((1.5,), (1, 2.5), ("1",), (0, None), (-1,), (0, True)):
+        with pytest.raises(ValueError, match="needs nonnegative integers"):
             everywhere.within(*bounds)
     for lo, hi in ((2, 2), (2, 9), (0, 0)):
         with pytest.raises(ValueError, match="contains no message"):
