@@ -150,7 +150,7 @@ def test_row_ids_are_32_bit_integers_of_any_type(ids, wanted):
     """Also arrays without an axis, but neither booleans nor lists."""
     rows = [row(3), row(4)]
     if wanted is None:
-        with pytest.raises(ValueError, match="ids must be integers in 0…2³²−1"):
+        with pytest.raises(ValueError, match=r"^ids\[\d\] is .*; it must be an integer in 0…2³²−1"):
             prompts.row_ids(rows, ids)
     else:
         found = prompts.row_ids(rows, ids)

@@ -103,6 +103,7 @@ def small(monkeypatch):
     return config, asked
 
 
+@pytest.mark.slow
 def test_a_training_lowers_the_loss_and_saves_the_model(small, tmp_path):
     """The record has the mean of the last hundred losses; the model has the stop token."""
     config, asked = small

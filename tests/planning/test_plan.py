@@ -183,6 +183,7 @@ def test_a_tpu_without_its_compiler_is_reckoned_with_all_scores(monkeypatch):
     assert found["bytes_per_chip"]["temporaries"] > 2 * 4 * 32 * 16 * 512 * 2048
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_tpu_s_compiler_counts_what_a_cap_adds(monkeypatch):
     monkeypatch.setattr(plan, "DEPTHS", (1, 2))
