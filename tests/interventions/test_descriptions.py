@@ -104,7 +104,7 @@ def test_a_number_that_may_be_meant_as_a_percentile_is_named():
     axis = jp.Axis(np.ones((3, 8)), percentiles={"default": {"p25": np.arange(3.0)},
                                                  "all": {"p75": np.arange(3.0)}})
     with pytest.warns(UserWarning, match=r"^floor is 25, which is a projection; for the "
-                                         r"percentile, give floor='p25', or for the .*, floor=25.0$"):
+                                         r"percentile, give floor='p25', or .*, floor=25.0$"):
         jp.cap(axis, layers=1, floor=25)
     with pytest.warns(UserWarning, match="^ceiling is 75, .*ceiling='p75'"):
         jp.cap(axis, layers=1, ceiling=75, of="all")
