@@ -8,6 +8,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
+
 from jaxpersona.errors import UserError
 
 P = ParamSpec("P")
@@ -136,3 +138,15 @@ def _remedy(given: str, known: list[str]) -> str:
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names)
+
+
+def is_integer(value: Any) -> bool:
+    """Return whether a value is an integer of Python or NumPy, but not a bool.
+
+    Examples:
+      >>> import numpy as np
+      >>> from jaxpersona.calls import is_integer
+      >>> is_integer(np.int32(2)), is_integer(True), is_integer(2.0)
+      (True, False, False)
+    """
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxpersona.brief import shown
+from jaxpersona.calls import is_integer
 from jaxpersona.captures.capture import Capture, chosen_layers
 from jaxpersona.distributed.sharding import rows_divisor
 from jaxpersona.errors import UserError
@@ -159,8 +160,7 @@ def check_settings(**counts: Any) -> None:
       UserError: a setting is not a positive integer.
     """
     for name, value in counts.items():
-        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-        if not whole or value < 1:
+        if not is_integer(value) or value < 1:
             raise UserError(f"{name} is {shown(value)}; it must be a positive integer")
 
 
@@ -300,7 +300,7 @@ def row_ids(rows: list[chat.Row], ids: Iterable[int] | None, *, name: str = "ids
             raise UserError(f"ids has length {len(ids)}, but the number of conversations is "
                             f"{len(rows)}; give one id per conversation")
         for i, one in enumerate(ids):
-            if not (_is_integer(one) and 0 <= int(one) < 2**32):
+            if not (_is_scalar_integer(one) and 0 <= int(one) < 2**32):
                 at = "id" if name == "id" else f"ids[{i}]"
                 raise UserError(f"{at} is {shown(one, 60)}; it must be an integer in 0…2³²−1")
         return np.array([int(one) for one in ids], np.uint32)
@@ -313,8 +313,7 @@ def row_ids(rows: list[chat.Row], ids: Iterable[int] | None, *, name: str = "ids
     return np.array(out, np.uint32)
 
 
-def _is_integer(value: Any) -> bool:
+def _is_scalar_integer(value: Any) -> bool:
     """Return whether a value is an integer or a 0-d integer array, but not a bool."""
-    if isinstance(value, (int, np.integer)):
-        return not isinstance(value, bool)
-    return getattr(value, "ndim", 1) == 0 and np.issubdtype(value.dtype, np.integer)
+    return is_integer(value) or (
+        getattr(value, "ndim", 1) == 0 and np.issubdtype(value.dtype, np.integer))

@@ -27,6 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.brief import shown
+from jaxpersona.calls import is_integer
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.table import SITES, Site
 from jaxpersona.models.config import MAX_LAYERS
@@ -267,7 +269,7 @@ def numbers(name: str, value: Any) -> Any:
         array = np.empty(0, object)
     if array.dtype.kind in "iuf" or array.dtype.name == "bfloat16":
         return array.astype(np.float64)
-    raise UserError(f"{name} is {_short_repr(value)}; it must be a real number or an array of "
+    raise UserError(f"{name} is {shown(value, 80)}; it must be a real number or an array of "
                     "real numbers")
 
 
@@ -284,12 +286,6 @@ def plain(value: Any) -> Any:
         held = value.detach().cpu()
         return (held.double() if held.is_floating_point() else held).numpy()
     return value
-
-
-def _short_repr(value: Any) -> str:
-    """Return a value's repr, truncated to 80 characters, for an error message."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def check_finite(name: str, value: np.ndarray) -> None:
@@ -322,10 +318,10 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
         an error.
     """
     wanted: Any = parse_layers(layers) if isinstance(layers, str) else layers
-    text = _short_repr(layers)
+    text = shown(layers, 80)
     if isinstance(wanted, slice):
         start, stop = wanted.start, wanted.stop
-        if not all(x is None or _whole(x) for x in (start, stop, wanted.step)):
+        if not all(x is None or is_integer(x) for x in (start, stop, wanted.step)):
             raise UserError(f"layers is {text}; the bounds of a slice must be ints")
         if wanted.step is not None and wanted.step < 1:
             raise UserError(f"layers is {text}; the step of a slice must be at least 1")
@@ -347,7 +343,7 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
         if several and len(listed) > MAX_LAYERS:
             raise UserError(f"layers is {text}; a model has at most {MAX_LAYERS} layers")
         items: list[Any] = list(listed) if several else [wanted]
-        if not all(map(_whole, items)):
+        if not all(map(is_integer, items)):
             raise UserError(f"layers is {text}; it must be an int, a slice, a list of ints or "
                             "a string such as '46:54'")
         chosen = tuple(int(i) for i in items)
@@ -367,10 +363,6 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
     return chosen
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
 def parse_layers(text: str) -> slice | list[int]:
     """Parse a string into a slice ("46:54", half-open) or a list of layers ("16" or "3,5").
 
@@ -382,5 +374,5 @@ def parse_layers(text: str) -> slice | list[int]:
         return [int(part) for part in text.split(",")]
     if re.fullmatch(rf"({number}|\s*):({number}|\s*)", text):
         return slice(*(int(part) if part.strip() else None for part in text.split(":")))
-    raise UserError(f"layers is {_short_repr(text)}; give text such as 46:54 (half-open), 16 or "
+    raise UserError(f"layers is {shown(text, 80)}; give text such as 46:54 (half-open), 16 or "
                     "3,5")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.brief import cut, shown
-from jaxpersona.calls import checked_call
+from jaxpersona.calls import checked_call, is_integer
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import Layers, resolve_layers
 from jaxpersona.interventions.describe import call
@@ -250,7 +250,7 @@ def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
     sizes = {"rows": rows, "width": width, "slots": slots,
              "entries": rows if entries is None else entries}
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
+        if not is_integer(size) or size < 1:
             raise UserError(f"{name} is {shown(size)}; it must be a positive integer")
     if site not in SITES:
         raise UserError(f"site is {site!r}; it must be one of {SITES}")

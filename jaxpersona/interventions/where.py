@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.calls import checked_call
+from jaxpersona.calls import checked_call, is_integer
 from jaxpersona.errors import UserError
 from jaxpersona.models.batch import (
     ASSISTANT,
@@ -107,8 +107,7 @@ class Where:
         Raises:
           UserError: a bound is not an integer, or the range is empty.
         """
-        if not all(isinstance(bound, (int, np.integer)) and not isinstance(bound, bool)
-                   and bound >= 0 for bound in (lo, hi)):
+        if not all(is_integer(bound) and bound >= 0 for bound in (lo, hi)):
             raise UserError(f"within({lo!r}, {hi!r}) needs nonnegative integers, the indices of "
                             "messages")
         restricted = self & Where(lo=lo, hi=hi)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxpersona.brief import brief, shown
+from jaxpersona.calls import is_integer
 from jaxpersona.ckpts.vectors import load_axis
 from jaxpersona.errors import UserError
 from jaxpersona.inputs import read_json
@@ -78,8 +79,7 @@ def layer_of(layer: int | None, total: int) -> int:
     """
     if layer is None:
         return total // 2
-    if not isinstance(layer, (int, np.integer)) or isinstance(layer, bool) or (
-            not 0 <= layer < total):
+    if not is_integer(layer) or not 0 <= layer < total:
         raise UserError(f"layer is {shown(layer)}; the layers are 0…{total - 1}")
     return int(layer)
 
@@ -248,8 +248,7 @@ def ratios(found: Any, layer: int | None) -> tuple[np.ndarray, int]:
         at = layer_of(layer, len(table))
         given = table[at]
     elif isinstance(found, (np.ndarray, list, tuple)):
-        if layer is not None and (type(layer) is bool or not isinstance(layer, (int, np.integer))
-                                  or layer < 0):
+        if layer is not None and (not is_integer(layer) or layer < 0):
             raise UserError(f"layer is {shown(layer)}; give an integer, at least 0")
         at, given = -1 if layer is None else int(layer), found
     else:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jaxpersona as jp
+from jaxpersona.brief import shown
 from jaxpersona.interventions import bank
 from jaxpersona.interventions.compose import given
 from jaxpersona.interventions.describe import call, host_array, layer_range
@@ -116,8 +117,8 @@ def test_a_number_that_may_be_meant_as_a_percentile_is_named():
 
 def test_long_values_are_cut_at_eighty_characters():
     """The ellipsis counts as one of them."""
-    assert bank._short_repr("x" * 78) == repr("x" * 78)
-    assert bank._short_repr("x" * 79) == "'" + "x" * 78 + "…"
+    assert shown("x" * 78, 80) == repr("x" * 78)
+    assert shown("x" * 79, 80) == "'" + "x" * 78 + "…"
 
 
 @pytest.mark.parametrize(("name", "value", "good"), [
